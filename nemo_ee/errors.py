@@ -1,0 +1,49 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Errors that are meant for users: each names what was given, the rule it breaks and what to do instead."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One broken rule in a configuration.
+
+    Attributes:
+        key: dotted key as the user would override it, e.g. ``model.early_exit.layers``.
+        value: the value received.
+        rule: what the value must satisfy.
+        remedy: what to write instead.
+    """
+
+    key: str
+    value: object
+    rule: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.key}={self.value}: {self.rule}; {self.remedy}"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run. Lists every fault found, not only the first.
+
+    Args:
+        faults: one or more broken rules.
+    """
+
+    def __init__(self, *faults: Fault):
+        assert faults, "ConfigError needs at least one fault"
+        self.faults = tuple(faults)
+        super().__init__("\n".join(str(fault) for fault in faults))
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is missing, damaged, hostile, or does not belong to this model."""
+
+
+class DataError(ValueError):
+    """Text or indexed data that cannot be used, e.g. empty or shorter than one sequence."""
+
+
+class GenerationError(ValueError):
+    """A generation request that cannot be served, e.g. a prompt beyond the position limit."""
