@@ -7,6 +7,7 @@ their defaults the defaults. Nothing else in nemo_ee reads the raw configuration
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -328,7 +329,7 @@ def _type_name(option) -> str:
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _plain(value):

@@ -1,0 +1,174 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Exit heads: what stands between the hidden state after a transformer layer and its logits."""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.core.utils import make_sharded_tensor_for_checkpoint
+from torch import Tensor
+
+from nemo_ee.config import HeadConfig
+from nemo_ee.megatron.norms import TorchNorm
+from nemo_ee.megatron.projection import ExitProjection
+from nemo_ee.megatron.specs import gpt_layer_spec, mlp_spec
+
+
+class ResidualMLP(MegatronModule):
+    """x + MLP(norm(x)), the MLP of the backbone's own kind. [S, B, H] -> [S, B, H]."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__(config=config)
+        self.norm = TorchNorm(config, config.hidden_size, config.layernorm_epsilon)
+        group = parallel_state.get_tensor_model_parallel_group()
+        self.mlp = build_module(
+            mlp_spec(), config=config, ffn_hidden_size=config.ffn_hidden_size, tp_group=group
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Adds the MLP's output to its input."""
+        out, bias = self.mlp(self.norm(x))
+        return x + (out if bias is None else out + bias)
+
+
+class Translator(MegatronModule):
+    """A linear map [H] -> [H] with bias, whole on every tensor-parallel rank.
+
+    With sequence parallelism each rank maps its own positions and the weights' gradients are summed over the
+    tensor-parallel group (the parameters are marked `sequence_parallel`).
+    """
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__(config=config)
+        size = config.hidden_size
+        self.weight = torch.nn.Parameter(torch.eye(size, dtype=config.params_dtype))
+        self.bias = torch.nn.Parameter(torch.zeros(size, dtype=config.params_dtype))
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps the last axis."""
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+
+
+class ExitHead(MegatronModule):
+    """[block] -> [MLP] -> [norm] -> [translator] -> projection, as `HeadConfig` chooses.
+
+    Args:
+        config: configuration of the exits, see `exit_config`.
+        head: which modules.
+        layer: the 1-based exit layer; also fixes this head's own KV-cache slot.
+        vocab_size: V, the tokenizer's vocabulary.
+        padded_vocab_size: V padded to a multiple of TP.
+        use_te: Transformer Engine's modules for the block; None takes what the machine has.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        head: HeadConfig,
+        layer: int,
+        vocab_size: int,
+        padded_vocab_size: int,
+        use_te: bool | None = None,
+    ):
+        super().__init__(config=config)
+        self.layer, self.head = layer, head
+        self.block = self.mlp = self.norm = self.linear = None
+        if head.block:
+            # TransformerLayer adds the stage's offset to the number that it is given; a head's is global.
+            number = layer - get_transformer_layer_offset(config)
+            self.block = build_module(gpt_layer_spec(config, use_te), config=config, layer_number=number)
+        if head.mlp:
+            self.mlp = ResidualMLP(config)
+        if head.norm:
+            self.norm = TorchNorm(config, config.hidden_size, config.layernorm_epsilon)
+        if head.linear:
+            self.linear = Translator(config)
+        self.projection = ExitProjection(config, head, vocab_size, padded_vocab_size)
+
+    def features(
+        self, hidden: Tensor, attention_mask: Tensor | None = None, rotary_pos_emb: Tensor | None = None
+    ) -> Tensor:
+        """What the translator reads: block, MLP and norm applied. [S, B, H] -> [S, B, H]."""
+        if self.block is not None:
+            hidden, _ = self.block(hidden, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb)
+        if self.mlp is not None:
+            hidden = self.mlp(hidden)
+        return hidden if self.norm is None else self.norm(hidden)
+
+    def forward(
+        self, hidden: Tensor, attention_mask: Tensor | None = None, rotary_pos_emb: Tensor | None = None
+    ) -> Tensor:
+        """The state that the projection reads.
+
+        Args:
+            hidden: [S, B, H] (S/TP under sequence parallelism), the output of transformer layer `layer`.
+            attention_mask: for the block; True hides. None means causal.
+            rotary_pos_emb: for the block.
+
+        Returns:
+            [S, B, H], sharded as `hidden`.
+        """
+        return self.translate(self.features(hidden, attention_mask, rotary_pos_emb))
+
+    def translate(self, features: Tensor) -> Tensor:
+        """The translator, if there is one."""
+        return features if self.linear is None else self.linear(features)
+
+    def identity_initialisation(self) -> None:
+        """Makes block and MLP the identity (their output projections become zero), norm and translator too."""
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name.startswith(("block.", "mlp.")) and ("linear_proj." in name or "linear_fc2." in name):
+                    parameter.zero_()
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """As megatron-core's; the translator is replicated over the tensor-parallel group."""
+        state = {}
+        for name, module in self.named_children():
+            state.update(_sharded(module, f"{prefix}{name}.", sharded_offsets, metadata))
+        return state
+
+
+def _sharded(module: torch.nn.Module, prefix: str, offsets: tuple, metadata: dict | None) -> ShardedStateDict:
+    if hasattr(module, "sharded_state_dict") and not isinstance(module, Translator | ResidualMLP):
+        return module.sharded_state_dict(prefix, offsets, metadata)
+    state = {
+        f"{prefix}{name}": replicated(parameter.data, f"{prefix}{name}", offsets)
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+    for name, child in module.named_children():
+        state.update(_sharded(child, f"{prefix}{name}.", offsets, metadata))
+    return state
+
+
+def replicated(tensor: Tensor, key: str, offsets: tuple = ()) -> object:
+    """A sharded tensor that every tensor- and data-parallel rank holds whole."""
+    replica = (
+        0,
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_data_parallel_rank(with_context_parallel=True),
+    )
+    return make_sharded_tensor_for_checkpoint(tensor, key, prepend_offsets=offsets, replica_id=replica)
+
+
+def exit_config(config: TransformerConfig, params_dtype: torch.dtype) -> TransformerConfig:
+    """The exits' configuration: the backbone's, with weights in `params_dtype` and no dropout."""
+    mine = copy.copy(config)
+    mine.params_dtype = params_dtype
+    mine.hidden_dropout = mine.attention_dropout = 0.0
+    return mine
+
+
+def trainable_parameters(heads: torch.nn.ModuleDict) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Named parameters that tuning changes."""
+    return ((name, parameter) for name, parameter in heads.named_parameters() if parameter.requires_grad)
