@@ -1,0 +1,230 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Losses of exits and their gradients, in chunks of tokens, over a vocabulary sharded by tensor parallelism.
+
+Logits are never kept: a chunk's logits, loss and gradient with respect to the exit's state are computed
+together, so that besides the teacher's at most one exit's logits of one chunk exist at any time. Suffixes:
+T tokens, C tokens of a chunk, H hidden size, R rows of this rank.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from nemo_ee.config import TuningConfig
+from nemo_ee.megatron.projection import ExitProjection
+
+
+@dataclass
+class ExitLossResult:
+    """Sums over tokens with a loss mask, for one micro-batch; the same on all tensor-parallel ranks.
+
+    Attributes:
+        stats: exit layer (0 for the final exit) -> float32 [5]: sums of CE (nats), KL (nats), agreement with
+            the final exit, confidence, and the objective.
+        tokens: number of tokens that count.
+        state_gradients: exit layer -> [T, H] gradient of the objective with respect to the exit's state, summed
+            over this rank's rows only: still to be summed over the tensor-parallel group.
+    """
+
+    stats: dict[int, Tensor]
+    tokens: Tensor
+    state_gradients: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ExitInput:
+    """One exit's part of `exit_losses`: its state [T, H], its projection, and the weight of its loss."""
+
+    state: Tensor
+    projection: ExitProjection
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The final exit: its normed state [T, H] and what projects it."""
+
+    state: Tensor
+    projection: ExitProjection
+
+
+def exit_losses(
+    exits: dict[int, ExitInput],
+    output_weight: Tensor,
+    labels: Tensor,
+    loss_mask: Tensor,
+    objective: TuningConfig,
+    teacher: Teacher | None = None,
+    scale: Tensor | float | None = None,
+) -> ExitLossResult:
+    """Losses, statistics and, with `scale`, gradients of several exits on one micro-batch.
+
+    The objective is scale * weight * sum_t mask_t u_t (ce_weight CE_t + kl_weight KL_t), u_t being 1 or the
+    exit's detached confidence. Gradients of trainable projections are added to `.grad`.
+
+    Collectives: per chunk and exit a few all-reduces of [C] over the tensor-parallel group, and for a shortlist
+    with a teacher one of [C, rows]; none where TP is 1.
+
+    Args:
+        exits: exit layer -> its state and projection.
+        output_weight: the backbone's output weight [Vp/TP, H].
+        labels: [T] next tokens.
+        loss_mask: [T], 0 leaves a token out.
+        objective: weights of the terms.
+        teacher: the final exit; required if `kl_weight` > 0.
+        scale: factor of the objective whose gradient is wanted; None computes statistics only.
+    """
+    assert teacher is not None or objective.kl_weight == 0, "distillation needs the final exit's state"
+    mask = loss_mask.float()
+    result = ExitLossResult(
+        {n: mask.new_zeros(5) for n in ([0] if teacher else []) + list(exits)}, mask.sum()
+    )
+    if scale is not None:
+        result.state_gradients = {n: torch.empty_like(e.state) for n, e in exits.items()}
+    with torch.no_grad():
+        for start in range(0, len(labels), objective.loss_chunk_tokens):
+            chunk = slice(start, start + objective.loss_chunk_tokens)
+            final = _Distribution.teacher(teacher, chunk, output_weight) if teacher else None
+            if final is not None:
+                final.add_stats(result.stats[0], labels[chunk], mask[chunk])
+            for n, item in exits.items():
+                gradient = result.state_gradients.get(n)
+                _one_exit(
+                    item,
+                    chunk,
+                    output_weight,
+                    labels[chunk],
+                    mask[chunk],
+                    objective,
+                    final,
+                    scale,
+                    result.stats[n],
+                    None if gradient is None else gradient[chunk],
+                )
+    return result
+
+
+class _Distribution:
+    """Softmax over sharded rows of one chunk: logits [C, R] in float32, log-normaliser and maximum [C]."""
+
+    def __init__(self, state: Tensor, projection: ExitProjection, tied_weight: Tensor):
+        self.projection = projection
+        self.logits = projection.local_logits(state, tied_weight).float()
+        self.logits[:, projection.valid_rows() :] = float("-inf")
+        emittable = self.logits[:, : projection.emittable_rows()]
+        if emittable.shape[1]:
+            best, row = emittable.max(-1)
+        else:
+            best, row = self.logits.new_full((len(state),), float("-inf")), state.new_zeros(len(state)).long()
+        self.best, rows = max_over_ranks(best, row + projection.first_row)
+        self.best_token = projection.tokens_of(rows)
+        highest = reduce_over_ranks(self.logits.amax(-1), torch.distributed.ReduceOp.MAX)
+        self.unnormalised = (self.logits - highest[:, None]).exp_()
+        total = reduce_over_ranks(self.unnormalised.sum(-1))
+        self.log_normaliser = highest + total.log()
+        self.probabilities = self.unnormalised.div_(total[:, None])
+
+    @classmethod
+    def teacher(cls, teacher: Teacher, chunk: slice, output_weight: Tensor) -> "_Distribution":
+        return cls(teacher.state[chunk], teacher.projection, output_weight)
+
+    @property
+    def confidence(self) -> Tensor:
+        """[C], the highest probability of a token that can be emitted."""
+        return (self.best - self.log_normaliser).exp()
+
+    def cross_entropy(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """CE [C] in nats, and this rank's (token, row) indices of the labels that it holds."""
+        rows = self.projection.rows_of(labels) - self.projection.first_row
+        (held,) = torch.nonzero((rows >= 0) & (rows < self.projection.rows_per_rank), as_tuple=True)
+        logit = self.logits.new_zeros(len(labels))
+        logit[held] = self.logits[held, rows[held]]
+        return self.log_normaliser - reduce_over_ranks(logit), held, rows[held]
+
+    def add_stats(self, stats: Tensor, labels: Tensor, mask: Tensor) -> None:
+        ce, *_ = self.cross_entropy(labels)
+        stats += torch.stack([ce @ mask, mask.new_zeros(()), mask.sum(), self.confidence @ mask, ce @ mask])
+
+    def on_rows_of(self, projection: ExitProjection) -> Tensor:
+        """This distribution on another projection's rows, [C, R]: what is off the shortlist fills the bucket."""
+        if projection.kind != "shortlist":
+            return self.probabilities
+        mine = self.projection
+        first, last = mine.first_row, mine.first_row + mine.valid_rows()
+        kept = projection.token_ids
+        low, high = torch.searchsorted(kept, torch.tensor([first, last], device=kept.device)).tolist()
+        selected = self.probabilities[:, kept[low:high] - first]
+        bucket = self.probabilities.sum(-1) - selected.sum(-1)
+        rows = self.logits.new_zeros(len(self.logits), projection.num_rows)
+        rows[:, low:high], rows[:, projection.num_kept] = selected, bucket.clamp_min(0)
+        rows = reduce_over_ranks(rows)
+        return rows[:, projection.first_row : projection.first_row + projection.rows_per_rank]
+
+
+def _one_exit(
+    item: ExitInput,
+    chunk: slice,
+    output_weight: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    objective: TuningConfig,
+    final: _Distribution | None,
+    scale: Tensor | float | None,
+    stats: Tensor,
+    state_gradient: Tensor | None,
+) -> None:
+    state, projection = item.state[chunk], item.projection
+    mine = _Distribution(state, projection, output_weight)
+    ce, held, rows = mine.cross_entropy(labels)
+    kl, target = torch.zeros_like(ce), None
+    if final is not None:
+        target = final.on_rows_of(projection)
+        log_ratio = target.clamp_min(1e-30).log() - mine.logits.clamp_min(-1e30)
+        kl = reduce_over_ranks((target * log_ratio).sum(-1)) + mine.log_normaliser
+        del log_ratio
+    confidence = mine.confidence
+    agreement = torch.zeros_like(ce) if final is None else (mine.best_token == final.best_token).float()
+    token_weight = mask * confidence if objective.token_weighting == "confidence" else mask
+    loss = objective.ce_weight * ce + objective.kl_weight * kl
+    stats += torch.stack([ce @ mask, kl @ mask, agreement @ mask, confidence @ mask, loss @ token_weight])
+    if scale is None:
+        return
+    gradient = mine.probabilities * (objective.ce_weight + objective.kl_weight)
+    if objective.ce_weight:
+        gradient[held, rows] -= objective.ce_weight
+    if objective.kl_weight:
+        gradient.sub_(target, alpha=objective.kl_weight)
+    gradient *= (token_weight * (item.weight * scale))[:, None]
+    gradient = gradient.to(state.dtype)
+    weight = output_weight if projection.weight is None else projection.weight
+    state_gradient.copy_(gradient @ weight.to(state.dtype))
+    if projection.weight is not None and projection.weight.requires_grad:
+        _accumulate(projection.weight, gradient.T @ state)
+    if projection.bias is not None and projection.bias.requires_grad:
+        _accumulate(projection.bias, gradient.float().sum(0))
+
+
+def _accumulate(parameter: torch.nn.Parameter, gradient: Tensor) -> None:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    parameter.grad += gradient.to(parameter.dtype)
+
+
+def reduce_over_ranks(
+    tensor: Tensor, op: torch.distributed.ReduceOp = torch.distributed.ReduceOp.SUM
+) -> Tensor:
+    """All-reduces over the tensor-parallel group, in place; nothing where TP is 1."""
+    if parallel_state.get_tensor_model_parallel_world_size() > 1:
+        torch.distributed.all_reduce(tensor, op, group=parallel_state.get_tensor_model_parallel_group())
+    return tensor
+
+
+def max_over_ranks(values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Maximum over the tensor-parallel group of values [C] and its (lowest) row [C]."""
+    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+        return values, rows
+    highest = reduce_over_ranks(values.clone(), torch.distributed.ReduceOp.MAX)
+    rows = rows.masked_fill(values < highest, torch.iinfo(rows.dtype).max)
+    return highest, reduce_over_ranks(rows, torch.distributed.ReduceOp.MIN)

@@ -1,0 +1,191 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""A megatron-core GPT with exit heads on some of its layers."""
+
+import dataclasses
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
+from torch import Tensor
+
+from nemo_ee.config import EarlyExitConfig
+from nemo_ee.megatron.heads import ExitHead, exit_config
+from nemo_ee.megatron.specs import gpt_block_spec
+
+
+@dataclass(frozen=True)
+class StageStates:
+    """What one forward pass leaves on a pipeline stage.
+
+    Attributes:
+        output: [S, B, H], to be sent to the next stage; on the last stage of a whole backbone the final normed
+            state. S/TP under sequence parallelism, as for `exits`.
+        exits: exit layer -> [S, B, H], the output of that layer, for the exits of this stage.
+        rotary_pos_emb: for heads with a block of their own.
+    """
+
+    output: Tensor
+    exits: dict[int, Tensor]
+    rotary_pos_emb: Tensor | None
+
+
+class ExitHeads(torch.nn.ModuleDict):
+    """The exits of one pipeline stage, keyed by their global 1-based layer."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """Each head under `exits.<layer>.`, whichever stage holds it."""
+        state: ShardedStateDict = {}
+        for layer, head in self.items():
+            state.update(head.sharded_state_dict(f"{prefix}{layer}.", sharded_offsets, metadata))
+        return state
+
+
+class EarlyExitGPTModel(GPTModel):
+    """megatron-core's GPTModel with exit heads in `exits`; its own forward is the plain model's.
+
+    Args:
+        config: the backbone's configuration. `config.num_layers` is the depth that is built.
+        early_exit: layers and heads of the exits.
+        padded_vocab_size: the vocabulary padded to a multiple of TP: rows of embedding and output weight.
+        vocab_size: the tokenizer's vocabulary; padding beyond it enters no exit's loss or confidence.
+        checkpoint_layers: depth of the checkpoint that weights come from, at least `config.num_layers`.
+            Where it is larger the backbone is truncated: without final norm and output layer.
+        exits_dtype: dtype of the exits' weights.
+        use_te: Transformer Engine's modules or torch's; None takes what the machine has.
+        **kwargs: as GPTModel.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        early_exit: EarlyExitConfig,
+        padded_vocab_size: int,
+        vocab_size: int,
+        checkpoint_layers: int | None = None,
+        exits_dtype: torch.dtype = torch.float32,
+        use_te: bool | None = None,
+        share_embeddings_and_output_weights: bool = True,
+        post_process: bool = True,
+        **kwargs,
+    ):
+        self.checkpoint_layers = checkpoint_layers or config.num_layers
+        truncated = self.checkpoint_layers > config.num_layers
+        super().__init__(
+            config=config,
+            transformer_layer_spec=gpt_block_spec(config, use_te),
+            vocab_size=padded_vocab_size,
+            post_process=post_process and not truncated,
+            share_embeddings_and_output_weights=share_embeddings_and_output_weights and not truncated,
+            **kwargs,
+        )
+        self.early_exit, self.truncated, self.true_vocab_size = early_exit, truncated, vocab_size
+        self.tied_to_embedding = share_embeddings_and_output_weights
+        here = {layer.layer_number: layer for layer in self.decoder.layers}
+        heads_config = exit_config(config, exits_dtype)
+        self.exits = ExitHeads(
+            {
+                str(n): ExitHead(heads_config, early_exit.head, n, vocab_size, padded_vocab_size, use_te)
+                for n in early_exit.layers
+                if n in here
+            }
+        )
+        self._captured: dict[int, Tensor] | None = None
+        for n in self.exit_layers:
+            here[n].register_forward_hook(self._capture_hook(n))
+        self.register_parameter("output_copy", None)
+        if self.exits and not self._has_output_weight():
+            shape = (
+                padded_vocab_size // parallel_state.get_tensor_model_parallel_world_size(),
+                config.hidden_size,
+            )
+            data = torch.zeros(shape, dtype=config.params_dtype)
+            self.output_copy = torch.nn.Parameter(data, requires_grad=False)
+
+    @property
+    def exit_layers(self) -> tuple[int, ...]:
+        """Exit layers of this stage, ascending."""
+        return tuple(int(n) for n in self.exits)
+
+    def _has_output_weight(self) -> bool:
+        return self.post_process or (self.pre_process and self.tied_to_embedding)
+
+    def output_weight(self) -> Tensor:
+        """The backbone's output weight [Vp/TP, H]: its own on this stage, or this stage's frozen copy."""
+        if self.pre_process and self.tied_to_embedding:
+            return self.embedding.word_embeddings.weight
+        return self.output_layer.weight if self.post_process else self.output_copy
+
+    def _capture_hook(self, n: int):
+        def hook(_module: torch.nn.Module, _args: tuple, output: tuple) -> None:
+            if self._captured is not None:
+                self._captured[n] = output[0]
+
+        return hook
+
+    @contextmanager
+    def capture(self):
+        """Collects exit layers' outputs of the forward passes within: yields {exit layer: [S, B, H]}."""
+        assert self._captured is None, "captures do not nest"
+        self._captured = {}
+        try:
+            yield self._captured
+        finally:
+            self._captured = None
+
+    def forward_states(
+        self, input_ids: Tensor | None, position_ids: Tensor | None, attention_mask: Tensor | None
+    ) -> StageStates:
+        """Runs this stage's layers, without the output layer.
+
+        Args:
+            input_ids: [B, S] token ids; ignored beyond the first stage (see `set_input_tensor`).
+            position_ids: [B, S].
+            attention_mask: True hides; None means causal.
+        """
+        decoder_input, rotary_pos_emb, *_ = self._preprocess(input_ids, position_ids)
+        with self.capture() as exits:
+            output = self.decoder(
+                hidden_states=decoder_input, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb
+            )
+        return StageStates(output, exits, rotary_pos_emb)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """megatron-core's, with the exits under `exits.<layer>.`, and the shapes of the whole checkpoint."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.truncated:
+            layers = f"{prefix}decoder.layers."
+            for key, tensor in state.items():
+                if key.startswith(layers) and isinstance(tensor, ShardedTensor):
+                    state[key] = deepen(tensor, self.checkpoint_layers)
+        if self.output_copy is not None:
+            source = "embedding.word_embeddings.weight" if self.tied_to_embedding else "output_layer.weight"
+            state[f"{prefix}output_copy"] = make_tp_sharded_tensor_for_checkpoint(
+                self.output_copy.data,
+                f"{prefix}{source}",
+                replica_id=(
+                    1 + parallel_state.get_pipeline_model_parallel_rank(),
+                    0,
+                    parallel_state.get_data_parallel_rank(with_context_parallel=True),
+                ),
+                allow_shape_mismatch=True,
+            )
+        return state
+
+
+def deepen(tensor: ShardedTensor, num_layers: int) -> ShardedTensor:
+    """The same local shard of layers' stacked weights, in a stack of `num_layers`."""
+    return dataclasses.replace(
+        tensor,
+        global_shape=(num_layers, *tensor.global_shape[1:]),
+        axis_fragmentations=(num_layers, *tensor.axis_fragmentations[1:]),
+    )
