@@ -1,0 +1,34 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Set-up of all tests: the CPU runtime, the ``slow`` mark and the ``workers`` fixture."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+
+from nemo_ee.runtime import cpu  # noqa: E402
+from tests.support import distributed  # noqa: E402
+
+cpu.enable()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        skip = pytest.mark.skip(reason="slow; pass --slow to run it")
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(skip)
+    if any("workers" in item.fixturenames for item in items) and not config.option.collectonly:
+        distributed.start_server()  # imports NeMo on the other core while the first tests run
+
+
+@pytest.fixture(scope="session")
+def workers():
+    """``workers(n).run(fn, *args)`` calls fn in n gloo ranks and returns what each returned; see tests.support.distributed."""
+    return distributed.Workers
