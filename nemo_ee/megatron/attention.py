@@ -36,8 +36,8 @@ class TorchAttention(MegatronModule):
         super().__init__(config=config)
         if config.context_parallel_size > 1:
             raise NotImplementedError(
-                f"context_parallel_size={config.context_parallel_size}: torch attention holds whole sequences; "
-                "install Transformer Engine or set it to 1"
+                f"context_parallel_size={config.context_parallel_size}: torch attention needs whole "
+                "sequences; install Transformer Engine or set it to 1"
             )
         self.attn_mask_type = attn_mask_type
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -91,7 +91,7 @@ class TorchAttention(MegatronModule):
 def visible_positions(
     queries: int, keys: int, causal: bool, hidden: Tensor | None, device: torch.device
 ) -> Tensor | None:
-    """The boolean mask (True is visible) for SDPA, or None where its own causal flag, or no mask, says it all."""
+    """The boolean mask (True is visible) for SDPA, or None where its causal flag or no mask will do."""
     if hidden is None and (not causal or queries in (1, keys)):
         return None
     visible = None if hidden is None else ~hidden

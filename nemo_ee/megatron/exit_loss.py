@@ -21,10 +21,10 @@ class ExitLossResult:
     """Sums over tokens with a loss mask, for one micro-batch; the same on all tensor-parallel ranks.
 
     Attributes:
-        stats: exit layer (0 for the final exit) -> float32 [5]: sums of CE (nats), KL (nats), agreement with
-            the final exit, confidence, and the objective.
+        stats: exit layer (0 for the final exit) -> [5] (float32 or wider): sums of CE (nats), KL (nats),
+            agreement with the final exit, confidence, and the objective.
         tokens: number of tokens that count.
-        state_gradients: exit layer -> [T, H] gradient of the objective with respect to the exit's state, summed
+        state_gradients: exit layer -> [T, H] gradient of the objective with respect to the exit's state,
             over this rank's rows only: still to be summed over the tensor-parallel group.
     """
 
@@ -64,8 +64,8 @@ def exit_losses(
     The objective is scale * weight * sum_t mask_t u_t (ce_weight CE_t + kl_weight KL_t), u_t being 1 or the
     exit's detached confidence. Gradients of trainable projections are added to `.grad`.
 
-    Collectives: per chunk and exit a few all-reduces of [C] over the tensor-parallel group, and for a shortlist
-    with a teacher one of [C, rows]; none where TP is 1.
+    Collectives: per chunk and exit a few all-reduces of [C] over the tensor-parallel group, and for a
+    shortlist with a teacher one of [C, rows]; none where TP is 1.
 
     Args:
         exits: exit layer -> its state and projection.
@@ -77,7 +77,8 @@ def exit_losses(
         scale: factor of the objective whose gradient is wanted; None computes statistics only.
     """
     assert teacher is not None or objective.kl_weight == 0, "distillation needs the final exit's state"
-    mask = loss_mask.float()
+    state = next(iter(exits.values())).state if exits else teacher.state
+    mask = loss_mask.to(torch.promote_types(state.dtype, torch.float32))
     result = ExitLossResult(
         {n: mask.new_zeros(5) for n in ([0] if teacher else []) + list(exits)}, mask.sum()
     )
@@ -111,7 +112,8 @@ class _Distribution:
 
     def __init__(self, state: Tensor, projection: ExitProjection, tied_weight: Tensor):
         self.projection = projection
-        self.logits = projection.local_logits(state, tied_weight).float()
+        logits = projection.local_logits(state, tied_weight)
+        self.logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         self.logits[:, projection.valid_rows() :] = float("-inf")
         emittable = self.logits[:, : projection.emittable_rows()]
         if emittable.shape[1]:
@@ -148,7 +150,7 @@ class _Distribution:
         stats += torch.stack([ce @ mask, mask.new_zeros(()), mask.sum(), self.confidence @ mask, ce @ mask])
 
     def on_rows_of(self, projection: ExitProjection) -> Tensor:
-        """This distribution on another projection's rows, [C, R]: what is off the shortlist fills the bucket."""
+        """This distribution on another projection's rows, [C, R]: the bucket takes what is off the shortlist."""
         if projection.kind != "shortlist":
             return self.probabilities
         mine = self.projection
@@ -185,7 +187,7 @@ def _one_exit(
         kl = reduce_over_ranks((target * log_ratio).sum(-1)) + mine.log_normaliser
         del log_ratio
     confidence = mine.confidence
-    agreement = torch.zeros_like(ce) if final is None else (mine.best_token == final.best_token).float()
+    agreement = torch.zeros_like(ce) if final is None else (mine.best_token == final.best_token).to(ce.dtype)
     token_weight = mask * confidence if objective.token_weighting == "confidence" else mask
     loss = objective.ce_weight * ce + objective.kl_weight * kl
     stats += torch.stack([ce @ mask, kl @ mask, agreement @ mask, confidence @ mask, loss @ token_weight])

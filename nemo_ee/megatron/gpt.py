@@ -7,7 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedStateDict,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
@@ -23,8 +28,8 @@ class StageStates:
     """What one forward pass leaves on a pipeline stage.
 
     Attributes:
-        output: [S, B, H], to be sent to the next stage; on the last stage of a whole backbone the final normed
-            state. S/TP under sequence parallelism, as for `exits`.
+        output: [S, B, H], to be sent to the next stage; on the last stage of a whole backbone the final
+            normed state. S/TP under sequence parallelism, as for `exits`.
         exits: exit layer -> [S, B, H], the output of that layer, for the exits of this stage.
         rotary_pos_emb: for heads with a block of their own.
     """
@@ -165,7 +170,7 @@ class EarlyExitGPTModel(GPTModel):
         if self.truncated:
             layers = f"{prefix}decoder.layers."
             for key, tensor in state.items():
-                if key.startswith(layers) and isinstance(tensor, ShardedTensor):
+                if key.startswith(layers):
                     state[key] = deepen(tensor, self.checkpoint_layers)
         if self.output_copy is not None:
             source = "embedding.word_embeddings.weight" if self.tied_to_embedding else "output_layer.weight"
@@ -182,10 +187,19 @@ class EarlyExitGPTModel(GPTModel):
         return state
 
 
-def deepen(tensor: ShardedTensor, num_layers: int) -> ShardedTensor:
-    """The same local shard of layers' stacked weights, in a stack of `num_layers`."""
-    return dataclasses.replace(
-        tensor,
-        global_shape=(num_layers, *tensor.global_shape[1:]),
-        axis_fragmentations=(num_layers, *tensor.axis_fragmentations[1:]),
-    )
+def deepen(sharded: object, num_layers: int) -> object:
+    """The same local shard of layers' stacked weights, as part of a stack of `num_layers`."""
+    if isinstance(sharded, ShardedTensorFactory):
+        build = sharded.build_fn
+        return dataclasses.replace(
+            sharded, build_fn=lambda *args: [deepen(tensor, num_layers) for tensor in build(*args)]
+        )
+    if isinstance(sharded, ShardedTensor):
+        return dataclasses.replace(
+            sharded,
+            global_shape=(num_layers, *sharded.global_shape[1:]),
+            axis_fragmentations=(num_layers, *sharded.axis_fragmentations[1:]),
+        )
+    if isinstance(sharded, ShardedObject):
+        return dataclasses.replace(sharded, global_shape=(num_layers, *sharded.global_shape[1:]))
+    return sharded

@@ -123,7 +123,7 @@ class ExitHead(MegatronModule):
         return features if self.linear is None else self.linear(features)
 
     def identity_initialisation(self) -> None:
-        """Makes block and MLP the identity (their output projections become zero), norm and translator too."""
+        """Makes block and MLP the identity (their output projections become zero)."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if name.startswith(("block.", "mlp.")) and ("linear_proj." in name or "linear_fc2." in name):

@@ -32,7 +32,7 @@ class ExitProjection(MegatronModule):
     Attributes:
         weight: [rows/TP, H], or None when tied: then pass the backbone's output weight.
         bias: [rows/TP], only for a shortlist, else None.
-        token_ids: [k] the kept tokens in ascending order (a buffer, stored in checkpoints), only for a shortlist.
+        token_ids: [k] the kept tokens in ascending order (a buffer in checkpoints), only for a shortlist.
     """
 
     def __init__(self, config: TransformerConfig, head: HeadConfig, vocab_size: int, padded_vocab_size: int):
@@ -109,7 +109,7 @@ class ExitProjection(MegatronModule):
         return max(0, min(self.rows_per_rank, self.num_kept - self.first_row))
 
     def local_logits(self, state: Tensor, tied_weight: Tensor | None = None) -> Tensor:
-        """Logits of this rank's rows, before any collective: [..., H] -> [..., rows/TP], in the state's dtype."""
+        """Logits of this rank's rows, before any collective: [..., H] -> [..., rows/TP]."""
         weight = tied_weight if self.weight is None else self.weight
         bias = None if self.bias is None else self.bias.to(state.dtype)
         return torch.nn.functional.linear(state, weight.to(state.dtype), bias)

@@ -1,0 +1,129 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""What a model configuration must satisfy, checked before anything is allocated."""
+
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nemo_ee.config import EarlyExitConfig, parse_early_exit
+from nemo_ee.errors import ConfigError, Fault
+
+NOT_ON_THIS_MACHINE = {
+    "gradient_accumulation_fusion": "Apex",
+    "persist_layer_norm": "Apex",
+    "masked_softmax_fusion": "Megatron's CUDA kernels",
+    "apply_rope_fusion": "Transformer Engine",
+    "bias_activation_fusion": "a GPU",
+    "bias_dropout_add_fusion": "a GPU",
+}
+"""Speed-ups without effect on results that a checkpoint may ask for, and what they need."""
+
+
+def read_early_exit(cfg: DictConfig, vocab_size: int | None = None) -> EarlyExitConfig:
+    """The parsed `early_exit` section of a model configuration; without one, a model without exits.
+
+    Raises:
+        ConfigError: listing every fault.
+    """
+    if cfg.get("early_exit") is None:
+        return EarlyExitConfig(layers=())
+    return parse_early_exit(OmegaConf.to_container(cfg.early_exit, resolve=True), cfg.num_layers, vocab_size)
+
+
+def check_model(cfg: DictConfig, world_size: int, layers: int | None = None) -> None:
+    """Checks sizes against the parallel layout.
+
+    Args:
+        cfg: model configuration.
+        world_size: number of processes.
+        layers: transformer layers that will be built, if not `num_layers`.
+
+    Raises:
+        ConfigError: listing every fault.
+    """
+    faults = list(_layout_faults(cfg, world_size)) + list(_split_faults(cfg, layers or cfg.num_layers))
+    if not cfg.get("mcore_gpt", False):
+        rule = "exits are built on megatron-core's GPT"
+        faults.append(
+            Fault("model.mcore_gpt", cfg.get("mcore_gpt"), rule, "convert the checkpoint to megatron-core")
+        )
+    for key, wanted in (("context_parallel_size", 1), ("expert_model_parallel_size", 1)):
+        if cfg.get(key, 1) != wanted:
+            faults.append(
+                Fault(f"model.{key}", cfg[key], "not supported with early exits", f"set it to {wanted}")
+            )
+    if cfg.get("virtual_pipeline_model_parallel_size") not in (None, 1):
+        size = cfg.virtual_pipeline_model_parallel_size
+        rule = "interleaved pipelines are not supported with early exits"
+        faults.append(Fault("model.virtual_pipeline_model_parallel_size", size, rule, "set it to null"))
+    if faults:
+        raise ConfigError(*faults)
+
+
+def _layout_faults(cfg: DictConfig, world_size: int):
+    tp, pp = cfg.get("tensor_model_parallel_size", 1), cfg.get("pipeline_model_parallel_size", 1)
+    for key, size in (("tensor_model_parallel_size", tp), ("pipeline_model_parallel_size", pp)):
+        if size < 1:
+            yield Fault(f"model.{key}", size, "must be at least 1", "use 1 or more")
+            return
+    if world_size % (tp * pp):
+        rule = f"{tp} x pipeline_model_parallel_size={pp} does not divide the {world_size} processes"
+        yield Fault(
+            "model.tensor_model_parallel_size", tp, rule, "change trainer.devices x num_nodes, or the sizes"
+        )
+        return
+    groups = cfg.get("num_query_groups") or cfg.num_attention_heads
+    for key, count in (("num_attention_heads", cfg.num_attention_heads), ("num_query_groups", groups)):
+        if count % tp:
+            rule = f"does not divide model.{key}={count}"
+            sizes = [n for n in range(1, groups + 1) if not groups % n and not cfg.num_attention_heads % n]
+            remedy = f"use one of {sizes}"
+            yield Fault("model.tensor_model_parallel_size", tp, rule, remedy)
+            break
+    if cfg.ffn_hidden_size % tp:
+        rule = f"does not divide model.ffn_hidden_size={cfg.ffn_hidden_size}"
+        yield Fault("model.tensor_model_parallel_size", tp, rule, "use a divisor")
+    if cfg.get("sequence_parallel", False) and cfg.encoder_seq_length % tp:
+        rule = f"sequence parallelism splits it over tensor_model_parallel_size={tp}"
+        yield Fault("model.encoder_seq_length", cfg.encoder_seq_length, rule, f"use a multiple of {tp}")
+    dp, micro, batch = world_size // (tp * pp), cfg.get("micro_batch_size"), cfg.get("global_batch_size")
+    if micro and batch and batch % (micro * dp):
+        rule = f"must be a multiple of micro_batch_size={micro} x data-parallel size {dp}"
+        yield Fault(
+            "model.global_batch_size", batch, rule, f"use e.g. {micro * dp * max(1, batch // (micro * dp))}"
+        )
+
+
+def _split_faults(cfg: DictConfig, layers: int):
+    stages, rest = cfg.get("pipeline_model_parallel_size", 1), layers
+    uneven = []
+    for place in ("first", "last"):
+        count = cfg.get(f"num_layers_in_{place}_pipeline_stage")
+        if count is not None:
+            stages, rest = stages - 1, rest - count
+            uneven.append(f"num_layers_in_{place}_pipeline_stage={count}")
+    fits = rest == 0 if stages <= 0 else rest > 0 and rest % stages == 0
+    if not fits:
+        rule = (
+            f"{layers} layers{' with ' + ', '.join(uneven) if uneven else ''} do not divide into equal stages"
+        )
+        remedy = "use a divisor, or set model.num_layers_in_first_pipeline_stage or …_last_…"
+        yield Fault(
+            "model.pipeline_model_parallel_size", cfg.get("pipeline_model_parallel_size", 1), rule, remedy
+        )
+
+
+def adapt_to_machine(cfg: DictConfig) -> list[str]:
+    """Turns off speed-ups that this machine lacks (results do not change); returns what was turned off."""
+    if torch.cuda.is_available():
+        return []
+    changed = []
+    with open_dict(cfg):
+        cfg.use_cpu_initialization = True
+        for key, needs in NOT_ON_THIS_MACHINE.items():
+            if cfg.get(key, False):
+                changed.append(f"model.{key} (needs {needs})")
+            cfg[key] = False
+        if cfg.get("transformer_engine", False):
+            cfg.transformer_engine = False
+            changed.append("model.transformer_engine (needs a GPU)")
+    return changed

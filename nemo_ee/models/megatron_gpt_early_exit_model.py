@@ -1,0 +1,85 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""NeMo's GPT model with early exits: construction, checkpoints and generation."""
+
+import torch
+from lightning.pytorch import Trainer
+from megatron.core import parallel_state
+from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
+from nemo.utils import logging
+from omegaconf import DictConfig, open_dict
+
+from nemo_ee.megatron.gpt import EarlyExitGPTModel
+from nemo_ee.models.checks import adapt_to_machine, check_model, read_early_exit
+
+
+class MegatronGPTEarlyExitModel(MegatronGPTModel):
+    """`MegatronGPTModel` whose module is an `EarlyExitGPTModel`.
+
+    A plain NeMo GPT `.nemo` restores as a model without exits, or with untrained ones if the override
+    configuration has `early_exit`.
+
+    Args:
+        cfg: NeMo's GPT model configuration, with `early_exit` (see `nemo_ee.config.EarlyExitConfig`).
+        trainer: a Lightning trainer with an NLPDDPStrategy.
+
+    Raises:
+        ConfigError: for a configuration that cannot be run, before anything is allocated.
+    """
+
+    exits_dtype: torch.dtype | None = None
+    """Dtype of the exits' weights; None takes the backbone's."""
+
+    def __init__(self, cfg: DictConfig, trainer: Trainer):
+        early_exit = read_early_exit(cfg)
+        check_model(cfg, trainer.world_size, self.built_layers(cfg))
+        if off := adapt_to_machine(cfg):
+            logging.info(f"Without a GPU these are off: {', '.join(off)}.")
+        with open_dict(cfg):
+            cfg.target = f"{type(self).__module__}.{type(self).__qualname__}"
+        super().__init__(cfg, trainer)
+        self.early_exit = early_exit
+
+    @classmethod
+    def built_layers(cls, cfg: DictConfig) -> int:
+        """Transformer layers that this configuration builds."""
+        return cfg.num_layers
+
+    def model_provider_func(self, pre_process: bool, post_process: bool) -> EarlyExitGPTModel:
+        """Builds this pipeline stage's module."""
+        self.start_distributed()
+        early_exit = read_early_exit(self.cfg, self.true_vocab_size)
+        return EarlyExitGPTModel(
+            config=self.transformer_config,
+            early_exit=early_exit,
+            padded_vocab_size=self.cfg.get("override_vocab_size", self.padded_vocab_size),
+            vocab_size=self.true_vocab_size,
+            checkpoint_layers=self.cfg.num_layers,
+            exits_dtype=self.exits_dtype or self.transformer_config.params_dtype,
+            use_te=None if self.cfg.get("transformer_engine", False) else False,
+            max_sequence_length=self.cfg.encoder_seq_length,
+            pre_process=pre_process,
+            post_process=post_process,
+            parallel_output=True,
+            share_embeddings_and_output_weights=self.cfg.get("share_embeddings_and_output_weights", True),
+            position_embedding_type=self.cfg.get("position_embedding_type", "learned_absolute"),
+            rotary_percent=self.cfg.get("rotary_percentage", 1.0),
+            seq_len_interpolation_factor=self.cfg.get("seq_len_interpolation_factor"),
+            rotary_base=self.cfg.get("rotary_base", 10000),
+        )
+
+    def start_distributed(self) -> None:
+        """Brings up torch.distributed and the model-parallel groups, which attention needs to be built."""
+        if not parallel_state.is_initialized():
+            strategy = self.trainer.strategy
+            if strategy.launcher is not None:
+                strategy.launcher.launch(lambda: None, trainer=self.trainer)
+            strategy.setup_environment()
+
+    def _build_vocab(self) -> None:
+        self.true_vocab_size = int(self.tokenizer.vocab_size)
+        super()._build_vocab()
+
+    @property
+    def gpt(self) -> EarlyExitGPTModel:
+        """This pipeline stage's module, unwrapped."""
+        return self.get_model_module_list()[0]
