@@ -150,7 +150,7 @@ class _Distribution:
         stats += torch.stack([ce @ mask, mask.new_zeros(()), mask.sum(), self.confidence @ mask, ce @ mask])
 
     def on_rows_of(self, projection: ExitProjection) -> Tensor:
-        """This distribution on another projection's rows, [C, R]: the bucket takes what is off the shortlist."""
+        """On another projection's rows, [C, R]: a bucket takes what is off the shortlist."""
         if projection.kind != "shortlist":
             return self.probabilities
         mine = self.projection

@@ -1,18 +1,12 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """A megatron-core GPT with exit heads on some of its layers."""
 
-import dataclasses
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.mapping import (
-    ShardedObject,
-    ShardedStateDict,
-    ShardedTensor,
-    ShardedTensorFactory,
-)
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
@@ -60,8 +54,7 @@ class EarlyExitGPTModel(GPTModel):
         early_exit: layers and heads of the exits.
         padded_vocab_size: the vocabulary padded to a multiple of TP: rows of embedding and output weight.
         vocab_size: the tokenizer's vocabulary; padding beyond it enters no exit's loss or confidence.
-        checkpoint_layers: depth of the checkpoint that weights come from, at least `config.num_layers`.
-            Where it is larger the backbone is truncated: without final norm and output layer.
+        truncated: the backbone is the lower part of a deeper one: build no final norm and no output layer.
         exits_dtype: dtype of the exits' weights.
         use_te: Transformer Engine's modules or torch's; None takes what the machine has.
         **kwargs: as GPTModel.
@@ -74,15 +67,13 @@ class EarlyExitGPTModel(GPTModel):
         early_exit: EarlyExitConfig,
         padded_vocab_size: int,
         vocab_size: int,
-        checkpoint_layers: int | None = None,
+        truncated: bool = False,
         exits_dtype: torch.dtype = torch.float32,
         use_te: bool | None = None,
         share_embeddings_and_output_weights: bool = True,
         post_process: bool = True,
         **kwargs,
     ):
-        self.checkpoint_layers = checkpoint_layers or config.num_layers
-        truncated = self.checkpoint_layers > config.num_layers
         super().__init__(
             config=config,
             transformer_layer_spec=gpt_block_spec(config, use_te),
@@ -165,13 +156,8 @@ class EarlyExitGPTModel(GPTModel):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """megatron-core's, with the exits under `exits.<layer>.`, and the shapes of the whole checkpoint."""
+        """megatron-core's, with the exits under `exits.<layer>.` whichever stage holds them."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        if self.truncated:
-            layers = f"{prefix}decoder.layers."
-            for key, tensor in state.items():
-                if key.startswith(layers):
-                    state[key] = deepen(tensor, self.checkpoint_layers)
         if self.output_copy is not None:
             source = "embedding.word_embeddings.weight" if self.tied_to_embedding else "output_layer.weight"
             state[f"{prefix}output_copy"] = make_tp_sharded_tensor_for_checkpoint(
@@ -185,21 +171,3 @@ class EarlyExitGPTModel(GPTModel):
                 allow_shape_mismatch=True,
             )
         return state
-
-
-def deepen(sharded: object, num_layers: int) -> object:
-    """The same local shard of layers' stacked weights, as part of a stack of `num_layers`."""
-    if isinstance(sharded, ShardedTensorFactory):
-        build = sharded.build_fn
-        return dataclasses.replace(
-            sharded, build_fn=lambda *args: [deepen(tensor, num_layers) for tensor in build(*args)]
-        )
-    if isinstance(sharded, ShardedTensor):
-        return dataclasses.replace(
-            sharded,
-            global_shape=(num_layers, *sharded.global_shape[1:]),
-            axis_fragmentations=(num_layers, *sharded.axis_fragmentations[1:]),
-        )
-    if isinstance(sharded, ShardedObject):
-        return dataclasses.replace(sharded, global_shape=(num_layers, *sharded.global_shape[1:]))
-    return sharded

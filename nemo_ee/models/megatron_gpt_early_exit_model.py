@@ -53,7 +53,7 @@ class MegatronGPTEarlyExitModel(MegatronGPTModel):
             early_exit=early_exit,
             padded_vocab_size=self.cfg.get("override_vocab_size", self.padded_vocab_size),
             vocab_size=self.true_vocab_size,
-            checkpoint_layers=self.cfg.num_layers,
+            truncated=self.transformer_config.num_layers < self.cfg.num_layers,
             exits_dtype=self.exits_dtype or self.transformer_config.params_dtype,
             use_te=None if self.cfg.get("transformer_engine", False) else False,
             max_sequence_length=self.cfg.encoder_seq_length,

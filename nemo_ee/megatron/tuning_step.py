@@ -1,0 +1,181 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""EE-Tuning's step: the backbone forward only, through Megatron's own schedule, and the exits on top.
+
+Nothing is ever back-propagated through the backbone or between stages. With distillation over several
+stages, the last one returns its final normed state to the stages with exits, which wait for it with
+their loss.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from nemo_ee.config import EarlyExitConfig
+from nemo_ee.megatron.exit_loss import ExitInput, ExitLossResult, Teacher, exit_losses
+from nemo_ee.megatron.gpt import EarlyExitGPTModel, StageStates
+from nemo_ee.megatron.projection import ExitProjection
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch, whole on every rank of the model-parallel group.
+
+    Attributes:
+        tokens: [B, S].
+        labels: [B, S] next tokens.
+        loss_mask: [B, S], 0 leaves a token out.
+        position_ids: [B, S].
+        attention_mask: True hides; None means causal.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor | None = None
+
+
+Consumer = Callable[[MicroBatch, StageStates, Tensor | None], None]
+"""Called once per micro-batch with the stage's states and, if wanted, the final normed state [S, B, H]."""
+
+
+def run_backbone(
+    gpt: EarlyExitGPTModel,
+    batches: Iterator[MicroBatch],
+    num_microbatches: int,
+    sequence_length: int,
+    micro_batch_size: int,
+    needs_final: bool,
+    consume: Consumer,
+) -> None:
+    """Runs micro-batches through the frozen backbone and hands each one's states to `consume`.
+
+    Collectives: Megatron's forward sends between stages; with `needs_final` and more than one stage, one
+    broadcast of [S, B, H] over the pipeline group per micro-batch, after the last stage has seen them all.
+
+    Args:
+        gpt: this stage's module.
+        batches: micro-batches, the same on every stage.
+        num_microbatches: how many to run.
+        sequence_length: S.
+        micro_batch_size: B.
+        needs_final: whether `consume` gets the final normed state.
+        consume: called in order of micro-batches; gradients are enabled by it where it needs them.
+    """
+    pipelined = parallel_state.get_pipeline_model_parallel_world_size() > 1
+    waiting: deque[tuple[MicroBatch, StageStates]] = deque()
+
+    def forward_step(iterator: Iterator[MicroBatch], _model: object) -> tuple[Tensor, Callable]:
+        batch = next(iterator)
+        states = gpt.forward_states(batch.tokens, batch.position_ids, batch.attention_mask)
+        if pipelined and needs_final:
+            waiting.append((batch, states))
+        else:
+            consume(batch, states, states.output if needs_final else None)
+        return states.output, lambda output: (output.new_zeros(()), {})
+
+    with torch.no_grad():
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=batches,
+            model=[gpt],
+            num_microbatches=num_microbatches,
+            seq_length=sequence_length,
+            micro_batch_size=micro_batch_size,
+            forward_only=True,
+        )
+        while waiting:
+            batch, states = waiting.popleft()
+            last = parallel_state.is_pipeline_last_stage()
+            final = states.output if last else torch.empty_like(states.output)
+            torch.distributed.broadcast(
+                final,
+                parallel_state.get_pipeline_model_parallel_last_rank(),
+                group=parallel_state.get_pipeline_model_parallel_group(),
+            )
+            consume(batch, states, final)
+
+
+def exit_step(
+    gpt: EarlyExitGPTModel,
+    batch: MicroBatch,
+    states: StageStates,
+    final: Tensor | None,
+    teacher_projection: ExitProjection | None,
+    config: EarlyExitConfig,
+    scale: Tensor | float | None,
+    autocast_dtype: torch.dtype | None = None,
+) -> ExitLossResult:
+    """Losses of this stage's exits on one micro-batch; with `scale`, their gradients are added to `.grad`.
+
+    Args:
+        gpt: this stage's module.
+        batch: the micro-batch.
+        states: what the backbone left on this stage.
+        final: final normed state, sharded as `states`; None without distillation.
+        teacher_projection: the final exit's projection, with `final`.
+        config: weights of the objective.
+        scale: factor of the summed token losses; None computes statistics only.
+        autocast_dtype: compute the heads in this dtype.
+    """
+    device = states.output.device.type
+    cast = torch.autocast(device, autocast_dtype) if autocast_dtype is not None else nullcontext()
+    gradients = torch.enable_grad() if scale is not None else torch.no_grad()
+    exit_states = {}
+    with gradients, cast:
+        for n in gpt.exit_layers:
+            head = gpt.exits[str(n)]
+            exit_states[n] = head(states.exits[n].detach(), batch.attention_mask, states.rotary_pos_emb)
+        result = exit_losses(
+            {
+                n: ExitInput(
+                    whole_tokens(x.detach(), gpt), gpt.exits[str(n)].projection, config.loss_weight(n)
+                )
+                for n, x in exit_states.items()
+            },
+            gpt.output_weight(),
+            by_position(batch.labels),
+            by_position(batch.loss_mask),
+            config.tuning,
+            None if final is None else Teacher(whole_tokens(final, gpt), teacher_projection),
+            scale,
+        )
+        if scale is not None:
+            for n, x in exit_states.items():
+                gradient = own_share(result.state_gradients.pop(n), x, gpt)
+                if x.requires_grad:
+                    torch.autograd.backward(x, gradient)
+    return result
+
+
+def by_position(x: Tensor) -> Tensor:
+    """[B, S] -> [S * B], the order of hidden states [S, B, H]."""
+    return x.t().reshape(-1)
+
+
+def whole_tokens(state: Tensor, gpt: EarlyExitGPTModel) -> Tensor:
+    """[S, B, H] -> [S * B, H]; gathered over the tensor-parallel group under sequence parallelism."""
+    if gpt.config.sequence_parallel:
+        world = parallel_state.get_tensor_model_parallel_world_size()
+        whole = state.new_empty((world * state.shape[0], *state.shape[1:]))
+        group = parallel_state.get_tensor_model_parallel_group()
+        torch.distributed.all_gather_into_tensor(whole, state.contiguous(), group=group)
+        state = whole
+    return state.reshape(-1, state.shape[-1])
+
+
+def own_share(gradient: Tensor, like: Tensor, gpt: EarlyExitGPTModel) -> Tensor:
+    """Sums [S * B, H] over the tensor-parallel group and returns this rank's part, shaped `like`."""
+    if parallel_state.get_tensor_model_parallel_world_size() > 1:
+        group = parallel_state.get_tensor_model_parallel_group()
+        torch.distributed.all_reduce(gradient, group=group)
+        if gpt.config.sequence_parallel:
+            rank = parallel_state.get_tensor_model_parallel_rank()
+            gradient = gradient.view(-1, *like.shape)[rank]
+    return gradient.view(like.shape)
