@@ -1,0 +1,99 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Checks of indexed datasets before training: what Megatron would answer with a hang or an error deep inside.
+
+BlendedMegatronDatasetBuilder (megatron-core 0.13) loops for ever on a split that has no tokens.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from nemo_ee.data.data_config import PREFIX_KEY, DatasetPart, dataset_parts
+from nemo_ee.data.index_file import IndexedFile, open_indexed_file
+from nemo_ee.errors import DataError, Fault
+
+MAX_SCANNED_TOKENS = 1 << 30
+_REMEDY = "write it with scripts/preprocess_text.py"
+
+
+def check_data_config(data: Mapping, sequence_length: int, vocab_size: int) -> None:
+    """Checks everything that ``model.data`` names. Reads files only; call it on one rank.
+
+    Args:
+        data: NeMo's ``model.data`` section.
+        sequence_length: tokens per training sequence.
+        vocab_size: the model's vocabulary without padding.
+
+    Raises:
+        ConfigError: ``data_prefix`` or ``splits_string`` has no valid form.
+        DataError: a dataset is missing, damaged, shorter than one sequence in some split, or has token ids
+            beyond the vocabulary. The message lists every fault of every dataset.
+    """
+    if data.get("data_impl") == "mock":
+        return
+    extra = 0 if data.get("no_seqlen_plus_one_input_tokens") else 1
+    faults: list[Fault] = []
+    for split, parts in dataset_parts(data.get("data_prefix"), data.get("splits_string")).items():
+        key = (
+            f"{PREFIX_KEY}.{split}" if isinstance(data["data_prefix"], Mapping) else f"{PREFIX_KEY} ({split})"
+        )
+        for part in parts:
+            faults += _part_faults(part, sequence_length, vocab_size, split, key, extra)
+    if faults:
+        raise DataError("\n".join(map(str, faults)))
+
+
+def check_indexed_dataset(prefix: str, sequence_length: int, vocab_size: int, name: str) -> IndexedFile:
+    """Checks one dataset that is used as a whole.
+
+    Args:
+        prefix: path without ``.bin`` and ``.idx``.
+        sequence_length: tokens per training sequence.
+        vocab_size: the model's vocabulary without padding.
+        name: what it is to the user, e.g. ``train``.
+
+    Returns:
+        The opened dataset.
+
+    Raises:
+        DataError: as :func:`check_data_config`.
+    """
+    faults = _part_faults(DatasetPart(prefix, None), sequence_length, vocab_size, name, PREFIX_KEY, extra=1)
+    if faults:
+        raise DataError("\n".join(map(str, faults)))
+    return open_indexed_file(prefix)
+
+
+def _part_faults(
+    part: DatasetPart, sequence_length: int, vocab_size: int, name: str, key: str, extra: int
+) -> list[Fault]:
+    try:
+        file = open_indexed_file(part.prefix)
+    except DataError as error:
+        return [Fault(key, part.prefix, str(error), _REMEDY)]
+    begin, end = part.sequences(len(file.sequence_lengths))
+    covered = file.sequence_range(begin, end)
+    tokens, needed = covered.stop - covered.start, sequence_length + extra
+    if tokens < needed:
+        what = "no tokens" if tokens == 0 else f"{tokens} tokens"
+        rule = (
+            f"{name} must have at least one sequence of {sequence_length} tokens (with targets {needed}), "
+            f"has {what}"
+        )
+        remedy = "give more text, a larger share of it, or a smaller model.data.seq_length"
+        return [Fault(key, part.prefix, rule, remedy)]
+    low, high = _id_range(file, covered)
+    if low < 0 or high >= vocab_size:
+        rule = f"{name} must have token ids from 0 to {vocab_size - 1}, has {low} to {high}"
+        return [Fault(key, part.prefix, rule, "preprocess the text with the tokenizer of this model")]
+    return []
+
+
+def _id_range(file: IndexedFile, part: slice) -> tuple[int, int]:
+    """Least and largest token id; of more than MAX_SCANNED_TOKENS, evenly spaced blocks are read."""
+    size = 1 << 24
+    step = size * max(1, (part.stop - part.start) // MAX_SCANNED_TOKENS)
+    ids = file.token_ids()
+    blocks = (ids[start : min(start + size, part.stop)] for start in range(part.start, part.stop, step))
+    ranges = np.array([(int(block.min()), int(block.max())) for block in blocks])
+    return int(ranges[:, 0].min()), int(ranges[:, 1].max())

