@@ -127,3 +127,33 @@ def adapt_to_machine(cfg: DictConfig) -> list[str]:
             cfg.transformer_engine = False
             changed.append("model.transformer_engine (needs a GPU)")
     return changed
+
+
+def check_tuning(cfg: DictConfig) -> None:
+    """Checks what tuning adds to `check_model`.
+
+    Raises:
+        ConfigError: listing every fault.
+    """
+    early_exit = read_early_exit(cfg)
+    faults = []
+    if not early_exit.layers:
+        rule = "there is no exit to tune"
+        faults.append(Fault("model.early_exit", cfg.get("early_exit"), rule, "set model.early_exit.layers"))
+    head = early_exit.head
+    if not (head.block or head.mlp or head.norm or head.linear or head.train_projection):
+        rule = "no exit parameter would be tuned"
+        remedy = "turn on one of block, mlp, norm, linear, or train_projection"
+        faults.append(Fault("model.early_exit.head", str(head), rule, remedy))
+    if cfg.get("megatron_amp_O2", False):
+        rule = "the frozen backbone is kept in the compute dtype and the exits in float32 already"
+        faults.append(Fault("model.megatron_amp_O2", True, rule, "set it to false"))
+    if cfg.optim.get("name") in ("distributed_fused_adam", "mcore_distributed_optim"):
+        rule = "exits have too few parameters to shard their optimizer"
+        faults.append(Fault("model.optim.name", cfg.optim.name, rule, "use adamw (or fused_adam with Apex)"))
+    if cfg.get("activations_checkpoint_granularity") is not None:
+        rule = "a backbone without backward keeps no activations to recompute"
+        key = "model.activations_checkpoint_granularity"
+        faults.append(Fault(key, cfg.activations_checkpoint_granularity, rule, "set it to null"))
+    if faults:
+        raise ConfigError(*faults)

@@ -4,15 +4,19 @@
 import torch
 from lightning.pytorch import Trainer
 from megatron.core import parallel_state
-from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
+from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import (
+    MegatronGPTModel,
+    mcore_model_customize,
+)
 from nemo.utils import logging
 from omegaconf import DictConfig, open_dict
 
+from nemo_ee.checkpoint.adapter_mixin import EarlyExitAdapterMixin
 from nemo_ee.megatron.gpt import EarlyExitGPTModel
 from nemo_ee.models.checks import adapt_to_machine, check_model, read_early_exit
 
 
-class MegatronGPTEarlyExitModel(MegatronGPTModel):
+class MegatronGPTEarlyExitModel(EarlyExitAdapterMixin, MegatronGPTModel):
     """`MegatronGPTModel` whose module is an `EarlyExitGPTModel`.
 
     A plain NeMo GPT `.nemo` restores as a model without exits, or with untrained ones if the override
@@ -48,7 +52,7 @@ class MegatronGPTEarlyExitModel(MegatronGPTModel):
         """Builds this pipeline stage's module."""
         self.start_distributed()
         early_exit = read_early_exit(self.cfg, self.true_vocab_size)
-        return EarlyExitGPTModel(
+        module = EarlyExitGPTModel(
             config=self.transformer_config,
             early_exit=early_exit,
             padded_vocab_size=self.cfg.get("override_vocab_size", self.padded_vocab_size),
@@ -66,6 +70,8 @@ class MegatronGPTEarlyExitModel(MegatronGPTModel):
             seq_len_interpolation_factor=self.cfg.get("seq_len_interpolation_factor"),
             rotary_base=self.cfg.get("rotary_base", 10000),
         )
+        mcore_model_customize(self.cfg, module)  # Llama 3.1's RoPE scaling, among others
+        return module
 
     def start_distributed(self) -> None:
         """Brings up torch.distributed and the model-parallel groups, which attention needs to be built."""

@@ -1,0 +1,62 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Per-exit statistics, summed over micro-batches and reduced over pipeline stages and data parallelism."""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from nemo_ee.megatron.exit_loss import ExitLossResult
+
+
+@dataclass(frozen=True)
+class ExitMeans:
+    """Means over tokens: CE and KL in nats, the others as shares; `objective` is what tuning minimises."""
+
+    loss: float
+    divergence: float
+    agreement: float
+    confidence: float
+    objective: float
+
+
+class ExitMetrics:
+    """Sums [exits + 1, 6] (row 0 is the final exit; columns as `ExitMeans`, then tokens) in float64.
+
+    Args:
+        layers: exit layers of the whole model, ascending.
+    """
+
+    def __init__(self, layers: tuple[int, ...]):
+        self.rows = {n: row for row, n in enumerate((0, *layers))}
+        self.sums = torch.zeros(len(self.rows), 6, dtype=torch.float64)
+
+    def reset(self, device: torch.device) -> None:
+        """Starts a new global batch."""
+        self.sums = torch.zeros(len(self.rows), 6, dtype=torch.float64, device=device)
+
+    def add(self, result: ExitLossResult) -> None:
+        """Adds one micro-batch of this stage's exits; the final exit counts on its own stage only."""
+        for n, stats in result.stats.items():
+            if n or parallel_state.is_pipeline_last_stage():
+                self.sums[self.rows[n], :5] += stats
+                self.sums[self.rows[n], 5] += result.tokens
+
+    def reduce(self) -> dict[int, ExitMeans]:
+        """Means over the whole global batch.
+
+        Collectives: all-reduces the sums over the pipeline- and the data-parallel group.
+        """
+        for group in (
+            parallel_state.get_pipeline_model_parallel_group(),
+            parallel_state.get_data_parallel_group(),
+        ):
+            torch.distributed.all_reduce(self.sums, group=group)
+        return self.means(self.sums)
+
+    def means(self, sums: Tensor) -> dict[int, ExitMeans]:
+        """Means of reduced sums; exits without tokens are left out."""
+        values = (sums[:, :5] / sums[:, 5:].clamp_min(1)).tolist()
+        seen = (sums[:, 5] > 0).tolist()
+        return {n: ExitMeans(*values[row]) for n, row in self.rows.items() if seen[row]}

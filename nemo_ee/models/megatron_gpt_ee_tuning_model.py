@@ -1,0 +1,269 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""EE-Tuning: exits of a pre-trained GPT are tuned while its backbone is frozen (arXiv:2402.00518)."""
+
+from collections.abc import Iterator
+
+import torch
+from lightning.pytorch import Trainer
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from nemo.utils import logging
+from omegaconf import DictConfig, open_dict
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from nemo_ee.config import HeadConfig
+from nemo_ee.data.checks import check_data_config
+from nemo_ee.data.token_counts import token_counts
+from nemo_ee.megatron import exit_init
+from nemo_ee.megatron.gpt import StageStates
+from nemo_ee.megatron.heads import trainable_parameters
+from nemo_ee.megatron.projection import ExitProjection
+from nemo_ee.megatron.tuning_step import MicroBatch, exit_step, run_backbone
+from nemo_ee.models.checks import check_tuning, read_early_exit
+from nemo_ee.models.exit_metrics import ExitMetrics
+from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
+
+
+class MegatronGPTEETuningModel(MegatronGPTEarlyExitModel):
+    """Tunes exits on a frozen backbone.
+
+    The backbone is kept in the compute dtype (`precision`), the exits and their optimizer states in float32.
+    Checkpoints written while tuning hold the exits only.
+
+    Args:
+        cfg: as `MegatronGPTEarlyExitModel`; `early_exit` is required.
+        trainer: a trainer from `EarlyExitTrainerBuilder`.
+    """
+
+    exits_dtype = torch.float32
+
+    def __init__(self, cfg: DictConfig, trainer: Trainer):
+        check_tuning(cfg)
+        super().__init__(cfg, trainer)
+        self.exits_initialised = False
+        self.compute_dtype = self.torch_dtype if self.torch_dtype != torch.float32 else None
+        self.teacher_projection = ExitProjection(
+            self.transformer_config,
+            HeadConfig(projection="tied"),
+            self.true_vocab_size,
+            self.padded_vocab_size,
+        )
+        self.metrics = ExitMetrics(self.early_exit.layers)
+        for parameter in self.gpt.parameters():
+            if parameter not in self.exit_parameters:
+                parameter.requires_grad_(False)
+
+    @property
+    def exit_parameters(self) -> set[torch.nn.Parameter]:
+        """Parameters of this stage that tuning changes."""
+        return {parameter for _, parameter in trainable_parameters(self.gpt.exits)}
+
+    # --- construction -------------------------------------------------------------------------------------
+
+    @classmethod
+    def built_layers(cls, cfg: DictConfig) -> int:
+        """All layers, or those up to the last exit where nothing needs the final exit."""
+        early_exit = read_early_exit(cfg)
+        return cfg.num_layers if early_exit.needs_final_exit else early_exit.layers[-1]
+
+    def build_model_parallel_config(self):
+        """The frozen backbone lives in the compute dtype; the exits' autocast is entered per step."""
+        config = super().build_model_parallel_config()
+        config.params_dtype = config.pipeline_dtype = self.torch_dtype
+        config.enable_autocast = False
+        return config
+
+    def build_transformer_config(self):
+        """The configuration of the layers that are built."""
+        depth = self.cfg.num_layers
+        with open_dict(self.cfg):
+            self.cfg.num_layers = self.built_layers(self.cfg)
+            try:
+                return super().build_transformer_config()
+            finally:
+                self.cfg.num_layers = depth
+
+    def _wrap_model_for_O2(self) -> None:
+        raise AssertionError("refused by check_tuning")
+
+    # --- optimization -------------------------------------------------------------------------------------
+
+    def setup_optimizer_param_groups(self) -> None:
+        """Exit parameters only, in two groups; both are there on every stage, also when empty."""
+        decayed, plain = [], []
+        for parameter in self.exit_parameters_in_order():
+            (plain if parameter.dim() < 2 else decayed).append(parameter)
+        self._optimizer_param_groups = ({"params": decayed}, {"params": plain, "weight_decay": 0.0})
+
+    def exit_parameters_in_order(self) -> list[torch.nn.Parameter]:
+        """Parameters of this stage that tuning changes, in the order of their names in the module."""
+        return [parameter for _, parameter in trainable_parameters(self.gpt.exits)]
+
+    def fwd_bwd_step(self, dataloader_iter: Iterator, forward_only: bool, first_val_step: bool | None = None):
+        """One global batch: statistics, and unless `forward_only` the exits' gradients.
+
+        Returns:
+            The mean objective per token, the same on every rank of the data- and model-parallel groups.
+        """
+        self.metrics.reset(self.device_of_batches)
+        if not forward_only:
+            for parameter in self.exit_parameters_in_order():
+                parameter.grad = torch.zeros_like(parameter)
+        count = get_num_microbatches()
+
+        def consume(batch: MicroBatch, states: StageStates, final: Tensor | None) -> None:
+            scale = (
+                None if forward_only else self.gradient_scale() / (batch.loss_mask.sum().clamp_min(1) * count)
+            )
+            result = exit_step(
+                self.gpt,
+                batch,
+                states,
+                final,
+                self.teacher_projection,
+                self.early_exit,
+                scale,
+                self.compute_dtype,
+            )
+            self.metrics.add(result)
+
+        run_backbone(
+            self.gpt,
+            self.micro_batches(dataloader_iter),
+            count,
+            self.cfg.encoder_seq_length,
+            self.cfg.micro_batch_size,
+            self.wants_teacher,
+            consume,
+        )
+        means = self.metrics.reduce()
+        if not forward_only:
+            for n in self.early_exit.layers:
+                self.log(f"train_loss/exit_{n}", means[n].loss, rank_zero_only=True, batch_size=1)
+        return self.objective(means)
+
+    @property
+    def wants_teacher(self) -> bool:
+        """Whether steps see the final exit: for distillation, and for agreement where it is built anyway."""
+        return not self.gpt.truncated and (self.early_exit.tuning.kl_weight > 0 or not self.trainer.training)
+
+    def objective(self, means: dict) -> Tensor:
+        """Sum over exits of weight x mean objective."""
+        total = sum(self.early_exit.loss_weight(n) * means[n].objective for n in self.early_exit.layers)
+        return torch.tensor(total, dtype=torch.float32, device=self.device_of_batches)
+
+    def gradient_scale(self) -> Tensor | float:
+        """The loss scale of half precision, else 1."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return 1.0 if scaler is None else scaler.scale(torch.ones((), device=self.device_of_batches))
+
+    @property
+    def device_of_batches(self) -> torch.device:
+        """Where micro-batches are computed."""
+        return next(self.gpt.parameters()).device
+
+    def micro_batches(self, dataloader_iter: Iterator) -> Iterator[MicroBatch]:
+        """Micro-batches of NeMo's data loader, moved to this rank's device."""
+        while True:
+            data = next(dataloader_iter)
+            yield self.to_micro_batch(data[0] if isinstance(data, tuple) else data)
+
+    def to_micro_batch(self, data: dict[str, Tensor]) -> MicroBatch:
+        """A collated sample batch as a `MicroBatch`."""
+        moved = {key: value.to(self.device_of_batches, non_blocking=True) for key, value in data.items()}
+        mask = None if self.get_attention_mask_from_fusion else moved.get("attention_mask")
+        keys = ("tokens", "labels", "loss_mask", "position_ids")
+        return MicroBatch(*(moved[key] for key in keys), attention_mask=mask)
+
+    # --- validation ---------------------------------------------------------------------------------------
+
+    def validation_step(self, dataloader_iter: Iterator, dataloader_idx: int = 0) -> Tensor:
+        """Statistics of one global batch of held-out text."""
+        self.gpt.eval()
+        with torch.no_grad():
+            loss = self.fwd_bwd_step(dataloader_iter, forward_only=True)
+        self.gpt.train()
+        self.validation_step_outputs.append(self.metrics.sums.clone())
+        return loss
+
+    def on_validation_epoch_end(self) -> Tensor:
+        """Logs loss [nats per token], agreement with the final exit and mean confidence of every exit."""
+        means = self.metrics.means(torch.stack(self.validation_step_outputs).sum(0))
+        self.validation_step_outputs.clear()
+        for n, mean in means.items():
+            name = f"exit_{n}" if n else "final"
+            values = {"loss": mean.loss, "confidence": mean.confidence}
+            if n and 0 in means:
+                values["agreement"] = mean.agreement
+            for what, value in values.items():
+                self.log(f"val_{what}/{name}", value, rank_zero_only=True, batch_size=1)
+        loss = self.objective(means)
+        self.log("val_loss", loss, prog_bar=True, rank_zero_only=True, batch_size=1)
+        consumed = float(self.compute_consumed_samples(self.trainer.global_step - self.init_global_step))
+        self.log("consumed_tokens", consumed * self.cfg.encoder_seq_length, rank_zero_only=True, batch_size=1)
+        return loss
+
+    # --- data and first weights ---------------------------------------------------------------------------
+
+    def build_train_valid_test_datasets(self):
+        """NeMo's, after a check that says what Megatron would answer with a hang."""
+        check_data_config(self.cfg.data, self.cfg.encoder_seq_length, self.true_vocab_size)
+        return super().build_train_valid_test_datasets()
+
+    def setup(self, stage: str | None = None) -> None:
+        """NeMo's set-up; then, for a fit that does not resume, the exits' first weights."""
+        super().setup(stage)
+        if stage == "fit" and not self.exits_initialised and not self.trainer.ckpt_path:
+            self.initialise_exits()
+
+    def initialise_exits(self) -> None:
+        """Sets the exits' first weights as `early_exit.init` says; copied weights came with the base."""
+        config, std = self.early_exit, self.cfg.get("init_method_std", 0.02)
+        shortlist = None
+        if config.head.projection == "shortlist":
+            counts = token_counts(self.cfg.data, self.true_vocab_size)
+            shortlist = torch.topk(counts, config.head.shortlist_size).indices
+        exit_init.initialise_projections(self.gpt, shortlist, std if config.init == "random" else None)
+        if config.init == "random":
+            exit_init.initialise_randomly(self.gpt, std)
+        elif config.init == "ridge":
+            self.fit_translators()
+        self.exits_initialised = True
+
+    def fit_translators(self) -> None:
+        """Ridge regression on the last `ridge.tokens` tokens of the training samples."""
+        for head in self.gpt.exits.values():
+            head.identity_initialisation()
+        dp, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+        size, sequence = self.cfg.micro_batch_size, self.cfg.encoder_seq_length
+        count = -(-self.early_exit.ridge.tokens // (size * sequence * dp))
+        samples = len(self._train_ds)
+
+        def batches() -> Iterator[MicroBatch]:
+            for index in range(count):
+                first = (index * dp + rank) * size
+                chosen = [self._train_ds[samples - 1 - (first + i) % samples] for i in range(size)]
+                yield self.to_micro_batch(default_collate(chosen))
+
+        logging.info(
+            f"Fitting {len(self.early_exit.layers)} translators on {count * size * sequence * dp} tokens."
+        )
+        fit = exit_init.RidgeInitialiser(self.gpt)
+        run_backbone(self.gpt, batches(), count, sequence, size, True, fit)
+        fit.finish(self.early_exit.ridge.penalty)
+
+    # --- checkpoints --------------------------------------------------------------------------------------
+
+    def sharded_state_dict(self, prefix: str = "") -> ShardedStateDict:
+        """The exits only: what tuning changes is what its checkpoints hold."""
+        return self.gpt.exits.sharded_state_dict(f"{prefix}model.exits.")
+
+    def base_sharded_state_dict(self, prefix: str = "") -> ShardedStateDict:
+        """What is read from the base: the backbone, and what heads copy from it."""
+        whole = super().sharded_state_dict(prefix)
+        state = {key: entry for key, entry in whole.items() if not key.startswith(f"{prefix}model.exits.")}
+        if self.early_exit.init != "random":
+            state |= exit_init.copy_sources(self.gpt, self.cfg.num_layers, f"{prefix}model.")
+        return state
