@@ -4,6 +4,7 @@
 import torch
 from lightning.pytorch import Trainer
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import (
     MegatronGPTModel,
     mcore_model_customize,
@@ -12,6 +13,7 @@ from nemo.utils import logging
 from omegaconf import DictConfig, open_dict
 
 from nemo_ee.checkpoint.adapter_mixin import EarlyExitAdapterMixin
+from nemo_ee.checkpoint.keys import is_exit
 from nemo_ee.megatron.gpt import EarlyExitGPTModel
 from nemo_ee.models.checks import adapt_to_machine, check_model, read_early_exit
 
@@ -89,3 +91,12 @@ class MegatronGPTEarlyExitModel(EarlyExitAdapterMixin, MegatronGPTModel):
     def gpt(self) -> EarlyExitGPTModel:
         """This pipeline stage's module, unwrapped."""
         return self.get_model_module_list()[0]
+
+    def state_to_restore(self, with_exits: bool) -> ShardedStateDict:
+        """What restoring reads from a full checkpoint.
+
+        Args:
+            with_exits: the checkpoint has these exits; otherwise they keep their first weights.
+        """
+        whole = MegatronGPTModel.sharded_state_dict(self)
+        return {key: entry for key, entry in whole.items() if with_exits or not is_exit(key)}

@@ -1,0 +1,162 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Exits as a small checkpoint of their own: save them, load them onto their base, merge the two."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nemo_ee.checkpoint import archive, collective, keys, torch_dist
+from nemo_ee.checkpoint.content_hash import backbone_content_hash
+from nemo_ee.errors import CheckpointError
+
+_SHAPE = ("num_layers", "hidden_size")
+
+
+def save_exits(model: Any, path: str | os.PathLike) -> None:
+    """Saves a model's exits, and nothing of its backbone. Collective over the world.
+
+    The file is a ``.nemo``: the model's configuration with ``base: {name, content_hash, vocab_size}``, and a
+    torch_dist checkpoint of the ``exits.*`` tensors, which loads at any TP and PP.
+
+    Args:
+        model: a `MegatronGPTEarlyExitModel` restored from its base.
+        path: the file to write, atomically.
+
+    Raises:
+        CheckpointError: the model has no exits, or was not restored from a checkpoint.
+    """
+    from nemo_ee.checkpoint.load import save_weights
+
+    if not model.early_exit.layers:
+        raise CheckpointError(
+            f"{path}: model.early_exit is null: there are no exits to save; set model.early_exit"
+        )
+    base = _base_of(model)
+    entry = {"name": base.name, "content_hash": base.content_hash, "vocab_size": model.true_vocab_size}
+
+    def write_config(directory: Path) -> None:
+        config = OmegaConf.create(OmegaConf.to_container(model.cfg, resolve=True))
+        config.base = entry
+        config.early_exit = model.early_exit.to_dict()
+        OmegaConf.save(config, directory / archive.CONFIG_NAME)
+
+    collective.save_archive(
+        path, lambda directory: save_weights(model, directory, _is_exit_key), write_config
+    )
+
+
+def load_exits(model: Any, path: str | os.PathLike) -> None:
+    """Loads exits into a model that has the same exits, in place. Collective over the world.
+
+    Args:
+        model: a `MegatronGPTEarlyExitModel` restored from the adapter's base; any TP and PP.
+        path: an exits-only ``.nemo``.
+
+    Raises:
+        CheckpointError: no adapter, an adapter for another base (both hashes are named), or for another
+            vocabulary, width, depth, set of exit layers or head. The model is unchanged then.
+    """
+    from nemo_ee.checkpoint.load import load_weights
+
+    config = read_adapter_config(path)
+    check_fit(path, config, model.cfg, model.true_vocab_size)
+    theirs, ours = config.early_exit, model.early_exit.to_dict()
+    for key in ("layers", "head"):
+        if OmegaConf.to_container(OmegaConf.create({"v": theirs[key]}))["v"] != ours[key]:
+            raise CheckpointError(
+                f"{path}: early_exit.{key}={theirs[key]}: the model has {ours[key]}; "
+                "restore the model with the adapter's early_exit (restore_with_exits does)"
+            )
+    base = _base_of(model)
+    check_hash(path, config, base.name, base.content_hash)
+    with tempfile.TemporaryDirectory(prefix="nemo_ee_exits_") as scratch:
+        root = archive.extract(path, scratch)
+        load_weights(model, root / archive.WEIGHTS_DIRECTORY, want=_is_exit_key)
+
+
+def merge(base: str | os.PathLike, adapter: str | os.PathLike, output: str | os.PathLike) -> Path:
+    """Writes one full ``.nemo`` with the base's backbone and tokenizer and the adapter's exits.
+
+    Files are copied, tensors never decoded: the backbone's bytes, and so its content hash, stay the same, and
+    no model is built. One process; needs disk for twice the base beside ``output``.
+
+    Raises:
+        CheckpointError: as :func:`load_exits`; or the base has exits already.
+    """
+    output = Path(output)
+    config = read_adapter_config(adapter)
+    base_config = archive.read_config(base)
+    if base_config.get("early_exit") is not None:
+        raise CheckpointError(f"{base}: has exits of its own; merge into the base they were tuned on")
+    check_fit(adapter, config, base_config)
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as scratch:
+        whole = archive.extract(base, Path(scratch, "base"))
+        check_hash(adapter, config, Path(base).name, backbone_content_hash(whole))
+        exits = archive.extract(adapter, Path(scratch, "exits"))
+        merged = Path(scratch, "merged")
+        shutil.copytree(whole, merged, ignore=shutil.ignore_patterns(archive.WEIGHTS_DIRECTORY))
+        parts = [torch_dist.TorchDistCheckpoint(root / archive.WEIGHTS_DIRECTORY) for root in (whole, exits)]
+        torch_dist.join(parts, merged / archive.WEIGHTS_DIRECTORY)
+        with open_dict(base_config):
+            base_config.early_exit = config.early_exit
+            base_config.target = config.target
+        OmegaConf.save(base_config, merged / archive.CONFIG_NAME)
+        return archive.write_archive(merged, output)
+
+
+def read_adapter_config(path: str | os.PathLike) -> DictConfig:
+    """The configuration of an exits-only ``.nemo``.
+
+    Raises:
+        CheckpointError: the file is bad, or a full checkpoint.
+    """
+    config = archive.read_config(path)
+    if "base" not in config or config.get("early_exit") is None:
+        raise CheckpointError(
+            f"{path}: is a full checkpoint, not exits alone; give a file that save_exits wrote"
+        )
+    return config
+
+
+def check_fit(
+    path: str | os.PathLike, adapter: DictConfig, model: DictConfig, vocab_size: int | None = None
+) -> None:
+    """Raises CheckpointError, listing every difference, if exits were made for a model of another shape."""
+    faults = [
+        f"{path}: {key}={adapter[key]}: the base has {model[key]}; use exits tuned on this base"
+        for key in _SHAPE
+        if adapter[key] != model[key]
+    ]
+    if vocab_size is not None and adapter.base.vocab_size != vocab_size:
+        faults.append(
+            f"{path}: vocabulary of {adapter.base.vocab_size} tokens: the base has {vocab_size}; "
+            "use exits tuned on this base"
+        )
+    if faults:
+        raise CheckpointError("\n".join(faults))
+
+
+def check_hash(path: str | os.PathLike, adapter: DictConfig, name: str, content_hash: str) -> None:
+    """Raises CheckpointError, naming both, if exits belong to another base."""
+    if adapter.base.content_hash != content_hash:
+        raise CheckpointError(
+            f"{path}: made for the base {adapter.base.name} with content hash {adapter.base.content_hash}: "
+            f"{name} has {content_hash}; use that base"
+        )
+
+
+def _is_exit_key(key: str) -> bool:
+    return key.startswith(keys.EXITS_PREFIX)
+
+
+def _base_of(model: Any):
+    if model.base_checkpoint is None:
+        raise CheckpointError(
+            "the model was not restored from a checkpoint, so its exits have no base; save it whole (save_to)"
+        )
+    return model.base_checkpoint

@@ -1,0 +1,74 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Writing one ``.nemo`` file with all ranks: each writes weights, rank 0 packs, a failure reaches everyone."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from nemo_ee.checkpoint import archive
+from nemo_ee.errors import CheckpointError
+
+T = TypeVar("T")
+
+
+def on_rank_zero(work: Callable[[], T]) -> T:
+    """Runs ``work`` on rank 0 and gives every rank its (picklable) result. Collective over the world.
+
+    Raises:
+        Exception: on rank 0, what ``work`` raised.
+        CheckpointError: on all other ranks, if ``work`` raised on rank 0; none of them is left waiting.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return work()
+    outcome: list = [None, None]
+    error: BaseException | None = None
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except BaseException as raised:
+            error, outcome[1] = raised, f"{type(raised).__name__}: {raised}"
+    dist.broadcast_object_list(outcome, src=0)
+    if error is not None:
+        raise error
+    if outcome[1] is not None:
+        raise CheckpointError(f"rank 0 failed: {outcome[1]}")
+    return outcome[0]
+
+
+def save_archive(
+    path: str | os.PathLike, write_weights: Callable[[Path], None], write_rest: Callable[[Path], None]
+) -> None:
+    """Writes a ``.nemo`` file that replaces ``path`` in one step. Collective over the world.
+
+    Args:
+        path: the file; its folder must be visible to all ranks, and has room for the content twice.
+        write_weights: called on every rank with the folder for the weights, which does not exist yet.
+        write_rest: called on rank 0 with the archive's top folder: configuration, tokenizer and so on.
+
+    Raises:
+        Exception: whatever went wrong, on every rank; the old file, if any, is intact then.
+    """
+    path = Path(path).absolute()
+
+    def make_staging() -> str:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".staging", dir=path.parent)
+
+    def finish() -> None:
+        write_rest(staging)
+        archive.write_archive(staging, path)
+
+    staging = Path(on_rank_zero(make_staging))
+    try:
+        write_weights(staging / archive.WEIGHTS_DIRECTORY)
+        if dist.is_initialized():
+            dist.barrier()
+        on_rank_zero(finish)
+    finally:
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            shutil.rmtree(staging, ignore_errors=True)

@@ -1,0 +1,158 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""NeMo's save and restore connector with atomic writes, validated reads and the tokenizer inside the file."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from nemo.collections.nlp.parts.nlp_overrides import NLPSaveRestoreConnector
+from nemo.utils import logging
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_ee.checkpoint import archive, collective, keys, tokenizer
+from nemo_ee.checkpoint.base import BaseCheckpoint
+from nemo_ee.checkpoint.load import load_weights, save_weights
+from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint
+from nemo_ee.errors import CheckpointError
+
+
+class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
+    """Drop-in for :class:`NLPSaveRestoreConnector`, for our models and for NeMo's plain GPT.
+
+    What differs:
+
+    - Saving writes beside the target and replaces it in one step.
+    - A Hugging Face tokenizer's files travel in the archive's ``tokenizer/``.
+    - Restoring judges the whole archive before anything is extracted, and its weights before a model is
+      built.
+    - Checkpoints named by any layer spec load, into truncated models too. A checkpoint without exits loads
+      into a model with exits, which keep their initial values.
+    """
+
+    def save_to(self, model: Any, save_path: str) -> None:
+        """Saves a model. Collective over the world.
+
+        Args:
+            model: a NeMo GPT model on megatron-core.
+            save_path: the ``.nemo`` file, on a file system that all ranks see.
+        """
+        start_distributed(model.trainer)
+        if not self.pack_nemo_file or model.sharded_state_dict() is None:
+            raise CheckpointError(
+                f"{save_path}: only packed megatron-core models can be saved; "
+                "use mcore_gpt=true, no FSDP, and pack_nemo_file=true"
+            )
+
+        def write_rest(directory: Path) -> None:
+            config_file = directory / self.model_config_yaml
+            model.to_config_file(path2yaml_file=str(config_file))
+            if getattr(model, "artifacts", None):
+                self._handle_artifacts(model, nemo_file_folder=str(directory))
+                self._update_artifact_paths(model, path2yaml_file=str(config_file))
+            live = getattr(model.tokenizer, "tokenizer", None)
+            if tokenizer.pack_files(model.cfg.get("tokenizer"), live, directory):
+                config = OmegaConf.load(config_file)
+                config.tokenizer.type = tokenizer.INSIDE
+                OmegaConf.save(config, config_file)
+
+        collective.save_archive(save_path, lambda directory: save_weights(model, directory), write_rest)
+
+    def restore_from(
+        self,
+        calling_cls: type,
+        restore_path: str,
+        override_config_path: DictConfig | str | None = None,
+        map_location: torch.device | None = None,
+        strict: bool = True,
+        return_config: bool = False,
+        trainer: Any = None,
+        validate_access_integrity: bool = True,
+        replace_sharded_tensor_key: str | None = None,
+    ) -> Any:
+        """As NeMo's. Collective over the world, unless ``return_config``.
+
+        Raises:
+            CheckpointError: the archive is missing, damaged, hostile, exits only, or does not fit the
+                configuration; see :mod:`nemo_ee.checkpoint.archive` and :mod:`nemo_ee.checkpoint.fit`.
+        """
+        assert strict and replace_sharded_tensor_key is None, "not supported: weights are fitted by key"
+        if return_config and override_config_path is None:
+            return archive.read_config(self.model_extracted_dir or restore_path)
+        given = self.model_extracted_dir
+        with tempfile.TemporaryDirectory(prefix="nemo_ee_restore_") as scratch:
+            root = archive.extract(given or restore_path, scratch)
+            config = _read_override(override_config_path, root)
+            if return_config:
+                return config
+            refuse_adapter(restore_path, archive.read_config(root))
+            home = tempfile.TemporaryDirectory(prefix="nemo_ee_tokenizer_")
+            tokenizer.resolve(config, root, home.name)
+            weights = root / archive.WEIGHTS_DIRECTORY
+            saved_exits = None
+            if weights.is_dir():
+                saved_exits = any(
+                    key.startswith(keys.EXITS_PREFIX) for key in TorchDistCheckpoint(weights).tensors
+                )
+            self.model_extracted_dir = str(root)
+            try:
+                config, model, state = self.load_config_and_state_dict(
+                    calling_cls, str(restore_path), config, map_location, strict, False, trainer
+                )
+            finally:
+                self.model_extracted_dir = given
+            model._tokenizer_home = home  # deleted with the model
+            if state is not None:
+                state = keys.respell(self.modify_state_dict(config, state), model.state_dict())
+                self.load_instance_with_state_dict(model, state, strict)
+            else:
+                start_distributed(model.trainer)
+                skip = () if saved_exits else (keys.EXITS_PREFIX,)
+                state = model.state_to_restore(saved_exits) if hasattr(model, "state_to_restore") else None
+                load_weights(
+                    model, weights, skip, validate_access_integrity=validate_access_integrity, state=state
+                )
+            _record_base(model, Path(restore_path), root, fresh_exits=not saved_exits)
+        logging.info(f"{type(model).__name__} was restored from {restore_path}.")
+        return model
+
+    def _load_state_dict_from_disk(self, model_weights: str, map_location: Any = None) -> Any:
+        """A single ``model_weights.ckpt`` is read without running code from it; None for torch_dist."""
+        if not os.path.isfile(model_weights):
+            return super()._load_state_dict_from_disk(model_weights, map_location)
+        return torch.load(model_weights, map_location="cpu", weights_only=True)
+
+
+def start_distributed(trainer: Any) -> None:
+    """Brings up torch.distributed and the model-parallel groups if they are not there, as NeMo does."""
+    if not parallel_state.is_initialized():
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.launch(lambda: None, trainer=trainer)
+        trainer.strategy.setup_environment()
+
+
+def refuse_adapter(path: str | os.PathLike, config: DictConfig) -> None:
+    """Raises CheckpointError if ``config`` is that of an exits-only checkpoint."""
+    if "base" in config:
+        raise CheckpointError(
+            f"{path}: holds exits only; restore its base {config.base.name} and load these, or merge the two"
+        )
+
+
+def _read_override(override: DictConfig | str | None, root: Path) -> DictConfig:
+    if override is None:
+        return archive.read_config(root)
+    config = OmegaConf.load(override) if isinstance(override, str | os.PathLike) else override
+    config = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    return config.model if "model" in config else config
+
+
+def _record_base(model: Any, path: Path, root: Path, fresh_exits: bool) -> None:
+    """Notes which checkpoint the backbone came from; hashes it at once where exits are about to be tuned."""
+    if not hasattr(model, "base_checkpoint"):
+        return
+    model.base_checkpoint = BaseCheckpoint(path)
+    if fresh_exits and model.cfg.get("early_exit") is not None:
+        model.base_checkpoint.hash_now(root)

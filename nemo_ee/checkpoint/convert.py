@@ -1,0 +1,168 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Converts a Hugging Face directory or a GGUF file to a plain NeMo GPT ``.nemo``."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nemo_ee.checkpoint import gguf, keys, llama, tokenizer
+from nemo_ee.errors import CheckpointError
+
+NEMO_GPT = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
+DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
+
+
+def convert_to_nemo(
+    input_name_or_path: str | os.PathLike,
+    output_path: str | os.PathLike,
+    precision: str = "32",
+    overwrite: bool = False,
+) -> Path:
+    """Converts a Llama-family model; everything is checked before weights are read.
+
+    The result is what NeMo's own converter writes: ``MegatronGPTModel`` with a torch_dist checkpoint, on
+    megatron-core; and its tokenizer is inside. One process; memory for two copies of the weights in fp32.
+
+    Args:
+        input_name_or_path: a Hugging Face model directory, or a ``.gguf`` file (dequantised).
+        output_path: the ``.nemo`` file to write, atomically.
+        precision: dtype of the saved weights: ``32``, ``bf16`` or ``16``.
+        overwrite: replaces an existing file.
+
+    Returns:
+        ``output_path``.
+
+    Raises:
+        CheckpointError: a bad path, a damaged or unsupported model, or a tokenizer that does not belong to
+            it.
+    """
+    source, output, precision = Path(input_name_or_path), Path(output_path), str(precision)
+    _check_arguments(source, output, precision, overwrite)
+    from_gguf = gguf.is_gguf(source)
+    live = gguf.load_tokenizer(source) if from_gguf else _load_tokenizer(source)
+    config = _load_config(source, from_gguf)
+    llama.check_supported(config)
+    nemo_config = OmegaConf.create(llama.nemo_config(config, len(live), precision))
+    with tempfile.TemporaryDirectory(prefix="nemo_ee_convert_") as scratch:
+        home = Path(scratch, tokenizer.DIRECTORY)
+        if from_gguf:
+            live.save_pretrained(home)
+        else:
+            tokenizer.copy_files(source, home)
+        nemo_config.tokenizer = {"library": "huggingface", "type": str(home), "use_fast": bool(live.is_fast)}
+        _build_and_save(nemo_config, _load_weights(source, from_gguf), config, output)
+    return output
+
+
+def _check_arguments(source: Path, output: Path, precision: str, overwrite: bool) -> None:
+    faults = []
+    if not source.exists():
+        faults.append(f"input_name_or_path={source}: no such file or directory; download the model first")
+    elif source.is_dir() and not (source / "config.json").is_file():
+        faults.append(
+            f"input_name_or_path={source}: holds no config.json; give a Hugging Face model directory"
+        )
+    elif source.is_file() and not gguf.is_gguf(source):
+        faults.append(f"input_name_or_path={source}: is no GGUF file; give one, or a Hugging Face directory")
+    if output.suffix != ".nemo":
+        faults.append(f"output_path={output}: must end in .nemo; change the name")
+    if output.exists() and not overwrite:
+        faults.append(f"output_path={output}: exists; choose another or set overwrite=true")
+    if precision not in DTYPES:
+        faults.append(f"precision={precision}: must be one of {', '.join(DTYPES)}; choose one")
+    if faults:
+        raise CheckpointError("\n".join(faults))
+
+
+def _load_config(source: Path, from_gguf: bool) -> Any:
+    from transformers import AutoConfig
+
+    if from_gguf:
+        config = AutoConfig.from_pretrained(str(source.parent), gguf_file=source.name)
+        if not config.architectures:
+            names = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+            config.architectures = [names.get(config.model_type, config.model_type)]
+        return config
+    try:
+        named = json.loads((source / "config.json").read_text()).get("architectures") or ["none"]
+    except ValueError as error:
+        raise CheckpointError(f"{source}/config.json: is no JSON ({error}); download it again") from error
+    if named[0] not in llama.ARCHITECTURES:  # before transformers meets a model type it may not know
+        known = ", ".join(llama.ARCHITECTURES)
+        raise CheckpointError(f"architectures={named[0]}: must be one of {known}; convert another model")
+    return AutoConfig.from_pretrained(str(source), local_files_only=True)
+
+
+def _load_tokenizer(source: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(source), local_files_only=True)
+    except Exception as error:  # whatever a damaged file leads to
+        raise CheckpointError(
+            f"input_name_or_path={source}: holds no tokenizer that loads ({error}); download all its files"
+        ) from error
+
+
+def _load_weights(source: Path, from_gguf: bool) -> dict[str, torch.Tensor]:
+    """The state dict in fp32; a GGUF file's tensors are dequantised."""
+    from transformers import AutoModelForCausalLM
+
+    where = {"gguf_file": source.name} if from_gguf else {"local_files_only": True}
+    folder = str(source.parent if from_gguf else source)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, torch_dtype=torch.float32, output_loading_info=True, **where
+        )
+    except Exception as error:  # safetensors, pickle and zip files each fail in their own way
+        raise CheckpointError(
+            f"input_name_or_path={source}: its weights cannot be read ({type(error).__name__}: {error}); "
+            "download them again"
+        ) from error
+    if report["missing_keys"]:
+        first = ", ".join(sorted(report["missing_keys"])[:3])
+        raise CheckpointError(
+            f"input_name_or_path={source}: {len(report['missing_keys'])} weights are missing, first {first}; "
+            "download all its files"
+        )
+    return dict(model.state_dict())
+
+
+def _build_and_save(
+    nemo_config: DictConfig, weights: dict[str, torch.Tensor], config: Any, output: Path
+) -> None:
+    """Builds the model as every user of the file will, loads it, and saves it under NeMo's class."""
+    from lightning.pytorch import Trainer
+    from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
+
+    from nemo_ee.checkpoint.connector import EarlyExitSaveRestoreConnector
+    from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
+
+    strategy = NLPDDPStrategy(no_ddp_communication_hook=True, process_group_backend="gloo")
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        strategy=strategy,
+        precision="32-true",
+        logger=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+    )
+    model = MegatronGPTEarlyExitModel(OmegaConf.merge(nemo_config, {"precision": 32}), trainer)
+    mapped = llama.to_megatron(weights, config, model.padded_vocab_size)
+    result = model.gpt.load_state_dict(keys.respell(mapped, model.gpt.state_dict()), strict=False)
+    missing = [key for key in result.missing_keys if not key.endswith("_extra_state")]
+    assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
+    del mapped
+    model.to(DTYPES[nemo_config.precision])
+    with open_dict(model.cfg):
+        # machine-dependent switches go back to what any machine may read; our model adapts them where it
+        # loads
+        model.cfg.update(nemo_config)
+        model.cfg.target = NEMO_GPT
+    EarlyExitSaveRestoreConnector().save_to(model, str(output))

@@ -1,0 +1,118 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Fits a model's sharded state dict to the keys and shapes a checkpoint really has."""
+
+import os
+from collections.abc import Collection
+from typing import Any
+
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedStateDict,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+
+from nemo_ee.checkpoint.keys import is_extra_state, spellings
+from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint
+from nemo_ee.errors import CheckpointError
+
+_NAMED = 5
+
+
+def fit_to_checkpoint(
+    sharded_state_dict: ShardedStateDict,
+    checkpoint_dir: str | os.PathLike | TorchDistCheckpoint,
+    skip: Collection[str] = (),
+) -> ShardedStateDict:
+    """Makes a sharded state dict loadable from a checkpoint that another layer spec or a deeper model wrote.
+
+    - Keys are changed to the spelling that the checkpoint has (fused or separate norms).
+    - ``_extra_state`` that the checkpoint lacks is left out; its modules keep what they have.
+    - Stacked layers take the checkpoint's depth, so that a model with fewer layers loads the first of them.
+      Pass ``validate_access_integrity=False`` to the load then: no rank asks for the deeper layers.
+
+    Runs on each rank by itself; no collectives.
+
+    Args:
+        sharded_state_dict: flat, as a module returns it. Its tensors are changed in place.
+        checkpoint_dir: a torch_dist checkpoint (``model_weights``).
+        skip: prefixes of sharded keys to leave out, e.g. ``model.exits.``.
+
+    Returns:
+        The entries to load, under the model's own keys.
+
+    Raises:
+        CheckpointError: the checkpoint lacks a tensor, or has it in another shape: the first few are named.
+    """
+    found = _as_checkpoint(checkpoint_dir)
+    tensors, objects = found.tensors, found.objects
+    fitted: ShardedStateDict = {}
+    missing, mismatched = [], []
+    for name, entry in sharded_state_dict.items():
+        if any(entry.key.startswith(prefix) for prefix in skip):
+            continue
+        if isinstance(entry, ShardedObject) or is_extra_state(entry.key):
+            if entry.key in objects or entry.key in tensors:
+                fitted[name] = entry
+            elif not is_extra_state(entry.key):
+                missing.append(entry.key)
+            continue
+        key = next((spelling for spelling in spellings(entry.key) if spelling in tensors), None)
+        if key is None:
+            missing.append(entry.key)
+            continue
+        entry.key = key
+        shape = tuple(tensors[key].size)
+        fault = _fit_shapes(entry, shape)
+        if fault:
+            mismatched.append(fault)
+        fitted[name] = entry
+    _raise_on(found, missing, mismatched)
+    return fitted
+
+
+def _as_checkpoint(directory: str | os.PathLike | TorchDistCheckpoint) -> TorchDistCheckpoint:
+    return directory if isinstance(directory, TorchDistCheckpoint) else TorchDistCheckpoint(directory)
+
+
+def _fit_shapes(entry: Any, shape: tuple[int, ...]) -> str | None:
+    """Deepens stacked layers to the checkpoint's depth; returns what still differs."""
+    if isinstance(entry, ShardedTensorFactory):
+        build = entry.build_fn
+
+        def build_deepened(*args):
+            parts = build(*args)
+            for part in parts if isinstance(parts, list) else parts.values():
+                _deepen(part, shape)
+            return parts
+
+        entry.build_fn = build_deepened
+        parts = entry.build()
+        parts = parts if isinstance(parts, list) else list(parts.values())
+    else:
+        _deepen(entry, shape)
+        parts = [entry]
+    for part in parts:
+        if not part.allow_shape_mismatch and tuple(part.global_shape) != shape:
+            return f"{entry.key}: model {tuple(part.global_shape)}, checkpoint {shape}"
+    return None
+
+
+def _deepen(tensor: ShardedTensor, shape: tuple[int, ...]) -> None:
+    stacked = tensor.prepend_axis_num == 1 and len(shape) == len(tensor.global_shape)
+    if stacked and tensor.global_shape[0] < shape[0]:
+        tensor.global_shape = (shape[0], *tensor.global_shape[1:])
+        tensor.axis_fragmentations = (shape[0], *tensor.axis_fragmentations[1:])
+
+
+def _raise_on(found: TorchDistCheckpoint, missing: list[str], mismatched: list[str]) -> None:
+    if missing:
+        raise CheckpointError(
+            f"{found.directory}: {len(missing)} tensors of the model are not in the checkpoint, first "
+            f"{', '.join(missing[:_NAMED])}; load it with the configuration it was saved with"
+        )
+    if mismatched:
+        raise CheckpointError(
+            f"{found.directory}: {len(mismatched)} tensors have other shapes, first "
+            f"{'; '.join(mismatched[:_NAMED])}; load it with the configuration it was saved with"
+        )

@@ -1,0 +1,85 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Moves weights between a NeMo GPT model and a torch_dist checkpoint, all of them or a part."""
+
+import os
+from collections.abc import Callable, Collection
+from typing import Any
+
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from nemo.utils.callbacks.dist_ckpt_io import DistributedCheckpointIO
+
+from nemo_ee.checkpoint.fit import fit_to_checkpoint
+from nemo_ee.checkpoint.keys import is_exit, is_extra_state
+from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint
+from nemo_ee.errors import CheckpointError
+
+_NEMO_PREFIX = "model."
+
+
+def save_weights(model: Any, directory: str | os.PathLike, want: Callable[[str], bool] | None = None) -> None:
+    """Saves a model's weights. Collective over the world.
+
+    Args:
+        model: a NeMo GPT model on megatron-core.
+        directory: is created, as torch_dist checkpoint.
+        want: keeps the tensors whose sharded key it accepts; all by default.
+    """
+    state = model.sharded_state_dict()
+    if want is not None:
+        state = {name: entry for name, entry in state.items() if want(entry.key)}
+    DistributedCheckpointIO.from_config(model.cfg, async_save=False).save_checkpoint(state, str(directory))
+
+
+def load_weights(
+    model: Any,
+    directory: str | os.PathLike,
+    skip: Collection[str] = (),
+    want: Callable[[str], bool] | None = None,
+    validate_access_integrity: bool = True,
+    state: ShardedStateDict | None = None,
+) -> None:
+    """Loads weights into a built model, in place. Collective over the world.
+
+    Any layer spec's names fit, any TP and PP, and a truncated model takes the first layers.
+
+    Args:
+        model: a NeMo GPT model on megatron-core.
+        directory: a torch_dist checkpoint.
+        skip: prefixes of sharded keys that keep their initial values.
+        want: loads only sharded keys it accepts; all by default.
+        validate_access_integrity: megatron-core's check, on loading, that the ranks together ask for every
+            tensor exactly once; not made for truncated models, which by intent do not.
+        state: what to load, if not the model's ``sharded_state_dict()``.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape. The model is unchanged then.
+    """
+    checkpoint = TorchDistCheckpoint(directory)
+    modules = model.get_model_module_list()
+    assert len(modules) == 1, "interleaved pipelines are refused when the model is built"
+    module = modules[0]
+    state = model.sharded_state_dict() if state is None else state
+    wanted = {name: entry for name, entry in state.items() if want is None or want(entry.key)}
+    fitted = fit_to_checkpoint(wanted, checkpoint, skip)
+    loaded = DistributedCheckpointIO.from_config(model.cfg).load_checkpoint(
+        str(directory),
+        sharded_state_dict={"state_dict": fitted},
+        strict=True,
+        validate_access_integrity=validate_access_integrity and not getattr(module, "truncated", False),
+    )["state_dict"]
+    left_out = {name.removeprefix(_NEMO_PREFIX) for name in state.keys() - fitted.keys()}
+    result = module.load_state_dict(
+        {name.removeprefix(_NEMO_PREFIX): value for name, value in loaded.items()}, strict=False
+    )
+    missing = [
+        name
+        for name in result.missing_keys
+        if name not in left_out and not is_extra_state(name) and not is_exit(name)
+    ]
+    if missing or result.unexpected_keys:
+        raise CheckpointError(
+            f"{directory}: missing {missing[:5]}, unexpected {result.unexpected_keys[:5]}; "
+            "load it with the configuration it was saved with"
+        )
+    if hasattr(model, "setup_transformer_engine_tp_groups"):
+        model.setup_transformer_engine_tp_groups()
