@@ -29,8 +29,8 @@ from nemo_ee.errors import ConfigError, DataError, Fault
 DOCUMENTS_PER_TASK = 64
 TASKS_IN_FLIGHT = 64
 """Bounds the documents in memory to 4096, however large the corpus."""
-DOCUMENTS_PER_WORKER = 512
-"""No process is started for less: importing the tokenizer library takes it seconds."""
+CHARACTERS_PER_WORKER = 8_000_000
+"""No process is started for less: importing the tokenizer library takes as long as tokenizing this much."""
 
 
 @dataclass
@@ -40,6 +40,7 @@ class _Survey:
     files: list[Path]
     digests: dict[str, str] = field(default_factory=dict)
     kept: list[bool] = field(default_factory=list)
+    characters: int = 0
     empty: int = 0
     repeated: int = 0
 
@@ -72,7 +73,7 @@ def preprocess(config: PreprocessConfig) -> dict:
         tokenizer = load_tokenizer(tokenizer_config)
         eod = _end_of_document(config, tokenizer)
         encoded = _encode_all(
-            _kept_documents(config, survey), tokenizer, tokenizer_config, _worker_count(config, documents)
+            _kept_documents(config, survey), tokenizer, tokenizer_config, _worker_count(config, survey)
         )
         with StagedDatasets(prefixes, tokenizer.vocab_size) as datasets:
             progress = tqdm(encoded, total=documents, unit="doc", desc="tokenizing", mininterval=0.5)
@@ -134,6 +135,7 @@ def _survey(config: PreprocessConfig) -> _Survey:
                 survey.repeated += not keep
                 seen.add(digest)
             survey.kept.append(keep)
+            survey.characters += len(text) * keep
     if not any(survey.kept):
         raise DataError(
             f"input={', '.join(config.input)}: must hold text, all of its {len(survey.kept)} documents are "
@@ -156,9 +158,9 @@ def _kept_documents(config: PreprocessConfig, survey: _Survey) -> Iterator[str]:
         raise DataError(f"input={', '.join(config.input)}: must not change while it is read; start again")
 
 
-def _worker_count(config: PreprocessConfig, documents: int) -> int:
+def _worker_count(config: PreprocessConfig, survey: _Survey) -> int:
     wanted = config.workers or os.cpu_count() or 1
-    return max(1, min(wanted, math.ceil(documents / DOCUMENTS_PER_WORKER)))
+    return max(1, min(wanted, math.ceil(survey.characters / CHARACTERS_PER_WORKER)))
 
 
 def _encode_all(

@@ -190,7 +190,7 @@ def _member_path(value: str, root: Path, archive_name: str) -> str:
     if not str(value).startswith("nemo:"):
         return str(value)
     path = root / str(value).removeprefix("nemo:")
-    if not path.exists():
+    if not path.exists() or root.resolve() not in path.resolve().parents:
         raise DataError(
             f"tokenizer.nemo={archive_name}: must hold {path.name}, its configuration names it; "
             "the checkpoint is incomplete, copy it again"

@@ -2,12 +2,14 @@
 """Preprocessing compared with tokenizing each document directly."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoTokenizer
 
+from nemo_ee.checkpoint import archive
 from nemo_ee.data import preprocess as preprocess_module
 from nemo_ee.data.preprocess import preprocess
 from nemo_ee.data.preprocess_config import PreprocessConfig
@@ -78,7 +80,7 @@ def test_documents_are_tokenized_ended_and_split(source, tokenizer_dir):
 def test_output_does_not_depend_on_the_number_of_workers(source, tokenizer_dir, monkeypatch):
     out = source.parent / "out"
     preprocess(config(source, tokenizer_dir, output_prefix=str(out / "one")))
-    monkeypatch.setattr(preprocess_module, "DOCUMENTS_PER_WORKER", 10)
+    monkeypatch.setattr(preprocess_module, "CHARACTERS_PER_WORKER", 100)
     monkeypatch.setattr(preprocess_module, "DOCUMENTS_PER_TASK", 3)
     monkeypatch.setattr(preprocess_module, "TASKS_IN_FLIGHT", 4)
     preprocess(config(source, tokenizer_dir, output_prefix=str(out / "two"), workers=2))
@@ -146,6 +148,23 @@ def test_tokenizer_without_eos_is_refused_unless_eod_is_off(source, tmp_path):
     directory = save_tiny_tokenizer(tmp_path / "no_eos", eos=False)
     with pytest.raises(ConfigError, match="append_eod=True: .*no end-of-sequence token"):
         preprocess(config(source, directory))
+
+
+def test_tokenizer_comes_out_of_a_nemo_file(source, tokenizer_dir, tmp_path):
+    content = tmp_path / "content"
+    shutil.copytree(tokenizer_dir, content / "tokenizer")
+    (content / "model_config.yaml").write_text("tokenizer: {library: huggingface, type: 'nemo:tokenizer'}\n")
+    nemo = archive.write_archive(content, tmp_path / "model.nemo")
+    out = source.parent / "out"
+    preprocess(config(source, tokenizer_dir, split=None))
+    from_nemo = {"output_prefix": str(out / "nemo"), "tokenizer": {"nemo": str(nemo)}}
+    summary = preprocess(config(source, tokenizer_dir, split=None, **from_nemo))
+    assert (out / "nemo.bin").read_bytes() == (out / "data.bin").read_bytes()
+    assert (summary["tokenizer"], summary["tokenizer_library"]) == (str(nemo), "nemo")
+    shutil.rmtree(content / "tokenizer")
+    broken = archive.write_archive(content, tmp_path / "broken.nemo")
+    with pytest.raises(DataError, match="must hold tokenizer"):
+        preprocess(config(source, tokenizer_dir, overwrite=True, tokenizer={"nemo": str(broken)}))
 
 
 def test_missing_tokenizer_is_named(source, tmp_path):
