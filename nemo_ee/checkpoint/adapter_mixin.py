@@ -39,8 +39,7 @@ class EarlyExitAdapterMixin:
 
     @classmethod
     def add_exits(cls, config: DictConfig, early_exit: DictConfig | dict) -> DictConfig:
-        """A model configuration with exits, to restore a checkpoint without them: ``restore_from(base,
-        config)``.
+        """A model configuration with exits, with which to restore a checkpoint that has none.
 
         Args:
             config: ``model`` configuration, e.g. from ``restore_from(base, return_config=True)``; not

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""Writing one ``.nemo`` file with all ranks: each writes weights, rank 0 packs, a failure reaches everyone."""
+"""Writing one ``.nemo`` file with all ranks: each writes weights, rank 0 packs, a failure reaches all."""
 
 import os
 import shutil

@@ -62,8 +62,7 @@ def head_size(config: Any) -> int:
 
 
 def vocabulary_divisor(tokens: int, rows: int) -> int:
-    """The ``make_vocab_size_divisible_by`` with which NeMo's vocabulary holds every row of the
-    embedding.
+    """The ``make_vocab_size_divisible_by`` with which the vocabulary holds every row of the embedding.
 
     NeMo pads the *tokenizer's* size at TP 1; an embedding is often larger than its tokenizer.
 
