@@ -30,5 +30,5 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def workers():
-    """``workers(n).run(fn, *args)`` calls fn in n gloo ranks and returns what each returned; see tests.support.distributed."""
+    """``workers(n).run(fn, *args)`` calls fn in n gloo ranks; see tests.support.distributed."""
     return distributed.Workers

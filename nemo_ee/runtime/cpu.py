@@ -1,21 +1,23 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Run NeMo's Megatron GPT stack on a machine without CUDA, Apex or Transformer Engine.
 
-This is the only file of the package that changes other packages at run time, and only when `enable` is called.
-`PATCHES` lists every change: the upstream symbol, the release it was checked against, why, and what replaces it.
+This is the only file of the package that changes other packages at run time, and only when `enable` is
+called. `PATCHES` lists every change: the upstream symbol, the release it was checked against, why, and what
+replaces it.
 
 How it works:
 
 1. Symbols of torch are replaced at once. NeMo and Megatron write ``device="cuda"``, ``.cuda()`` and
-   ``torch.cuda.current_device()`` literally; here they all mean the CPU, and ``.cuda()`` returns the tensor itself, as
-   it does on a GPU for a tensor that is already there.
-2. Symbols of Lightning, Megatron and NeMo are replaced right after the module that defines them has been executed, by an
-   import hook. `enable` itself therefore imports torch and nothing else, and code that imports *from* a patched module
-   sees the replacement.
+   ``torch.cuda.current_device()`` literally; here they all mean the CPU, and ``.cuda()`` returns the tensor
+   itself, as it does on a GPU for a tensor that is already there.
+2. Symbols of Lightning, Megatron and NeMo are replaced right after the module that defines them has been
+   executed, by an import hook. `enable` itself therefore imports torch and nothing else, and code that
+   imports *from* a patched module sees the replacement.
 
-Cost: only the replaced functions pay (0.3 to 1 microsecond per call of a tensor factory, ``Tensor.to`` and ``Tensor.type``).
-Matrix products, views and arithmetic run untouched, in every thread. A `torch.overrides.TorchFunctionMode` could do
-the same with less code, but costs 2 to 3 microseconds for *every* torch call and holds only in the thread that entered it.
+Only the replaced functions pay: 0.7 to 1 microsecond more per call of a tensor factory, ``Tensor.to`` and
+``Tensor.type``. Matrix products, views and arithmetic run untouched, in every thread, so a decode loop needs
+no way around the runtime. A `torch.overrides.TorchFunctionMode` would take less code, but adds 1.5 to 5
+microseconds to *every* torch call and holds only in the thread that entered it.
 
 Example:
     >>> from nemo_ee.runtime import cpu
@@ -39,8 +41,9 @@ MEGATRON = "megatron-core 0.13.1"
 NEMO = "nemo-toolkit 2.4.1"
 
 ENVIRONMENT = {
-    # MegatronBaseModel._enable_nvidia_optimizations (nemo-toolkit 2.4.1) matches a regular expression against this
-    # variable without asking whether it is set, and fails with a TypeError outside NVIDIA's containers.
+    # MegatronBaseModel._enable_nvidia_optimizations (nemo-toolkit 2.4.1) matches a regular expression
+    # against this variable without asking whether it is set, and fails with a TypeError outside NVIDIA's
+    # containers.
     "NVIDIA_PYTORCH_VERSION": "",
 }
 """Environment variables that `enable` sets where they are unset, so that child processes inherit them."""
@@ -56,8 +59,8 @@ class Patch:
         upstream: package and release that the change was checked against.
         reason: why the symbol cannot stay as it is.
         replacement: called with the original (None where ``missing``); returns what takes its place.
-        missing: True for a name that the module uses but does not have, because the ``import apex`` that defines it
-            failed. Such a name is added only while it is missing.
+        missing: True for a name that the module uses but does not have, because the ``import apex`` that
+            defines it failed. Such a name is added only while it is missing.
     """
 
     module: str
@@ -76,7 +79,8 @@ class Patch:
         """Replaces the symbol in its module, which must be imported.
 
         Raises:
-            AttributeError: the symbol does not exist; the installed release is not one this table was checked against.
+            AttributeError: the symbol does not exist; the installed release is not one this table was
+                checked against.
         """
         owner: Any = sys.modules[self.module]
         *path, name = self.name.split(".")
@@ -96,14 +100,15 @@ class Patch:
 def enable() -> bool:
     """Makes CUDA calls of NeMo and Megatron mean the CPU, in this process and those it forks.
 
-    Call it before anything imports NeMo's ``nlp`` collection or megatron-core, once per process; more calls do nothing.
-    Where CUDA is available it prints one line and changes nothing.
+    Call it before anything imports NeMo's ``nlp`` collection or megatron-core, once per process; more calls
+    do nothing. Where CUDA is available it prints one line and changes nothing.
 
     Returns:
         True if the CPU runtime is on (now or since an earlier call), False if CUDA is available.
 
     Raises:
-        RuntimeError: megatron-core or NeMo's nlp collection is imported already, so that they hold unpatched symbols.
+        RuntimeError: megatron-core or NeMo's nlp collection is imported already, so that they hold
+            unpatched symbols.
     """
     import torch
 
@@ -130,7 +135,7 @@ def enable() -> bool:
 
 
 class _PatchingFinder(importlib.abc.MetaPathFinder):
-    """Lets the normal finders locate a module of `PATCHES` and applies its patches once it has been executed."""
+    """Lets the usual finders locate a module of `PATCHES` and patches it once it has been executed."""
 
     def __init__(self, patches: tuple[Patch, ...]):
         self.modules: dict[str, list[Patch]] = {}
@@ -162,11 +167,11 @@ class _PatchingFinder(importlib.abc.MetaPathFinder):
         return spec
 
 
-# --- devices -----------------------------------------------------------------------------------------------------------
+# --- devices --------------------------------------------------------------------------------------
 
 
 def _is_cuda(device: Any) -> bool:
-    """Whether `device` names a CUDA device in any of torch's ways: "cuda:0", torch.device("cuda") or a bare index."""
+    """Whether `device` names a CUDA device in one of torch's ways: "cuda:0", torch.device("cuda") or 0."""
     if isinstance(device, str):
         return device.startswith("cuda")
     if type(device) is int:  # not bool: Tensor.to(dtype, non_blocking) may pass True by position
@@ -175,7 +180,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 def _on_cpu(factory: Callable) -> Callable:
-    """A tensor factory that takes ``device="cuda"`` for the CPU. TorchScript keeps seeing the built-in operator."""
+    """A tensor factory that takes ``device="cuda"`` for the CPU. TorchScript still sees the built-in."""
     import torch
 
     @functools.wraps(factory)
@@ -193,8 +198,8 @@ def _on_cpu(factory: Callable) -> Callable:
 def _remember_factories() -> None:
     """Lets torch list its factories before they are wrapped.
 
-    ``with torch.device("meta")`` recognises factories by identity against a list made at first use. The wrappers call
-    the originals, so the originals must be in it.
+    ``with torch.device("meta")`` recognises factories by identity against a list made at first use. The
+    wrappers call the originals, so the originals must be in it.
     """
     import torch.utils._device
 
@@ -257,7 +262,7 @@ class _Stream:
         pass
 
 
-# --- autocast ----------------------------------------------------------------------------------------------------------
+# --- autocast -------------------------------------------------------------------------------------
 
 
 def _autocast_init(original):
@@ -274,7 +279,7 @@ def _custom_autograd(original):
     return functools.wraps(original)(decorate)
 
 
-# --- random numbers ----------------------------------------------------------------------------------------------------
+# --- random numbers -------------------------------------------------------------------------------
 
 
 def _get_rng_state(original):
@@ -309,7 +314,26 @@ def _seed_model_parallel(original):
     return functools.wraps(original)(_set_random_seed)
 
 
-# --- what Apex would provide -------------------------------------------------------------------------------------------
+# --- optimizer ------------------------------------------------------------------------------------
+
+
+def _synchronous_gradients(original):
+    def configure_optimizers(self):
+        from nemo.utils import logging
+        from omegaconf import open_dict
+
+        if self.cfg.get("megatron_amp_O2", False) and self.cfg.get("async_grad_allreduce", True):
+            logging.info(
+                "CPU runtime: model.async_grad_allreduce=False, as nothing here waits for it to finish"
+            )
+            with open_dict(self.cfg):
+                self.cfg.async_grad_allreduce = False
+        return original(self)
+
+    return functools.wraps(original)(configure_optimizers)
+
+
+# --- what Apex would provide ----------------------------------------------------------------------
 
 
 def _from(module: str, name: str) -> Callable[[Any], Any]:
@@ -336,39 +360,15 @@ def _apply_multi_tensor(original):
     return lambda operation, overflow_buffer, tensor_lists, *args: operation(tensor_lists, *args)
 
 
-# --- the table ---------------------------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 
 _FACTORIES = (
-    "arange",
-    "as_tensor",
-    "empty",
-    "empty_like",
-    "eye",
-    "full",
-    "full_like",
-    "linspace",
-    "ones",
-    "ones_like",
-    "rand",
-    "rand_like",
-    "randint",
-    "randn",
-    "randn_like",
-    "randperm",
-    "tensor",
-    "zeros",
-    "zeros_like",
-)
-_TENSOR_TYPES = (
-    "BFloat16Tensor",
-    "BoolTensor",
-    "ByteTensor",
-    "DoubleTensor",
-    "FloatTensor",
-    "HalfTensor",
-    "IntTensor",
-    "LongTensor",
-)
+    "arange as_tensor empty empty_like eye full full_like linspace ones ones_like "
+    "rand rand_like randint randn randn_like randperm tensor zeros zeros_like"
+).split()
+_TENSOR_TYPES = [
+    f"{kind}Tensor" for kind in ("BFloat16", "Bool", "Byte", "Double", "Float", "Half", "Int", "Long")
+]
 _COMMON = "nemo.collections.nlp.modules.common.megatron"
 _APEX_IMPORT = "imported from Apex, used without asking whether the import worked"
 
@@ -441,13 +441,24 @@ PATCHES: tuple[Patch, ...] = (
         "is torch.compile, which needs a C++ compiler on a CPU and takes longer there than it saves",
         lambda original: lambda function: function,
     ),
-    # Apex. The flag guards ordinary torch code in NLPDDPStrategy and its kin.
+    # Optimizer.
+    Patch(
+        "nemo.collections.nlp.models.language_modeling.megatron_base_model",
+        "MegatronBaseModel.configure_optimizers",
+        NEMO,
+        "with O2, only torch.cuda.synchronize() waits for the reduction of gradients: a race on gloo",
+        _synchronous_gradients,
+    ),
+    # Apex. The flags guard ordinary torch code in NLPDDPStrategy and in the O2 optimizer.
     Patch(
         "nemo.collections.nlp.parts.nlp_overrides",
         "HAVE_APEX",
         NEMO,
         "strategies refuse to start",
         lambda _: True,
+    ),
+    Patch(
+        "nemo.core.optim.optimizer_with_main_params", "HAVE_APEX", NEMO, "O2 refuses to start", lambda _: True
     ),
     Patch(
         f"{_COMMON}.build_model",
@@ -480,6 +491,6 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(f"{_COMMON}.clip_grads", "amp_C", NEMO, _APEX_IMPORT, lambda _: _MultiTensor, missing=True),
 )
-"""Every change that `enable` makes to another package, in the order in which one module's changes are applied."""
+"""Every change that `enable` makes to another package."""
 
 _finder = _PatchingFinder(PATCHES)

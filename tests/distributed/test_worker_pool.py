@@ -52,12 +52,16 @@ def test_results_come_back_in_rank_order(workers):
 @pytest.mark.parametrize("tp, pp", [(2, 2), (4, 1), (1, 2)])
 def test_every_job_has_its_own_parallel_state(workers, tp, pp):
     dp = 4 // (tp * pp)
-    expected = [(stage, replica, shard) for stage in range(pp) for replica in range(dp) for shard in range(tp)]
+    expected = [
+        (stage, replica, shard) for stage in range(pp) for replica in range(dp) for shard in range(tp)
+    ]
     assert workers(4).run(parallel_ranks, tp, pp) == expected
 
 
 def test_an_exception_is_reported_with_its_traceback(workers):
-    with pytest.raises(WorkerError, match="(?s)rank 1 failed.*rank 1 .exit code 1.*ValueError: rank 1 has had enough"):
+    with pytest.raises(
+        WorkerError, match="(?s)rank 1 failed.*rank 1 .exit code 1.*ValueError: rank 1 has had enough"
+    ):
         workers(2).run(one_rank_raises)
 
 

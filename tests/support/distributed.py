@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""Run a function in several processes that talk over gloo, as ``torchrun`` would, without paying for imports each time.
+"""Run a function in several processes that talk over gloo, as ``torchrun`` would, and pay for imports once.
 
 In a test, use the ``workers`` fixture::
 
@@ -11,14 +11,15 @@ In a test, use the ``workers`` fixture::
     def test_sum(workers):
         assert workers(4).run(ranks_sum, 10) == [46, 46, 46, 46]
 
-How it works. Importing NeMo takes 12 seconds and more. One server process (Python's ``forkserver``) imports it once per
-pytest session, in the background, and never computes anything. Every call of `run_distributed` forks fresh ranks from
-it, which takes some tenths of a second. So jobs share nothing: no state of torch.distributed, Megatron or NeMo is left
-over from the job before, and a rank that crashes or hangs is killed with its job alone.
+How it works. Importing NeMo takes 12 seconds and more. One server process (Python's ``forkserver``) imports
+it once per pytest session, in the background, and never computes anything. Every call of `run_distributed`
+forks fresh ranks from it, which takes some tenths of a second. So jobs share nothing: no state of
+torch.distributed, Megatron or NeMo is left over from the job before, and a rank that crashes or hangs is
+killed with its job alone.
 
 In every rank, before the function is called:
 
-- torch.distributed is initialised with gloo; Megatron's parallel state is not (see `initialize_model_parallel`);
+- torch.distributed is initialised with gloo; Megatron's parallel state is not: `initialize_model_parallel`;
 - RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and the rest of torchrun's variables are set, so that
   ``Trainer(devices=world_size)`` joins the same ranks;
 - torch uses one thread, and random, numpy and torch are seeded with 0;
@@ -53,7 +54,7 @@ _context.set_forkserver_preload(["tests.support.preload"])
 
 
 class WorkerError(RuntimeError):
-    """A rank raised, died or did not finish in time. The message holds the traceback and last output of each that failed."""
+    """A rank raised, died or did not finish in time; the message holds its traceback and last output."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,9 @@ def start_server() -> None:
     multiprocessing.forkserver.ensure_running()
 
 
-def run_distributed(fn: Callable, world_size: int, *args: Any, timeout: float = 120.0, **kwargs: Any) -> list[Any]:
+def run_distributed(
+    fn: Callable, world_size: int, *args: Any, timeout: float = 120.0, **kwargs: Any
+) -> list[Any]:
     """Calls ``fn(*args, **kwargs)`` in `world_size` fresh processes that form one gloo group.
 
     Args:
@@ -109,8 +112,8 @@ def run_distributed(fn: Callable, world_size: int, *args: Any, timeout: float = 
 def initialize_model_parallel(tp: int = 1, pp: int = 1, seed: int = 1234, **kwargs: Any) -> None:
     """Initialises Megatron's parallel state and its RNG tracker in this rank, for tests of code below NeMo.
 
-    Tests that build a NeMo model do not need it: NeMo does the same from the model's configuration. Collective over
-    all ranks.
+    Tests that build a NeMo model do not need it: NeMo does the same from the model's configuration.
+    Collective over all ranks.
 
     Args:
         tp: tensor parallel size.
@@ -123,7 +126,9 @@ def initialize_model_parallel(tp: int = 1, pp: int = 1, seed: int = 1234, **kwar
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, **kwargs
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
+    tensor_parallel.model_parallel_cuda_manual_seed(
+        seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    )
 
 
 @dataclass(frozen=True)
@@ -148,10 +153,14 @@ class _Job:
 
     def report(self, fn: Callable, failure: str | None, exit_codes: list[int | None]) -> str:
         """The message of a WorkerError: the ranks that raised, first one first, then those that vanished."""
-        lines = [f"{fn.__qualname__} failed on {self.world_size} ranks: {failure or 'a rank returned no result'}"]
+        lines = [
+            f"{fn.__qualname__} failed on {self.world_size} ranks: {failure or 'a rank returned no result'}"
+        ]
         raised = [rank for rank in range(self.world_size) if self.error(rank).exists()]
         raised.sort(key=lambda rank: self.error(rank).stat().st_mtime_ns)
-        others = [rank for rank in range(self.world_size) if rank not in raised and not self.result(rank).exists()]
+        others = [
+            rank for rank in range(self.world_size) if rank not in raised and not self.result(rank).exists()
+        ]
         for rank in raised + others:
             lines.append(f"--- rank {rank} (exit code {exit_codes[rank]}) ---")
             if self.error(rank).exists():
@@ -233,10 +242,10 @@ def _die_with_parent() -> None:
 
 def _call(job: _Job, rank: int) -> Any:
     """Sets one rank up and calls the function."""
-    import tests.support.preload  # noqa: F401  (done by the server, which hides an import that failed)
-
     import numpy
     import torch
+
+    import tests.support.preload  # noqa: F401  (done by the server, which hides an import that failed)
 
     os.environ.update(
         RANK=str(rank),
