@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""NeMo's own GPT model, trainer and configuration in miniature, for ranks started by `tests.support.distributed`."""
+"""NeMo's own GPT model, trainer and configuration in miniature, for `tests.support.distributed`."""
 
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,17 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
-from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
+from nemo.collections.nlp.parts.nlp_overrides import MegatronHalfPrecisionPlugin, NLPDDPStrategy
 from omegaconf import DictConfig, OmegaConf
 
 
 class LocalSpecGPT(MegatronGPTModel):
-    """MegatronGPTModel as it is, built from Megatron's local layer spec; NeMo's `get_specs` needs Transformer Engine."""
+    """MegatronGPTModel with Megatron's local layer spec; NeMo's `get_specs` needs Transformer Engine."""
 
     def model_provider_func(self, pre_process: bool, post_process: bool) -> GPTModel:
         if not parallel_state.model_parallel_is_initialized():
-            # Layers need process groups at construction; NeMo makes them when fit() starts, or before a restore.
+            # Layers need process groups at construction; NeMo makes them when fit() starts, or before a
+            # restore.
             self.trainer.strategy.launcher.launch(lambda: None, trainer=self.trainer)
             self.trainer.strategy.setup_environment()
         return GPTModel(
@@ -35,13 +36,16 @@ class LocalSpecGPT(MegatronGPTModel):
         )
 
 
-def tiny_trainer(world_size: int = 1, precision: Any = 32, max_steps: int = 2, **kwargs: Any) -> Trainer:
+def tiny_trainer(
+    world_size: int = 1, precision: Any = 32, max_steps: int = 2, o2: bool = False, **kwargs: Any
+) -> Trainer:
     """A trainer over the ranks of this job that writes nothing. Distributed is up when it returns.
 
     Args:
         world_size: number of ranks of the job.
         precision: Lightning's, e.g. 32 or "bf16".
         max_steps: optimizer steps.
+        o2: for ``megatron_amp_O2`` without a distributed optimizer, which needs NeMo's own precision plugin.
         **kwargs: for Trainer.
     """
     defaults = dict(
@@ -61,11 +65,13 @@ def tiny_trainer(world_size: int = 1, precision: Any = 32, max_steps: int = 2, *
         log_every_n_steps=1,
         gradient_clip_val=1.0,
     )
+    if o2:
+        defaults |= dict(precision=None, plugins=[MegatronHalfPrecisionPlugin("bf16-mixed", device="cpu")])
     return Trainer(**{**defaults, **kwargs})
 
 
 def write_tiny_tokenizer(folder: Path, num_words: int = 4607) -> str:
-    """Writes a Hugging Face tokenizer of the words w0, w1, ... and ``<eos>``, split at spaces; returns its folder.
+    """Writes a Hugging Face tokenizer of the words w0, w1, ... and ``<eos>``; returns its folder.
 
     Megatron's mock data counts up to 4095, so the vocabulary must hold more. 4608 is a multiple of
     128 x 4: up to TP4 nothing is padded, and the weights of the embedding are the same at every TP size.
@@ -78,12 +84,14 @@ def write_tiny_tokenizer(folder: Path, num_words: int = 4607) -> str:
     vocabulary = {"<eos>": 0, **{f"w{index}": index + 1 for index in range(num_words)}}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<eos>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(
+        folder
+    )
     return str(folder)
 
 
 def tiny_config(**overrides: Any) -> DictConfig:
-    """A complete ``model`` section for a 4-layer GPT on Megatron's mock data. Writes a tokenizer into the working directory.
+    """The ``model`` section of a 4-layer GPT on Megatron's mock data; writes a tokenizer to the work folder.
 
     Args:
         **overrides: dotted keys with ``__`` for the dot, e.g. ``optim__lr=0.1``.
@@ -116,7 +124,9 @@ def tiny_config(**overrides: Any) -> DictConfig:
             persist_layer_norm=False,
             seed=1234,
             precision=32,
-            tokenizer=dict(library="huggingface", type=write_tiny_tokenizer(Path(f"tokenizer_{rank}")), use_fast=True),
+            tokenizer=dict(
+                library="huggingface", type=write_tiny_tokenizer(Path(f"tokenizer_{rank}")), use_fast=True
+            ),
             data=dict(
                 data_impl="mock",
                 data_prefix=[],
