@@ -26,7 +26,8 @@ class HeadConfig:
 
     Attributes:
         block: a full transformer layer (attention and MLP) of the backbone's kind, with its own KV cache.
-        mlp: a pre-norm residual MLP of the backbone's kind.
+        mlp: an MLP of the backbone's kind with a norm of its own: a residual step before `norm`, or beside
+            the translator where there is one.
         norm: a norm of the backbone's kind, with its own gain.
         linear: a linear translator [H] -> [H] with bias. The closed-form (`ridge`) initialisation fits it.
         projection: to the vocabulary: `tied` shares the backbone's output weight, `untied` has its own,

@@ -5,7 +5,8 @@ import os
 from collections.abc import Callable, Collection
 from typing import Any
 
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensorFactory
 from nemo.utils.callbacks.dist_ckpt_io import DistributedCheckpointIO
 
 from nemo_ee.checkpoint.fit import fit_to_checkpoint
@@ -37,6 +38,7 @@ def load_weights(
     want: Callable[[str], bool] | None = None,
     validate_access_integrity: bool = True,
     state: ShardedStateDict | None = None,
+    partial: bool = False,
 ) -> None:
     """Loads weights into a built model, in place. Collective over the world.
 
@@ -47,9 +49,10 @@ def load_weights(
         directory: a torch_dist checkpoint.
         skip: prefixes of sharded keys that keep their initial values.
         want: loads only sharded keys it accepts; all by default.
-        validate_access_integrity: megatron-core's check, on loading, that the ranks together ask for every
-            tensor exactly once; not made for truncated models, which by intent do not.
+        validate_access_integrity: megatron-core's check that the ranks together ask for every tensor once.
         state: what to load, if not the model's ``sharded_state_dict()``.
+        partial: load just this, read directly, as for truncated models: in one process megatron-core's loader
+            cannot load some layers of a stack.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape. The model is unchanged then.
@@ -61,12 +64,15 @@ def load_weights(
     state = model.sharded_state_dict() if state is None else state
     wanted = {name: entry for name, entry in state.items() if want is None or want(entry.key)}
     fitted = fit_to_checkpoint(wanted, checkpoint, skip)
-    loaded = DistributedCheckpointIO.from_config(model.cfg).load_checkpoint(
-        str(directory),
-        sharded_state_dict={"state_dict": fitted},
-        strict=True,
-        validate_access_integrity=validate_access_integrity and not getattr(module, "truncated", False),
-    )["state_dict"]
+    if partial or getattr(module, "truncated", False):
+        loaded = {name: read_shard(entry, checkpoint) for name, entry in fitted.items()}
+    else:
+        loaded = DistributedCheckpointIO.from_config(model.cfg).load_checkpoint(
+            str(directory),
+            sharded_state_dict={"state_dict": fitted},
+            strict=True,
+            validate_access_integrity=validate_access_integrity,
+        )["state_dict"]
     left_out = {name.removeprefix(_NEMO_PREFIX) for name in state.keys() - fitted.keys()}
     result = module.load_state_dict(
         {name.removeprefix(_NEMO_PREFIX): value for name, value in loaded.items()}, strict=False
@@ -74,7 +80,7 @@ def load_weights(
     missing = [
         name
         for name in result.missing_keys
-        if name not in left_out and not is_extra_state(name) and not is_exit(name)
+        if not partial and name not in left_out and not is_extra_state(name) and not is_exit(name)
     ]
     if missing or result.unexpected_keys:
         raise CheckpointError(
@@ -83,3 +89,18 @@ def load_weights(
         )
     if hasattr(model, "setup_transformer_engine_tp_groups"):
         model.setup_transformer_engine_tp_groups()
+
+
+def read_shard(entry: Any, checkpoint: TorchDistCheckpoint) -> torch.Tensor:
+    """Reads this rank's shard of one tensor, without collectives.
+
+    Args:
+        entry: a ShardedTensor, with or without an axis of stacked layers in front, or a factory of such.
+        checkpoint: where to read it.
+    """
+    if isinstance(entry, ShardedTensorFactory):
+        return entry.merge_fn([read_shard(part, checkpoint) for part in entry.build()])
+    stacked = entry.prepend_axis_num == 1
+    whole = checkpoint.read(entry.key, entry.global_offset[0] if stacked else None)
+    start = entry.global_offset[entry.prepend_axis_num :]
+    return whole[tuple(slice(o, o + n) for o, n in zip(start, entry.local_shape, strict=True))]

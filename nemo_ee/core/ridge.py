@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class RidgeAccumulator:
-    """Accumulates X'X and X'Y in float64, X = [features, 1], Y = targets, and solves for a linear map with bias.
+    """Accumulates X'X and X'Y in float64, X = [features, 1], Y = targets, and solves for a linear map and bias.
 
     Sums of accumulators are accumulators of the joined data, so ranks add theirs up (all-reduce `gram` and
     `cross`) before solving.
@@ -28,12 +28,17 @@ class RidgeAccumulator:
         self.gram += x.T @ x
         self.cross += x.T @ targets.to(torch.float64)
 
-    def solve(self, penalty: float) -> tuple[Tensor, Tensor]:
+    def solve(self, penalty: float, groups: list[int] | None = None) -> tuple[Tensor, Tensor]:
         """Weight [T, F] and bias [T] of the fit, in float64.
 
         Args:
-            penalty: relative to the mean diagonal of X'X; the bias is penalised like every weight.
+            penalty: relative to the mean diagonal of X'X within each group of features.
+            groups: widths of groups of features of different scale, summing to F; one group by default. The
+                bias goes all but unpenalised.
         """
-        ridge = penalty * self.gram.diagonal().mean() * torch.eye(len(self.gram), dtype=torch.float64)
-        solution = torch.linalg.solve(self.gram + ridge.to(self.gram.device), self.cross)
+        diagonal = self.gram.diagonal()
+        parts = diagonal[:-1].split(groups or [len(diagonal) - 1])
+        ridge = [torch.full_like(part, penalty * part.mean().item()) for part in parts]
+        ridge.append(1e-6 * diagonal[-1:])
+        solution = torch.linalg.solve(self.gram + torch.diag(torch.cat(ridge)), self.cross)
         return solution[:-1].T.contiguous(), solution[-1].contiguous()

@@ -1,6 +1,8 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """First weights of exits: from the backbone's own modules, random, or in closed form (ridge)."""
 
+from collections.abc import Callable
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -9,20 +11,23 @@ from torch import Tensor
 from nemo_ee.core.ridge import RidgeAccumulator
 from nemo_ee.megatron.exit_loss import reduce_over_ranks
 from nemo_ee.megatron.gpt import EarlyExitGPTModel, StageStates
-from nemo_ee.megatron.heads import replicated
+from nemo_ee.megatron.heads import Translator, replicated
 from nemo_ee.megatron.projection import ExitProjection
 from nemo_ee.megatron.tuning_step import MicroBatch, by_position, whole_tokens
 
 
-def copy_sources(gpt: EarlyExitGPTModel, num_layers: int, prefix: str = "model.") -> ShardedStateDict:
+def copy_sources(
+    gpt: EarlyExitGPTModel, num_layers: int, mlp_layer: Callable[[int], int], prefix: str = "model."
+) -> ShardedStateDict:
     """Where each head's copied weights stand in the backbone's checkpoint, so that loading it copies them.
 
-    The MLP comes from the exit's own layer, the block from the last layer, the norm from the final norm
-    (EE-Tuning, arXiv:2402.00518 section 3). Works at any TP and PP, and above a truncated backbone.
+    The block comes from the last layer and the norm from the final norm (EE-Tuning, arXiv:2402.00518 section
+    3). Works at any TP and PP, and above a truncated backbone.
 
     Args:
         gpt: this stage's module.
         num_layers: depth of the checkpoint.
+        mlp_layer: 1-based layer that the MLP of the exit at a given layer comes from.
         prefix: of the checkpoint's keys.
 
     Returns:
@@ -36,7 +41,7 @@ def copy_sources(gpt: EarlyExitGPTModel, num_layers: int, prefix: str = "model."
             state = head.block.sharded_state_dict(layers, ((0, num_layers - 1, num_layers),))
             sources |= {f"{mine}block.{key.removeprefix(layers)}": entry for key, entry in state.items()}
         if head.mlp is not None:
-            where = ((0, n - 1, num_layers),)
+            where = ((0, mlp_layer(n) - 1, num_layers),)
             state = head.mlp.mlp.sharded_state_dict(f"{layers}mlp.", where)
             sources |= {f"{mine}mlp.{key.removeprefix(layers)}": entry for key, entry in state.items()}
             state = _norm_state(head.mlp.norm, f"{layers}pre_mlp_layernorm.", where)
@@ -44,7 +49,10 @@ def copy_sources(gpt: EarlyExitGPTModel, num_layers: int, prefix: str = "model."
         if head.norm is not None:
             state = _norm_state(head.norm, f"{prefix}decoder.final_layernorm.", ())
             sources |= {f"{mine}norm.{key.rpartition('.')[2]}": entry for key, entry in state.items()}
-    return {key: entry for key, entry in sources.items() if not key.endswith("_extra_state")}
+    sources = {key: entry for key, entry in sources.items() if not key.endswith("_extra_state")}
+    for entry in sources.values():
+        entry.replica_id = (1, *entry.replica_id[1:])  # the backbone's own module is the main copy
+    return sources
 
 
 def _norm_state(norm: torch.nn.Module, prefix: str, offsets: tuple) -> ShardedStateDict:
@@ -81,15 +89,13 @@ def initialise_projections(
                 projection.weight.copy_(gpt.output_weight())
             else:
                 projection.weight.copy_(_shortlist_rows(projection, gpt.output_weight()))
-            if projection.bias is not None:
-                projection.bias.zero_()
 
 
 def _shortlist_rows(projection: ExitProjection, output_weight: Tensor) -> Tensor:
-    """This rank's rows [rows/TP, H] of the kept tokens; zeros for the bucket and padding."""
+    """This rank's rows [rows/TP, H] of the kept tokens; zeros for padding."""
     mine = output_weight.shape[0]
     first = parallel_state.get_tensor_model_parallel_rank() * mine
-    local = projection.row_tokens - first
+    local = projection.row_tokens[:-1] - first
     held = (local >= 0) & (local < mine)
     rows = output_weight.new_zeros((projection.num_rows, output_weight.shape[1]), dtype=torch.float32)
     rows[held] = output_weight[local[held]].float()
@@ -112,35 +118,123 @@ def _noise(shape: tuple[int, ...], std: float, seed: int) -> Tensor:
 
 
 class RidgeInitialiser:
-    """Fits every exit's translator of a stage to the final normed state; feed it to `run_backbone`.
+    """Fits the exits of a stage to the final exit in closed form; feed it to `run_backbone`.
+
+    For every head the translator, and with it the MLP's output projection, are the ridge regression of the
+    final normed state on [input of the translator, activations of the MLP, 1]. What a shortlist's bucket
+    stands for, the log of the summed exponentials of all other logits, is then regressed on the final normed
+    state itself: [H] -> 1.
 
     Args:
-        gpt: this stage's module, its heads initialised otherwise: what they compute up to the translator is
-            what the fit reads.
+        gpt: this stage's module, its heads' other weights set already: what they compute up to the translator
+            and the MLP's output projection is what the fit reads.
     """
 
     def __init__(self, gpt: EarlyExitGPTModel):
-        self.gpt = gpt
+        self.gpt, self.sums, self.bucket_sums = gpt, {}, None
         size, device = gpt.config.hidden_size, next(gpt.parameters()).device
-        self.sums = {n: RidgeAccumulator(size, size, device) for n in gpt.exit_layers}
+        self.inputs: dict[torch.nn.Module, Tensor] = {}
+        self.hooks = []
+        for n in gpt.exit_layers:
+            width = sum(self._width(module) for module in self._fitted(n))
+            self.sums[n] = RidgeAccumulator(width, size, device)
+            self.hooks += [module.register_forward_pre_hook(self._keep_input) for module in self._fitted(n)]
+        if any(gpt.exits[str(n)].projection.kind == "shortlist" for n in gpt.exit_layers):
+            self.bucket_sums = RidgeAccumulator(size, 1, device)
+
+    def _fitted(self, n: int) -> list[torch.nn.Module]:
+        """The linear modules that the closed form sets, the translator first."""
+        head = self.gpt.exits[str(n)]
+        return [head.linear] if head.mlp is None else [head.linear, head.mlp.mlp.linear_fc2]
+
+    def _width(self, module: torch.nn.Module) -> int:
+        config = self.gpt.config
+        return config.hidden_size if isinstance(module, Translator) else config.ffn_hidden_size
+
+    def _keep_input(self, module: torch.nn.Module, args: tuple) -> None:
+        self.inputs[module] = args[0]
 
     def __call__(self, batch: MicroBatch, states: StageStates, final: Tensor | None) -> None:
-        """Adds one micro-batch, tokens with a loss mask only."""
+        """Adds one micro-batch, tokens with a loss mask only.
+
+        Collectives: gathers features over the tensor-parallel group.
+        """
         keep = by_position(batch.loss_mask) > 0
         target = whole_tokens(final, self.gpt)[keep]
         for n, sums in self.sums.items():
-            head = self.gpt.exits[str(n)]
-            features = head.features(states.exits[n], batch.attention_mask, states.rotary_pos_emb)
-            sums.update(whole_tokens(features, self.gpt)[keep], target)
+            self.gpt.exits[str(n)](states.exits[n], batch.attention_mask, states.rotary_pos_emb)
+            features = [self._whole_input(module)[keep] for module in self._fitted(n)]
+            sums.update(torch.cat(features, dim=1), target)
+        if self.bucket_sums is not None:
+            projection = self.gpt.exits[str(self.gpt.exit_layers[0])].projection
+            self.bucket_sums.update(target, log_sum_of_others(target, projection, self.gpt)[:, None])
+
+    def _whole_input(self, module: torch.nn.Module) -> Tensor:
+        """What a module read, [T, width], gathered over the tensor-parallel group."""
+        kept = self.inputs.pop(module)
+        if isinstance(module, Translator):
+            return whole_tokens(kept, self.gpt)
+        return gather_columns(kept.reshape(-1, kept.shape[-1]))
 
     def finish(self, penalty: float) -> None:
-        """Solves and sets the translators. Collectives: all-reduces the sums over the data-parallel group."""
-        group = parallel_state.get_data_parallel_group()
+        """Solves and sets the weights. Collectives: all-reduces the sums over the data-parallel group."""
+        for hook in self.hooks:
+            hook.remove()
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        bucket = (
+            None
+            if self.bucket_sums is None
+            else _solve(self.bucket_sums, [self.gpt.config.hidden_size], penalty)
+        )
         for n, sums in self.sums.items():
-            for tensor in (sums.gram, sums.cross):
-                torch.distributed.all_reduce(tensor, group=group)
-            weight, bias = sums.solve(penalty)
-            linear = self.gpt.exits[str(n)].linear
+            head = self.gpt.exits[str(n)]
+            weight, bias = _solve(sums, [self._width(module) for module in self._fitted(n)], penalty)
             with torch.no_grad():
-                linear.weight.copy_(weight)
-                linear.bias.copy_(bias)
+                translator, *mlp = weight.split([self._width(module) for module in self._fitted(n)], dim=1)
+                head.linear.weight.copy_(translator)
+                head.linear.bias.copy_(bias)
+                for part in mlp:
+                    mine = head.mlp.mlp.linear_fc2.weight
+                    mine.copy_(part[:, rank * mine.shape[1] : (rank + 1) * mine.shape[1]])
+                if bucket is not None:
+                    head.projection.bucket_weight.copy_(bucket[0][0])
+                    head.projection.bucket_bias.copy_(bucket[1])
+
+
+def _solve(sums: RidgeAccumulator, widths: list[int], penalty: float) -> tuple[Tensor, Tensor]:
+    for tensor in (sums.gram, sums.cross):
+        torch.distributed.all_reduce(tensor, group=parallel_state.get_data_parallel_group())
+    return sums.solve(penalty, widths)
+
+
+def log_sum_of_others(state: Tensor, projection: ExitProjection, gpt: EarlyExitGPTModel) -> Tensor:
+    """Log of the summed exponentials of the logits of all tokens off a shortlist: [T, H] -> [T].
+
+    Collectives: two all-reduces of [T] over the tensor-parallel group per chunk of tokens.
+    """
+    weight = gpt.output_weight()
+    first = parallel_state.get_tensor_model_parallel_rank() * weight.shape[0]
+    others = torch.ones(gpt.true_vocab_size, dtype=torch.bool, device=weight.device)
+    others[projection.token_ids] = False
+    others = others[first : first + weight.shape[0]]
+    rows = weight[: len(others)][others]
+    chunks = []
+    for chunk in state.split(gpt.early_exit.tuning.loss_chunk_tokens):
+        logits = torch.nn.functional.linear(chunk.to(rows.dtype), rows)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        highest = logits.amax(-1) if len(rows) else logits.new_full((len(chunk),), float("-inf"))
+        highest = reduce_over_ranks(highest, torch.distributed.ReduceOp.MAX)
+        chunks.append(highest + reduce_over_ranks((logits - highest[:, None]).exp().sum(-1)).log())
+    return torch.cat(chunks)
+
+
+def gather_columns(x: Tensor) -> Tensor:
+    """[T, F/TP] -> [T, F], gathered over the tensor-parallel group."""
+    world = parallel_state.get_tensor_model_parallel_world_size()
+    if world == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world)]
+    torch.distributed.all_gather(
+        parts, x.contiguous(), group=parallel_state.get_tensor_model_parallel_group()
+    )
+    return torch.cat(parts, dim=1)

@@ -114,7 +114,6 @@ class _Distribution:
         self.projection = projection
         logits = projection.local_logits(state, tied_weight)
         self.logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        self.logits[:, projection.valid_rows() :] = float("-inf")
         emittable = self.logits[:, : projection.emittable_rows()]
         if emittable.shape[1]:
             best, row = emittable.max(-1)
@@ -138,12 +137,11 @@ class _Distribution:
         return (self.best - self.log_normaliser).exp()
 
     def cross_entropy(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """CE [C] in nats, and this rank's (token, row) indices of the labels that it holds."""
-        rows = self.projection.rows_of(labels) - self.projection.first_row
-        (held,) = torch.nonzero((rows >= 0) & (rows < self.projection.rows_per_rank), as_tuple=True)
+        """CE [C] in nats, and this rank's (token, column) indices of the labels that it holds."""
+        held, columns = self.projection.held(self.projection.rows_of(labels))
         logit = self.logits.new_zeros(len(labels))
-        logit[held] = self.logits[held, rows[held]]
-        return self.log_normaliser - reduce_over_ranks(logit), held, rows[held]
+        logit[held] = self.logits[held, columns]
+        return self.log_normaliser - reduce_over_ranks(logit), held, columns
 
     def add_stats(self, stats: Tensor, labels: Tensor, mask: Tensor) -> None:
         ce, *_ = self.cross_entropy(labels)
@@ -154,15 +152,15 @@ class _Distribution:
         if projection.kind != "shortlist":
             return self.probabilities
         mine = self.projection
-        first, last = mine.first_row, mine.first_row + mine.valid_rows()
+        first, last = mine.first_row, mine.first_row + mine.emittable_rows()
         kept = projection.token_ids
         low, high = torch.searchsorted(kept, torch.tensor([first, last], device=kept.device)).tolist()
         selected = self.probabilities[:, kept[low:high] - first]
         bucket = self.probabilities.sum(-1) - selected.sum(-1)
-        rows = self.logits.new_zeros(len(self.logits), projection.num_rows)
-        rows[:, low:high], rows[:, projection.num_kept] = selected, bucket.clamp_min(0)
+        rows = self.logits.new_zeros(len(self.logits), projection.num_rows + 1)
+        rows[:, low:high], rows[:, -1] = selected, bucket.clamp_min(0)
         rows = reduce_over_ranks(rows)
-        return rows[:, projection.first_row : projection.first_row + projection.rows_per_rank]
+        return rows[:, projection.first_row : projection.first_row + projection.columns]
 
 
 def _one_exit(
@@ -179,7 +177,7 @@ def _one_exit(
 ) -> None:
     state, projection = item.state[chunk], item.projection
     mine = _Distribution(state, projection, output_weight)
-    ce, held, rows = mine.cross_entropy(labels)
+    ce, held, columns = mine.cross_entropy(labels)
     kl, target = torch.zeros_like(ce), None
     if final is not None:
         target = final.on_rows_of(projection)
@@ -195,17 +193,22 @@ def _one_exit(
         return
     gradient = mine.probabilities * (objective.ce_weight + objective.kl_weight)
     if objective.ce_weight:
-        gradient[held, rows] -= objective.ce_weight
+        gradient[held, columns] -= objective.ce_weight
     if objective.kl_weight:
         gradient.sub_(target, alpha=objective.kl_weight)
     gradient *= (token_weight * (item.weight * scale))[:, None]
-    gradient = gradient.to(state.dtype)
+    rows = gradient[:, : projection.rows_per_rank].to(state.dtype)
     weight = output_weight if projection.weight is None else projection.weight
-    state_gradient.copy_(gradient @ weight.to(state.dtype))
+    state_gradient.copy_(rows @ weight.to(state.dtype))
     if projection.weight is not None and projection.weight.requires_grad:
-        _accumulate(projection.weight, gradient.T @ state)
-    if projection.bias is not None and projection.bias.requires_grad:
-        _accumulate(projection.bias, gradient.float().sum(0))
+        _accumulate(projection.weight, rows.T @ state)
+    if projection.kind == "shortlist":
+        bucket = gradient[:, -1] if projection.holds_bucket else torch.zeros_like(gradient[:, 0])
+        state_gradient.addr_(bucket.to(state.dtype), projection.bucket_weight.to(state.dtype))
+        both = torch.cat([bucket @ state.to(bucket.dtype), bucket.sum()[None]])
+        reduce_over_ranks(both)
+        _accumulate(projection.bucket_weight, both[:-1])
+        _accumulate(projection.bucket_bias, both[-1:])
 
 
 def _accumulate(parameter: torch.nn.Parameter, gradient: Tensor) -> None:

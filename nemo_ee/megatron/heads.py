@@ -20,8 +20,8 @@ from nemo_ee.megatron.projection import ExitProjection
 from nemo_ee.megatron.specs import gpt_layer_spec, mlp_spec
 
 
-class ResidualMLP(MegatronModule):
-    """x + MLP(norm(x)), the MLP of the backbone's own kind. [S, B, H] -> [S, B, H]."""
+class NormedMLP(MegatronModule):
+    """MLP(norm(x)), the MLP of the backbone's own kind. [S, B, H] -> [S, B, H]."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__(config=config)
@@ -32,9 +32,9 @@ class ResidualMLP(MegatronModule):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Adds the MLP's output to its input."""
+        """The MLP's output, to be added to something."""
         out, bias = self.mlp(self.norm(x))
-        return x + (out if bias is None else out + bias)
+        return out if bias is None else out + bias
 
 
 class Translator(MegatronModule):
@@ -58,7 +58,11 @@ class Translator(MegatronModule):
 
 
 class ExitHead(MegatronModule):
-    """[block] -> [MLP] -> [norm] -> [translator] -> projection, as `HeadConfig` chooses.
+    """block, then MLP, norm and translator, then the projection, as `HeadConfig` chooses.
+
+    Without a translator the MLP is one more residual step before the norm: norm(x + MLP(x)), as in EE-Tuning.
+    With one it stands beside it and adds to its output: translator(norm(x)) + MLP(x); both are linear in
+    their last weights, which is what the closed form fits at once. The MLP has a norm of its own.
 
     Args:
         config: configuration of the exits, see `exit_config`.
@@ -86,22 +90,12 @@ class ExitHead(MegatronModule):
             number = layer - get_transformer_layer_offset(config)
             self.block = build_module(gpt_layer_spec(config, use_te), config=config, layer_number=number)
         if head.mlp:
-            self.mlp = ResidualMLP(config)
+            self.mlp = NormedMLP(config)
         if head.norm:
             self.norm = TorchNorm(config, config.hidden_size, config.layernorm_epsilon)
         if head.linear:
             self.linear = Translator(config)
         self.projection = ExitProjection(config, head, vocab_size, padded_vocab_size)
-
-    def features(
-        self, hidden: Tensor, attention_mask: Tensor | None = None, rotary_pos_emb: Tensor | None = None
-    ) -> Tensor:
-        """What the translator reads: block, MLP and norm applied. [S, B, H] -> [S, B, H]."""
-        if self.block is not None:
-            hidden, _ = self.block(hidden, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb)
-        if self.mlp is not None:
-            hidden = self.mlp(hidden)
-        return hidden if self.norm is None else self.norm(hidden)
 
     def forward(
         self, hidden: Tensor, attention_mask: Tensor | None = None, rotary_pos_emb: Tensor | None = None
@@ -116,18 +110,30 @@ class ExitHead(MegatronModule):
         Returns:
             [S, B, H], sharded as `hidden`.
         """
-        return self.translate(self.features(hidden, attention_mask, rotary_pos_emb))
+        if self.block is not None:
+            hidden, _ = self.block(hidden, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb)
+        return self.readout(hidden)
 
-    def translate(self, features: Tensor) -> Tensor:
-        """The translator, if there is one."""
-        return features if self.linear is None else self.linear(features)
+    def readout(self, x: Tensor) -> Tensor:
+        """What follows the block, position by position: [S, B, H] -> [S, B, H]."""
+        branch = None if self.mlp is None else self.mlp(x)
+        if self.linear is None and branch is not None:
+            x = x + branch
+        if self.norm is not None:
+            x = self.norm(x)
+        if self.linear is None:
+            return x
+        return self.linear(x) if branch is None else self.linear(x) + branch
 
-    def identity_initialisation(self) -> None:
-        """Makes block and MLP the identity (their output projections become zero)."""
+    def reset_for_fit(self) -> None:
+        """What the closed form starts from: the block is the identity, the norm has no gain."""
         with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                if name.startswith(("block.", "mlp.")) and ("linear_proj." in name or "linear_fc2." in name):
-                    parameter.zero_()
+            if self.block is not None:
+                for name, parameter in self.block.named_parameters():
+                    if "linear_proj." in name or "linear_fc2." in name:
+                        parameter.zero_()
+            if self.norm is not None:
+                self.norm.reset()
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -140,7 +146,7 @@ class ExitHead(MegatronModule):
 
 
 def _sharded(module: torch.nn.Module, prefix: str, offsets: tuple, metadata: dict | None) -> ShardedStateDict:
-    if hasattr(module, "sharded_state_dict") and not isinstance(module, Translator | ResidualMLP):
+    if hasattr(module, "sharded_state_dict") and not isinstance(module, Translator | NormedMLP):
         return module.sharded_state_dict(prefix, offsets, metadata)
     state = {
         f"{prefix}{name}": replicated(parameter.data, f"{prefix}{name}", offsets)

@@ -32,6 +32,13 @@ class TorchNorm(torch.nn.Module):
         for parameter in self.parameters():
             parameter.sequence_parallel = config.sequence_parallel
 
+    def reset(self) -> None:
+        """Unit gain and no bias."""
+        with torch.no_grad():
+            self.weight.fill_(0.0 if self.zero_centered else 1.0)
+            if self.bias is not None:
+                self.bias.zero_()
+
     def forward(self, x: Tensor) -> Tensor:
         """Normalises [..., H] in float32 and returns the input's dtype."""
         weight = self.weight + 1.0 if self.zero_centered else self.weight

@@ -18,10 +18,12 @@ PADDING = -2
 
 
 class ExitProjection(MegatronModule):
-    """From an exit's state [..., H] to logits over its rows; this rank holds rows/TP of them.
+    """From an exit's state [..., H] to logits over its rows, sharded over the tensor-parallel group.
 
     Rows are tokens: all of the (padded) vocabulary in order, or for a shortlist the kept tokens in ascending
-    order, then one bucket for all others, then padding.
+    order, then padding, then one bucket for all other tokens. Every rank holds `rows_per_rank` rows of the
+    weight; the bucket is one more column of logits on the last rank, with a weight and a bias of its own that
+    are always trainable and whole on every rank.
 
     Args:
         config: configuration of the exits (its `params_dtype` is that of the weights).
@@ -31,33 +33,41 @@ class ExitProjection(MegatronModule):
 
     Attributes:
         weight: [rows/TP, H], or None when tied: then pass the backbone's output weight.
-        bias: [rows/TP], only for a shortlist, else None.
+        bucket_weight: [H], only for a shortlist, else None.
+        bucket_bias: [1], likewise.
         token_ids: [k] the kept tokens in ascending order (a buffer in checkpoints), only for a shortlist.
     """
 
     def __init__(self, config: TransformerConfig, head: HeadConfig, vocab_size: int, padded_vocab_size: int):
         super().__init__(config=config)
         self.kind, self.vocab_size = head.projection, vocab_size
-        self.trainable = head.train_projection
         world = parallel_state.get_tensor_model_parallel_world_size()
+        rank = parallel_state.get_tensor_model_parallel_rank()
         kept = head.shortlist_size if self.kind == "shortlist" else padded_vocab_size
-        self.num_rows = -(-(kept + 1) // world) * world if self.kind == "shortlist" else padded_vocab_size
+        self.num_rows = -(-kept // world) * world
         self.rows_per_rank = self.num_rows // world
-        self.first_row = parallel_state.get_tensor_model_parallel_rank() * self.rows_per_rank
-        self.register_parameter("weight", None)
-        self.register_parameter("bias", None)
+        self.first_row = rank * self.rows_per_rank
+        self.holds_bucket = self.kind == "shortlist" and rank == world - 1
+        for name in ("weight", "bucket_weight", "bucket_bias"):
+            self.register_parameter(name, None)
         self.register_buffer("token_ids", None)
         if self.kind != "tied":
-            self.weight = self._parameter(self.rows_per_rank, config.hidden_size)
+            self.weight = self._parameter((self.rows_per_rank, config.hidden_size), head.train_projection)
+            self.weight.tensor_model_parallel = True
+            self.weight.partition_dim, self.weight.partition_stride = 0, 1
         if self.kind == "shortlist":
-            self.bias = self._parameter(self.rows_per_rank)
+            self.bucket_weight = self._parameter((config.hidden_size,), True)
+            self.bucket_bias = self._parameter((1,), True)
             self.set_shortlist(torch.arange(kept))
 
-    def _parameter(self, *shape: int) -> torch.nn.Parameter:
+    def _parameter(self, shape: tuple[int, ...], trainable: bool) -> torch.nn.Parameter:
         data = torch.zeros(shape, dtype=self.config.params_dtype, device=_device(self.config))
-        parameter = torch.nn.Parameter(data, requires_grad=self.trainable)
-        parameter.tensor_model_parallel, parameter.partition_dim, parameter.partition_stride = True, 0, 1
-        return parameter
+        return torch.nn.Parameter(data, requires_grad=trainable)
+
+    @property
+    def columns(self) -> int:
+        """Columns of this rank's logits: its rows, and the bucket on the last rank."""
+        return self.rows_per_rank + self.holds_bucket
 
     def set_shortlist(self, token_ids: Tensor) -> None:
         """Sets the kept tokens: [k] distinct ids within 0..V-1, in any order."""
@@ -68,18 +78,11 @@ class ExitProjection(MegatronModule):
     def _refresh(self) -> None:
         """Derives the lookups between rows and tokens from `token_ids`."""
         kept = len(self.token_ids)
-        row_tokens = self.token_ids.new_full((self.num_rows,), PADDING)
-        row_tokens[:kept], row_tokens[kept] = self.token_ids, BUCKET
+        row_tokens = self.token_ids.new_full((self.num_rows + 1,), PADDING)
+        row_tokens[:kept], row_tokens[-1] = self.token_ids, BUCKET
         self.row_tokens = row_tokens
-        self.token_rows = self.token_ids.new_full((self.vocab_size,), kept)
+        self.token_rows = self.token_ids.new_full((self.vocab_size,), self.num_rows)
         self.token_rows[self.token_ids] = torch.arange(kept, device=self.token_ids.device)
-
-    def load_state_dict(self, *args: object, **kwargs: object) -> object:
-        """As torch's; derives the lookups anew."""
-        result = super().load_state_dict(*args, **kwargs)
-        if self.kind == "shortlist":
-            self._refresh()
-        return result
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -99,38 +102,44 @@ class ExitProjection(MegatronModule):
         """Token ids of rows (any shape); `BUCKET` for the bucket."""
         return self.row_tokens[rows] if self.kind == "shortlist" else rows
 
-    def valid_rows(self) -> int:
-        """How many of this rank's rows count (padding comes last)."""
-        valid = self.num_kept + (self.kind == "shortlist")
-        return max(0, min(self.rows_per_rank, valid - self.first_row))
-
     def emittable_rows(self) -> int:
         """How many of this rank's rows stand for a token of their own."""
         return max(0, min(self.rows_per_rank, self.num_kept - self.first_row))
 
     def local_logits(self, state: Tensor, tied_weight: Tensor | None = None) -> Tensor:
-        """Logits of this rank's rows, before any collective: [..., H] -> [..., rows/TP]."""
+        """This rank's logits before any collective, padding at -inf: [..., H] -> [..., columns]."""
         weight = tied_weight if self.weight is None else self.weight
-        bias = None if self.bias is None else self.bias.to(state.dtype)
-        return torch.nn.functional.linear(state, weight.to(state.dtype), bias)
+        logits = torch.nn.functional.linear(state, weight.to(state.dtype))
+        logits[..., self.emittable_rows() :] = float("-inf")
+        if not self.holds_bucket:
+            return logits
+        bucket = state @ self.bucket_weight.to(state.dtype) + self.bucket_bias.to(state.dtype)
+        return torch.cat([logits, bucket[..., None]], dim=-1)
+
+    def held(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of the rows [C] this rank holds: their indices in [C], and their columns."""
+        columns = rows - self.first_row
+        (index,) = torch.nonzero((columns >= 0) & (columns < self.columns), as_tuple=True)
+        return index, columns[index]
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
         """Rows shard over TP; their padded number may differ between the saving and the loading layout."""
         state = {}
-        for name in ("weight", "bias"):
-            if getattr(self, name) is not None:
-                key = f"{prefix}{name}"
-                state[key] = make_tp_sharded_tensor_for_checkpoint(
-                    getattr(self, name).data, key, prepend_offsets=sharded_offsets, allow_shape_mismatch=True
-                )
-        if self.token_ids is not None:
-            key = f"{prefix}token_ids"
-            replica = (0, parallel_state.get_tensor_model_parallel_rank(), _data_parallel_rank())
-            state[key] = make_sharded_tensor_for_checkpoint(
-                self.token_ids, key, prepend_offsets=sharded_offsets, replica_id=replica
+        if self.weight is not None:
+            key = f"{prefix}weight"
+            state[key] = make_tp_sharded_tensor_for_checkpoint(
+                self.weight.data, key, prepend_offsets=sharded_offsets, allow_shape_mismatch=True
             )
+        replica = (0, parallel_state.get_tensor_model_parallel_rank(), _data_parallel_rank())
+        for name in ("bucket_weight", "bucket_bias", "token_ids"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                key = f"{prefix}{name}"
+                state[key] = make_sharded_tensor_for_checkpoint(
+                    tensor.data, key, prepend_offsets=sharded_offsets, replica_id=replica
+                )
         return state
 
 

@@ -155,5 +155,14 @@ def check_tuning(cfg: DictConfig) -> None:
         rule = "a backbone without backward keeps no activations to recompute"
         key = "model.activations_checkpoint_granularity"
         faults.append(Fault(key, cfg.activations_checkpoint_granularity, rule, "set it to null"))
+    if (data := cfg.get("data")) is not None:
+        length, limit = data.seq_length, cfg.encoder_seq_length
+        if length > limit:
+            rule = f"exceeds the backbone's model.encoder_seq_length={limit}"
+            faults.append(Fault("model.data.seq_length", length, rule, f"use at most {limit}"))
+        tp = cfg.get("tensor_model_parallel_size", 1)
+        if cfg.get("sequence_parallel", False) and length % tp:
+            rule = f"sequence parallelism splits it over tensor_model_parallel_size={tp}"
+            faults.append(Fault("model.data.seq_length", length, rule, f"use a multiple of {tp}"))
     if faults:
         raise ConfigError(*faults)

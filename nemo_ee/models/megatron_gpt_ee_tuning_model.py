@@ -13,15 +13,17 @@ from omegaconf import DictConfig, open_dict
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from nemo_ee.checkpoint.keys import is_exit
 from nemo_ee.config import HeadConfig
 from nemo_ee.data.checks import check_data_config
 from nemo_ee.data.token_counts import token_counts
+from nemo_ee.errors import CheckpointError
 from nemo_ee.megatron import exit_init
 from nemo_ee.megatron.gpt import StageStates
 from nemo_ee.megatron.heads import trainable_parameters
 from nemo_ee.megatron.projection import ExitProjection
 from nemo_ee.megatron.tuning_step import MicroBatch, exit_step, run_backbone
-from nemo_ee.models.checks import check_tuning, read_early_exit
+from nemo_ee.models.checks import check_model, check_tuning, read_early_exit
 from nemo_ee.models.exit_metrics import ExitMetrics
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
 
@@ -61,6 +63,26 @@ class MegatronGPTEETuningModel(MegatronGPTEarlyExitModel):
         return {parameter for _, parameter in trainable_parameters(self.gpt.exits)}
 
     # --- construction -------------------------------------------------------------------------------------
+
+    @classmethod
+    def restore_base(cls, cfg: DictConfig, trainer: Trainer) -> "MegatronGPTEETuningModel":
+        """Restores the base that a configuration names, with exits. Collective over the world.
+
+        Args:
+            cfg: of `conf/megatron_gpt_ee_tuning.yaml`.
+            trainer: a trainer from `EarlyExitTrainerBuilder`.
+
+        Raises:
+            ConfigError, CheckpointError, DataError: before the model is built.
+        """
+        config = cls.merge_cfg_with(cfg.model.restore_from_path, cfg)
+        check_tuning(config)
+        check_model(config, trainer.world_size, cls.built_layers(config))
+        model = cls.restore_from(cfg.model.restore_from_path, override_config_path=config, trainer=trainer)
+        if cfg.model.get("adapter_path"):
+            model.load_adapters(cfg.model.adapter_path)
+            model.exits_initialised = True
+        return model
 
     @classmethod
     def built_layers(cls, cfg: DictConfig) -> int:
@@ -133,7 +155,7 @@ class MegatronGPTEETuningModel(MegatronGPTEarlyExitModel):
             self.gpt,
             self.micro_batches(dataloader_iter),
             count,
-            self.cfg.encoder_seq_length,
+            self.sequence_length,
             self.cfg.micro_batch_size,
             self.wants_teacher,
             consume,
@@ -143,6 +165,11 @@ class MegatronGPTEETuningModel(MegatronGPTEarlyExitModel):
             for n in self.early_exit.layers:
                 self.log(f"train_loss/exit_{n}", means[n].loss, rank_zero_only=True, batch_size=1)
         return self.objective(means)
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens per tuning sequence; at most what the backbone was made for."""
+        return self.cfg.data.seq_length
 
     @property
     def wants_teacher(self) -> bool:
@@ -202,14 +229,14 @@ class MegatronGPTEETuningModel(MegatronGPTEarlyExitModel):
         loss = self.objective(means)
         self.log("val_loss", loss, prog_bar=True, rank_zero_only=True, batch_size=1)
         consumed = float(self.compute_consumed_samples(self.trainer.global_step - self.init_global_step))
-        self.log("consumed_tokens", consumed * self.cfg.encoder_seq_length, rank_zero_only=True, batch_size=1)
+        self.log("consumed_tokens", consumed * self.sequence_length, rank_zero_only=True, batch_size=1)
         return loss
 
     # --- data and first weights ---------------------------------------------------------------------------
 
     def build_train_valid_test_datasets(self):
         """NeMo's, after a check that says what Megatron would answer with a hang."""
-        check_data_config(self.cfg.data, self.cfg.encoder_seq_length, self.true_vocab_size)
+        check_data_config(self.cfg.data, self.sequence_length, self.true_vocab_size)
         return super().build_train_valid_test_datasets()
 
     def setup(self, stage: str | None = None) -> None:
@@ -223,7 +250,9 @@ class MegatronGPTEETuningModel(MegatronGPTEarlyExitModel):
         config, std = self.early_exit, self.cfg.get("init_method_std", 0.02)
         shortlist = None
         if config.head.projection == "shortlist":
-            counts = token_counts(self.cfg.data, self.true_vocab_size)
+            counts = token_counts(
+                self.cfg.data.data_prefix, self.true_vocab_size, self.cfg.data.get("splits_string")
+            )
             shortlist = torch.topk(counts, config.head.shortlist_size).indices
         exit_init.initialise_projections(self.gpt, shortlist, std if config.init == "random" else None)
         if config.init == "random":
@@ -235,9 +264,9 @@ class MegatronGPTEETuningModel(MegatronGPTEarlyExitModel):
     def fit_translators(self) -> None:
         """Ridge regression on the last `ridge.tokens` tokens of the training samples."""
         for head in self.gpt.exits.values():
-            head.identity_initialisation()
+            head.reset_for_fit()
         dp, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
-        size, sequence = self.cfg.micro_batch_size, self.cfg.encoder_seq_length
+        size, sequence = self.cfg.micro_batch_size, self.sequence_length
         count = -(-self.early_exit.ridge.tokens // (size * sequence * dp))
         samples = len(self._train_ds)
 
@@ -260,10 +289,39 @@ class MegatronGPTEETuningModel(MegatronGPTEarlyExitModel):
         """The exits only: what tuning changes is what its checkpoints hold."""
         return self.gpt.exits.sharded_state_dict(f"{prefix}model.exits.")
 
-    def base_sharded_state_dict(self, prefix: str = "") -> ShardedStateDict:
-        """What is read from the base: the backbone, and what heads copy from it."""
-        whole = super().sharded_state_dict(prefix)
-        state = {key: entry for key, entry in whole.items() if not key.startswith(f"{prefix}model.exits.")}
-        if self.early_exit.init != "random":
-            state |= exit_init.copy_sources(self.gpt, self.cfg.num_layers, f"{prefix}model.")
-        return state
+    def state_to_restore(self, with_exits: bool) -> ShardedStateDict:
+        """What restoring reads from a full checkpoint; notes whether exits come with it."""
+        self.exits_initialised = with_exits
+        return super().state_to_restore(with_exits)
+
+    def copies_to_restore(self) -> ShardedStateDict:
+        """What fresh exits copy from the backbone's checkpoint."""
+        if self.early_exit.init == "random":
+            return {}
+        return exit_init.copy_sources(self.gpt, self.cfg.num_layers, self.mlp_source)
+
+    def mlp_source(self, exit_layer: int) -> int:
+        """The layer whose MLP an exit copies: its own (EE-Tuning), or for the closed form the next one.
+
+        The next layer's MLP reads almost the same state and computes what the exit still lacks.
+        """
+        return exit_layer if self.early_exit.init == "copy" else min(exit_layer + 1, self.cfg.num_layers)
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Loads the exits of a checkpoint written while tuning; the backbone has come from its base."""
+        loaded = checkpoint.pop("state_dict", {})
+        result = self.gpt.load_state_dict(
+            {key.removeprefix("model."): value for key, value in loaded.items()}, strict=False
+        )
+        missing = [key for key in result.missing_keys if is_exit(key)]
+        if loaded and (missing or result.unexpected_keys):
+            raise CheckpointError(
+                f"checkpoint of other exits: missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}; "
+                "resume with the early_exit section it was started with"
+            )
+        self.exits_initialised = bool(loaded)
+        checkpoint["state_dict"] = {}
+
+    def save_to(self, save_path: str) -> None:
+        """Saves the exits alone, naming their base; see `nemo_ee.checkpoint.adapter`."""
+        self.save_adapters(save_path)
