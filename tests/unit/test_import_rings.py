@@ -1,0 +1,95 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Imports point inward: core knows torch alone, megatron adds megatron-core, the outer ring adds NeMo."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LICENCE = "# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.\n"
+CATCH_ALL_NAMES = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py"}
+
+PLAIN = {"nemo_ee.errors", "nemo_ee.config"}
+CORE = PLAIN | {"nemo_ee.core", "torch", "numpy"}
+MEGATRON = CORE | {"nemo_ee.megatron", "megatron", "transformer_engine", "apex"}
+RINGS = {
+    "nemo_ee/__init__.py": set(),
+    "nemo_ee/errors.py": set(),
+    "nemo_ee/config.py": PLAIN | {"omegaconf"},
+    "nemo_ee/core/": CORE,
+    "nemo_ee/megatron/": MEGATRON,
+}
+"""What each inner ring may import beside the standard library. All other files are the outer ring."""
+
+
+def python_files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def place(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imported_modules(source: str, package: list[str]) -> set[str]:
+    """Dotted names of all that a module of `package` imports, at its top or inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            names |= {".".join([*base, *filter(None, [node.module]), alias.name]) for alias in node.names}
+    return names
+
+
+def outside(names: set[str], allowed: set[str]) -> set[str]:
+    """Those names that lie in none of the allowed modules and not in the standard library."""
+    allowed = allowed | set(sys.stdlib_module_names)
+    return {name for name in names if not any(f"{name}.".startswith(f"{module}.") for module in allowed)}
+
+
+@pytest.mark.parametrize("ring", RINGS)
+def test_imports_point_inward(ring):
+    members = [path for path in python_files("nemo_ee") if place(path).startswith(ring)]
+    assert members
+    for path in members:
+        names = imported_modules(path.read_text(), list(path.relative_to(ROOT).parts[:-1]))
+        assert outside(names, RINGS[ring]) == set(), place(path)
+
+
+def test_the_package_imports_neither_scripts_nor_tests():
+    for path in python_files("nemo_ee"):
+        names = imported_modules(path.read_text(), list(path.relative_to(ROOT).parts[:-1]))
+        assert not {name for name in names if name.startswith(("scripts.", "tests."))}, place(path)
+
+
+def test_nested_relative_and_lookalike_imports_are_seen():
+    source = """
+import torch.nn, torchvision
+def f():
+    from nemo.utils import logging
+    from ..models import tuning
+    from nemo_ee import models
+    from . import ridge
+"""
+    names = imported_modules(source, ["nemo_ee", "core"])
+    outward = {"torchvision", "nemo.utils.logging", "nemo_ee.models.tuning", "nemo_ee.models"}
+    assert outside(names, CORE) == outward
+
+
+@pytest.mark.parametrize("module", ["nemo_ee", "nemo_ee.errors", "nemo_ee.config", "nemo_ee.runtime.cpu"])
+def test_light_modules_load_nothing_heavy(module):
+    heavy = "{'torch', 'nemo', 'megatron', 'lightning', 'transformers'}"
+    code = f"import {module}, sys; print(*sorted({heavy} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_files_are_small_licensed_and_named_for_what_they_hold():
+    files = python_files("nemo_ee", "scripts", "tests")
+    assert [place(path) for path in files if len(path.read_text().splitlines()) > 500] == []
+    assert [place(path) for path in files if not path.read_text().startswith(LICENCE)] == []
+    assert [place(path) for path in files if path.name in CATCH_ALL_NAMES] == []
