@@ -1,0 +1,68 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""One look for all plots: an exit layer has the same colour in each.
+
+Figures are built without pyplot, so drawing changes no global state and needs no display.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+FINAL_COLOUR = "#c4c4c4"
+"""Of areas that belong to the final exit: neutral, since nothing was saved there."""
+FINAL_LINE_COLOUR = "#6e6e6e"
+"""Of lines that belong to full depth."""
+MARKERS = "osD^vPX*<>"
+_DPI = 150
+
+
+def layer_colours(layers: Iterable[int], final_layer: int) -> dict[int, str]:
+    """A colour per layer, dark to light with depth.
+
+    The viridis map is told apart with every common colour-vision deficiency, and in grey; its palest end is
+    left out.
+
+    Args:
+        layers: exit layers, with or without the final one.
+        final_layer: gets the neutral colour.
+    """
+    early = sorted(set(layers) - {final_layer})
+    viridis = matplotlib.colormaps["viridis"]
+    colours = {
+        layer: to_hex(viridis(0.15 + 0.6 * index / max(1, len(early) - 1)))
+        for index, layer in enumerate(early)
+    }
+    return {**colours, final_layer: FINAL_COLOUR}
+
+
+def layer_name(layer: int, final_layer: int) -> str:
+    """How legends name a layer."""
+    return f"layer {layer} (final)" if layer == final_layer else f"exit {layer}"
+
+
+def new_figure(panels: int, width: float = 6.2, height: float = 4.4) -> tuple[Figure, Sequence[Axes]]:
+    """A figure with panels side by side.
+
+    Args:
+        panels: how many.
+        width: of one panel, in inches.
+        height: in inches.
+    """
+    figure = Figure(figsize=(width * panels, height), dpi=_DPI, layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    for each in axes:
+        each.grid(True, color="#dddddd", linewidth=0.8)
+        each.set_axisbelow(True)
+        each.spines[["top", "right"]].set_visible(False)
+        each.tick_params(labelsize=11)
+    return figure, axes
+
+
+def label(axes: Axes, title: str, x: str, y: str) -> None:
+    """Titles one panel and names both axes, with units."""
+    axes.set_title(title, fontsize=13)
+    axes.set_xlabel(x, fontsize=12)
+    axes.set_ylabel(y, fontsize=12)

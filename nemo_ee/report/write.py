@@ -1,0 +1,78 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Writing a report's files."""
+
+import json
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from nemo_ee.errors import DataError
+from nemo_ee.report.markdown import CAPTIONS, to_markdown
+from nemo_ee.report.plots import PLOTS
+from nemo_ee.report.sample_text import sample_figure, sample_html
+from nemo_ee.report.schema import Report
+from nemo_ee.report.serialise import report_from_dict, report_to_dict
+
+
+def write_report(report: Report, directory: str | Path) -> list[Path]:
+    """Writes ``report.json``, ``report.md``, the plots and ``sample_text.html``.
+
+    Each file is replaced in one step, ``report.json`` first: the numbers are safe whatever happens to the
+    plots. Plots of an earlier report that this one has no data for are removed.
+
+    Args:
+        report: the measurements.
+        directory: created if missing.
+
+    Returns:
+        The files written.
+
+    Raises:
+        DataError: a number in the report is not finite; nothing is written.
+    """
+    directory = Path(directory)
+    text = json.dumps(report_to_dict(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    directory.mkdir(parents=True, exist_ok=True)
+    written = [_replace_text(directory / "report.json", text)]
+    for name, draw in {**PLOTS, "sample_text.png": sample_figure}.items():
+        figure = draw(report)
+        if figure is None:
+            (directory / name).unlink(missing_ok=True)
+        else:
+            written.append(_replace(directory / name, partial(figure.savefig, format="png")))
+    if report.samples:
+        written.append(_replace_text(directory / "sample_text.html", sample_html(report)))
+    else:
+        (directory / "sample_text.html").unlink(missing_ok=True)
+    images = tuple(name for name in CAPTIONS if directory / name in written)
+    written.append(_replace_text(directory / "report.md", to_markdown(report, images)))
+    return written
+
+
+def read_report(path: str | Path) -> Report:
+    """Reads ``report.json``.
+
+    Raises:
+        DataError: the file is missing, not JSON, or of another layout.
+    """
+    try:
+        return report_from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: must exist; evaluate first") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: must be JSON ({error}); evaluate again") from error
+
+
+def _replace_text(path: Path, text: str) -> Path:
+    return _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> Path:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
