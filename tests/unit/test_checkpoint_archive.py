@@ -146,7 +146,9 @@ def test_missing_foreign_and_empty_files(tmp_path):
     assert_refused(tmp_path / "folder", tmp_path / "out", "model_config.yaml")
 
 
-@pytest.mark.parametrize("text", [b"a: [1, 2", b"\xff\xfe\x00", b"- 1\n- 2\n", b"!!python/object/apply:os.getpid []\n"])
+@pytest.mark.parametrize(
+    "text", [b"a: [1, 2", b"\xff\xfe\x00", b"- 1\n- 2\n", b"!!python/object/apply:os.getpid []\n"]
+)
 def test_unreadable_configurations_are_refused(tmp_path, text):
     path = write_tar(tmp_path / "m.nemo", [(member("model_config.yaml"), text)])
     with pytest.raises(CheckpointError, match="model_config.yaml"):
