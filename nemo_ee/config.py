@@ -61,12 +61,14 @@ class RidgeConfig:
 
 @dataclass(frozen=True)
 class TuningConfig:
-    """EE-Tuning's objective: sum over exits of weight * (ce_weight * CE + kl_weight * KL(final || exit)).
+    """EE-Tuning's objective: per exit a weighted sum of cross-entropies and a divergence, summed over exits.
 
     Attributes:
         loss_weights: one non-negative weight per exit layer; null means 1.0 for each.
         ce_weight: weight of cross-entropy against the text.
-        kl_weight: weight of the divergence from the final exit. At 0 nothing above the last exit is built.
+        kl_weight: weight of the divergence from the final exit, KL(final || exit).
+        argmax_weight: weight of cross-entropy against the final exit's most probable token. With this and
+            `kl_weight` at 0 nothing above the last exit is built, unless `init` needs it.
         token_weighting: `none`, or `confidence`: each token's loss is multiplied by the exit's own detached
             confidence (EE-Tuning's dynamic token-wise weights, arXiv:2402.00518 section 3).
         loss_chunk_tokens: tokens whose logits exist at one time, per exit.
@@ -74,9 +76,15 @@ class TuningConfig:
 
     loss_weights: tuple[float, ...] | None = None
     ce_weight: float = 0.0
-    kl_weight: float = 1.0
+    kl_weight: float = 0.5
+    argmax_weight: float = 0.5
     token_weighting: str = "none"
     loss_chunk_tokens: int = 256
+
+    @property
+    def distils(self) -> bool:
+        """Whether the final exit is part of the objective."""
+        return self.kl_weight > 0 or self.argmax_weight > 0
 
 
 @dataclass(frozen=True)
@@ -116,7 +124,7 @@ class EarlyExitConfig:
     @property
     def needs_final_exit(self) -> bool:
         """Whether tuning needs the final exit's state, i.e. the whole depth of the backbone."""
-        return self.tuning.kl_weight > 0 or self.init == "ridge"
+        return self.tuning.distils or self.init == "ridge"
 
     def loss_weight(self, layer: int) -> float:
         """The weight of the exit at `layer` in the objective."""
@@ -234,13 +242,13 @@ def _check_tuning(config: EarlyExitConfig, key: str) -> list[Fault]:
         faults.append(Fault(f"{key}.loss_weights", list(weights), rule, "give one per exit layer, or null"))
     if weights is not None and any(w < 0 for w in weights):
         faults.append(Fault(f"{key}.loss_weights", list(weights), "a weight is negative", "use 0 or more"))
-    for name in ("ce_weight", "kl_weight"):
+    for name in ("ce_weight", "kl_weight", "argmax_weight"):
         if getattr(tuning, name) < 0:
             faults.append(
                 Fault(f"{key}.{name}", getattr(tuning, name), "must not be negative", "use 0 or more")
             )
-    if tuning.ce_weight == 0 and tuning.kl_weight == 0:
-        rule = "with kl_weight=0 too there is no objective"
+    if tuning.ce_weight == 0 and not tuning.distils:
+        rule = "with kl_weight=0 and argmax_weight=0 too there is no objective"
         faults.append(Fault(f"{key}.ce_weight", 0, rule, "set ce_weight or kl_weight above 0"))
     if tuning.token_weighting not in TOKEN_WEIGHTINGS:
         faults.append(_one_of(f"{key}.token_weighting", tuning.token_weighting, TOKEN_WEIGHTINGS))

@@ -57,7 +57,7 @@ def copy_sources(
 
 def _norm_state(norm: torch.nn.Module, prefix: str, offsets: tuple) -> ShardedStateDict:
     return {
-        f"{prefix}{name}": replicated(parameter.data, f"{prefix}{name}", offsets)
+        f"{prefix}{name}": replicated(parameter, f"{prefix}{name}", offsets)
         for name, parameter in norm.named_parameters()
     }
 
@@ -162,7 +162,9 @@ class RidgeInitialiser:
         keep = by_position(batch.loss_mask) > 0
         target = whole_tokens(final, self.gpt)[keep]
         for n, sums in self.sums.items():
-            self.gpt.exits[str(n)](states.exits[n], batch.attention_mask, states.rotary_pos_emb)
+            head = self.gpt.exits[str(n)]
+            hidden = states.exits[n].to(head.linear.weight.dtype)
+            head(hidden, batch.attention_mask, states.rotary_pos_emb)
             features = [self._whole_input(module)[keep] for module in self._fitted(n)]
             sums.update(torch.cat(features, dim=1), target)
         if self.bucket_sums is not None:

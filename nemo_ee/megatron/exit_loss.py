@@ -61,8 +61,9 @@ def exit_losses(
 ) -> ExitLossResult:
     """Losses, statistics and, with `scale`, gradients of several exits on one micro-batch.
 
-    The objective is scale * weight * sum_t mask_t u_t (ce_weight CE_t + kl_weight KL_t), u_t being 1 or the
-    exit's detached confidence. Gradients of trainable projections are added to `.grad`.
+    The objective is scale * weight * sum_t mask_t u_t (ce_weight CE_t + kl_weight KL_t + argmax_weight A_t),
+    A_t being the cross-entropy against the final exit's most probable token and u_t being 1 or the exit's
+    detached confidence. Gradients of trainable projections are added to `.grad`.
 
     Collectives: per chunk and exit a few all-reduces of [C] over the tensor-parallel group, and for a
     shortlist with a teacher one of [C, rows]; none where TP is 1.
@@ -73,10 +74,10 @@ def exit_losses(
         labels: [T] next tokens.
         loss_mask: [T], 0 leaves a token out.
         objective: weights of the terms.
-        teacher: the final exit; required if `kl_weight` > 0.
+        teacher: the final exit; required if the objective distils.
         scale: factor of the objective whose gradient is wanted; None computes statistics only.
     """
-    assert teacher is not None or objective.kl_weight == 0, "distillation needs the final exit's state"
+    assert teacher is not None or not objective.distils, "distillation needs the final exit's state"
     state = next(iter(exits.values())).state if exits else teacher.state
     mask = loss_mask.to(torch.promote_types(state.dtype, torch.float32))
     result = ExitLossResult(
@@ -178,24 +179,27 @@ def _one_exit(
     state, projection = item.state[chunk], item.projection
     mine = _Distribution(state, projection, output_weight)
     ce, held, columns = mine.cross_entropy(labels)
-    kl, target = torch.zeros_like(ce), None
+    kl, hard, target, best = torch.zeros_like(ce), torch.zeros_like(ce), None, None
     if final is not None:
         target = final.on_rows_of(projection)
         log_ratio = target.clamp_min(1e-30).log() - mine.logits.clamp_min(-1e30)
         kl = reduce_over_ranks((target * log_ratio).sum(-1)) + mine.log_normaliser
         del log_ratio
+        hard, *best = mine.cross_entropy(final.best_token)
     confidence = mine.confidence
     agreement = torch.zeros_like(ce) if final is None else (mine.best_token == final.best_token).to(ce.dtype)
     token_weight = mask * confidence if objective.token_weighting == "confidence" else mask
-    loss = objective.ce_weight * ce + objective.kl_weight * kl
+    loss = objective.ce_weight * ce + objective.kl_weight * kl + objective.argmax_weight * hard
     stats += torch.stack([ce @ mask, kl @ mask, agreement @ mask, confidence @ mask, loss @ token_weight])
     if scale is None:
         return
-    gradient = mine.probabilities * (objective.ce_weight + objective.kl_weight)
+    gradient = mine.probabilities * (objective.ce_weight + objective.kl_weight + objective.argmax_weight)
     if objective.ce_weight:
         gradient[held, columns] -= objective.ce_weight
     if objective.kl_weight:
         gradient.sub_(target, alpha=objective.kl_weight)
+    if objective.argmax_weight:
+        gradient[best[0], best[1]] -= objective.argmax_weight
     gradient *= (token_weight * (item.weight * scale))[:, None]
     rows = gradient[:, : projection.rows_per_rank].to(state.dtype)
     weight = output_weight if projection.weight is None else projection.weight

@@ -149,7 +149,7 @@ def _sharded(module: torch.nn.Module, prefix: str, offsets: tuple, metadata: dic
     if hasattr(module, "sharded_state_dict") and not isinstance(module, Translator | NormedMLP):
         return module.sharded_state_dict(prefix, offsets, metadata)
     state = {
-        f"{prefix}{name}": replicated(parameter.data, f"{prefix}{name}", offsets)
+        f"{prefix}{name}": replicated(parameter, f"{prefix}{name}", offsets)
         for name, parameter in module.named_parameters(recurse=False)
     }
     for name, child in module.named_children():

@@ -130,7 +130,7 @@ class ExitProjection(MegatronModule):
         if self.weight is not None:
             key = f"{prefix}weight"
             state[key] = make_tp_sharded_tensor_for_checkpoint(
-                self.weight.data, key, prepend_offsets=sharded_offsets, allow_shape_mismatch=True
+                self.weight, key, prepend_offsets=sharded_offsets, allow_shape_mismatch=True
             )
         replica = (0, parallel_state.get_tensor_model_parallel_rank(), _data_parallel_rank())
         for name in ("bucket_weight", "bucket_bias", "token_ids"):
@@ -138,7 +138,7 @@ class ExitProjection(MegatronModule):
             if tensor is not None:
                 key = f"{prefix}{name}"
                 state[key] = make_sharded_tensor_for_checkpoint(
-                    tensor.data, key, prepend_offsets=sharded_offsets, replica_id=replica
+                    tensor, key, prepend_offsets=sharded_offsets, replica_id=replica
                 )
         return state
 

@@ -143,7 +143,7 @@ def exit_step(
             by_position(batch.labels),
             by_position(batch.loss_mask),
             config.tuning,
-            None if final is None else Teacher(whole_tokens(final, gpt), teacher_projection),
+            None if final is None else Teacher(exact(whole_tokens(final, gpt)), teacher_projection),
             scale,
         )
         if scale is not None:

@@ -174,7 +174,7 @@ class MegatronGPTEETuningModel(MegatronGPTEarlyExitModel):
     @property
     def wants_teacher(self) -> bool:
         """Whether steps see the final exit: for distillation, and for agreement where it is built anyway."""
-        return not self.gpt.truncated and (self.early_exit.tuning.kl_weight > 0 or not self.trainer.training)
+        return not self.gpt.truncated and (self.early_exit.tuning.distils or not self.trainer.training)
 
     def objective(self, means: dict) -> Tensor:
         """Sum over exits of weight x mean objective."""

@@ -2,32 +2,11 @@
 """Builds the Lightning trainer of a script, on GPUs or on CPU processes."""
 
 import torch
-from megatron.core import parallel_state
 from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
-from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
 from omegaconf import OmegaConf, open_dict
 
 from nemo_ee.errors import ConfigError, Fault
-
-
-class EarlyExitDDPStrategy(NLPDDPStrategy):
-    """NeMo's strategy, without torch's DDP wrapper.
-
-    NeMo reduces gradients itself; the wrapper would only refuse a pipeline stage that has nothing to train.
-    The parameters are made equal over the data-parallel group instead, as the wrapper does.
-    """
-
-    def configure_ddp(self) -> None:
-        """Leaves the model unwrapped. Collectives: broadcasts trainable parameters over data parallelism."""
-        if self.lightning_module.with_distributed_adam:
-            super().configure_ddp()
-            return
-        self._model = self.model
-        source = parallel_state.get_data_parallel_src_rank(with_context_parallel=True)
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        for parameter in self.lightning_module.parameters():
-            if parameter.requires_grad:
-                torch.distributed.broadcast(parameter.data, source, group=group)
+from nemo_ee.models.strategy import EarlyExitDDPStrategy
 
 
 class EarlyExitTrainerBuilder(MegatronTrainerBuilder):

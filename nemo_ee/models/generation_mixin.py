@@ -1,0 +1,60 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""`generate` of the early-exit model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from nemo.collections.nlp.modules.common.text_generation_strategy import TextGenerationStrategy
+
+from nemo_ee.inference.generate import generate
+from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
+
+
+class GenerationMixin:
+    """Generation with early exits, through NeMo's own signature. Mix it in before `MegatronGPTModel`."""
+
+    def generate(
+        self,
+        inputs: Any,
+        length_params: Mapping | None = None,
+        sampling_params: Mapping | None = None,
+        *,
+        strategy: TextGenerationStrategy | None = None,
+        early_exit: Mapping | bool | None = None,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Any]:
+        """Generates text.
+
+        Without a strategy, our own loop: each sequence continues right behind its own prompt, leaves its layers
+        at the first exit that is sure enough, and its tokens do not depend on the other prompts of the batch.
+        With a strategy, NeMo's loop (`megatron_gpt_generate`).
+
+        Args:
+            inputs: a list of texts; a pair of tensors, token ids [B, S] and lengths [B]; or chats (see
+                `nemo_ee.inference.prompts.tokenize_prompts`).
+            length_params: `max_length` and `min_length`, counted in generated tokens.
+            sampling_params: NeMo's, any subset (see `nemo_ee.inference.request.SamplingOptions`).
+            strategy: generate with NeMo's loop and this strategy, e.g. `EarlyExitTextGenerationStrategy(model)`,
+                or `GPTModelTextGenerationStrategy(model)` for full depth on any pipeline.
+            early_exit: `threshold` (a number, or one per exit in use), `exits` (layers in use) and `max_pending`;
+                False for full depth. Defaults are those of `model.early_exit.inference`. The same mapping may
+                come as `sampling_params["early_exit"]`.
+            generator: source of randomness for sampling on the model's device; the same seed gives the same
+                tokens.
+
+        Returns:
+            NeMo's `OutputType` (`sentences`, `tokens`, `logprob`, `full_logprob`, `token_ids`, `offsets`) and
+            `early_exit`: per sentence `{"exit_layers": [int], "confidences": [float]}` of its generated tokens;
+            `num_layers` stands for the final exit.
+
+        Raises:
+            ConfigError: parameters that break a rule.
+            GenerationError: a model or prompts that cannot be served, e.g. a prompt beyond the position limit.
+        """
+        if strategy is None:
+            self.start_distributed()
+            return generate(self, inputs, length_params, sampling_params, early_exit, generator)
+        if isinstance(strategy, EarlyExitTextGenerationStrategy):
+            strategy.prepare(inputs, sampling_params)
+        return super().generate(inputs, length_params, sampling_params, strategy=strategy)  # type: ignore[misc]
