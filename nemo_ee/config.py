@@ -305,7 +305,7 @@ def _build(kind, raw, key: str, faults: list[Fault]):
 
 
 def _convert(hint, value, path: str, faults: list[Fault]):
-    """Checks `value` against a type hint; integers pass as floats, lists as tuples, numeric strings do not."""
+    """Checks `value` against a type hint; integers pass as floats, lists as tuples."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for option in options:
         if option is type(None) and value is None:

@@ -132,18 +132,28 @@ def exit_step(
         for n in gpt.exit_layers:
             head = gpt.exits[str(n)]
             exit_states[n] = head(states.exits[n].detach(), batch.attention_mask, states.rotary_pos_emb)
+
+        def prepared(x: Tensor) -> Tensor:
+            """Statistics alone are exact: logits in half precision have many equal maxima."""
+            return x if scale is not None else x.to(torch.promote_types(x.dtype, torch.float32))
+
+        teacher = None
+        if final is not None:
+            teacher = Teacher(prepared(whole_tokens(final, gpt)), teacher_projection)
         result = exit_losses(
             {
                 n: ExitInput(
-                    whole_tokens(x.detach(), gpt), gpt.exits[str(n)].projection, config.loss_weight(n)
+                    prepared(whole_tokens(x.detach(), gpt)),
+                    gpt.exits[str(n)].projection,
+                    config.loss_weight(n),
                 )
                 for n, x in exit_states.items()
             },
-            gpt.output_weight(),
+            prepared(gpt.output_weight()),
             by_position(batch.labels),
             by_position(batch.loss_mask),
             config.tuning,
-            None if final is None else Teacher(exact(whole_tokens(final, gpt)), teacher_projection),
+            teacher,
             scale,
         )
         if scale is not None:
