@@ -87,7 +87,13 @@ def load_tokenizer(path: str | os.PathLike) -> Any:
 
     path = Path(path)
     settings = inspect(path)
-    converted = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    try:
+        converted = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    except Exception as error:  # transformers indexes whatever fields it expects
+        raise CheckpointError(
+            f"{path}: transformers cannot read its tokenizer ({type(error).__name__}: {error}); "
+            "convert a Hugging Face directory instead"
+        ) from error
     backend = converted.backend_tokenizer
     bos = settings.special.get("bos_token")
     if settings.add_bos and bos is not None:
