@@ -16,9 +16,10 @@ from nemo_ee.checkpoint.adapter_mixin import EarlyExitAdapterMixin
 from nemo_ee.checkpoint.keys import is_exit
 from nemo_ee.megatron.gpt import EarlyExitGPTModel
 from nemo_ee.models.checks import adapt_to_machine, check_model, read_early_exit
+from nemo_ee.models.generation_mixin import GenerationMixin
 
 
-class MegatronGPTEarlyExitModel(EarlyExitAdapterMixin, MegatronGPTModel):
+class MegatronGPTEarlyExitModel(GenerationMixin, EarlyExitAdapterMixin, MegatronGPTModel):
     """`MegatronGPTModel` whose module is an `EarlyExitGPTModel`.
 
     A plain NeMo GPT `.nemo` restores as a model without exits, or with untrained ones if the override

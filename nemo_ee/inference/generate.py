@@ -1,0 +1,139 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""One call from prompts to NeMo's output, on all tensor-parallel ranks."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import torch
+from megatron.core import parallel_state
+from nemo.utils import logging
+
+from nemo_ee.errors import GenerationError
+from nemo_ee.inference.decoder import EarlyExitDecoder
+from nemo_ee.inference.loop import continue_prompts, vocabulary_logits
+from nemo_ee.inference.output import to_output, to_prompt_logprobs
+from nemo_ee.inference.prompts import tokenize_prompts
+from nemo_ee.inference.request import GenerationRequest, parse_request
+from nemo_ee.inference.stopping import StopRule
+from nemo_ee.megatron.sequence_parallel import sequence_parallel_off
+
+T = TypeVar("T")
+
+
+def generate(
+    model: Any,
+    inputs: Any,
+    length_params: Mapping | None = None,
+    sampling_params: Mapping | None = None,
+    early_exit: Mapping | bool | None = None,
+    generator: torch.Generator | None = None,
+) -> dict[str, Any]:
+    """Generates with early exits; see `GenerationMixin.generate`.
+
+    Every tensor-parallel rank calls it; the prompts and parameters of the first one count.
+
+    Args:
+        model: a `MegatronGPTEarlyExitModel`.
+        inputs: see `tokenize_prompts`.
+        length_params: see `parse_request`.
+        sampling_params: see `parse_request`.
+        early_exit: see `parse_request`.
+        generator: source of randomness for sampling; None takes torch's default.
+
+    Raises:
+        ConfigError: parameters that break a rule.
+        GenerationError: a model or prompts that cannot be served.
+    """
+    check_model_can_generate(model)
+    tokenizer, limit = model.tokenizer, position_limit(model.cfg)
+
+    def read() -> tuple[GenerationRequest, list[list[int]]]:
+        request = parse_request(length_params, sampling_params, early_exit, model.early_exit)
+        add_bos = request.sampling.add_BOS and not request.sampling.compute_logprob
+        return request, tokenize_prompts(inputs, tokenizer, add_bos, limit)
+
+    request, prompts = on_first_rank(read)
+    with generating(model):
+        if request.sampling.compute_logprob:
+            return _prompt_logprobs(model, prompts)
+        if max(map(len, prompts)) + request.max_length > limit + 1:
+            logging.warning(f"length_params.max_length={request.max_length}: cut at the model's {limit} positions")
+        stop = StopRule(tokenizer, request.sampling.end_strings)
+        results = continue_prompts(model.gpt, prompts, request, stop, stop.eos, limit, generator)
+    return to_output(results, tokenizer)
+
+
+def _prompt_logprobs(model: Any, prompts: list[list[int]]) -> dict[str, Any]:
+    decoder = EarlyExitDecoder(model.gpt, {}, len(prompts), max(map(len, prompts)))
+    logits = vocabulary_logits(model.gpt, decoder.prefill(prompts, all_positions=True))
+    log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    return to_prompt_logprobs(prompts, log_probs.split([len(prompt) for prompt in prompts]), model.tokenizer)
+
+
+def check_model_can_generate(model: Any) -> None:
+    """Raises GenerationError for a pipeline of several stages, or a backbone without its final exit."""
+    stages = model.cfg.get("pipeline_model_parallel_size", 1)
+    if stages > 1:
+        raise GenerationError(
+            f"model.pipeline_model_parallel_size={stages}: early-exit generation needs all layers on one stage; "
+            "restore the checkpoint with pipeline_model_parallel_size=1, or generate at full depth with "
+            "strategy=GPTModelTextGenerationStrategy(model)"
+        )
+    if model.gpt.truncated:
+        raise GenerationError(
+            "the model was built without the layers above its last exit; restore it as MegatronGPTEarlyExitModel"
+        )
+
+
+def position_limit(cfg: Any) -> int:
+    """Positions of the model: the length of learned embeddings, or what rotary ones were trained for."""
+    if cfg.get("position_embedding_type", "learned_absolute") == "learned_absolute":
+        return cfg.encoder_seq_length
+    return max(cfg.encoder_seq_length, cfg.get("max_position_embeddings") or 0)
+
+
+@contextmanager
+def generating(model: Any, no_gradients: Callable = torch.inference_mode) -> Iterator[None]:
+    """Eval mode, no gradients, no sequence parallelism, autocast as in NeMo's forward; restored on leaving.
+
+    Args:
+        model: a `MegatronGPTEarlyExitModel`.
+        no_gradients: `torch.no_grad` where results are changed in place outside.
+    """
+    gpt = model.gpt
+    training = [module for module in gpt.modules() if module.training]
+    gpt.eval()
+    config = gpt.config
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(no_gradients())
+            stack.enter_context(sequence_parallel_off(gpt))
+            if config.enable_autocast:
+                device = gpt.output_weight().device.type
+                stack.enter_context(torch.autocast(device, dtype=config.autocast_dtype))
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def on_first_rank(read: Callable[[], T]) -> T:
+    """Calls `read` on the first tensor-parallel rank; all get its result, or raise its error.
+
+    Collectives: at TP > 1 a broadcast over the tensor-parallel group.
+    """
+    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+        return read()
+    outcome: list[Any] = [None, None]
+    if parallel_state.get_tensor_model_parallel_rank() == 0:
+        try:
+            outcome[0] = read()
+        except Exception as error:
+            outcome[1] = error
+    source = parallel_state.get_tensor_model_parallel_src_rank()
+    group = parallel_state.get_tensor_model_parallel_group()
+    torch.distributed.broadcast_object_list(outcome, source, group=group)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]

@@ -1,0 +1,54 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""When a sequence ends: EOS, or generated text that ends with one of the end strings."""
+
+from collections.abc import Sequence
+from typing import Any
+
+END_OF_SEQUENCE = "<|endoftext|>"
+"""The end string that stands for EOS, whatever the tokenizer calls it (NeMo's convention)."""
+TAIL_TOKENS = 16
+"""Tokens decoded beyond an end string's bytes, for those that decode to nothing."""
+
+
+class StopRule:
+    """Decides whether generated tokens end a sequence.
+
+    End strings that are one special token of the tokenizer are compared by id, others by decoding the tail of
+    what was generated; the prompt never counts.
+
+    Args:
+        tokenizer: NeMo's.
+        end_strings: see `SamplingOptions`.
+
+    Attributes:
+        eos: EOS token id.
+        token_ids: tokens that end a sequence, EOS among them.
+        texts: end strings to look for in decoded text.
+    """
+
+    def __init__(self, tokenizer: Any, end_strings: Sequence[str]):
+        self.tokenizer, self.eos = tokenizer, tokenizer.eos_id
+        self.token_ids, self.texts = {self.eos}, []
+        for text in end_strings:
+            token = self.eos if text == END_OF_SEQUENCE else special_token_id(tokenizer, text)
+            if token is not None:
+                self.token_ids.add(token)
+            elif text:
+                self.texts.append(text)
+        self._tail = max((len(text.encode()) for text in self.texts), default=0) + TAIL_TOKENS
+
+    def __call__(self, generated: Sequence[int]) -> bool:
+        """Whether a sequence ends after these generated tokens, at least one."""
+        if generated[-1] in self.token_ids:
+            return True
+        if not self.texts:
+            return False
+        text = self.tokenizer.ids_to_text(list(generated[-self._tail :]))
+        return any(text.endswith(end) for end in self.texts)
+
+
+def special_token_id(tokenizer: Any, text: str) -> int | None:
+    """The id of `text` if the tokenizer has it as one token that never merges with its neighbours, else None."""
+    before = tokenizer.text_to_ids("<extra_id_1>")
+    both = tokenizer.text_to_ids(f"<extra_id_1>{text}")
+    return both[-1] if len(both) == len(before) + 1 and both[:-1] == before else None

@@ -1,0 +1,167 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Early exits inside NeMo's own generation loop, as a text generation strategy."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from nemo.collections.nlp.modules.common.text_generation_strategy import GPTModelTextGenerationStrategy
+from torch import Tensor
+
+from nemo_ee.errors import ConfigError, Fault, GenerationError
+from nemo_ee.inference.decoder import EarlyExitDecoder, Step
+from nemo_ee.inference.generate import check_model_can_generate, generating, position_limit
+from nemo_ee.inference.prompts import tokenize_prompts
+from nemo_ee.inference.request import parse_exits
+from nemo_ee.inference.stopping import StopRule
+
+
+class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
+    """For `model.generate(inputs, length_params, sampling_params, strategy=…)` of an early-exit model.
+
+    NeMo's loop starts at the end of the shortest prompt and feeds the rest of longer ones token by token; those
+    tokens, like the prompts themselves, go through all layers. It generates until the longest prompt has
+    `max_length` tokens more, so shorter prompts get more than that. End strings count in generated text only.
+
+    The output has `early_exit`: per sentence the `exit_layers` and `confidences` of the tokens generated up to
+    its end; `num_layers` stands for the final exit.
+
+    Args:
+        model: a `MegatronGPTEarlyExitModel` on one pipeline stage.
+        threshold: as `early_exit.threshold` of `model.generate`.
+        exits: exit layers in use; None for the model's default.
+        max_pending: see `EarlyExitDecoder`.
+
+    Raises:
+        ConfigError: options that break a rule.
+        GenerationError: a model that cannot be served.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        threshold: float | list[float] | None = None,
+        exits: list[int] | None = None,
+        max_pending: int | None = None,
+    ):
+        check_model_can_generate(model)
+        faults: list[Fault] = []
+        options = {"threshold": threshold, "exits": exits, "max_pending": max_pending}
+        self.exits, self.max_pending = parse_exits(options, model.early_exit, faults)
+        if faults:
+            raise ConfigError(*faults)
+        super().__init__(model)
+        self.prompt_logits = True
+        self._prompt_lengths: list[int] | None = None
+
+    def prepare(self, inputs: Any, sampling_params: Mapping | None) -> None:
+        """Tells what NeMo's loop does not: lengths of prompts given as tensors, and whether it reads the logits
+        of prompt tokens. `model.generate` calls it; without it prompts must be texts."""
+        self.prompt_logits = bool((sampling_params or {}).get("compute_logprob", False))
+        if isinstance(inputs, tuple):
+            tokenize_prompts(inputs, self.model.tokenizer, False, position_limit(self.model.cfg))
+            self._prompt_lengths = inputs[1].tolist()
+
+    def tokenize_batch(self, sentences: Any, max_len: int, add_BOS: bool) -> tuple[Tensor, Tensor]:
+        """Token ids [B, longest prompt + max_len], padded with EOS, and lengths [B].
+
+        Raises:
+            GenerationError: see `tokenize_prompts`.
+        """
+        tokenizer = self.model.tokenizer
+        prompts = tokenize_prompts(sentences, tokenizer, add_BOS, position_limit(self.model.cfg))
+        lengths = self._prompt_lengths = [len(prompt) for prompt in prompts]
+        width, device = max(lengths) + max_len, self.model.gpt.output_weight().device
+        padded = [prompt + [tokenizer.eos_id] * (width - len(prompt)) for prompt in prompts]
+        return torch.tensor(padded, device=device), torch.tensor(lengths, device=device)
+
+    def clip_max_len(self, maxlen: int) -> int:
+        """At most one token more than the model has positions."""
+        return min(maxlen, position_limit(self.model.cfg) + 1)
+
+    def init_batch(self, context_tokens: Tensor, context_length: int, compute_attention_mask: bool) -> None:
+        """Starts a batch. Collectives: at TP > 1 a broadcast of the prompts' lengths [B]."""
+        batch, known = len(context_tokens), self._prompt_lengths
+        lengths = torch.tensor(known if known and len(known) == batch else [0] * batch, device=context_tokens.device)
+        if parallel_state.get_tensor_model_parallel_world_size() > 1:
+            source = parallel_state.get_tensor_model_parallel_src_rank()
+            torch.distributed.broadcast(lengths, source, group=parallel_state.get_tensor_model_parallel_group())
+        self.lengths = lengths.tolist()
+        if not all(self.lengths):
+            raise GenerationError(
+                "prompts given as tensors have unknown lengths here; call model.generate(…, strategy=…)"
+            )
+        self.done = [False] * batch
+        self.exit_layers: list[list[int]] = [[] for _ in range(batch)]
+        self.confidences: list[list[float]] = [[] for _ in range(batch)]
+        self.decoder: EarlyExitDecoder | None = None
+
+    def prepare_batch_at_step(
+        self,
+        tokens: Tensor,
+        maxlen: int,
+        micro_batch_size: int,
+        step: int,
+        context_length: int,
+        compute_attention_mask: bool = True,
+    ) -> tuple[list[Any], list[int]]:
+        """What `forward_step` needs: the text so far, its length, and the length to reserve."""
+        shape = [1, micro_batch_size, self.model.cfg.hidden_size]
+        return [tokens, context_length, maxlen], shape
+
+    def forward_step(self, batch: list[Any], tensor_shape: list[int]) -> list[dict[str, Tensor]]:
+        """Feeds the new tokens and returns logits [B, S, Vp/TP], S = 1 or all the prompts' first tokens.
+
+        Logits of tokens that the exit cannot emit are -inf.
+        """
+        tokens, length, maxlen = batch
+        gpt, first = self.model.gpt, self.decoder is None
+        shard = len(gpt.output_weight())
+        with generating(self.model, torch.no_grad):
+            if self.decoder is None:
+                self.decoder = EarlyExitDecoder(gpt, self.exits, len(tokens), maxlen, self.max_pending)
+                rows = list(range(len(tokens)))
+                step = self.decoder.prefill(tokens[:, :length].tolist(), all_positions=self.prompt_logits)
+                logits = step.vocabulary_shard(shard).view(len(tokens), -1, shard)
+            else:
+                rows = [b for b, done in enumerate(self.done) if not done]
+                free = [length > self.lengths[b] for b in rows]
+                step = self.decoder.step(tokens[rows, length - 1], rows, free)
+                logits = step.vocabulary_shard(shard)[:, None]
+        if len(rows) < len(tokens):
+            whole = logits.new_zeros(len(tokens), 1, shard)
+            whole[rows] = logits
+            logits = whole
+        self._note(step, rows, length, last=length if first and self.prompt_logits else 1)
+        return [{"logits": logits}]
+
+    def _note(self, step: Step, rows: list[int], length: int, last: int) -> None:
+        """Remembers the exits of the tokens about to be chosen; each of `rows` has `last` predictions."""
+        for i, b in enumerate(rows):
+            if length >= self.lengths[b]:
+                self.exit_layers[b].append(step.exit_layers[(i + 1) * last - 1])
+                self.confidences[b].append(step.confidences[(i + 1) * last - 1])
+
+    def end_of_generation_condition(
+        self, tokens: Tensor, prev: Tensor, eod_id: int, end_strings: list[str]
+    ) -> Tensor:
+        """Which sequences end with their newest token, [B] bool. Sequences that ended are not computed further."""
+        if getattr(self, "_stop", None) is None or self._stop_strings != end_strings:
+            self._stop, self._stop_strings = StopRule(self.model.tokenizer, end_strings), end_strings
+        ended = []
+        for b, row in enumerate(tokens.tolist()):
+            generated = row[self.lengths[b] :]
+            self.done[b] = self.done[b] or (bool(generated) and self._stop(generated))
+            ended.append(self.done[b])
+        return torch.tensor(ended, device=prev.device)
+
+    def post_generation_process(self, output: dict[str, Any]) -> dict[str, Any]:
+        """Adds `early_exit`, and forgets the batch."""
+        output["early_exit"] = [
+            {"exit_layers": layers, "confidences": values}
+            for layers, values in zip(self.exit_layers, self.confidences, strict=True)
+        ]
+        self.decoder = self._prompt_lengths = None
+        self.prompt_logits = True
+        return output
