@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+# Runs the tests on the CPU, in an environment that is made first if it is missing (see env.sh).
+#
+#   bash scripts/test.sh                      all but the slow tests
+#   bash scripts/test.sh --slow               all tests
+#   bash scripts/test.sh tests/unit -k ridge  any pytest arguments
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/env.sh
+
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"         # distributed tests run a process per rank
+export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-}" # empty unless set: the CPU tests mean the CPU everywhere
+exec python -m pytest -q --durations=15 "$@"

@@ -1,0 +1,51 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Installs the package nemo_ee. Scripts and their YAML files are not installed: run them from the repository."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+# Lower bounds are the oldest releases expected to work, upper bounds the first known or likely to break.
+# What was tested is pinned in scripts/constraints.txt.
+STACK = [
+    "torch>=2.6",
+    "nemo-toolkit[lightning,common-only]==2.4.1",  # the last release with MegatronGPTModel and its generation
+    "megatron-core>=0.13.1,<0.14",  # what nemo-toolkit 2.4 is made for
+    "lightning>=2.4,<2.4.1",  # NeMo's own upper bound
+    "hydra-core>=1.3.2,<1.4",
+    "omegaconf>=2.3,<2.4",
+    "numpy>=1.26,<2",  # megatron-core 0.13
+    "transformers>=4.51,<4.53",  # NeMo's own upper bound
+]
+IMPORTED_BY_NEMO_NLP_UNDECLARED = [
+    "ijson>=3.3",
+    "jieba>=0.42",
+    "opencc>=1.1",
+    "pangu>=4,<5",  # 5 renamed what NeMo imports
+    "rouge_score>=0.1.2",
+    "sacrebleu>=2.4",
+]
+OURS = [
+    "gguf>=0.10",  # reading GGUF files through transformers
+    "matplotlib>=3.8",
+    "sentencepiece>=0.2,<1",
+    "tqdm>=4.66",
+]
+
+setup(
+    name="nemo_ee",
+    version=re.search(r'^__version__ = "(.+)"$', (ROOT / "nemo_ee" / "__init__.py").read_text(), re.M).group(1),
+    description="Early exits for NVIDIA NeMo GPT models: pre-training, tuning of frozen checkpoints, generation",
+    license="Apache-2.0",
+    packages=find_packages(include=["nemo_ee", "nemo_ee.*"]),
+    python_requires=">=3.10,<3.13",
+    install_requires=STACK + IMPORTED_BY_NEMO_NLP_UNDECLARED + OURS,
+    extras_require={
+        # Apex is not on PyPI: it comes with NeMo's containers or from https://github.com/NVIDIA/apex.
+        "gpu": ["transformer-engine[pytorch]>=2.2,<2.6"],
+        "dev": ["pytest>=8", "ruff>=0.6", "mypy>=1.11"],
+    },
+)
