@@ -133,34 +133,34 @@ def exit_step(
             head = gpt.exits[str(n)]
             exit_states[n] = head(states.exits[n].detach(), batch.attention_mask, states.rotary_pos_emb)
 
-        def prepared(x: Tensor) -> Tensor:
-            """Statistics alone are exact: logits in half precision have many equal maxima."""
-            return x if scale is not None else x.to(torch.promote_types(x.dtype, torch.float32))
+    def prepared(x: Tensor) -> Tensor:
+        """Statistics alone are exact: logits in half precision have many equal maxima."""
+        return x if scale is not None else x.to(torch.promote_types(x.dtype, torch.float32))
 
-        teacher = None
-        if final is not None:
-            teacher = Teacher(prepared(whole_tokens(final, gpt)), teacher_projection)
-        result = exit_losses(
-            {
-                n: ExitInput(
-                    prepared(whole_tokens(x.detach(), gpt)),
-                    gpt.exits[str(n)].projection,
-                    config.loss_weight(n),
-                )
-                for n, x in exit_states.items()
-            },
-            prepared(gpt.output_weight()),
-            by_position(batch.labels),
-            by_position(batch.loss_mask),
-            config.tuning,
-            teacher,
-            scale,
-        )
-        if scale is not None:
-            for n, x in exit_states.items():
-                gradient = own_share(result.state_gradients.pop(n), x, gpt)
-                if x.requires_grad:
-                    torch.autograd.backward(x, gradient)
+    teacher = None
+    if final is not None:
+        teacher = Teacher(prepared(whole_tokens(final, gpt)), teacher_projection)
+    result = exit_losses(
+        {
+            n: ExitInput(
+                prepared(whole_tokens(x.detach(), gpt)),
+                gpt.exits[str(n)].projection,
+                config.loss_weight(n),
+            )
+            for n, x in exit_states.items()
+        },
+        prepared(gpt.output_weight()),
+        by_position(batch.labels),
+        by_position(batch.loss_mask),
+        config.tuning,
+        teacher,
+        scale,
+    )
+    if scale is not None:
+        for n, x in exit_states.items():
+            gradient = own_share(result.state_gradients.pop(n), x, gpt)
+            if x.requires_grad:
+                torch.autograd.backward(x, gradient)
     return result
 
 
