@@ -206,6 +206,19 @@ class MegatronGPTEETuningModel(MegatronGPTEarlyExitModel):
 
     # --- validation ---------------------------------------------------------------------------------------
 
+    def on_train_start(self) -> None:
+        """Also measures, with `validate_at_start`, what the first weights are worth."""
+        super().on_train_start()
+        trainer = self.trainer
+        if (
+            self.cfg.get("validate_at_start", False)
+            and trainer.global_step == 0
+            and trainer.limit_val_batches
+        ):
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
+
     def validation_step(self, dataloader_iter: Iterator, dataloader_idx: int = 0) -> Tensor:
         """Statistics of one global batch of held-out text."""
         self.gpt.eval()
