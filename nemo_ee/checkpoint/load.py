@@ -103,4 +103,10 @@ def read_shard(entry: Any, checkpoint: TorchDistCheckpoint) -> torch.Tensor:
     stacked = entry.prepend_axis_num == 1
     whole = checkpoint.read(entry.key, entry.global_offset[0] if stacked else None)
     start = entry.global_offset[entry.prepend_axis_num :]
-    return whole[tuple(slice(o, o + n) for o, n in zip(start, entry.local_shape, strict=True))]
+    shard = whole[tuple(slice(o, o + n) for o, n in zip(start, entry.local_shape, strict=True))]
+    if shard.shape == entry.local_shape:
+        return shard
+    assert entry.allow_shape_mismatch, entry  # only the vocabulary's padding depends on TP
+    padded = shard.new_zeros(entry.local_shape)
+    padded[tuple(slice(n) for n in shard.shape)] = shard
+    return padded
