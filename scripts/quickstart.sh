@@ -60,8 +60,8 @@ stage "5/8 exits in closed form (ridge regression on 41k tokens), and the time o
 closed="$work/closed_form/checkpoints/closed_form.nemo"
 [ -f "$closed" ] || {
     rm -rf "$work/closed_form"
-    tune name=closed_form trainer.max_steps=8 model.optim.lr=0 trainer.limit_val_batches=0 model.validate_at_start=false \
-        exp_manager.checkpoint_callback_params.monitor=step exp_manager.checkpoint_callback_params.mode=max
+    tune name=closed_form trainer.max_steps=11 trainer.val_check_interval=11 trainer.limit_val_batches=2 model.optim.lr=0 \
+        model.validate_at_start=false
 }
 [ -f "$work/steps" ] || python scripts/quickstart_steps.py "$work/closed_form" "$minutes" >"$work/steps"
 steps=$(cat "$work/steps")

@@ -78,16 +78,21 @@ def load_exits(model: Any, path: str | os.PathLike) -> None:
         load_weights(model, root / archive.WEIGHTS_DIRECTORY, want=_is_exit_key)
 
 
-def merge(base: str | os.PathLike, adapter: str | os.PathLike, output: str | os.PathLike) -> Path:
+def merge(
+    base: str | os.PathLike, adapter: str | os.PathLike, output: str | os.PathLike, overwrite: bool = False
+) -> Path:
     """Writes one full ``.nemo`` with the base's backbone and tokenizer and the adapter's exits.
 
     Files are copied, tensors never decoded: the backbone's bytes, and so its content hash, stay the same, and
     no model is built. One process; needs disk for twice the base beside ``output``.
 
     Raises:
-        CheckpointError: as :func:`load_exits`; or the base has exits already.
+        CheckpointError: as :func:`load_exits`; or the base has exits already; or ``output`` exists and may not be
+            overwritten.
     """
     output = Path(output)
+    if output.exists() and not overwrite:
+        raise CheckpointError(f"{output}: exists; choose another output_path or set overwrite=true")
     config = read_adapter_config(adapter)
     base_config = archive.read_config(base)
     if base_config.get("early_exit") is not None:

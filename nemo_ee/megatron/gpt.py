@@ -33,6 +33,10 @@ class StageStates:
     rotary_pos_emb: Tensor | None
 
 
+class _DeepEnough(Exception):
+    """Ends a forward pass at the last exit layer; carries that layer's output."""
+
+
 class ExitHeads(torch.nn.ModuleDict):
     """The exits of one pipeline stage, keyed by their global 1-based layer."""
 
@@ -94,6 +98,7 @@ class EarlyExitGPTModel(GPTModel):
             }
         )
         self._captured: dict[int, Tensor] | None = None
+        self._stop_at: int | None = None
         for n in self.exit_layers:
             here[n].register_forward_hook(self._capture_hook(n))
         self.register_parameter("output_copy", None)
@@ -123,6 +128,8 @@ class EarlyExitGPTModel(GPTModel):
         def hook(_module: torch.nn.Module, _args: tuple, output: tuple) -> None:
             if self._captured is not None:
                 self._captured[n] = output[0]
+            if n == self._stop_at:
+                raise _DeepEnough(output[0])
 
         return hook
 
@@ -137,7 +144,11 @@ class EarlyExitGPTModel(GPTModel):
             self._captured = None
 
     def forward_states(
-        self, input_ids: Tensor | None, position_ids: Tensor | None, attention_mask: Tensor | None
+        self,
+        input_ids: Tensor | None,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        needs_final: bool = True,
     ) -> StageStates:
         """Runs this stage's layers, without the output layer.
 
@@ -145,12 +156,20 @@ class EarlyExitGPTModel(GPTModel):
             input_ids: [B, S] token ids; ignored beyond the first stage (see `set_input_tensor`).
             position_ids: [B, S].
             attention_mask: True hides; None means causal.
+            needs_final: otherwise the last stage stops behind its last exit, whose output is `output` then.
         """
         decoder_input, rotary_pos_emb, *_ = self._preprocess(input_ids, position_ids)
+        if not needs_final and parallel_state.is_pipeline_last_stage() and self.exits:
+            self._stop_at = self.exit_layers[-1]
         with self.capture() as exits:
-            output = self.decoder(
-                hidden_states=decoder_input, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb
-            )
+            try:
+                output = self.decoder(
+                    hidden_states=decoder_input, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb
+                )
+            except _DeepEnough as reached:
+                (output,) = reached.args
+            finally:
+                self._stop_at = None
         return StageStates(output, exits, rotary_pos_emb)
 
     def sharded_state_dict(

@@ -73,7 +73,7 @@ def run_backbone(
 
     def forward_step(iterator: Iterator[MicroBatch], _model: object) -> tuple[Tensor, Callable]:
         batch = next(iterator)
-        states = gpt.forward_states(batch.tokens, batch.position_ids, batch.attention_mask)
+        states = gpt.forward_states(batch.tokens, batch.position_ids, batch.attention_mask, needs_final)
         if pipelined and needs_final:
             waiting.append((batch, states))
         else:

@@ -162,7 +162,7 @@ class MegatronGPTEETuningModel(MegatronGPTEarlyExitModel):
         )
         means = self.metrics.reduce()
         if not forward_only:
-            for n in self.early_exit.layers:
+            for n in means.keys() - {0}:
                 self.log(f"train_loss/exit_{n}", means[n].loss, rank_zero_only=True, batch_size=1)
         return self.objective(means)
 
@@ -178,7 +178,7 @@ class MegatronGPTEETuningModel(MegatronGPTEarlyExitModel):
 
     def objective(self, means: dict) -> Tensor:
         """Sum over exits of weight x mean objective."""
-        total = sum(self.early_exit.loss_weight(n) * means[n].objective for n in self.early_exit.layers)
+        total = sum(self.early_exit.loss_weight(n) * mean.objective for n, mean in means.items() if n)
         return torch.tensor(total, dtype=torch.float32, device=self.device_of_batches)
 
     def gradient_scale(self) -> Tensor | float:
