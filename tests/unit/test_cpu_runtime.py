@@ -126,8 +126,9 @@ def test_two_norm_stand_in():
 @ON_CPU
 def test_enable_too_late_is_an_error():
     code = """
-        import megatron.core
+        import sys, types
         from nemo_ee.runtime import cpu
+        sys.modules["megatron.core"] = types.ModuleType("megatron.core")
         try:
             cpu.enable()
         except RuntimeError as error:
