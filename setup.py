@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""Installs the package nemo_ee. Scripts and their YAML files are not installed: run them from the repository."""
+"""Installs the package nemo_ee. Scripts and their YAML files stay in the repository and run from there."""
 
 import re
 from pathlib import Path
@@ -7,6 +7,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "nemo_ee" / "__init__.py").read_text(), re.M).group(1)
 
 # Lower bounds are the oldest releases expected to work, upper bounds the first known or likely to break.
 # What was tested is pinned in scripts/constraints.txt.
@@ -37,8 +38,8 @@ OURS = [
 
 setup(
     name="nemo_ee",
-    version=re.search(r'^__version__ = "(.+)"$', (ROOT / "nemo_ee" / "__init__.py").read_text(), re.M).group(1),
-    description="Early exits for NVIDIA NeMo GPT models: pre-training, tuning of frozen checkpoints, generation",
+    version=VERSION,
+    description="Early exits for NVIDIA NeMo GPT models: training, tuning of frozen checkpoints, generation",
     license="Apache-2.0",
     packages=find_packages(include=["nemo_ee", "nemo_ee.*"]),
     python_requires=">=3.10,<3.13",
