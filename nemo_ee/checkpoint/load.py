@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict, ShardedTensorFactory
 from nemo.utils.callbacks.dist_ckpt_io import DistributedCheckpointIO
 
 from nemo_ee.checkpoint.fit import fit_to_checkpoint
@@ -65,7 +65,8 @@ def load_weights(
     wanted = {name: entry for name, entry in state.items() if want is None or want(entry.key)}
     fitted = fit_to_checkpoint(wanted, checkpoint, skip)
     if partial or getattr(module, "truncated", False):
-        loaded = {name: read_shard(entry, checkpoint) for name, entry in fitted.items()}
+        tensors = {name: entry for name, entry in fitted.items() if not isinstance(entry, ShardedObject)}
+        loaded = {name: read_shard(entry, checkpoint) for name, entry in tensors.items()}
     else:
         loaded = DistributedCheckpointIO.from_config(model.cfg).load_checkpoint(
             str(directory),

@@ -99,7 +99,11 @@ def truncated_gaps(base: str) -> dict[str, float]:
 
     size = torch.distributed.get_world_size()
     whole = restore_with_fresh_exits(base, tp=size)
-    early_exit = {"layers": [1, 2], "init": "copy", "tuning": {"ce_weight": 1.0, "kl_weight": 0.0}}
+    early_exit = {
+        "layers": [1, 2],
+        "init": "copy",
+        "tuning": {"ce_weight": 1.0, "kl_weight": 0.0, "argmax_weight": 0.0},
+    }
     early_exit["head"] = {"mlp": True, "linear": False, "projection": "tied"}
     config = Tuning.add_exits(Tuning.restore_from(base, return_config=True), early_exit)
     config.tensor_model_parallel_size = size
