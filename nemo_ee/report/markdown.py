@@ -45,9 +45,20 @@ def _exits(report: Report) -> str:
     rows = [_exit_row(quality) for quality in report.exits]
     tokens = f"{report.exits[0].tokens:,}" if report.exits else ""
     final = _with_interval(report.final_loss, report.final_loss_ci, 3)
-    rows.append([f"{report.metadata.num_layers} (final)", final, "1", "", tokens])
-    header = ["exit layer", "loss, nats/token", "agreement with final exit", "mean confidence", "tokens"]
-    note = "Brackets: 95 % confidence interval, bootstrap over sequences."
+    rows.append([f"{report.metadata.num_layers} (final)", final, "1", "1", "", tokens])
+    header = [
+        "exit layer",
+        "loss, nats/token",
+        "agreement with final exit",
+        "strict",
+        "mean confidence",
+        "tokens",
+    ]
+    note = (
+        "Brackets: 95 % confidence interval, bootstrap over sequences. Strict: positions where a shortlist's "
+        "bucket is most probable count as disagreement. The loss of a shortlist exit counts the probability of "
+        "its bucket for tokens off the shortlist."
+    )
     return (
         "## Held-out text\n\nEvery token at one exit, teacher-forced. " + note + "\n\n" + _table(header, rows)
     )
@@ -58,6 +69,7 @@ def _exit_row(quality: ExitQuality) -> list[str]:
         str(quality.layer),
         _with_interval(quality.loss, quality.loss_ci, 3),
         _with_interval(quality.agreement, quality.agreement_ci, 3),
+        "" if quality.strict_agreement is None else f"{quality.strict_agreement:.3f}",
         f"{quality.mean_confidence:.3f}",
         f"{quality.tokens:,}",
     ]

@@ -76,11 +76,14 @@ class ExitQuality:
     Attributes:
         layer: 1-based exit layer.
         loss: cross-entropy against the text.
-        agreement: share of positions where the argmax equals the final exit's.
+        agreement: share of positions where the most probable token that the exit can emit equals the final
+            exit's argmax. A shortlist's bucket is never emitted.
         mean_confidence: mean of the largest probability.
         tokens: positions measured.
         loss_ci: 95 % interval of the loss over sequences, None if there was only one sequence.
         agreement_ci: likewise of the agreement.
+        strict_agreement: the agreement if positions where the bucket is most probable count as disagreement,
+            None if it was not measured.
     """
 
     layer: int
@@ -90,6 +93,7 @@ class ExitQuality:
     tokens: int
     loss_ci: Interval | None = None
     agreement_ci: Interval | None = None
+    strict_agreement: float | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,8 @@ class ThresholdResult:
         tokens: generated tokens.
         share_per_exit: exit layer to its share of the generated tokens; the final exit is the last layer.
             Sums to 1.
-        agreement: share of tokens that equal full depth's, teacher-forced on full depth's continuation.
+        agreement: share of tokens that equal full depth's, teacher-forced on full depth's continuation. Each
+            text's first token, which never leaves early, does not count.
         perplexity: of the generated text, under the full model.
         full_depth_perplexity: likewise of full depth's own text.
         tokens_per_second: with early exit.

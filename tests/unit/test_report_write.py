@@ -154,7 +154,7 @@ def test_sample_picture_keeps_text_and_order_and_wraps():
 
 def test_markdown_states_numbers_with_their_spread():
     page = to_markdown(fake_report())
-    assert "| 20 | 4.000 [3.920, 4.090] | 0.510 [0.498, 0.521] | 0.460 | 20,480 |" in page
+    assert "| 20 | 4.000 [3.920, 4.090] | 0.510 [0.498, 0.521] |  | 0.460 | 20,480 |" in page
     assert "| 0.5 | 0.750 [0.730, 0.765] | 8.60 (4.10) | 19.2 (18.7 to 19.8) |" in page
     assert "a=1\\|2" in page, "a bar inside a cell would end it"
     assert "| 20 | 4.000 | 0.510 |" in to_markdown(one_exit_report())

@@ -1,0 +1,62 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Where and with what numbers were measured."""
+
+import datetime
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+def commit() -> str:
+    """The commit of this package's working tree, with `-dirty` where its code differs; else `unknown`."""
+    command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"  # an installed package, not a clone
+
+
+def device() -> str:
+    """The accelerator, or the processor with its cores and the threads in use."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.partition(":")[2]
+            for line in cpuinfo.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        model = names[0].strip() if names else model
+    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def load_average() -> str:
+    """Processes that wanted to run in the last minute; timings under load are worth less."""
+    return f"{os.getloadavg()[0]:.1f}"
+
+
+def date() -> str:
+    """Now, UTC, ISO 8601."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def command() -> str:
+    """The command line of this process: the script as seen from the clone, other absolute paths by name alone."""
+    return shlex.join(["python", *(_shortened(argument) for argument in sys.argv)])
+
+
+def _shortened(argument: str) -> str:
+    key, equals, value = argument.rpartition("=")
+    if os.path.isabs(value):
+        path = Path(value).resolve()
+        value = str(path.relative_to(_ROOT)) if path.is_relative_to(_ROOT) else path.name
+    return f"{key}{equals}{value}"

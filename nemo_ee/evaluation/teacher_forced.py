@@ -1,0 +1,126 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""What every exit says about given text, token by token (teacher-forced).
+
+Suffixes: B sequences, S tokens of a sequence, T tokens of all sequences in the order of hidden states (S x B),
+H hidden size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_ee.config import HeadConfig
+from nemo_ee.core.confidence import confidence, is_sure, summarise_rows
+from nemo_ee.megatron.exit_loss import max_over_ranks, reduce_over_ranks
+from nemo_ee.megatron.gpt import EarlyExitGPTModel, StageStates
+from nemo_ee.megatron.prediction import log_sum_over_ranks
+from nemo_ee.megatron.projection import ExitProjection
+
+
+@dataclass(frozen=True)
+class ExitScores:
+    """One exit's predictions of B x S next tokens, all [B, S].
+
+    Attributes:
+        tokens: the most probable token that the exit can emit; a shortlist's bucket is never emitted.
+        confidences: its probability.
+        losses: cross-entropy against the labels, nats. Labels off a shortlist count as its bucket.
+        bucket_wins: whether the bucket is more probable than any token; False without a shortlist.
+    """
+
+    tokens: Tensor
+    confidences: Tensor
+    losses: Tensor
+    bucket_wins: Tensor
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """All exits' predictions of one text; `final` is the final exit's, `exits` is keyed by exit layer."""
+
+    final: ExitScores
+    exits: dict[int, ExitScores]
+
+    def leaving(self, thresholds: dict[int, float]) -> tuple[Tensor, Tensor]:
+        """What decoding with these thresholds would do at each position, given the text before it.
+
+        Args:
+            thresholds: exit layer -> threshold, for the exits in use.
+
+        Returns:
+            Tokens [B, S], and the layer of the exit that each comes from [B, S], 0 for the final exit.
+        """
+        tokens, layers = self.final.tokens.clone(), torch.zeros_like(self.final.tokens)
+        for n in sorted(thresholds, reverse=True):
+            exit_ = self.exits[n]
+            values = exit_.confidences.flatten().tolist()
+            sure = torch.tensor(is_sure(values, thresholds[n]), device=tokens.device).view_as(tokens)
+            tokens, layers = torch.where(sure, exit_.tokens, tokens), layers.masked_fill(sure, n)
+        return tokens, layers
+
+
+def score_text(gpt: EarlyExitGPTModel, tokens: Tensor, labels: Tensor) -> TextScores:
+    """Predictions of the final exit and of every exit on one batch of text, computed in float32 or wider.
+
+    Call it in eval mode without gradients. Every position sees the ones before it; padding may follow.
+    Collectives: those of the backbone and of the softmax over the tensor-parallel group.
+
+    Args:
+        gpt: the whole model, on one pipeline stage.
+        tokens: [B, S].
+        labels: [B, S], the tokens that follow.
+    """
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    states = gpt.forward_states(tokens, positions, None)
+    final = score_final(gpt, states.output, labels)
+    return TextScores(final, {n: score_exit(gpt, n, states, labels) for n in gpt.exit_layers})
+
+
+def score_final(gpt: EarlyExitGPTModel, state: Tensor, labels: Tensor) -> ExitScores:
+    """The final exit's predictions from its normed state [S, B, H]."""
+    rows = gpt.output_weight().shape[0] * gpt.config.tensor_model_parallel_size
+    projection = ExitProjection(gpt.config, HeadConfig(projection="tied"), gpt.true_vocab_size, rows)
+    return _score(state, projection, gpt, labels)
+
+
+def score_exit(gpt: EarlyExitGPTModel, layer: int, states: StageStates, labels: Tensor) -> ExitScores:
+    """One exit's predictions from what a forward pass left."""
+    head = gpt.exits[str(layer)]
+    dtype = next(head.parameters(), states.output).dtype
+    state = head(states.exits[layer].to(dtype), None, states.rotary_pos_emb)
+    return _score(state, head.projection, gpt, labels)
+
+
+def _score(state: Tensor, projection: ExitProjection, gpt: EarlyExitGPTModel, labels: Tensor) -> ExitScores:
+    length, batch, size = state.shape
+    wide = torch.promote_types(state.dtype, torch.float32)
+    weight = gpt.output_weight().to(wide) if projection.weight is None else None
+    chunk = gpt.early_exit.tuning.loss_chunk_tokens
+    with torch.autocast(state.device.type, enabled=False):
+        pieces = [
+            _score_tokens(rows, projection, weight, wanted)
+            for rows, wanted in zip(
+                state.to(wide).reshape(-1, size).split(chunk),
+                labels.t().reshape(-1).split(chunk),
+                strict=True,
+            )
+        ]
+    joined = (torch.cat(column).view(length, batch).t() for column in zip(*pieces, strict=True))
+    return ExitScores(*joined)
+
+
+def _score_tokens(
+    state: Tensor, projection: ExitProjection, weight: Tensor | None, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fields of `ExitScores`, [T] each, from states [T, H]."""
+    logits = projection.local_logits(state, weight)
+    summary = summarise_rows(logits, projection.emittable_rows())
+    best, row = max_over_ranks(summary.best, summary.row + projection.first_row)
+    highest = reduce_over_ranks(logits.amax(-1), torch.distributed.ReduceOp.MAX)
+    normaliser = log_sum_over_ranks(summary.log_sum)
+    held, columns = projection.held(projection.rows_of(labels))
+    label_logits = logits.new_zeros(len(labels))
+    label_logits[held] = logits[held, columns]
+    losses = normaliser - reduce_over_ranks(label_logits)
+    return projection.tokens_of(row), confidence(best, normaliser), losses, highest > best
