@@ -152,7 +152,7 @@ def parse_early_exit(
             that break a rule.
     """
     faults: list[Fault] = []
-    config = _build(EarlyExitConfig, raw, key, faults)
+    config = build_config(EarlyExitConfig, raw, key, faults)
     if config is not None:
         faults += _check_layers(config, num_layers, key)
         faults += _check_head(config, vocab_size, key)
@@ -276,8 +276,15 @@ def _one_of(key: str, value, choices: tuple[str, ...]) -> Fault:
     return Fault(key, value, f"not one of {', '.join(choices)}", remedy)
 
 
-def _build(kind, raw, key: str, faults: list[Fault]):
-    """Builds dataclass `kind` from mapping `raw`, appending faults; None if it cannot be built."""
+def build_config(kind, raw, key: str, faults: list[Fault]):
+    """Builds the frozen dataclass `kind`, nested ones included, from a mapping; None if it cannot be built.
+
+    Args:
+        kind: a dataclass whose fields have types, and defaults unless they are required.
+        raw: plain containers.
+        key: dotted name of the section, for messages; may be empty.
+        faults: receives unknown keys (with the nearest known one), wrong types and missing values.
+    """
     if not isinstance(raw, Mapping):
         faults.append(
             Fault(
@@ -288,19 +295,20 @@ def _build(kind, raw, key: str, faults: list[Fault]):
     hints, known = typing.get_type_hints(kind), {f.name: f for f in dataclasses.fields(kind)}
     values, before = {}, len(faults)
     for name, value in raw.items():
-        path = f"{key}.{name}"
+        path = f"{key}.{name}" if key else str(name)
         if name not in known:
             nearest = difflib.get_close_matches(str(name), known, 1)
             remedy = f"did you mean {nearest[0]}?" if nearest else f"known keys: {', '.join(known)}"
             faults.append(Fault(path, value, "unknown key", remedy))
         elif dataclasses.is_dataclass(hints[name]):
-            values[name] = _build(hints[name], {} if value is None else value, path, faults)
+            values[name] = build_config(hints[name], {} if value is None else value, path, faults)
         else:
             values[name] = _convert(hints[name], value, path, faults)
     for name, item in known.items():
         required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         if required and name not in values:
-            faults.append(Fault(f"{key}.{name}", None, "is required", f"set {key}.{name}"))
+            path = f"{key}.{name}" if key else name
+            faults.append(Fault(path, None, "is required", f"set {path}"))
     return kind(**values) if len(faults) == before else None
 
 

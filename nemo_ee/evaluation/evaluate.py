@@ -1,0 +1,164 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""From checkpoints and held-out text to a report on disk."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from tqdm import tqdm
+
+from nemo_ee.checkpoint import adapter, archive
+from nemo_ee.config import EarlyExitConfig
+from nemo_ee.data.checks import check_indexed_dataset
+from nemo_ee.errors import CheckpointError, ConfigError, Fault
+from nemo_ee.evaluation import provenance
+from nemo_ee.evaluation.held_out import held_out_sequences, measure_quality
+from nemo_ee.evaluation.settings import EvaluationConfig
+from nemo_ee.evaluation.sweep import Sweep, document_prompts
+from nemo_ee.evaluation.teacher_forced import TextScores, score_text
+from nemo_ee.inference.generate import generating
+from nemo_ee.inference.prompts import tokenize_prompts
+from nemo_ee.models.checks import read_early_exit
+from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
+from nemo_ee.report.schema import Metadata, Report
+from nemo_ee.report.tuning_curve import read_tuning_curve
+from nemo_ee.report.write import write_report
+
+ONE_PROCESS = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "num_layers_in_first_pipeline_stage": None,
+    "num_layers_in_last_pipeline_stage": None,
+    "sequence_parallel": False,
+    "megatron_amp_O2": False,
+    "activations_checkpoint_granularity": None,
+    "activations_checkpoint_method": None,
+    "activations_checkpoint_num_layers": None,
+}
+"""What an evaluation changes in a checkpoint's configuration: it runs in one process."""
+ANY_VOCABULARY = 1 << 31
+
+
+def evaluate(config: EvaluationConfig, trainer: Any) -> list[Path]:
+    """Evaluates and writes the report.
+
+    Args:
+        config: what to evaluate, and on what.
+        trainer: of one process, of precision `config.precision`.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: before the model is built, as far as the inputs show it.
+        GenerationError: a prompt that cannot be continued.
+    """
+    curve = read_tuning_curve(config.tuning_log_dir) if config.tuning_log_dir else ()
+    _check(config)
+    model = restore(config, trainer)
+    settings, tokenizer = config.generation, model.tokenizer
+    data = config.data
+    sequences = held_out_sequences(data.prefix, data.sequences, data.seq_length, model.true_vocab_size)
+    if settings.prompts is None:
+        prompts = document_prompts(data, settings.num_prompts, settings.prompt_tokens)
+    else:
+        prompts = tokenize_prompts(list(settings.prompts), tokenizer, False, model.cfg.encoder_seq_length)
+    batches = sequences.split(data.batch_size)
+    steps = len(batches) + Sweep.generations(settings, len(prompts))
+    with tqdm(total=steps, file=sys.stderr, desc="held-out text", dynamic_ncols=True) as bar:
+        quality = measure_quality(_scorer(model), _counted(batches, bar), config.seed)
+        bar.set_description("generation")
+        sweep = Sweep(model, prompts, settings, config.seed, bar.update)
+        thresholds = sweep.run()
+    report = Report(
+        _metadata(config, model),
+        quality.exits,
+        quality.final_loss,
+        quality.final_loss_ci,
+        thresholds,
+        curve,
+        sweep.samples(),
+    )
+    return write_report(report, config.output_dir)
+
+
+def restore(config: EvaluationConfig, trainer: Any) -> MegatronGPTEarlyExitModel:
+    """The model with its exits, in eval mode.
+
+    Raises:
+        CheckpointError: see `EarlyExitAdapterMixin.restore_with_exits`.
+    """
+    overrides = OmegaConf.create({**ONE_PROCESS, "precision": config.precision})
+    base = config.gpt_model_file
+    if config.adapter_file is not None:
+        model = MegatronGPTEarlyExitModel.restore_with_exits(base, config.adapter_file, trainer, overrides)
+    else:
+        merged = OmegaConf.merge(_plain_config(base), overrides)
+        model = MegatronGPTEarlyExitModel.restore_from(base, override_config_path=merged, trainer=trainer)
+    return model.eval()
+
+
+def _plain_config(path: str) -> DictConfig:
+    return OmegaConf.create(OmegaConf.to_container(archive.read_config(path), resolve=True))
+
+
+def _check(config: EvaluationConfig) -> None:
+    """What the files' own configurations and sizes show to be wrong."""
+    base = archive.read_config(config.gpt_model_file)
+    if config.adapter_file is not None:
+        early_exit: EarlyExitConfig = read_early_exit(adapter.read_adapter_config(config.adapter_file))
+    else:
+        early_exit = read_early_exit(base)
+    if not early_exit.layers:
+        raise CheckpointError(f"{config.gpt_model_file}: has no exits to evaluate; set adapter_file")
+    exits = config.generation.exits
+    faults = []
+    if exits is not None and (not exits or not set(exits) <= set(early_exit.layers)):
+        rule = f"not all of the model's exits {list(early_exit.layers)}"
+        faults.append(Fault("generation.exits", list(exits), rule, "name exit layers that exist, or null"))
+    limit = base.encoder_seq_length
+    if config.data.seq_length > limit:
+        rule = f"exceeds the model's encoder_seq_length={limit}"
+        faults.append(Fault("data.seq_length", config.data.seq_length, rule, f"use at most {limit}"))
+    longest = config.generation.prompt_tokens + config.generation.tokens_to_generate
+    if config.generation.prompts is None and longest > limit:
+        rule = f"with generation.tokens_to_generate exceeds the model's {limit} positions"
+        faults.append(Fault("generation.prompt_tokens", config.generation.prompt_tokens, rule, "use fewer"))
+    if faults:
+        raise ConfigError(*faults)
+    check_indexed_dataset(config.data.prefix, config.data.seq_length, ANY_VOCABULARY, "held-out text")
+
+
+def _scorer(model: MegatronGPTEarlyExitModel):
+    device = model.gpt.output_weight().device
+
+    def score(tokens: Tensor, labels: Tensor) -> TextScores:
+        with generating(model):
+            return score_text(model.gpt, tokens.to(device), labels.to(device))
+
+    return score
+
+
+def _counted(batches: tuple[Tensor, ...], bar: tqdm) -> Iterator[Tensor]:
+    for batch in batches:
+        yield batch
+        bar.update()
+
+
+def _metadata(config: EvaluationConfig, model: MegatronGPTEarlyExitModel) -> Metadata:
+    return Metadata(
+        model=Path(config.gpt_model_file).name,
+        num_layers=model.cfg.num_layers,
+        adapter=None if config.adapter_file is None else Path(config.adapter_file).name,
+        commit=provenance.commit(),
+        device=f"{provenance.device()}, load average {provenance.load_average()}",
+        torch_version=torch.__version__,
+        dtype=str(model.torch_dtype).removeprefix("torch."),
+        seed=config.seed,
+        date=provenance.date(),
+        command=provenance.command(),
+    )
