@@ -1,12 +1,19 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """`generate` of the early-exit model."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from megatron.core import num_microbatches_calculator
 from nemo.collections.nlp.modules.common.text_generation_strategy import TextGenerationStrategy
+from nemo.collections.nlp.modules.common.text_generation_utils import (
+    get_default_length_params,
+    get_default_sampling_params,
+)
 
+from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.inference.generate import generate
 from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
 
@@ -55,6 +62,23 @@ class GenerationMixin:
         if strategy is None:
             self.start_distributed()
             return generate(self, inputs, length_params, sampling_params, early_exit, generator)
+        if early_exit is not None or generator is not None:
+            name, value = ("early_exit", early_exit) if early_exit is not None else ("generator", generator)
+            remedy = "give exits to EarlyExitTextGenerationStrategy; NeMo's loop samples with torch's own generator"
+            raise ConfigError(Fault(name, value, "has no effect with a strategy", remedy))
         if isinstance(strategy, EarlyExitTextGenerationStrategy):
             strategy.prepare(inputs, sampling_params)
-        return super().generate(inputs, length_params, sampling_params, strategy=strategy)  # type: ignore[misc]
+        lengths = {**get_default_length_params(), **(length_params or {})}
+        sampling = {**get_default_sampling_params(), **(sampling_params or {})}
+        with kept_microbatches():
+            return super().generate(inputs, lengths, sampling, strategy=strategy)  # type: ignore[misc]
+
+
+@contextmanager
+def kept_microbatches() -> Iterator[None]:
+    """Puts Megatron's micro-batch calculator back, which NeMo's loop sets to the prompts' batch size for good."""
+    calculator = num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR
+    try:
+        yield
+    finally:
+        num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR = calculator

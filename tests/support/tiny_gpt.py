@@ -219,7 +219,7 @@ def values(key: str, shape: list[int], gpt: Any, module: Any) -> torch.Tensor:
     rows, used = shape[0], shape[0]
     scale = shape[-1] ** -0.5
     if isinstance(module, ExitProjection):
-        used = module.num_kept if shape[0] == module.num_rows else shape[0]
+        used = module.num_kept if key.endswith("projection.weight") else rows
         scale *= EXIT_LOGIT_SCALE
     elif "word_embeddings" in key or key.startswith("output_layer."):
         used, scale = gpt.true_vocab_size, scale * LOGIT_SCALE

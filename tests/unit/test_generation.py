@@ -79,6 +79,8 @@ def test_off_is_full_depth_greedy(model, off):
 
 @pytest.mark.parametrize("which", ["model", "shortlist_model"])
 def test_nemos_loop_gives_the_same_tokens(which, request):
+    from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+
     from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
 
     model = request.getfixturevalue(which)
@@ -91,8 +93,9 @@ def test_nemos_loop_gives_the_same_tokens(which, request):
         for a, b in zip(ours["early_exit"], theirs["early_exit"], strict=True):
             assert b["exit_layers"][:14] == a["exit_layers"]
             assert b["confidences"][:14] == pytest.approx(a["confidences"])
-    # The longest prompt gets 14 tokens; the shorter ones go on until it is done.
-    assert [len(row["exit_layers"]) for row in theirs["early_exit"]] == [18, 14, 20]
+    if which == "model":  # where none meets EOS, the longest prompt gets 14 tokens and the others go on until then
+        assert [len(row["exit_layers"]) for row in theirs["early_exit"]] == [18, 14, 20]
+    assert get_current_global_batch_size() == model.cfg.global_batch_size, "NeMo's loop sets it to the prompts' number"
 
 
 def test_nemos_loop_with_token_tensors(model):
@@ -144,12 +147,12 @@ def test_end_strings_look_at_generated_text_only(model):
 def test_eos_ends_a_sequence_and_min_length_forbids_it(model):
     free = model.generate(TEXTS, lengths(12), GREEDY, early_exit=EARLY)
     eos = free["token_ids"][0][3 + 5]
-    model.tokenizer.tokenizer.eos_token = model.tokenizer.ids_to_tokens([eos])[0]
+    model.tokenizer.eos_token = model.tokenizer.ids_to_tokens([eos])[0]
     try:
         ended = model.generate(TEXTS, lengths(12), GREEDY, early_exit=EARLY)
         longer = model.generate(TEXTS, lengths(12, 9), GREEDY, early_exit=EARLY)
     finally:
-        model.tokenizer.tokenizer.eos_token = "<eos>"
+        model.tokenizer.eos_token = "<eos>"
     end = free["token_ids"][0].index(eos, 3)
     assert ended["token_ids"][0] == free["token_ids"][0][: end + 1]
     first = generated(model, longer)[0]
@@ -310,6 +313,13 @@ def test_strategy_refuses_bad_options(model):
 
     with pytest.raises(ConfigError, match="early_exit.threshold=2"):
         EarlyExitTextGenerationStrategy(model, threshold=2)
+
+
+def test_options_that_a_strategy_would_ignore_are_refused(model):
+    from nemo.collections.nlp.modules.common.text_generation_strategy import GPTModelTextGenerationStrategy
+
+    with pytest.raises(ConfigError, match="early_exit=.*: has no effect with a strategy"):
+        model.generate(TEXTS, lengths(3), strategy=GPTModelTextGenerationStrategy(model), early_exit=EARLY)
 
 
 def test_bfloat16_generates():
