@@ -242,6 +242,9 @@ def _check_tuning(config: EarlyExitConfig, key: str) -> list[Fault]:
         faults.append(Fault(f"{key}.loss_weights", list(weights), rule, "give one per exit layer, or null"))
     if weights is not None and any(w < 0 for w in weights):
         faults.append(Fault(f"{key}.loss_weights", list(weights), "a weight is negative", "use 0 or more"))
+    elif weights and not any(weights):
+        remedy = "give at least one exit a weight above 0"
+        faults.append(Fault(f"{key}.loss_weights", list(weights), "no exit would be tuned", remedy))
     for name in ("ce_weight", "kl_weight", "argmax_weight"):
         if getattr(tuning, name) < 0:
             faults.append(
@@ -266,6 +269,9 @@ def _check_inference(config: EarlyExitConfig, key: str) -> list[Fault]:
         faults.append(
             Fault(f"{key}.inference.exits", list(exits), rule, "name exit layers that exist, or null")
         )
+    if exits is not None and list(exits) != sorted(set(exits)):
+        rule = "exits must ascend, each named once"
+        faults.append(Fault(f"{key}.inference.exits", list(exits), rule, f"write {sorted(set(exits))}"))
     count = len(config.layers if exits is None else exits)
     return faults + check_thresholds(config.inference.threshold, count, f"{key}.inference.threshold")
 

@@ -15,6 +15,9 @@ from nemo_ee.megatron.heads import Translator, replicated
 from nemo_ee.megatron.projection import ExitProjection
 from nemo_ee.megatron.tuning_step import MicroBatch, by_position, whole_tokens
 
+NEVER = -100.0
+"""A logit that stands for probability zero and still fits a least-squares problem."""
+
 
 def copy_sources(
     gpt: EarlyExitGPTModel, num_layers: int, mlp_layer: Callable[[int], int], prefix: str = "model."
@@ -82,7 +85,7 @@ def initialise_projections(
             continue
         with torch.no_grad():
             if random_std is not None:
-                rows = _noise((projection.num_rows, projection.weight.shape[1]), random_std, n)
+                rows = _noise((projection.num_rows, projection.weight.shape[1]), random_std, 2 * n + 1)
                 first = projection.first_row
                 projection.weight.copy_(rows[first : first + projection.rows_per_rank])
             elif projection.kind == "untied":
@@ -109,7 +112,7 @@ def initialise_randomly(gpt: EarlyExitGPTModel, std: float) -> None:
         linear = gpt.exits[str(n)].linear
         if linear is not None:
             with torch.no_grad():
-                linear.weight.copy_(_noise(tuple(linear.weight.shape), std, n))
+                linear.weight.copy_(_noise(tuple(linear.weight.shape), std, 2 * n))
 
 
 def _noise(shape: tuple[int, ...], std: float, seed: int) -> Tensor:
@@ -198,6 +201,8 @@ class RidgeInitialiser:
                 for part in mlp:
                     mine = head.mlp.mlp.linear_fc2.weight
                     mine.copy_(part[:, rank * mine.shape[1] : (rank + 1) * mine.shape[1]])
+                    if head.mlp.mlp.linear_fc2.bias is not None:
+                        head.mlp.mlp.linear_fc2.bias.zero_()  # the translator's is the whole constant
                 if bucket is not None:
                     head.projection.bucket_weight.copy_(bucket[0][0])
                     head.projection.bucket_bias.copy_(bucket[1])
@@ -211,6 +216,8 @@ def _solve(sums: RidgeAccumulator, widths: list[int], penalty: float) -> tuple[T
 
 def log_sum_of_others(state: Tensor, projection: ExitProjection, gpt: EarlyExitGPTModel) -> Tensor:
     """Log of the summed exponentials of the logits of all tokens off a shortlist: [T, H] -> [T].
+
+    At least `NEVER`, also where the shortlist is the whole vocabulary.
 
     Collectives: two all-reduces of [T] over the tensor-parallel group per chunk of tokens.
     """
@@ -227,7 +234,7 @@ def log_sum_of_others(state: Tensor, projection: ExitProjection, gpt: EarlyExitG
         highest = logits.amax(-1) if len(rows) else logits.new_full((len(chunk),), float("-inf"))
         highest = reduce_over_ranks(highest, torch.distributed.ReduceOp.MAX)
         chunks.append(highest + reduce_over_ranks((logits - highest[:, None]).exp().sum(-1)).log())
-    return torch.cat(chunks)
+    return torch.cat(chunks).clamp_min(NEVER)
 
 
 def gather_columns(x: Tensor) -> Tensor:

@@ -86,6 +86,10 @@ def _layout_faults(cfg: DictConfig, world_size: int):
         rule = f"sequence parallelism splits it over tensor_model_parallel_size={tp}"
         yield Fault("model.encoder_seq_length", cfg.encoder_seq_length, rule, f"use a multiple of {tp}")
     dp, micro, batch = world_size // (tp * pp), cfg.get("micro_batch_size"), cfg.get("global_batch_size")
+    for key, size in (("micro_batch_size", micro), ("global_batch_size", batch)):
+        if size is not None and size < 1:
+            yield Fault(f"model.{key}", size, "must be at least 1", "use 1 or more")
+            return
     if micro and batch and batch % (micro * dp):
         rule = f"must be a multiple of micro_batch_size={micro} x data-parallel size {dp}"
         yield Fault(
@@ -95,9 +99,15 @@ def _layout_faults(cfg: DictConfig, world_size: int):
 
 def _split_faults(cfg: DictConfig, layers: int):
     stages, rest = cfg.get("pipeline_model_parallel_size", 1), layers
+    if stages < 1:
+        return  # a fault of the layout
     uneven = []
     for place in ("first", "last"):
         count = cfg.get(f"num_layers_in_{place}_pipeline_stage")
+        if count is not None and count < 1:
+            key = f"model.num_layers_in_{place}_pipeline_stage"
+            yield Fault(key, count, "a stage has at least one layer", "use 1 or more, or null")
+            return
         if count is not None:
             stages, rest = stages - 1, rest - count
             uneven.append(f"num_layers_in_{place}_pipeline_stage={count}")

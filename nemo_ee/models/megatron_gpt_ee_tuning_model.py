@@ -98,14 +98,16 @@ class MegatronGPTEETuningModel(MegatronGPTEarlyExitModel):
         return config
 
     def build_transformer_config(self):
-        """The configuration of the layers that are built."""
+        """The configuration of the layers that are built: a frozen backbone drops nothing out."""
         depth = self.cfg.num_layers
         with open_dict(self.cfg):
             self.cfg.num_layers = self.built_layers(self.cfg)
             try:
-                return super().build_transformer_config()
+                config = super().build_transformer_config()
             finally:
                 self.cfg.num_layers = depth
+        config.hidden_dropout = config.attention_dropout = 0.0
+        return config
 
     def _wrap_model_for_O2(self) -> None:
         raise AssertionError("refused by check_tuning")

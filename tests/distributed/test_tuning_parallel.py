@@ -1,0 +1,122 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Ten AdamW steps of tuning in every parallel layout equal one process: losses, statistics and weights.
+
+Float64 throughout, except the gradient norm that NeMo's clipping computes in float32: its rounding (6e-8)
+scales whole gradients, which AdamW all but cancels. What remains is 1e-7 times a loss of some tens of nats.
+"""
+
+import pytest
+
+from tests.support.tiny_gpt import HEADS
+from tests.support.tuning import Case, Layout, largest_difference, tune, write_text
+
+LOSS_TOLERANCE, WEIGHT_TOLERANCE = 3e-6, 1e-7
+
+OBJECTIVES = {
+    "ce": dict(ce_weight=1.0, kl_weight=0.0, argmax_weight=0.0),
+    "kl": dict(ce_weight=0.0, kl_weight=1.0, argmax_weight=0.0),
+    "argmax": dict(ce_weight=0.0, kl_weight=0.0, argmax_weight=1.0),
+    "mix": dict(ce_weight=0.3, kl_weight=0.5, argmax_weight=0.2),
+    "mix by confidence": dict(ce_weight=0.3, kl_weight=0.5, argmax_weight=0.2, token_weighting="confidence"),
+}
+
+EXITS = ([2, 4, 6], [1, 2, 3, 4, 5, 6, 7, 8], [8], [1, 2], [3, 8])
+"""Spread; every layer; the last layer alone; the first stage of two alone; one per stage of two."""
+
+LAYOUTS = {
+    "TP2": Layout(tp=2),
+    "SP": Layout(tp=2, sp=True),
+    "DP2": Layout(dp=2),
+    "PP2 of 3 and 5 layers": Layout(pp=2, first=3),
+    "TP2 x PP2": Layout(tp=2, pp=2),
+    "SP x PP2": Layout(tp=2, pp=2, sp=True),
+    "PP3 of 1, 5 and 2 layers": Layout(pp=3, first=1, last=2),
+    "DP2 x PP2": Layout(dp=2, pp=2),
+}
+
+
+def grid() -> dict[str, Case]:
+    """Every head kind with every objective; sets of exits, trained projections and loss weights in turns."""
+    cases = {}
+    for i, (kind, head) in enumerate(HEADS.items()):
+        for j, (name, objective) in enumerate(OBJECTIVES.items()):
+            layers = EXITS[(i + j) % len(EXITS)]
+            trained = (i + j) % 2 == 0 and head["projection"] != "tied"
+            tuning = {**objective, "loss_chunk_tokens": 7 + 13 * j}
+            if j % 2:
+                tuning["loss_weights"] = [0.5 + 0.25 * k for k in range(len(layers))]
+            section = dict(
+                layers=layers, init="random", head={**head, "train_projection": trained}, tuning=tuning
+            )
+            cases[f"{kind} | {name}"] = Case(section)
+    return cases
+
+
+def initialised() -> dict[str, Case]:
+    """Closed forms, fitted in the layout itself, and then tuned."""
+    mlp = dict(mlp=True, linear=True, projection="shortlist", shortlist_size=90)
+    block = dict(block=True, mlp=False, linear=True, projection="tied")
+    ridge = dict(init="ridge", ridge=dict(tokens=512, penalty=0.01))
+    return {
+        "ridge | MLP, shortlist": Case(dict(layers=[1, 3, 8], head=mlp, **ridge), initialise=True),
+        "ridge | block, tied": Case(dict(layers=[2, 6], head=block, **ridge), initialise=True),
+    }
+
+
+def variants() -> dict[str, Case]:
+    """Other backbones: untied embeddings, LayerNorm with biases and a plain MLP, learned positions."""
+    untied = dict(share_embeddings_and_output_weights=False)
+    biased = dict(
+        normalization="layernorm1p", bias=True, activation="gelu", position_embedding_type="learned_absolute"
+    )
+    everything = HEADS["block, MLP, linear, untied"]
+    shortlist = dict(mlp=True, linear=True, projection="shortlist", shortlist_size=90)
+    ridge = dict(init="ridge", ridge=dict(tokens=512, penalty=0.01))
+    return {
+        "untied embeddings": Case(dict(layers=[2, 5, 8], init="random", head=everything), untied),
+        "tied heads on untied embeddings": Case(
+            dict(layers=[2, 5], init="random", head=HEADS["norm, tied"]), untied
+        ),
+        "biases": Case(dict(layers=[2, 5, 8], init="random", head=everything), biased),
+        "biases, ridge": Case(dict(layers=[2, 5], head=shortlist, **ridge), biased, initialise=True),
+        "dropout": Case(
+            dict(layers=[2, 5], init="random", head=everything),
+            dict(hidden_dropout=0.1, attention_dropout=0.1),
+        ),
+        "truncated": Case(
+            dict(layers=[2, 5], init="random", head=everything, tuning=OBJECTIVES["ce"]),
+            dict(num_layers_in_first_pipeline_stage=None, num_layers_in_last_pipeline_stage=None),
+        ),
+    }
+
+
+CASES = {**grid(), **initialised(), **variants()}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def alone(text, workers):
+    return workers(1).run(tune, text, CASES, Layout(), timeout=600)[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_equals_one_process(layout, text, alone, workers):
+    arrangement = LAYOUTS[layout]
+    found = workers(arrangement.world_size).run(tune, text, CASES, arrangement, timeout=600)
+    worst = {name: largest_difference([rank[name] for rank in found], alone[name]) for name in CASES}
+    print(
+        {
+            what: max(gaps[what] for gaps in worst.values())
+            for what in ("train", "validation", "initial", "final")
+        }
+    )
+    for name, gaps in worst.items():
+        assert gaps["train"] < LOSS_TOLERANCE and gaps["validation"] < LOSS_TOLERANCE, (name, gaps)
+        assert gaps["initial"] < WEIGHT_TOLERANCE and gaps["final"] < WEIGHT_TOLERANCE, (name, gaps)
+        reached = {key for rank in found for key in rank[name].final}
+        assert reached == alone[name].final.keys(), f"{name}: the stages together hold every exit"
+        assert all(rank[name].backbone_unchanged for rank in found), name

@@ -1,0 +1,226 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Chunked losses and their hand-written gradients against full logits and autograd, in float64."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nemo_ee.config import HeadConfig, TuningConfig
+from tests.support.tiny_gpt import tiny_model, tiny_model_config
+
+HIDDEN, VOCABULARY, PADDED, TOKENS, KEPT = 12, 37, 48, 23, 9
+SCALE, WEIGHTS = 0.37, {2: 1.0, 5: 0.6}
+
+PROJECTIONS = {
+    "tied": HeadConfig(projection="tied"),
+    "untied": HeadConfig(projection="untied", train_projection=True),
+    "untied, frozen": HeadConfig(projection="untied"),
+    "shortlist": HeadConfig(projection="shortlist", shortlist_size=KEPT, train_projection=True),
+    "shortlist, frozen": HeadConfig(projection="shortlist", shortlist_size=KEPT),
+    "shortlist of all": HeadConfig(projection="shortlist", shortlist_size=VOCABULARY, train_projection=True),
+}
+OBJECTIVES = {
+    "ce": TuningConfig(ce_weight=1.0, kl_weight=0.0, argmax_weight=0.0),
+    "kl": TuningConfig(ce_weight=0.0, kl_weight=0.8, argmax_weight=0.0),
+    "argmax": TuningConfig(ce_weight=0.0, kl_weight=0.0, argmax_weight=1.3),
+    "mix": TuningConfig(ce_weight=0.2, kl_weight=0.5, argmax_weight=0.3),
+}
+
+
+@pytest.fixture(scope="module")
+def transformer_config():
+    """Of a model in this process, which brings up Megatron's groups of one rank."""
+    config = tiny_model(tiny_model_config()).gpt.config
+    config = dataclasses.replace(config, hidden_size=HIDDEN, num_attention_heads=2, num_query_groups=2)
+    config.params_dtype = torch.float64
+    return config
+
+
+@dataclasses.dataclass
+class Problem:
+    """Random inputs of `exit_losses`; large logits, so that confidences differ between tokens."""
+
+    exits: dict
+    output_weight: torch.Tensor
+    labels: torch.Tensor
+    mask: torch.Tensor
+    teacher: object
+
+
+def problem(transformer_config, head: HeadConfig, seed: int = 0) -> Problem:
+    from nemo_ee.megatron.exit_loss import ExitInput, Teacher
+    from nemo_ee.megatron.projection import ExitProjection
+
+    torch.manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, dtype=torch.float64)
+
+    exits = {}
+    for n, weight in WEIGHTS.items():
+        projection = ExitProjection(transformer_config, head, VOCABULARY, PADDED)
+        for parameter in projection.parameters():
+            parameter.data.normal_()
+        if head.projection == "shortlist":
+            projection.set_shortlist(torch.randperm(VOCABULARY)[: head.shortlist_size])
+        exits[n] = ExitInput(random(TOKENS, HIDDEN), projection, weight)
+    tied = ExitProjection(transformer_config, HeadConfig(projection="tied"), VOCABULARY, PADDED)
+    mask = (torch.rand(TOKENS) > 0.3).double()
+    return Problem(
+        exits,
+        random(PADDED, HIDDEN),  # padded rows are as large as others: they must be seen to be left out
+        torch.randint(0, VOCABULARY, (TOKENS,)),
+        mask,
+        Teacher(random(TOKENS, HIDDEN), tied),
+    )
+
+
+@dataclasses.dataclass
+class Reference:
+    """Sums as in `ExitLossResult.stats`, and gradients of the whole objective."""
+
+    stats: dict
+    state_gradients: dict
+    parameter_gradients: dict
+
+
+def reference(given: Problem, objective: TuningConfig) -> Reference:
+    """All logits of all tokens at once, in the plainest form."""
+    final = F.log_softmax(given.teacher.state @ given.output_weight[:VOCABULARY].T, -1)
+    best = final.argmax(-1)
+    nll = F.nll_loss(final, given.labels, reduction="none")
+    sure = final.max(-1).values.exp()
+    nothing = torch.zeros_like(nll)
+    columns = [nll, nothing, torch.ones_like(nll), sure, nll]
+    stats = {0: torch.stack([(column * given.mask).sum() for column in columns])}
+    states, parameters = {}, {}
+    for n, item in given.exits.items():
+        projection = item.projection
+        state = states[n] = item.state.clone().requires_grad_()
+        own = dict(projection.named_parameters())
+        mine = {name: own[name].detach().clone().requires_grad_() for name in own}
+        if projection.kind == "shortlist":
+            kept = projection.token_ids.tolist()
+            rows = torch.tensor([kept.index(v) if v in kept else len(kept) for v in range(VOCABULARY)])
+            logits = state @ mine["weight"][: len(kept)].T
+            bucket = state @ mine["bucket_weight"] + mine["bucket_bias"]
+            logits, emittable = torch.cat([logits, bucket[:, None]], 1), len(kept)
+            target = torch.zeros_like(logits).index_add(1, rows, final.exp())
+        else:
+            weight = given.output_weight if projection.kind == "tied" else mine["weight"]
+            logits, rows, emittable = state @ weight[:VOCABULARY].T, torch.arange(VOCABULARY), VOCABULARY
+            target = final.exp()
+        own_log = F.log_softmax(logits, -1)
+        ce = F.nll_loss(own_log, rows[given.labels], reduction="none")
+        hard = F.nll_loss(own_log, rows[best], reduction="none")
+        kl = F.kl_div(own_log, target, reduction="none").sum(-1)
+        confidence = own_log[:, :emittable].exp().max(-1).values.detach()
+        agreement = (own_log[:, :emittable].argmax(-1) == rows[best]).double()
+        u = confidence if objective.token_weighting == "confidence" else torch.ones_like(ce)
+        loss = objective.ce_weight * ce + objective.kl_weight * kl + objective.argmax_weight * hard
+        values = [ce, kl, agreement, confidence, u * loss]
+        stats[n] = torch.stack([(value * given.mask).sum() for value in values])
+        parameters |= {(n, name): value for name, value in mine.items()}
+        (SCALE * WEIGHTS[n] * stats[n][4]).backward()
+    return Reference(
+        {n: value.detach() for n, value in stats.items()},
+        {n: state.grad for n, state in states.items()},
+        {key: value.grad for key, value in parameters.items()},
+    )
+
+
+def compute(given: Problem, objective: TuningConfig, scale=SCALE, teacher: bool = True):
+    from nemo_ee.megatron.exit_loss import exit_losses
+
+    return exit_losses(
+        given.exits,
+        given.output_weight,
+        given.labels,
+        given.mask,
+        objective,
+        given.teacher if teacher else None,
+        scale,
+    )
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("chunk", [5, 23, 100])
+@pytest.mark.parametrize("weighting", ["none", "confidence"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_losses_and_gradients(transformer_config, projection, objective, weighting, chunk):
+    given = problem(transformer_config, PROJECTIONS[projection])
+    settings = dataclasses.replace(OBJECTIVES[objective], token_weighting=weighting, loss_chunk_tokens=chunk)
+    result, expected = compute(given, settings), reference(given, settings)
+    assert result.tokens == given.mask.sum()
+    assert result.stats.keys() == expected.stats.keys()
+    for n, values in expected.stats.items():
+        close(result.stats[n], values)
+    for n, gradient in expected.state_gradients.items():
+        assert gradient.abs().max() > 1e-3, "the reference itself has a gradient"
+        close(result.state_gradients[n], gradient)
+    for n, item in given.exits.items():
+        for name, parameter in item.projection.named_parameters():
+            if parameter.requires_grad:
+                wanted = expected.parameter_gradients[n, name]
+                if name == "weight":
+                    wanted = wanted.clone()
+                    assert not wanted[item.projection.num_kept :].any(), "padding has no gradient"
+                close(parameter.grad, wanted)
+            else:
+                assert parameter.grad is None
+
+
+def test_gradients_accumulate(transformer_config):
+    given = problem(transformer_config, PROJECTIONS["shortlist"])
+    compute(given, OBJECTIVES["mix"])
+    once = [parameter.grad.clone() for parameter in given.exits[2].projection.parameters()]
+    compute(given, OBJECTIVES["mix"])
+    for parameter, gradient in zip(given.exits[2].projection.parameters(), once, strict=True):
+        close(parameter.grad, 2 * gradient)
+
+
+def test_without_scale_statistics_only(transformer_config):
+    given = problem(transformer_config, PROJECTIONS["shortlist"])
+    result = compute(given, OBJECTIVES["mix"], scale=None)
+    close(result.stats[5], reference(given, OBJECTIVES["mix"]).stats[5])
+    assert result.state_gradients == {}
+    assert all(p.grad is None for item in given.exits.values() for p in item.projection.parameters())
+
+
+def test_without_a_teacher_cross_entropy_alone(transformer_config):
+    given = problem(transformer_config, PROJECTIONS["shortlist"])
+    result, expected = compute(given, OBJECTIVES["ce"], teacher=False), reference(given, OBJECTIVES["ce"])
+    assert result.stats.keys() == given.exits.keys()
+    for n in given.exits:
+        close(result.stats[n][[0, 3, 4]], expected.stats[n][[0, 3, 4]])
+        close(result.state_gradients[n], expected.state_gradients[n])
+
+
+def test_a_scale_that_is_a_tensor(transformer_config):
+    given = problem(transformer_config, PROJECTIONS["tied"])
+    number = compute(given, OBJECTIVES["mix"]).state_gradients[5]
+    close(
+        compute(given, OBJECTIVES["mix"], torch.tensor(SCALE, dtype=torch.float64)).state_gradients[5], number
+    )
+
+
+def test_masked_tokens_have_no_gradient(transformer_config):
+    given = problem(transformer_config, PROJECTIONS["untied"])
+    gradient = compute(given, OBJECTIVES["mix"]).state_gradients[2]
+    assert not gradient[given.mask == 0].any() and gradient[given.mask == 1].any(-1).all()
+
+
+def test_logits_of_hundreds_stay_finite(transformer_config):
+    given = problem(transformer_config, PROJECTIONS["shortlist"])
+    for item in given.exits.values():
+        item.state.mul_(200.0)
+    given.teacher.state.mul_(200.0)
+    result = compute(given, OBJECTIVES["mix"])
+    for n in given.exits:
+        assert torch.isfinite(result.stats[n]).all() and torch.isfinite(result.state_gradients[n]).all()
