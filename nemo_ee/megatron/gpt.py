@@ -124,6 +124,11 @@ class EarlyExitGPTModel(GPTModel):
             return self.embedding.word_embeddings.weight
         return self.output_layer.weight if self.post_process else self.output_copy
 
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """As megatron-core's, and this stage's frozen copy where NeMo counts weights of a truncated model."""
+        weight = super().shared_embedding_or_output_weight()
+        return self.output_copy if weight is None else weight
+
     def _capture_hook(self, n: int):
         def hook(_module: torch.nn.Module, _args: tuple, output: tuple) -> None:
             if self._captured is not None:

@@ -91,6 +91,11 @@ def variants() -> dict[str, Case]:
 
 
 CASES = {**grid(), **initialised(), **variants()}
+DIAGONAL = [
+    f"{kind} | {name}" for kind, name in zip(HEADS, [*OBJECTIVES][2:] + [*OBJECTIVES][:2], strict=True)
+]
+"""Every kind of head, every objective and every set of exits once."""
+CHOSEN = {name: CASES[name] for name in [*DIAGONAL, *initialised(), *variants()]}
 
 
 @pytest.fixture(scope="module")
@@ -100,23 +105,59 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(text, workers):
-    return workers(1).run(tune, text, CASES, Layout(), timeout=600)[0]
+    return workers(1).run(tune, text, CHOSEN, Layout(), timeout=600)[0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_equals_one_process(layout, text, alone, workers):
-    arrangement = LAYOUTS[layout]
-    found = workers(arrangement.world_size).run(tune, text, CASES, arrangement, timeout=600)
-    worst = {name: largest_difference([rank[name] for rank in found], alone[name]) for name in CASES}
-    print(
-        {
-            what: max(gaps[what] for gaps in worst.values())
-            for what in ("train", "validation", "initial", "final")
-        }
-    )
+    compare(text, alone, workers, LAYOUTS[layout], CHOSEN)
+
+
+def compare(text, alone, workers, layout: Layout, cases: dict[str, Case]) -> None:
+    found = workers(layout.world_size).run(tune, text, cases, layout, timeout=600)
+    worst = {name: largest_difference([rank[name] for rank in found], alone[name]) for name in cases}
+    for what in ("train", "validation", "initial", "final"):
+        print(f"{layout}: {what} differs by at most {max(gaps[what] for gaps in worst.values()):.1e}")
     for name, gaps in worst.items():
         assert gaps["train"] < LOSS_TOLERANCE and gaps["validation"] < LOSS_TOLERANCE, (name, gaps)
         assert gaps["initial"] < WEIGHT_TOLERANCE and gaps["final"] < WEIGHT_TOLERANCE, (name, gaps)
         reached = {key for rank in found for key in rank[name].final}
         assert reached == alone[name].final.keys(), f"{name}: the stages together hold every exit"
         assert all(rank[name].backbone_unchanged for rank in found), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_head_with_every_objective(layout, text, everything_alone, workers):
+    compare(text, everything_alone, workers, LAYOUTS[layout], grid())
+
+
+@pytest.fixture(scope="module")
+def everything_alone(text, workers):
+    return workers(1).run(tune, text, grid(), Layout(), timeout=600)[0]
+
+
+def test_tuning_moves_the_exits_and_nothing_else(alone):
+    for name, outcome in alone.items():
+        moved = {key for key in outcome.final if not outcome.final[key].equal(outcome.initial[key])}
+        assert {f"exits.{key}" for key in moved} == outcome.optimized, name
+        assert outcome.backbone_unchanged, name
+        first, last = outcome.train[0], outcome.train[-1]
+        assert sum(last[n][4] for n in last if n) < sum(first[n][4] for n in first if n), name
+
+
+def test_nothing_above_the_last_exit_is_built_without_distillation(text, alone, workers):
+    """The truncated backbone gives the losses of the whole one, which a third exit of no weight asks for."""
+    case = CHOSEN["truncated"]
+    assert alone["truncated"].layers == 5 and alone["untied embeddings"].layers == 8
+    assert 0 not in alone["truncated"].validation[-1], "there is no final exit to report"
+    section = {
+        **case.early_exit,
+        "layers": [2, 5, 8],
+        "tuning": {**OBJECTIVES["ce"], "loss_weights": [1.0, 1.0, 0.0]},
+    }
+    whole = workers(1).run(tune, text, {"all": Case(section)}, Layout(), timeout=300)[0]["all"]
+    assert whole.layers == 8
+    for mine, other in zip(alone["truncated"].train, whole.train, strict=True):
+        for n in (2, 5):
+            assert mine[n] == pytest.approx(other[n], abs=1e-9)

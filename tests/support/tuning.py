@@ -93,7 +93,7 @@ class Outcome:
 
 
 def write_text(folder: Path, documents: int = 60, vocabulary: int = VOCABULARY) -> dict[str, list[str]]:
-    """Writes indexed training and validation text of few frequent and many rare words; returns `data_prefix`."""
+    """Writes indexed text of few frequent and many rare words, two splits; returns `data_prefix`."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     generator = np.random.default_rng(7)
@@ -266,3 +266,16 @@ def largest_difference(found: list[Outcome], expected: Outcome) -> dict[str, flo
                 gap = (value - getattr(expected, what)[name]).abs().max().item() if value.numel() else 0.0
                 worst[what] = max(worst[what], gap)
     return worst
+
+
+def restored_for_tuning(
+    kind: type, base: str, early_exit: dict, tp: int = 1, pp: int = 1, **overrides: Any
+) -> Any:
+    """A tuning model restored from the `.nemo` of a backbone; `overrides` as for `tiny_model_config`."""
+    from omegaconf import OmegaConf
+
+    config = kind.add_exits(kind.restore_from(base, return_config=True), early_exit)
+    for key, value in dict(optim=OPTIMIZER, micro_batch_size=2, global_batch_size=4, **overrides).items():
+        OmegaConf.update(config, key.replace("__", "."), value, force_add=True)
+    config.tensor_model_parallel_size, config.pipeline_model_parallel_size = tp, pp
+    return kind.restore_from(base, override_config_path=config, trainer=tiny_trainer(tp * pp))

@@ -1,0 +1,281 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Layouts and tuning settings that cannot run are refused with key, rule and remedy."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from nemo_ee.errors import ConfigError
+from nemo_ee.models.checks import adapt_to_machine, check_model, check_tuning, read_early_exit
+
+
+def config(**changes):
+    """A sound model section of 24 layers; dots in keys as ``__``."""
+    made = OmegaConf.create(
+        dict(
+            mcore_gpt=True,
+            num_layers=24,
+            hidden_size=64,
+            ffn_hidden_size=96,
+            num_attention_heads=12,
+            num_query_groups=4,
+            encoder_seq_length=64,
+            micro_batch_size=2,
+            global_batch_size=8,
+            tensor_model_parallel_size=1,
+            pipeline_model_parallel_size=1,
+            optim=dict(name="adamw"),
+            data=dict(seq_length=64),
+            early_exit=dict(layers=[6, 12]),
+        )
+    )
+    for key, value in changes.items():
+        OmegaConf.update(made, key.replace("__", "."), value, force_add=True)
+    return made
+
+
+def faults_of(check, *args):
+    with pytest.raises(ConfigError) as caught:
+        check(*args)
+    return caught.value.faults
+
+
+SOUND = {
+    "one process": ({}, 1),
+    "TP2": (dict(tensor_model_parallel_size=2), 2),
+    "TP4": (dict(tensor_model_parallel_size=4), 4),
+    "PP3": (dict(pipeline_model_parallel_size=3), 3),
+    "DP4": ({}, 4),
+    "TP2 x PP2 x DP2": (dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), 8),
+    "uneven first": (dict(pipeline_model_parallel_size=4, num_layers_in_first_pipeline_stage=3), 4),
+    "uneven last": (dict(pipeline_model_parallel_size=2, num_layers_in_last_pipeline_stage=5), 2),
+    "both": (
+        dict(
+            pipeline_model_parallel_size=4,
+            num_layers_in_first_pipeline_stage=5,
+            num_layers_in_last_pipeline_stage=3,
+        ),
+        4,
+    ),
+    "both, nothing between": (
+        dict(
+            pipeline_model_parallel_size=2,
+            num_layers_in_first_pipeline_stage=10,
+            num_layers_in_last_pipeline_stage=14,
+        ),
+        2,
+    ),
+    "SP": (dict(tensor_model_parallel_size=2, sequence_parallel=True), 2),
+}
+
+
+@pytest.mark.parametrize("case", SOUND)
+def test_sound_layouts_pass(case):
+    changes, world = SOUND[case]
+    check_model(config(**changes), world)
+    check_tuning(config(**changes))
+
+
+UNSOUND = {
+    "TP does not divide the heads": (
+        dict(tensor_model_parallel_size=5, ffn_hidden_size=100),
+        5,
+        "tensor_model_parallel_size",
+        "num_attention_heads=12",
+        "[1, 2, 4]",
+    ),
+    "TP does not divide the groups": (
+        dict(tensor_model_parallel_size=3),
+        3,
+        "tensor_model_parallel_size",
+        "num_query_groups=4",
+        "[1, 2, 4]",
+    ),
+    "TP does not divide the MLP": (
+        dict(tensor_model_parallel_size=4, ffn_hidden_size=98),
+        4,
+        "tensor_model_parallel_size",
+        "ffn_hidden_size=98",
+        "divisor",
+    ),
+    "TP of zero": (
+        dict(tensor_model_parallel_size=0),
+        1,
+        "tensor_model_parallel_size",
+        "at least 1",
+        "1 or more",
+    ),
+    "PP of zero": (
+        dict(pipeline_model_parallel_size=0),
+        1,
+        "pipeline_model_parallel_size",
+        "at least 1",
+        "1 or more",
+    ),
+    "more ranks than asked for": (
+        dict(tensor_model_parallel_size=2),
+        3,
+        "tensor_model_parallel_size",
+        "does not divide the 3",
+        "trainer.devices",
+    ),
+    "PP does not divide the layers": (
+        dict(pipeline_model_parallel_size=5),
+        5,
+        "pipeline_model_parallel_size",
+        "24 layers",
+        "num_layers_in_first",
+    ),
+    "more stages than layers": (
+        dict(pipeline_model_parallel_size=25),
+        25,
+        "pipeline_model_parallel_size",
+        "24 layers",
+        "divisor",
+    ),
+    "uneven split that leaves a rest": (
+        dict(pipeline_model_parallel_size=3, num_layers_in_first_pipeline_stage=3),
+        3,
+        "pipeline_model_parallel_size",
+        "num_layers_in_first_pipeline_stage=3",
+        "divisor",
+    ),
+    "uneven split of one stage": (
+        dict(num_layers_in_first_pipeline_stage=3),
+        1,
+        "pipeline_model_parallel_size",
+        "24 layers",
+        "divisor",
+    ),
+    "first stage takes all": (
+        dict(pipeline_model_parallel_size=2, num_layers_in_first_pipeline_stage=24),
+        2,
+        "pipeline_model_parallel_size",
+        "=24",
+        "divisor",
+    ),
+    "a stage without layers": (
+        dict(pipeline_model_parallel_size=2, num_layers_in_last_pipeline_stage=0),
+        2,
+        "num_layers_in_last_pipeline_stage",
+        "at least one layer",
+        "null",
+    ),
+    "a negative stage": (
+        dict(pipeline_model_parallel_size=2, num_layers_in_first_pipeline_stage=-2),
+        2,
+        "num_layers_in_first_pipeline_stage",
+        "at least one layer",
+        "null",
+    ),
+    "batch": (
+        dict(global_batch_size=6),
+        4,
+        "global_batch_size",
+        "micro_batch_size=2 x data-parallel size 4",
+        "8",
+    ),
+    "no batch": (dict(micro_batch_size=0), 1, "micro_batch_size", "at least 1", "1 or more"),
+    "SP does not divide": (
+        dict(tensor_model_parallel_size=4, sequence_parallel=True, encoder_seq_length=62),
+        4,
+        "encoder_seq_length",
+        "splits it over",
+        "multiple of 4",
+    ),
+    "not megatron-core": (dict(mcore_gpt=False), 1, "mcore_gpt", "megatron-core", "convert"),
+    "context parallel": (dict(context_parallel_size=2), 1, "context_parallel_size", "not supported", "1"),
+    "interleaved": (
+        dict(virtual_pipeline_model_parallel_size=2),
+        1,
+        "virtual_pipeline_model_parallel_size",
+        "interleaved",
+        "null",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNSOUND)
+def test_unsound_layouts_are_refused(case):
+    changes, world, key, rule, remedy = UNSOUND[case]
+    (fault,) = faults_of(check_model, config(**changes), world)
+    assert fault.key == f"model.{key}"
+    assert rule in fault.rule and remedy in fault.remedy
+
+
+def test_faults_of_a_layout_are_listed_together():
+    changes = dict(tensor_model_parallel_size=3, pipeline_model_parallel_size=5, mcore_gpt=False)
+    faults = faults_of(check_model, config(**changes), 15)
+    assert [fault.key.removeprefix("model.") for fault in faults] == [
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "mcore_gpt",
+    ]
+
+
+def test_the_depth_that_is_built_is_split():
+    """A truncated backbone of 9 layers has three equal stages, of 10 it has not."""
+    check_model(config(pipeline_model_parallel_size=3), 3, layers=9)
+    (fault,) = faults_of(check_model, config(pipeline_model_parallel_size=3), 3, 10)
+    assert "10 layers" in fault.rule
+
+
+NOTHING = dict(block=False, mlp=False, norm=False, linear=False)
+NOT_TUNABLE = {
+    "no exits": (dict(early_exit=None), "early_exit", "no exit to tune", "model.early_exit.layers"),
+    "no parameter": (
+        dict(early_exit__head=dict(**NOTHING, projection="tied"), early_exit__init="copy"),
+        "early_exit.head",
+        "no exit parameter",
+        "block, mlp, norm, linear",
+    ),
+    "O2": (dict(megatron_amp_O2=True), "megatron_amp_O2", "float32 already", "false"),
+    "sharded optimizer": (
+        dict(optim__name="mcore_distributed_optim"),
+        "optim.name",
+        "too few parameters",
+        "adamw",
+    ),
+    "recomputation": (
+        dict(activations_checkpoint_granularity="full"),
+        "activations_checkpoint_granularity",
+        "no activations",
+        "null",
+    ),
+    "sequence too long": (
+        dict(data__seq_length=65),
+        "data.seq_length",
+        "encoder_seq_length=64",
+        "at most 64",
+    ),
+    "SP does not divide the sequence": (
+        dict(data__seq_length=63, tensor_model_parallel_size=2, sequence_parallel=True),
+        "data.seq_length",
+        "splits it over",
+        "multiple of 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOT_TUNABLE)
+def test_what_cannot_be_tuned_is_refused(case):
+    changes, key, rule, remedy = NOT_TUNABLE[case]
+    (fault,) = faults_of(check_tuning, config(**changes))
+    assert fault.key == f"model.{key}"
+    assert rule in fault.rule and remedy in fault.remedy
+
+
+def test_trained_rows_are_parameters_enough():
+    head = dict(**NOTHING, projection="untied", train_projection=True)
+    check_tuning(config(early_exit__head=head, early_exit__init="copy"))
+
+
+def test_a_model_without_a_section_has_no_exits():
+    assert read_early_exit(config(early_exit=None)).layers == ()
+
+
+def test_speed_ups_that_need_more_than_a_cpu_are_turned_off():
+    made = config(masked_softmax_fusion=True, transformer_engine=True)
+    off = adapt_to_machine(made)
+    assert len(off) == 2 and "masked_softmax_fusion" in off[0] and "transformer_engine" in off[1]
+    assert made.use_cpu_initialization and not made.masked_softmax_fusion and not made.transformer_engine
+    assert adapt_to_machine(made) == []
