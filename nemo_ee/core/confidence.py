@@ -43,7 +43,7 @@ def summarise_rows(logits: Tensor, emittable: int) -> RowSummary:
 
 
 def confidence(best: Tensor, log_normaliser: Tensor) -> Tensor:
-    """Max probability: exp(best logit - log of the softmax's normaliser), element by element, within [0, 1]."""
+    """The highest probability: exp(best logit - log of the softmax's normaliser), element by element."""
     return (best - log_normaliser).exp()
 
 

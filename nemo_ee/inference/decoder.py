@@ -1,11 +1,12 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""Decoding with early exits and an exact KV cache: tokens that left early are caught up with when one goes deeper.
+"""Decoding with early exits and an exact KV cache: a token that goes on takes those that left early along.
 
 The layers are cut into segments at the exits in use. `filled[k][b]` counts the tokens of sequence b that went
-through segment k; it falls with k. The tokens between `filled[k + 1][b]` and `filled[k][b]` are *pending* at exit
-k: they left there or before, and their hidden states are kept. A token that goes past exit k takes them along in
-one batched pass, which fills their keys and values. So every layer sees every token at most once, and a token
-that reaches a layer finds there the keys of all tokens before it: outputs equal those of an uncached forward.
+through segment k; it falls with k. The tokens between `filled[k + 1][b]` and `filled[k][b]` are *pending* at
+exit k: they left there or before, and their hidden states are kept. A token that goes past exit k takes them
+along in one batched pass, which fills their keys and values. So every layer sees every token at most once, and
+a token that reaches a layer finds there the keys of all tokens before it: outputs equal those of an uncached
+forward.
 """
 
 from dataclasses import dataclass
@@ -121,8 +122,8 @@ class EarlyExitDecoder:
         exits: exit layers in use and their thresholds. An exit at 1.0 is never evaluated.
         batch_size: sequences, B.
         max_length: positions to reserve.
-        max_pending: a token that would leave more than this many tokens of its sequence pending at an exit goes
-            through all layers instead; None sets no limit.
+        max_pending: a token that would leave more than this many tokens of its sequence pending at an exit
+            goes through all layers instead; None sets no limit.
     """
 
     def __init__(
@@ -191,7 +192,9 @@ class EarlyExitDecoder:
             self.filled[k] = list(counts)
         prediction = self._predict_final(x if all_positions else x[packed.last])
         rows = len(prediction.tokens)
-        return Step([self.final_layer] * rows, prediction.confidence.tolist(), [(list(range(rows)), prediction)])
+        return Step(
+            [self.final_layer] * rows, prediction.confidence.tolist(), [(list(range(rows)), prediction)]
+        )
 
     def step(
         self, tokens: Tensor, sequences: list[int] | None = None, may_exit: list[bool] | None = None
@@ -226,9 +229,7 @@ class EarlyExitDecoder:
             if any(asked):
                 prediction = point.predict(inside[packed.last])
                 sure = prediction.confidence.tolist()
-                leaving = [
-                    j for j, out in enumerate(is_sure(sure, point.threshold)) if out and asked[j]
-                ]
+                leaving = [j for j, out in enumerate(is_sure(sure, point.threshold)) if out and asked[j]]
                 if leaving:
                     parts.append(([here[j] for j in leaving], prediction.select(leaving)))
                 for j in leaving:
@@ -239,7 +240,11 @@ class EarlyExitDecoder:
             going = [where[i] for i in here]
             begin = [self.filled[k + 1][b] for b in going]
             packed = PackedTokens(
-                self.table, self.batch_size, going, begin, [self.filled[k][b] - s for b, s in zip(going, begin, strict=True)]
+                self.table,
+                self.batch_size,
+                going,
+                begin,
+                [self.filled[k][b] - s for b, s in zip(going, begin, strict=True)],
             )
             x = point.pending(packed)
         prediction = self._predict_final(x[packed.last])

@@ -58,7 +58,9 @@ def generate(
         if request.sampling.compute_logprob:
             return _prompt_logprobs(model, prompts)
         if max(map(len, prompts)) + request.max_length > limit + 1:
-            logging.warning(f"length_params.max_length={request.max_length}: cut at the model's {limit} positions")
+            logging.warning(
+                f"length_params.max_length={request.max_length}: cut at the model's {limit} positions"
+            )
         stop = StopRule(tokenizer, request.sampling.end_strings)
         results = continue_prompts(model.gpt, prompts, request, stop, stop.eos, limit, generator)
     return to_output(results, tokenizer)
@@ -76,13 +78,13 @@ def check_model_can_generate(model: Any) -> None:
     stages = model.cfg.get("pipeline_model_parallel_size", 1)
     if stages > 1:
         raise GenerationError(
-            f"model.pipeline_model_parallel_size={stages}: early-exit generation needs all layers on one stage; "
+            f"model.pipeline_model_parallel_size={stages}: early exits need all layers on one stage; "
             "restore the checkpoint with pipeline_model_parallel_size=1, or generate at full depth with "
             "strategy=GPTModelTextGenerationStrategy(model)"
         )
     if model.gpt.truncated:
         raise GenerationError(
-            "the model was built without the layers above its last exit; restore it as MegatronGPTEarlyExitModel"
+            "the model lacks the layers above its last exit; restore it as MegatronGPTEarlyExitModel"
         )
 
 

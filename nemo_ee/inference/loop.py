@@ -47,8 +47,8 @@ def continue_prompts(
 ) -> list[Continuation]:
     """Generates; all tensor-parallel ranks return the same.
 
-    The prompts run through all layers and the first token of each comes from the final exit. A sequence leaves
-    the batch when `stop` says so, after `max_length` tokens, or at the position limit.
+    The prompts run through all layers and the first token of each comes from the final exit. A sequence
+    leaves the batch when `stop` says so, after `max_length` tokens, or at the position limit.
 
     Args:
         gpt: the whole model on one pipeline stage, in eval mode, with sequence parallelism off.
@@ -96,8 +96,8 @@ def choose(
 ) -> Tensor:
     """The next token of each live sequence, [N]; notes log-probabilities if they are asked for.
 
-    Collectives: at TP > 1, for anything but plain greedy decoding, an all-gather of [N, Vp/TP]; for sampling a
-    broadcast of [N] besides.
+    Collectives: at TP > 1, for anything but plain greedy decoding, an all-gather of [N, Vp/TP]; for sampling
+    a broadcast of [N] besides.
     """
     options, too_short = request.sampling, [len(r.tokens) < request.min_length for r in results]
     if options.use_greedy and not any(too_short) and not options.all_probs:

@@ -15,8 +15,8 @@ SPECIAL_TOKENS = ("pad_token", "eos_token", "bos_token", "cls_token", "unk_token
 def to_output(results: Sequence[Continuation], tokenizer: Any) -> dict[str, Any]:
     """NeMo's dictionary for generated text.
 
-    `sentences`, `tokens`, `token_ids` and `offsets` cover prompt and continuation, each sentence up to its own
-    end. `logprob` and `full_logprob` are None, or per sentence [n] and [n, V] for the n generated tokens.
+    `sentences`, `tokens`, `token_ids` and `offsets` cover prompt and continuation, each sentence up to its
+    own end. `logprob` and `full_logprob` are None, or per sentence [n] and [n, V] for the n generated tokens.
     `early_exit` has per sentence the `exit_layers` and `confidences` of the n generated tokens.
     """
     ids = [result.prompt + result.tokens for result in results]
@@ -30,8 +30,11 @@ def to_output(results: Sequence[Continuation], tokenizer: Any) -> dict[str, Any]
     return output
 
 
-def to_prompt_logprobs(prompts: Sequence[list[int]], log_probs: Sequence[Tensor], tokenizer: Any) -> dict[str, Any]:
-    """NeMo's dictionary for `compute_logprob`: the prompts alone, of n tokens each, with their log-probabilities.
+def to_prompt_logprobs(
+    prompts: Sequence[list[int]], log_probs: Sequence[Tensor], tokenizer: Any
+) -> dict[str, Any]:
+    """NeMo's dictionary for `compute_logprob`: the prompts alone, of n tokens each, with their
+    log-probabilities.
 
     Args:
         prompts: token ids.
@@ -39,8 +42,8 @@ def to_prompt_logprobs(prompts: Sequence[list[int]], log_probs: Sequence[Tensor]
         tokenizer: NeMo's.
 
     Returns:
-        `logprob`, per prompt [n]: entry i is that of token i + 1, the last one that of the most probable token
-        after the prompt (as in NeMo 2.4.1); `full_logprob`, the `log_probs`.
+        `logprob`, per prompt [n]: entry i is that of token i + 1, the last one that of the most probable
+        token after the prompt (as in NeMo 2.4.1); `full_logprob`, the `log_probs`.
     """
     output = text_fields(list(prompts), tokenizer)
     output["logprob"] = [
@@ -52,7 +55,7 @@ def to_prompt_logprobs(prompts: Sequence[list[int]], log_probs: Sequence[Tensor]
 
 
 def text_fields(ids: list[list[int]], tokenizer: Any) -> dict[str, Any]:
-    """`sentences`, `tokens`, `token_ids` and `offsets` (start of each token in its sentence, in characters)."""
+    """`sentences`, `tokens`, `token_ids` and `offsets` (where each token starts, in characters)."""
     special = {getattr(tokenizer, name, None) for name in SPECIAL_TOKENS} - {None}
     tokens = [token_texts(sequence, tokenizer) for sequence in ids]
     offsets = []

@@ -1,6 +1,7 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """From what a caller hands to `generate` to token ids, checked before anything is computed."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,22 +15,24 @@ def tokenize_prompts(inputs: Any, tokenizer: Any, add_bos: bool, position_limit:
     """Token ids of every prompt.
 
     Args:
-        inputs: texts; or token ids and lengths as two tensors [B, S] and [B]; or a chat in NeMo's form (a list
-            of turns, each `{"role": [...], "content": [...]}` with one entry per conversation); or one
+        inputs: texts; or token ids and lengths as two tensors [B, S] and [B]; or a chat in NeMo's form (a
+            list of turns, each `{"role": [...], "content": [...]}` with one entry per conversation); or one
             conversation, a list of `{"role": str, "content": str}`; or a list of conversations.
         tokenizer: NeMo's.
         add_bos: put BOS before each text (not before chats and token ids).
         position_limit: positions of the model.
 
     Raises:
-        GenerationError: inputs of another kind, an empty prompt, one beyond the position limit, a chat without
-            a template, a BOS that the tokenizer lacks.
+        GenerationError: inputs of another kind, an empty prompt, one beyond the position limit, a chat
+            without a template, a BOS that the tokenizer lacks.
     """
     if isinstance(inputs, tuple) and len(inputs) == 2 and all(isinstance(x, torch.Tensor) for x in inputs):
         tokens, lengths = inputs
         prompts = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)]
     elif not isinstance(inputs, list | tuple) or not inputs:
-        raise GenerationError(f"inputs={inputs!r}: must be a non-empty list of prompts; wrap a single prompt in []")
+        raise GenerationError(
+            f"inputs={inputs!r}: must be a non-empty list of prompts; wrap a single prompt in []"
+        )
     elif is_chat_input(inputs):
         prompts = [chat_tokens(tokenizer, turns) for turns in _conversations(inputs)]
     elif all(isinstance(x, str) for x in inputs):
@@ -38,13 +41,15 @@ def tokenize_prompts(inputs: Any, tokenizer: Any, add_bos: bool, position_limit:
         prompts = [chat_tokens(tokenizer, turns) for turns in inputs]
     else:
         kinds = sorted({type(x).__name__ for x in inputs})
-        raise GenerationError(f"inputs: a list of {', '.join(kinds)}; give texts, chats, or a pair of tensors")
+        raise GenerationError(
+            f"inputs: a list of {', '.join(kinds)}; give texts, chats, or a pair of tensors"
+        )
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise GenerationError(f"prompt {i}: it has no tokens; give at least one, or set add_BOS=true")
         if len(prompt) > position_limit:
             raise GenerationError(
-                f"prompt {i}: {len(prompt)} tokens exceed the model's {position_limit} positions; shorten the prompt"
+                f"prompt {i}: {len(prompt)} tokens exceed the model's {position_limit} positions; shorten it"
             )
     return prompts
 
@@ -64,7 +69,9 @@ def chat_tokens(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
     if isinstance(tokenizer, AutoTokenizer):
         try:
             return tokenizer.apply_chat_template(turns, tokenize=True, add_generation_prompt=True)
-        except Exception as error:  # templates are programs of the tokenizer's authors and raise what they like
+        except (
+            Exception
+        ) as error:  # a template is a program by the tokenizer's authors; it raises what it likes
             raise GenerationError(f"chat: the tokenizer's template refuses these turns: {error}") from error
     return tokenizer.text_to_ids(turns)
 
@@ -73,7 +80,9 @@ def require_chat_template(tokenizer: Any) -> None:
     """Raises GenerationError if the tokenizer has no chat template."""
     inner = tokenizer.tokenizer if isinstance(tokenizer, AutoTokenizer) else tokenizer
     if getattr(inner, "chat_template", None) is None:
-        raise GenerationError("chat: the tokenizer has no chat template; give plain texts, or another tokenizer")
+        raise GenerationError(
+            "chat: the tokenizer has no chat template; give plain texts, or another tokenizer"
+        )
 
 
 def _text_tokens(tokenizer: Any, text: str, add_bos: bool) -> list[int]:
@@ -85,13 +94,13 @@ def _text_tokens(tokenizer: Any, text: str, add_bos: bool) -> list[int]:
     return [bos, *tokenizer.text_to_ids(text)]
 
 
-def _conversations(turns: list[dict]) -> list[list[dict[str, str]]]:
+def _conversations(turns: Sequence[dict]) -> list[list[dict[str, str]]]:
     """Conversations from one list of turns: one where roles are strings, several in NeMo's form of lists."""
     for turn in turns:
         if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
             raise GenerationError(f"chat: turn {turn!r} must have role and content")
     if all(isinstance(turn["role"], str) for turn in turns):
-        return [turns]
+        return [list(turns)]
     if len({len(turn[key]) for turn in turns for key in ("role", "content")}) != 1:
         raise GenerationError("chat: every turn must list one role and one content per conversation")
-    return list(explode_chat_template_input(turns))
+    return list(explode_chat_template_input(list(turns)))

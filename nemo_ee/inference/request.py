@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""A generation request: NeMo's length and sampling parameters and the early-exit options, checked together."""
+"""A generation request: NeMo's length and sampling parameters and early-exit options, checked together."""
 
 import difflib
 import math
@@ -20,7 +20,8 @@ class SamplingOptions:
         top_k: sample among the k most probable tokens; 0 for all.
         top_p: sample among the most probable tokens that together have this probability; 0 or 1 for all.
         repetition_penalty: logits of tokens that the text has already are divided by it where positive and
-            multiplied where negative (arXiv:1909.05858). NeMo 2.4.1 ignores it unless it computes log-probabilities.
+            multiplied where negative (arXiv:1909.05858). NeMo 2.4.1 ignores it unless it computes
+            log-probabilities.
         add_BOS: put the tokenizer's BOS before each prompt.
         all_probs: also return the log-probabilities of the generated tokens and of the whole vocabulary.
         compute_logprob: return the log-probabilities of the prompts' own tokens, and generate nothing.
@@ -71,7 +72,8 @@ def parse_request(
 
     Args:
         length_params: NeMo's `max_length` and `min_length`; None for NeMo's defaults.
-        sampling_params: NeMo's sampling parameters, any subset; None for NeMo's defaults. May hold `early_exit`.
+        sampling_params: NeMo's sampling parameters, any subset; None for NeMo's defaults. May hold
+            `early_exit`.
         early_exit: `threshold`, `exits` and `max_pending`, each optional; False for full depth. Goes before
             `sampling_params["early_exit"]`, which goes before the model's `early_exit.inference`.
         config: the model's.
@@ -89,10 +91,14 @@ def parse_request(
     max_length, min_length = lengths.get("max_length", 30), lengths.get("min_length", 0) or 0
     for name, value in (("max_length", max_length), ("min_length", min_length)):
         if not _is_int(value) or value < 0:
-            faults.append(Fault(f"length_params.{name}", value, "must be a whole number, 0 or more", "use e.g. 30"))
+            faults.append(
+                Fault(f"length_params.{name}", value, "must be a whole number, 0 or more", "use e.g. 30")
+            )
     options = {key: value for key, value in sampling.items() if key in known and value is not None}
     if isinstance(options.get("end_strings"), str):
-        faults.append(Fault("sampling_params.end_strings", options["end_strings"], "must be a list", "wrap it in []"))
+        faults.append(
+            Fault("sampling_params.end_strings", options["end_strings"], "must be a list", "wrap it in []")
+        )
     options["end_strings"] = tuple(options.get("end_strings", SamplingOptions.end_strings))
     parsed = SamplingOptions(**options)
     faults += _sampling_faults(parsed)
@@ -134,11 +140,15 @@ def parse_exits(
         threshold = config.inference.threshold
         if isinstance(threshold, tuple) and set(layers) <= set(usual):
             threshold = [threshold[usual.index(n)] for n in layers]
-    threshold = list(threshold) if isinstance(threshold, Sequence) and not isinstance(threshold, str) else threshold
+    threshold = (
+        list(threshold) if isinstance(threshold, Sequence) and not isinstance(threshold, str) else threshold
+    )
     faults += check_thresholds(threshold, len(layers), "early_exit.threshold")
     cap = early_exit.get("max_pending")
     if cap is not None and (not _is_int(cap) or cap < 0):
-        faults.append(Fault("early_exit.max_pending", cap, "must be a whole number, 0 or more", "or null: no limit"))
+        faults.append(
+            Fault("early_exit.max_pending", cap, "must be a whole number, 0 or more", "or null: no limit")
+        )
     if len(faults) > before:
         return {}, None
     values = threshold if isinstance(threshold, list) else [threshold] * len(layers)
@@ -148,7 +158,11 @@ def parse_exits(
 def _sampling_faults(options: SamplingOptions) -> list[Fault]:
     rules = {
         "temperature": (lambda v: v > 0, "must be above 0", "use 1.0; for greedy decoding set use_greedy"),
-        "top_k": (lambda v: _is_int(v) and v >= 0, "must be a whole number, 0 or more", "use 0 for all tokens"),
+        "top_k": (
+            lambda v: _is_int(v) and v >= 0,
+            "must be a whole number, 0 or more",
+            "use 0 for all tokens",
+        ),
         "top_p": (lambda v: 0 <= v <= 1, "lies within [0, 1]", "use 1.0 for all tokens"),
         "repetition_penalty": (lambda v: v > 0, "must be above 0", "use 1.0 for none"),
     }

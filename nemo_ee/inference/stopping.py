@@ -48,7 +48,7 @@ class StopRule:
 
 
 def special_token_id(tokenizer: Any, text: str) -> int | None:
-    """The id of `text` if the tokenizer has it as one token that never merges with its neighbours, else None."""
+    """The id of `text` if it is one token that never merges with its neighbours, else None."""
     before = tokenizer.text_to_ids("<extra_id_1>")
     both = tokenizer.text_to_ids(f"<extra_id_1>{text}")
     return both[-1] if len(both) == len(before) + 1 and both[:-1] == before else None

@@ -20,12 +20,13 @@ from nemo_ee.inference.stopping import StopRule
 class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
     """For `model.generate(inputs, length_params, sampling_params, strategy=…)` of an early-exit model.
 
-    NeMo's loop starts at the end of the shortest prompt and feeds the rest of longer ones token by token; those
-    tokens, like the prompts themselves, go through all layers. It generates until the longest prompt has
-    `max_length` tokens more, so shorter prompts get more than that. End strings count in generated text only.
+    NeMo's loop starts at the end of the shortest prompt and feeds the rest of longer ones token by token;
+    those tokens, like the prompts themselves, go through all layers. It generates until the longest prompt
+    has `max_length` tokens more, so shorter prompts get more than that. End strings count in generated text
+    only.
 
-    The output has `early_exit`: per sentence the `exit_layers` and `confidences` of the tokens generated up to
-    its end; `num_layers` stands for the final exit.
+    The output has `early_exit`: per sentence the `exit_layers` and `confidences` of the tokens generated up
+    to its end; `num_layers` stands for the final exit.
 
     Args:
         model: a `MegatronGPTEarlyExitModel` on one pipeline stage.
@@ -54,10 +55,12 @@ class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
         super().__init__(model)
         self.prompt_logits = True
         self._prompt_lengths: list[int] | None = None
+        self._stop: StopRule | None = None
+        self._stop_strings: list[str] = []
 
     def prepare(self, inputs: Any, sampling_params: Mapping | None) -> None:
-        """Tells what NeMo's loop does not: lengths of prompts given as tensors, and whether it reads the logits
-        of prompt tokens. `model.generate` calls it; without it prompts must be texts."""
+        """Tells what NeMo's loop does not: lengths of prompts given as tensors, and whether it reads the
+        logits of prompt tokens. `model.generate` calls it; without it prompts must be texts."""
         self.prompt_logits = bool((sampling_params or {}).get("compute_logprob", False))
         if isinstance(inputs, tuple):
             tokenize_prompts(inputs, self.model.tokenizer, False, position_limit(self.model.cfg))
@@ -83,10 +86,14 @@ class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
     def init_batch(self, context_tokens: Tensor, context_length: int, compute_attention_mask: bool) -> None:
         """Starts a batch. Collectives: at TP > 1 a broadcast of the prompts' lengths [B]."""
         batch, known = len(context_tokens), self._prompt_lengths
-        lengths = torch.tensor(known if known and len(known) == batch else [0] * batch, device=context_tokens.device)
+        lengths = torch.tensor(
+            known if known and len(known) == batch else [0] * batch, device=context_tokens.device
+        )
         if parallel_state.get_tensor_model_parallel_world_size() > 1:
             source = parallel_state.get_tensor_model_parallel_src_rank()
-            torch.distributed.broadcast(lengths, source, group=parallel_state.get_tensor_model_parallel_group())
+            torch.distributed.broadcast(
+                lengths, source, group=parallel_state.get_tensor_model_parallel_group()
+            )
         self.lengths = lengths.tolist()
         if not all(self.lengths):
             raise GenerationError(
@@ -146,9 +153,9 @@ class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
     def end_of_generation_condition(
         self, tokens: Tensor, prev: Tensor, eod_id: int, end_strings: list[str]
     ) -> Tensor:
-        """Which sequences end with their newest token, [B] bool. Sequences that ended are not computed further."""
-        if getattr(self, "_stop", None) is None or self._stop_strings != end_strings:
-            self._stop, self._stop_strings = StopRule(self.model.tokenizer, end_strings), end_strings
+        """Which sequences have ended, [B] bool; those are not computed further."""
+        if self._stop is None or self._stop_strings != end_strings:
+            self._stop, self._stop_strings = StopRule(self.model.tokenizer, end_strings), list(end_strings)
         ended = []
         for b, row in enumerate(tokens.tolist()):
             generated = row[self.lengths[b] :]

@@ -1,8 +1,8 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Transformer layers with a KV cache, on packed tokens of several sequences at different positions.
 
-Suffixes: T packed tokens, N sequences in the pack, Q most tokens of one sequence in the pack, L keys looked at,
-G query groups and R queries per group of this tensor-parallel rank, D head size.
+Suffixes: T packed tokens, N sequences in the pack, Q most tokens of one sequence in the pack, L keys looked
+at, G query groups and R queries per group of this tensor-parallel rank, D head size.
 """
 
 import torch
@@ -93,7 +93,7 @@ class PackedTokens:
         self.sin = None if table.sin is None else table.sin[span]
 
     def mask(self, repeats: int) -> Tensor | None:
-        """[N, 1, R x Q, L], True where a key is visible; None if all are. The queries of a group come first."""
+        """[N, 1, R x Q, L], True where a key is visible; None if all are. R is `repeats`."""
         if self._mask is None or self._mask[0] != repeats:
             self._mask = repeats, self._build_mask(repeats)
         return self._mask[1]
@@ -208,7 +208,7 @@ class CachedLayer:
                 q.transpose(1, 2), keys, values, is_causal=True, scale=scale, enable_gqa=self.repeats > 1
             ).transpose(1, 2)
         else:
-            # The queries that share keys become one longer query: no backend needs to repeat the keys for them.
+            # The heads that share keys become one longer query, so that no backend repeats the keys.
             q = q.view(sequences, width, self.groups, self.repeats, size).permute(0, 2, 3, 1, 4)
             q = q.reshape(sequences, self.groups, self.repeats * width, size)
             mask = packed.mask(self.repeats)

@@ -14,8 +14,8 @@ SWITCHES = ("sequence_parallel", "reduce_scatter_embeddings")
 def sequence_parallel_off(module: torch.nn.Module) -> Iterator[None]:
     """Within, every submodule keeps whole sequences on every tensor-parallel rank; restored on leaving.
 
-    NeMo's `_reset_sequence_parallelism_args` leaves the embedding's reduce-scatter on, which megatron-core 0.13
-    decides at construction.
+    NeMo's `_reset_sequence_parallelism_args` leaves the embedding's reduce-scatter on, which megatron-core
+    0.13 decides at construction.
     """
     owners = {id(part): part for part in module.modules()}
     owners |= {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}

@@ -33,38 +33,40 @@ class GenerationMixin:
     ) -> dict[str, Any]:
         """Generates text.
 
-        Without a strategy, our own loop: each sequence continues right behind its own prompt, leaves its layers
-        at the first exit that is sure enough, and its tokens do not depend on the other prompts of the batch.
-        With a strategy, NeMo's loop (`megatron_gpt_generate`).
+        Without a strategy, our own loop: each sequence continues right behind its own prompt, leaves its
+        layers at the first exit that is sure enough, and its tokens do not depend on the other prompts of the
+        batch. With a strategy, NeMo's loop (`megatron_gpt_generate`).
 
         Args:
             inputs: a list of texts; a pair of tensors, token ids [B, S] and lengths [B]; or chats (see
                 `nemo_ee.inference.prompts.tokenize_prompts`).
             length_params: `max_length` and `min_length`, counted in generated tokens.
             sampling_params: NeMo's, any subset (see `nemo_ee.inference.request.SamplingOptions`).
-            strategy: generate with NeMo's loop and this strategy, e.g. `EarlyExitTextGenerationStrategy(model)`,
-                or `GPTModelTextGenerationStrategy(model)` for full depth on any pipeline.
-            early_exit: `threshold` (a number, or one per exit in use), `exits` (layers in use) and `max_pending`;
-                False for full depth. Defaults are those of `model.early_exit.inference`. The same mapping may
-                come as `sampling_params["early_exit"]`.
+            strategy: generate with NeMo's loop and this strategy, e.g.
+                `EarlyExitTextGenerationStrategy(model)`, or `GPTModelTextGenerationStrategy(model)` for full
+                depth on any pipeline.
+            early_exit: `threshold` (a number, or one per exit in use), `exits` (layers in use) and
+                `max_pending`; False for full depth. Defaults are those of `model.early_exit.inference`. The
+                same mapping may come as `sampling_params["early_exit"]`.
             generator: source of randomness for sampling on the model's device; the same seed gives the same
                 tokens.
 
         Returns:
             NeMo's `OutputType` (`sentences`, `tokens`, `logprob`, `full_logprob`, `token_ids`, `offsets`) and
-            `early_exit`: per sentence `{"exit_layers": [int], "confidences": [float]}` of its generated tokens;
-            `num_layers` stands for the final exit.
+            `early_exit`: per sentence `{"exit_layers": [int], "confidences": [float]}` of its generated
+            tokens; `num_layers` stands for the final exit.
 
         Raises:
             ConfigError: parameters that break a rule.
-            GenerationError: a model or prompts that cannot be served, e.g. a prompt beyond the position limit.
+            GenerationError: a model or prompts that cannot be served, e.g. a prompt beyond the position
+                limit.
         """
         if strategy is None:
             self.start_distributed()
             return generate(self, inputs, length_params, sampling_params, early_exit, generator)
         if early_exit is not None or generator is not None:
             name, value = ("early_exit", early_exit) if early_exit is not None else ("generator", generator)
-            remedy = "give exits to EarlyExitTextGenerationStrategy; NeMo's loop samples with torch's own generator"
+            remedy = "give exits to EarlyExitTextGenerationStrategy; NeMo's loop has torch's generator"
             raise ConfigError(Fault(name, value, "has no effect with a strategy", remedy))
         if isinstance(strategy, EarlyExitTextGenerationStrategy):
             strategy.prepare(inputs, sampling_params)
@@ -76,7 +78,7 @@ class GenerationMixin:
 
 @contextmanager
 def kept_microbatches() -> Iterator[None]:
-    """Puts Megatron's micro-batch calculator back, which NeMo's loop sets to the prompts' batch size for good."""
+    """Puts back Megatron's micro-batch calculator, which NeMo's loop sets to the prompts' number for good."""
     calculator = num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR
     try:
         yield

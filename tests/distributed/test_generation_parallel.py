@@ -22,20 +22,27 @@ NEMO = dict(
 
 
 def generate(tp, head, sequence_parallel=False):
-    """Greedy, sampled, log-probability and NeMo-loop outputs of this rank; ranks beyond the first are given no prompts."""
+    """Greedy, sampled, log-probability and NeMo-loop outputs of this rank; only the first has prompts."""
     from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
     from tests.support.tiny_gpt import tiny_model, tiny_model_config
 
     rank = torch.distributed.get_rank()
     config = tiny_model_config(
-        head=HEADS[head], tp=tp, share_embeddings_and_output_weights=False, sequence_parallel=sequence_parallel
+        head=HEADS[head],
+        tp=tp,
+        share_embeddings_and_output_weights=False,
+        sequence_parallel=sequence_parallel,
     )
     model = tiny_model(config, tp, torch.float64)
     texts = TEXTS if rank == 0 else None
     greedy = dict(add_BOS=False)
     early = EARLY if rank == 0 else None
     out = [model.generate(texts, dict(max_length=12), greedy, early_exit=early)]
-    out.append(model.generate(texts, dict(max_length=12, min_length=6), dict(add_BOS=False, all_probs=True), early_exit=early))
+    out.append(
+        model.generate(
+            texts, dict(max_length=12, min_length=6), dict(add_BOS=False, all_probs=True), early_exit=early
+        )
+    )
     sampling = dict(use_greedy=False, add_BOS=False, top_k=20, top_p=0.9)
     generator = torch.Generator().manual_seed(3)  # alike on all ranks here, so that layouts can be compared
     out.append(model.generate(texts, dict(max_length=12), sampling, early_exit=early, generator=generator))
@@ -46,7 +53,10 @@ def generate(tp, head, sequence_parallel=False):
     out.append(model.generate(TEXTS, dict(max_length=12), NEMO, strategy=strategy))
     assert config.tensor_model_parallel_size == tp
     if sequence_parallel:
-        assert model.gpt.config.sequence_parallel and model.gpt.embedding.word_embeddings.reduce_scatter_embeddings
+        assert (
+            model.gpt.config.sequence_parallel
+            and model.gpt.embedding.word_embeddings.reduce_scatter_embeddings
+        )
     return out
 
 
@@ -57,7 +67,9 @@ def sampled_with_different_generators(tp):
     model = tiny_model(tiny_model_config(head=HEADS["MLP, untied"], tp=tp), tp)
     generator = torch.Generator().manual_seed(torch.distributed.get_rank())
     sampling = dict(use_greedy=False, add_BOS=False, temperature=2.0)
-    return model.generate(TEXTS, dict(max_length=12), sampling, early_exit=EARLY, generator=generator)["token_ids"]
+    return model.generate(TEXTS, dict(max_length=12), sampling, early_exit=EARLY, generator=generator)[
+        "token_ids"
+    ]
 
 
 def refused(tp, inputs):
@@ -67,7 +79,9 @@ def refused(tp, inputs):
 
     model = tiny_model(tiny_model_config(tp=tp), tp)
     with pytest.raises(GenerationError) as caught:
-        model.generate(inputs if torch.distributed.get_rank() == 0 else None, dict(max_length=4), dict(add_BOS=False))
+        model.generate(
+            inputs if torch.distributed.get_rank() == 0 else None, dict(max_length=4), dict(add_BOS=False)
+        )
     return str(caught.value)
 
 
@@ -82,7 +96,9 @@ def pipeline(pp):
     model = tiny_model(config, pp, torch.float32)
     with pytest.raises(GenerationError) as caught:
         model.generate(TEXTS, dict(max_length=4))
-    output = model.generate(TEXTS[:1], dict(max_length=8), NEMO, strategy=GPTModelTextGenerationStrategy(model))
+    output = model.generate(
+        TEXTS[:1], dict(max_length=8), NEMO, strategy=GPTModelTextGenerationStrategy(model)
+    )
     return str(caught.value), output["token_ids"][0]
 
 

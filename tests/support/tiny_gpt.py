@@ -1,8 +1,9 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""A tiny `MegatronGPTEarlyExitModel` (8 layers, 8 heads, 4 query groups, 201 tokens) whose weights depend on names alone.
+"""A tiny `MegatronGPTEarlyExitModel` (8 layers, 8 heads, 4 query groups, 201 tokens) whose weights depend on
+names alone.
 
-The same call gives the same weights under every tensor- and pipeline-parallel layout, every vocabulary padding
-and every set of exits, so models of different layouts can be compared. Confidences really vary (see
+The same call gives the same weights under every tensor- and pipeline-parallel layout, every vocabulary
+padding and every set of exits, so models of different layouts can be compared. Confidences really vary (see
 `EXIT_LOGIT_SCALE`). No network: the tokenizer is built on the spot.
 """
 
@@ -26,7 +27,7 @@ LOGIT_SCALE = 4.0
 EXIT_LOGIT_SCALE = 4.5
 """The same for exits: their highest probability then spreads over 0.1 to 1."""
 BRANCH_SCALE = 3.0
-"""Of attention's and MLPs' output weights, so that a layer changes its input enough to change the next token."""
+"""Of attention's and MLPs' output weights, so that a layer can change the next token."""
 
 HEADS: dict[str, dict[str, Any]] = {
     "norm, tied": dict(mlp=False, linear=False, projection="tied"),
@@ -39,7 +40,7 @@ HEADS: dict[str, dict[str, Any]] = {
 
 
 def tokenizer() -> Any:
-    """A Hugging Face tokenizer of the words w0..w194, user, assistant, system, BOS, EOS and unknown, split at spaces."""
+    """A Hugging Face tokenizer of the words w0..w194, user, assistant, system, and special ones."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -82,7 +83,8 @@ def tiny_model_config(
 
     Args:
         exits: exit layers; by default 2, 4 and 6.
-        head: the `early_exit.head` section; by default the configuration's own default with 100 shortlisted tokens.
+        head: the `early_exit.head` section; by default the configuration's own default with 100 shortlisted
+            tokens.
         tp: tensor-parallel size.
         pp: pipeline-parallel size.
         precision: NeMo's, e.g. 32 or "bf16".

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""Greedy early-exit generation without any cache: the whole text runs through the model's own forward at every step."""
+"""Greedy early-exit generation without any cache: the model's own forward on the whole text at every step."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,8 +12,8 @@ class Reference:
     """Generated tokens, the exit of each and its confidence, and how near the decisions were.
 
     Attributes:
-        margins: per token, the smallest of |confidence - threshold| over the exits asked and the gap between the
-            two highest logits of the exit that answered.
+        margins: per token, the smallest of |confidence - threshold| over the exits asked and the gap between
+            the two highest logits of the exit that answered.
     """
 
     tokens: list[int] = field(default_factory=list)

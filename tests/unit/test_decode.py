@@ -66,11 +66,14 @@ def test_a_batch_equals_its_prompts_one_by_one(gpt):
 def one():
     head = HEADS["block, MLP, linear, untied"]
     return tiny_model(
-        tiny_model_config(head=head, exits=[1, 3, 4, 8], share_embeddings_and_output_weights=False), dtype=torch.float64
+        tiny_model_config(head=head, exits=[1, 3, 4, 8], share_embeddings_and_output_weights=False),
+        dtype=torch.float64,
     ).gpt
 
 
-@pytest.mark.parametrize("exits", [{3: 0.5}, {1: 0.9, 4: 0.3}, {1: 0.8, 3: 0.6, 4: 0.6, 8: 0.4}, {8: 0.5}, {}])
+@pytest.mark.parametrize(
+    "exits", [{3: 0.5}, {1: 0.9, 4: 0.3}, {1: 0.8, 3: 0.6, 4: 0.6, 8: 0.4}, {8: 0.5}, {}]
+)
 def test_any_subset_of_exits(one, exits):
     together, _ = decode(one, PROMPTS, 24, exits)
     for prompt, result in zip(PROMPTS, together, strict=True):
@@ -135,7 +138,12 @@ def test_tokens_that_may_not_exit_go_through_all_layers(one):
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(position_embedding_type="learned_absolute", normalization="layernorm1p", bias=True, activation="gelu"),
+        dict(
+            position_embedding_type="learned_absolute",
+            normalization="layernorm1p",
+            bias=True,
+            activation="gelu",
+        ),
         dict(rotary_percentage=0.5, num_query_groups=8),
         dict(rotary_interleaved=True, num_query_groups=1, share_embeddings_and_output_weights=True),
         dict(position_embedding_type="none", seq_len_interpolation_factor=None),
@@ -145,7 +153,9 @@ def test_tokens_that_may_not_exit_go_through_all_layers(one):
 )
 def test_backbones(changes):
     head = dict(block=True, mlp=True, linear=True, projection="shortlist", shortlist_size=90)
-    config = tiny_model_config(head=head, exits=[2, 5], **{"share_embeddings_and_output_weights": False, **changes})
+    config = tiny_model_config(
+        head=head, exits=[2, 5], **{"share_embeddings_and_output_weights": False, **changes}
+    )
     gpt = tiny_model(config, dtype=torch.float64).gpt
     exits = {2: 0.6, 5: 0.5}
     together, _ = decode(gpt, PROMPTS, 20, exits)

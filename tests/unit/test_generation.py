@@ -28,13 +28,17 @@ EARLY = dict(threshold=list(EXITS.values()))
 @pytest.fixture(scope="module")
 def model():
     head = HEADS["block, MLP, linear, untied"]
-    return tiny_model(tiny_model_config(head=head, share_embeddings_and_output_weights=False), dtype=torch.float64)
+    return tiny_model(
+        tiny_model_config(head=head, share_embeddings_and_output_weights=False), dtype=torch.float64
+    )
 
 
 @pytest.fixture(scope="module")
 def shortlist_model():
     head = HEADS["linear, shortlist"]
-    return tiny_model(tiny_model_config(head=head, share_embeddings_and_output_weights=False), dtype=torch.float64)
+    return tiny_model(
+        tiny_model_config(head=head, share_embeddings_and_output_weights=False), dtype=torch.float64
+    )
 
 
 def lengths(most, least=0):
@@ -93,9 +97,13 @@ def test_nemos_loop_gives_the_same_tokens(which, request):
         for a, b in zip(ours["early_exit"], theirs["early_exit"], strict=True):
             assert b["exit_layers"][:14] == a["exit_layers"]
             assert b["confidences"][:14] == pytest.approx(a["confidences"])
-    if which == "model":  # where none meets EOS, the longest prompt gets 14 tokens and the others go on until then
+    if (
+        which == "model"
+    ):  # where none meets EOS, the longest prompt gets 14 tokens and the others go on until then
         assert [len(row["exit_layers"]) for row in theirs["early_exit"]] == [18, 14, 20]
-    assert get_current_global_batch_size() == model.cfg.global_batch_size, "NeMo's loop sets it to the prompts' number"
+    assert get_current_global_batch_size() == model.cfg.global_batch_size, (
+        "NeMo's loop sets it to the prompts' number"
+    )
 
 
 def test_nemos_loop_with_token_tensors(model):
@@ -107,7 +115,9 @@ def test_nemos_loop_with_token_tensors(model):
     ours = model.generate(inputs, lengths(10), GREEDY, early_exit=EARLY)
     strategy = EarlyExitTextGenerationStrategy(model, threshold=EARLY["threshold"])
     theirs = model.generate((padded.clone(), inputs[1]), lengths(10), NEMO, strategy=strategy)
-    assert [row[: len(a)] for row, a in zip(theirs["token_ids"], ours["token_ids"], strict=True)] == ours["token_ids"]
+    assert [row[: len(a)] for row, a in zip(theirs["token_ids"], ours["token_ids"], strict=True)] == ours[
+        "token_ids"
+    ]
 
 
 def test_nemos_own_strategy_still_works(model):
@@ -178,12 +188,14 @@ def test_top_k_of_one_low_temperature_and_low_top_p_are_greedy(model):
 
 
 def test_sampling_follows_the_exits_distribution(shortlist_model):
-    """First tokens of many equal prompts: frequencies against the final exit's softmax; shortlist tokens after."""
+    """First tokens of many equal prompts: their frequencies against the final exit's softmax."""
     model, count = shortlist_model, 4000
     prompts = [TEXTS[0]] * count
     generator = torch.Generator().manual_seed(0)
     sampling = dict(use_greedy=False, add_BOS=False, temperature=2.0)
-    output = model.generate(prompts, lengths(2), sampling, early_exit=dict(threshold=0.0), generator=generator)
+    output = model.generate(
+        prompts, lengths(2), sampling, early_exit=dict(threshold=0.0), generator=generator
+    )
     ids = torch.tensor([model.tokenizer.text_to_ids(TEXTS[0])])
     with torch.no_grad():
         states = model.gpt.forward_states(ids, torch.arange(3)[None], None)

@@ -1,0 +1,149 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""A generation run: from checkpoints and prompts to marked text and JSONL."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from nemo_ee.checkpoint import adapter, archive
+from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.inference.display import DIM, RESET, marked, summary, token_pieces
+from nemo_ee.inference.generate import on_first_rank, position_limit
+from nemo_ee.inference.prompts import tokenize_prompts
+from nemo_ee.inference.request import parse_request
+from nemo_ee.inference.settings import GenerateConfig
+from nemo_ee.models.checks import read_early_exit
+from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
+
+
+def run(config: GenerateConfig, trainer: Any) -> None:
+    """Restores, generates, prints, and writes `output_file`, which appears in one step.
+
+    Args:
+        config: what to generate with.
+        trainer: of `tensor_model_parallel_size` processes.
+
+    Raises:
+        ConfigError, CheckpointError: before the model is built.
+        GenerationError: a prompt that cannot be continued; before anything is generated or written.
+    """
+    prompts = config.read_prompts()
+    check(config, trainer.world_size)
+    model = restore(config, trainer)
+    first = trainer.global_rank == 0
+    colour = config.color == "always" or (
+        config.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    )
+    records = []
+    for record in generate(model, config, prompts):
+        records.append(record)
+        if first:
+            show(record, model, colour)
+    if first and config.output_file is not None:
+        path = Path(config.output_file)
+        partial = path.with_name(path.name + ".partial")
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+        partial.write_text("".join(lines), encoding="utf-8")
+        os.replace(partial, path)
+        print(f"wrote {path}")
+
+
+def check(config: GenerateConfig, processes: int) -> None:
+    """What the settings and the files' configurations show to be wrong.
+
+    Raises:
+        ConfigError, CheckpointError: see `run`.
+    """
+    size = config.tensor_model_parallel_size
+    if processes != size:
+        rule = f"the model runs on tensor_model_parallel_size={size} processes"
+        raise ConfigError(Fault("trainer.devices", processes, rule, f"set trainer.devices={size}"))
+    if config.output_file is not None and not Path(config.output_file).absolute().parent.is_dir():
+        rule = "its directory does not exist"
+        raise ConfigError(Fault("output_file", config.output_file, rule, "create it, or write elsewhere"))
+    source = archive.read_config(config.gpt_model_file)
+    if config.adapter_file is not None:
+        source = adapter.read_adapter_config(config.adapter_file)
+    early_exit = read_early_exit(source)
+    arguments = config.generate_arguments()
+    parse_request(
+        arguments["length_params"], arguments["sampling_params"], arguments["early_exit"], early_exit
+    )
+
+
+def restore(config: GenerateConfig, trainer: Any) -> MegatronGPTEarlyExitModel:
+    """The model with its exits, in eval mode.
+
+    Raises:
+        CheckpointError: see `EarlyExitAdapterMixin.restore_with_exits`.
+    """
+    changes = {
+        "precision": trainer.precision,
+        "tensor_model_parallel_size": config.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": 1,
+        "num_layers_in_first_pipeline_stage": None,
+        "num_layers_in_last_pipeline_stage": None,
+        "virtual_pipeline_model_parallel_size": None,
+        "sequence_parallel": False,
+        "megatron_amp_O2": config.megatron_amp_O2,
+        "activations_checkpoint_granularity": None,
+        "activations_checkpoint_method": None,
+        "activations_checkpoint_num_layers": None,
+    }
+    overrides = OmegaConf.create(changes)
+    base = config.gpt_model_file
+    if config.adapter_file is not None:
+        model = MegatronGPTEarlyExitModel.restore_with_exits(base, config.adapter_file, trainer, overrides)
+    else:
+        plain = OmegaConf.create(OmegaConf.to_container(archive.read_config(base), resolve=True))
+        merged = OmegaConf.merge(plain, overrides)
+        model = MegatronGPTEarlyExitModel.restore_from(base, override_config_path=merged, trainer=trainer)
+    return model.eval()
+
+
+def generate(model: Any, config: GenerateConfig, prompts: list[str]) -> Iterator[dict[str, Any]]:
+    """One record per prompt, in their order: prompt, text, tokens, exit_layers, confidences, seconds of its
+    batch.
+
+    All prompts are tokenized, and so checked, before the first batch runs.
+    """
+    inputs = [[{"role": "user", "content": text}] for text in prompts] if config.chat else prompts
+    tokenizer, add_bos = model.tokenizer, config.inference.add_BOS
+    on_first_rank(lambda: tokenize_prompts(inputs, tokenizer, add_bos, position_limit(model.cfg)))
+    generator = torch.Generator(device=model.gpt.output_weight().device).manual_seed(config.seed)
+    arguments = config.generate_arguments()
+    for start in range(0, len(prompts), config.batch_size):
+        batch = inputs[start : start + config.batch_size]
+        began = time.perf_counter()
+        output = model.generate(batch, **arguments, generator=generator)
+        seconds = time.perf_counter() - began
+        for i, exits in enumerate(output["early_exit"]):
+            ids = output["token_ids"][i]
+            new = ids[len(ids) - len(exits["exit_layers"]) :]
+            yield {
+                "prompt": prompts[start + i],
+                "text": tokenizer.ids_to_text(new),
+                "tokens": token_pieces(new, tokenizer, ids[: len(ids) - len(new)]),
+                "token_ids": new,
+                **exits,
+                "batch_seconds": round(seconds, 3),
+                "batch_tokens": sum(len(row["exit_layers"]) for row in output["early_exit"]),
+            }
+
+
+def show(record: dict[str, Any], model: Any, colour: bool) -> None:
+    """Prints one record: the prompt, the continuation with the exit of every token, and its shares."""
+    final = model.gpt.config.num_layers
+    dim, reset = (DIM, RESET) if colour else ("", "")
+    speed = record["batch_tokens"] / max(record["batch_seconds"], 1e-3)
+    line = summary(record["exit_layers"], record["confidences"], final, colour)
+    print(f"{dim}prompt: {record['prompt']}{reset}")
+    print(marked(record["tokens"], record["exit_layers"], final, colour))
+    print(f"{dim}({line}{dim}; {speed:.1f} tokens/s in its batch){reset}\n", flush=True)

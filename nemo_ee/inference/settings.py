@@ -1,0 +1,177 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""The settings of a generation run, read once from `conf/megatron_gpt_ee_generate.yaml` and its overrides."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemo_ee.config import build_config
+from nemo_ee.errors import ConfigError, Fault
+
+MISSING = "???"
+"""How OmegaConf writes a mandatory value that was not given."""
+COLOURS = ("auto", "always", "never")
+PROMPT_KEYS = ("prompt", "text", "question")
+"""Keys under which a JSONL line may hold its prompt."""
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """NeMo's inference keys.
+
+    Attributes:
+        greedy: take the most probable token; otherwise sample.
+        top_k: sample among the k most probable tokens; 0 for all.
+        top_p: sample among the most probable tokens that together have this probability.
+        temperature: divides logits before sampling.
+        add_BOS: put the tokenizer's BOS before each prompt.
+        tokens_to_generate: per prompt, at most.
+        min_tokens_to_generate: before EOS may come.
+        repetition_penalty: above 1 makes tokens that the text has already rarer.
+        end_strings: generation ends behind one of these; `<|endoftext|>` stands for EOS.
+    """
+
+    greedy: bool = True
+    top_k: int = 0
+    top_p: float = 1.0
+    temperature: float = 1.0
+    add_BOS: bool = False
+    tokens_to_generate: int = 64
+    min_tokens_to_generate: int = 0
+    repetition_penalty: float = 1.0
+    end_strings: tuple[str, ...] = ("<|endoftext|>",)
+
+
+@dataclass(frozen=True)
+class ExitConfig:
+    """When tokens may leave; null takes the checkpoint's `early_exit.inference`.
+
+    Attributes:
+        threshold: leave at a confidence strictly above it; one number, or one per exit in use. 1.0 never
+            exits.
+        exits: exit layers in use.
+        max_pending: tokens in a row that may leave at an exit before one must go through all layers.
+    """
+
+    threshold: float | tuple[float, ...] | None = None
+    exits: tuple[int, ...] | None = None
+    max_pending: int | None = None
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """A generation run.
+
+    Attributes:
+        gpt_model_file: the base, or a model merged with its exits, a `.nemo`.
+        adapter_file: the exits alone; null if they are part of the model.
+        prompts: texts; null with `prompts_file`.
+        prompts_file: a `.jsonl` file with a `prompt`, `text` or `question` per line, or a text file with a
+            prompt per line.
+        chat: wrap every prompt in the tokenizer's chat template, as a question of the user.
+        inference: how tokens are chosen.
+        early_exit: when they may leave.
+        batch_size: prompts at a time.
+        seed: of sampling.
+        output_file: a JSONL file to write, one line per prompt; null for none.
+        color: mark exits by colour: `always`, `never`, or `auto` (in a terminal).
+        tensor_model_parallel_size: processes that share the model.
+        megatron_amp_O2: keep weights in the trainer's precision rather than in float32.
+        precision: of the computation: 32, bf16 or 16.
+    """
+
+    gpt_model_file: str
+    adapter_file: str | None = None
+    prompts: tuple[str, ...] | None = None
+    prompts_file: str | None = None
+    chat: bool = False
+    inference: SamplingConfig = field(default_factory=SamplingConfig)
+    early_exit: ExitConfig = field(default_factory=ExitConfig)
+    batch_size: int = 8
+    seed: int = 1234
+    output_file: str | None = None
+    color: str = "auto"
+    tensor_model_parallel_size: int = 1
+    megatron_amp_O2: bool = False
+    precision: str | int = 32
+
+    @classmethod
+    def from_dict(cls, values: Mapping) -> "GenerateConfig":
+        """Checks plain values (as from YAML) and builds the configuration.
+
+        Raises:
+            ConfigError: listing every unknown key, missing value and value that breaks its rule.
+        """
+        faults: list[Fault] = []
+        given = {key: value for key, value in values.items() if value != MISSING}
+        config = build_config(cls, given, "", faults)
+        if config is not None:
+            faults += _faults(config)
+        if faults:
+            raise ConfigError(*faults)
+        return config
+
+    def read_prompts(self) -> list[str]:
+        """The prompts' texts.
+
+        Raises:
+            ConfigError: a file that cannot be read, or holds none.
+        """
+        if self.prompts is not None:
+            return list(self.prompts)
+        assert self.prompts_file is not None, "checked on construction"
+        path = Path(self.prompts_file)
+        try:
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                Fault("prompts_file", path, f"cannot be read ({error})", "give a text file")
+            ) from error
+        if not lines:
+            raise ConfigError(Fault("prompts_file", path, "holds no prompts", "write one per line"))
+        if path.suffix != ".jsonl":
+            return lines
+        return [_json_prompt(path, number, line) for number, line in enumerate(lines, start=1)]
+
+    def generate_arguments(self) -> dict[str, Any]:
+        """`length_params`, `sampling_params` and `early_exit` of `model.generate`."""
+        options = self.inference
+        lengths = {"max_length": options.tokens_to_generate, "min_length": options.min_tokens_to_generate}
+        names = ("top_k", "top_p", "temperature", "add_BOS", "repetition_penalty", "end_strings")
+        sampling = {"use_greedy": options.greedy, **{name: getattr(options, name) for name in names}}
+        exits = {"threshold": self.early_exit.threshold, "exits": self.early_exit.exits}
+        exits["max_pending"] = self.early_exit.max_pending  # type: ignore[assignment]
+        return {"length_params": lengths, "sampling_params": sampling, "early_exit": exits}
+
+
+def _faults(config: GenerateConfig) -> list[Fault]:
+    faults = []
+    if (config.prompts is None) == (config.prompts_file is None):
+        rule = "exactly one of prompts and prompts_file must be given"
+        faults.append(Fault("prompts", config.prompts, rule, "set one, leave the other null"))
+    elif config.prompts is not None and not config.prompts:
+        faults.append(
+            Fault("prompts", [], "at least one prompt is needed", "write e.g. prompts=['Once upon a time']")
+        )
+    if config.color not in COLOURS:
+        faults.append(Fault("color", config.color, f"not one of {', '.join(COLOURS)}", "use auto"))
+    for name in ("batch_size", "tensor_model_parallel_size"):
+        if getattr(config, name) < 1:
+            faults.append(Fault(name, getattr(config, name), "must be positive", "use 1 or more"))
+    return faults
+
+
+def _json_prompt(path: Path, number: int, line: str) -> str:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            Fault("prompts_file", f"{path}:{number}", f"no JSON ({error.msg})", "fix it")
+        ) from error
+    texts = [value[key] for key in PROMPT_KEYS if key in value] if isinstance(value, dict) else [value]
+    if not texts or not isinstance(texts[0], str):
+        rule = f"has no text under {', '.join(PROMPT_KEYS)}"
+        raise ConfigError(Fault("prompts_file", f"{path}:{number}", rule, 'write e.g. {"prompt": "Hello"}'))
+    return texts[0]
