@@ -4,9 +4,9 @@
 The layers are cut into segments at the exits in use. `filled[k][b]` counts the tokens of sequence b that went
 through segment k; it falls with k. The tokens between `filled[k + 1][b]` and `filled[k][b]` are *pending* at
 exit k: they left there or before, and their hidden states are kept. A token that goes past exit k takes them
-along in one batched pass, which fills their keys and values. So every layer sees every token at most once, and
-a token that reaches a layer finds there the keys of all tokens before it: outputs equal those of an uncached
-forward.
+along in one batched pass, which fills their keys and values. So every layer sees every token at most once,
+and a token that reaches a layer finds there the keys of all tokens before it: outputs equal those of an
+uncached forward.
 """
 
 from dataclasses import dataclass

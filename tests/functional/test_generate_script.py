@@ -1,0 +1,187 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""scripts/megatron_gpt_ee_generate.py on tiny checkpoints: base and exits, merged, two processes, bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAD = dict(block=True, mlp=True, linear=True, projection="shortlist", shortlist_size=100)
+PROMPTS = ["w1 w2 w3", "w9 w10 w11 w12 w13", "w40"]
+ARGUMENTS = ["inference.tokens_to_generate=8", "early_exit.threshold=0.6"]
+
+
+def write_checkpoints(directory):
+    """A full model, its base and its exits alone; returns what the model itself generates."""
+    from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
+    from tests.support.tiny_gpt import fill, tiny_model, tiny_model_config, tiny_trainer
+
+    config = tiny_model_config(head=HEAD, share_embeddings_and_output_weights=False)
+    full = tiny_model(config)
+    full.save_to(f"{directory}/full.nemo")
+    plain = tiny_model_config(share_embeddings_and_output_weights=False)
+    del plain.early_exit
+    tiny_model(plain).save_to(f"{directory}/base.nemo")
+    with_exits = MegatronGPTEarlyExitModel.add_exits(
+        MegatronGPTEarlyExitModel.restore_from(
+            f"{directory}/base.nemo", return_config=True, trainer=tiny_trainer()
+        ),
+        config.early_exit,
+    )
+    model = MegatronGPTEarlyExitModel.restore_from(
+        f"{directory}/base.nemo", override_config_path=with_exits, trainer=tiny_trainer()
+    )
+    fill(model)
+    model.save_adapters(f"{directory}/exits.nemo")
+    return full.generate(PROMPTS, dict(max_length=8), dict(add_BOS=False), early_exit=dict(threshold=0.6))
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory, workers):
+    directory = tmp_path_factory.mktemp("generate")
+    (expected,) = workers(1).run(write_checkpoints, str(directory))
+    return directory, expected
+
+
+def run(directory, *overrides):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "scripts" / "megatron_gpt_ee_generate.py"), *overrides]
+    return subprocess.run(
+        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def in_process(directory, overrides):
+    """The script's own steps in this rank, without paying for imports; returns the records written."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from nemo_ee.inference.run import run as generate
+    from nemo_ee.inference.settings import GenerateConfig
+    from nemo_ee.models.trainer_builder import EarlyExitTrainerBuilder
+
+    os.chdir(directory)
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        values = OmegaConf.to_container(compose("megatron_gpt_ee_generate", overrides), resolve=True)
+    trainer = values.pop("trainer")
+    config = GenerateConfig.from_dict({**values, "precision": trainer["precision"]})
+    settings = OmegaConf.create({"trainer": trainer, "model": {"precision": config.precision}})
+    generate(config, EarlyExitTrainerBuilder(settings).create_trainer())
+    return read(Path(config.output_file)) if config.output_file else None
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def expect(records, expected):
+    assert [record["prompt"] for record in records] == PROMPTS
+    for record, ids, exits in zip(records, expected["token_ids"], expected["early_exit"], strict=True):
+        assert record["token_ids"] == ids[-8:]
+        assert record["exit_layers"] == exits["exit_layers"]
+        assert record["confidences"] == pytest.approx(exits["confidences"], rel=1e-4)
+        shown = "".join(record["tokens"]).replace(
+            "<bos>", ""
+        )  # special tokens are shown, though not in the text
+        assert shown.split() == record["text"].split()
+
+
+def test_base_and_exits_from_the_command_line(workspace):
+    directory, expected = workspace
+    prompts = f"prompts={json.dumps(PROMPTS)}"
+    result = run(
+        directory,
+        "gpt_model_file=base.nemo",
+        "adapter_file=exits.nemo",
+        prompts,
+        *ARGUMENTS,
+        "output_file=out.jsonl",
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    records = read(directory / "out.jsonl")
+    expect(records, expected)
+    layers = records[0]["exit_layers"]
+    first_line = "".join(
+        f"{piece}[{layer}]" for piece, layer in zip(records[0]["tokens"], layers, strict=True)
+    )
+    assert first_line in result.stdout and "wrote out.jsonl" in result.stdout
+    assert len({layer for record in records for layer in record["exit_layers"]}) > 1
+
+
+def test_merged_checkpoint_prompts_file_and_batches_of_one(workspace, workers):
+    directory, expected = workspace
+    (directory / "prompts.jsonl").write_text("".join(json.dumps({"text": p}) + "\n" for p in PROMPTS))
+    overrides = [
+        "gpt_model_file=full.nemo",
+        "prompts_file=prompts.jsonl",
+        "batch_size=1",
+        "output_file=merged.jsonl",
+    ]
+    (records,) = workers(1).run(in_process, directory, overrides + ARGUMENTS)
+    expect(records, expected)
+
+
+def test_two_processes(workspace, workers):
+    directory, expected = workspace
+    overrides = ["gpt_model_file=base.nemo", "adapter_file=exits.nemo", f"prompts={json.dumps(PROMPTS)}"]
+    overrides += ["trainer.devices=2", "tensor_model_parallel_size=2", "output_file=tp2.jsonl"]
+    records, _ = workers(2).run(in_process, directory, overrides + ARGUMENTS)
+    expect(records, expected)
+
+
+def test_chat_wraps_prompts_in_the_template(workspace, workers):
+    directory, _ = workspace
+    base = ["gpt_model_file=full.nemo", *ARGUMENTS]
+    chat = [*base, 'prompts=["w5 w6"]', "chat=true", "output_file=chat.jsonl"]
+    plain = [*base, 'prompts=["user w5 w6 <eos> assistant"]', "output_file=plain.jsonl"]
+    (one,), (other,) = (
+        workers(1).run(in_process, directory, chat),
+        workers(1).run(in_process, directory, plain),
+    )
+    assert one[0]["token_ids"] == other[0]["token_ids"]
+
+
+def test_bad_input_ends_in_one_clear_error(workspace):
+    directory, _ = workspace
+    result = run(
+        directory,
+        "gpt_model_file=full.nemo",
+        "prompts=[w1]",
+        "early_exit.threshold=1.5",
+        "output_file=no.jsonl",
+    )
+    assert result.returncode == 1
+    assert "error: early_exit.threshold=1.5" in result.stderr and "Traceback" not in result.stderr
+    assert not list(directory.glob("no.jsonl*"))
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["prompts=null"], "exactly one of prompts and prompts_file"),
+        (["prompts=[]"], "at least one prompt"),
+        (["prompts=null", "prompts_file=none.txt"], "prompts_file=none.txt: cannot be read"),
+        (["color=red"], "color=red: not one of auto, always, never"),
+        (["early_exit.exits=[5]"], r"early_exit.exits=\[5\]|not all of the model's exits"),
+        (["inference.temperature=0"], "sampling_params.temperature=0.0"),
+        (["+inference.topk=3"], "inference.topk=3: unknown key; did you mean top_k"),
+        (["output_file=missing/out.jsonl"], "output_file=missing/out.jsonl: its directory does not exist"),
+        (["tensor_model_parallel_size=2"], "trainer.devices=1"),
+        (["adapter_file=full.nemo"], "is a full checkpoint, not exits alone"),
+        (["gpt_model_file=exits.nemo"], "exits only"),
+        (["gpt_model_file=none.nemo"], "none.nemo"),
+        (["prompts=['w1','']"], "prompt 1: it has no tokens"),
+    ],
+)
+def test_refused_before_anything_is_written(workspace, workers, overrides, message):
+    from tests.support.distributed import WorkerError
+
+    directory, _ = workspace
+    usual = ["gpt_model_file=full.nemo", "prompts=[w1]", "output_file=no.jsonl"]
+    with pytest.raises(WorkerError, match=message):
+        workers(1).run(in_process, directory, usual + overrides)
+    assert not list(directory.glob("no.jsonl*"))
