@@ -16,7 +16,6 @@ from nemo_ee.errors import DataError, GenerationError
 from nemo_ee.evaluation.settings import HeldOutConfig, SweepConfig
 from nemo_ee.evaluation.teacher_forced import TextScores, score_final, score_text
 from nemo_ee.inference.generate import generating
-from nemo_ee.inference.output import token_texts
 from nemo_ee.report.schema import Sample, Spread, ThresholdResult
 from nemo_ee.report.statistics import bootstrap_mean, spread
 
@@ -99,7 +98,9 @@ class Sweep:
         speeds = self._time(ways)
         full = self.texts[FULL_DEPTH]
         if not any(len(text.tokens) > 1 for text in full):
-            raise GenerationError("generation: every text ends after one token at full depth; give other prompts")
+            raise GenerationError(
+                "generation: every text ends after one token at full depth; give other prompts"
+            )
         scores = [self._score(full[i : i + BATCH]) for i in range(0, len(full), BATCH)]
         perplexity = self.perplexity(full)
         return tuple(
@@ -221,12 +222,31 @@ class Sweep:
             Sample(
                 tokenizer.ids_to_text(text.prompt),
                 settings.sample_threshold,
-                tuple(token_texts(text.tokens, tokenizer)),
+                tuple(text_pieces(text.tokens, tokenizer)),
                 tuple(text.exit_layers),
                 tuple(text.confidences),
             )
             for text in self.texts.get(settings.sample_threshold, [])[: settings.samples]
         )
+
+
+def text_pieces(tokens: Sequence[int], tokenizer: Any) -> list[str]:
+    """What each token adds to the text, for people to read.
+
+    Bytes of a character that is not complete yet count to the token that completes it. EOS shows its name.
+    """
+    pieces: list[str] = []
+    shown = ""
+    for count, token in enumerate(tokens, 1):
+        if token == tokenizer.eos_id:
+            pieces.append(tokenizer.ids_to_tokens([token])[0])
+            continue
+        text = tokenizer.ids_to_text(list(tokens[:count]))
+        if count < len(tokens):
+            text = text.rstrip("\ufffd")
+        pieces.append(text[len(shown) :])
+        shown = max(shown, text, key=len)
+    return pieces
 
 
 def _ratio(one: Sequence[float], other: Sequence[float]) -> Spread:

@@ -1,0 +1,252 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Evaluation: scores of all exits, quality on held-out text and the sweep of thresholds, against slow references."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from nemo_ee.errors import ConfigError, DataError
+from nemo_ee.evaluation import held_out, provenance, settings, sweep
+from nemo_ee.evaluation.teacher_forced import ExitScores, TextScores, score_text
+from tests.support.tiny_gpt import HEADS, VOCABULARY, tiny_model, tiny_model_config
+from tests.support.uncached import generate_uncached
+
+LAYERS = (2, 4, 6)
+
+
+def build(head):
+    config = tiny_model_config(head=HEADS[head], share_embeddings_and_output_weights=False)
+    return tiny_model(config, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def shortlist_model():
+    return build("linear, shortlist")
+
+
+@pytest.fixture(scope="module")
+def block_model():
+    return build("block, MLP, linear, untied")
+
+
+def tokens(rows, length, seed=0):
+    return torch.randint(6, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def naive_exit(model, layer, ids):
+    """Log-probabilities [B, S, V + 1] of one exit, the bucket last; -inf where it has no row."""
+    gpt = model.gpt
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    states = gpt.forward_states(ids, positions, None)
+    head = gpt.exits[str(layer)]
+    state = head(states.exits[layer], None, states.rotary_pos_emb).transpose(0, 1)
+    projection = head.projection
+    whole = torch.full((*ids.shape, VOCABULARY + 1), -math.inf, dtype=torch.float64)
+    if projection.kind == "shortlist":
+        kept = projection.token_ids
+        whole[..., kept] = state @ projection.weight[: len(kept)].T
+        whole[..., -1] = state @ projection.bucket_weight + projection.bucket_bias
+    else:
+        whole[..., :VOCABULARY] = (state @ projection.weight.T)[..., :VOCABULARY]
+    return whole.log_softmax(-1)
+
+
+@pytest.mark.parametrize("name", ["shortlist_model", "block_model"])
+def test_scores_equal_plain_softmax(name, request):
+    model = request.getfixturevalue(name)
+    text = tokens(3, 21)
+    ids, labels = text[:, :-1], text[:, 1:]
+    with torch.no_grad():
+        scores = score_text(model.gpt, ids, labels)
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        final = model.gpt(ids, positions, None)[..., :VOCABULARY].log_softmax(-1)
+        torch.testing.assert_close(scores.final.losses, -final.gather(-1, labels[..., None])[..., 0])
+        assert torch.equal(scores.final.tokens, final.argmax(-1)) and not scores.final.bucket_wins.any()
+        for layer in LAYERS:
+            log_probs, mine = naive_exit(model, layer, ids), scores.exits[layer]
+            emitted = log_probs[..., :VOCABULARY]
+            column = torch.where(
+                emitted.gather(-1, labels[..., None])[..., 0] == -math.inf, VOCABULARY, labels
+            )
+            expected = -log_probs.gather(-1, column[..., None])[..., 0]
+            torch.testing.assert_close(mine.losses, expected)
+            assert torch.equal(mine.tokens, emitted.argmax(-1))
+            torch.testing.assert_close(mine.confidences, emitted.amax(-1).exp())
+            assert torch.equal(mine.bucket_wins, log_probs.argmax(-1) == VOCABULARY)
+    if name == "shortlist_model":
+        wins = torch.stack([scores.exits[n].bucket_wins for n in LAYERS])
+        assert wins.any() and not wins.all(), "the case must be tried"
+
+
+def scores_of(tokens_, confidences):
+    shape = torch.tensor(tokens_).shape
+    return ExitScores(
+        torch.tensor(tokens_),
+        torch.tensor(confidences),
+        torch.zeros(shape),
+        torch.zeros(shape, dtype=torch.bool),
+    )
+
+
+def test_a_token_leaves_at_the_first_sure_exit():
+    scores = TextScores(
+        scores_of([[1, 1, 1, 1]], [[0.1] * 4]),
+        {
+            2: scores_of([[2, 2, 2, 2]], [[0.9, 0.5, 0.6, 0.2]]),
+            4: scores_of([[4, 4, 4, 4]], [[0.9, 0.8, 0.75, 0.6]]),
+        },
+    )
+    chosen, layers = scores.leaving({2: 0.5, 4: 0.75})
+    assert chosen.tolist() == [[2, 4, 2, 1]] and layers.tolist() == [[2, 4, 2, 0]]
+    chosen, layers = scores.leaving({4: 0.75})
+    assert chosen.tolist() == [[4, 4, 1, 1]] and layers.tolist() == [[4, 4, 0, 0]]
+
+
+def write_text(prefix, documents):
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for row in documents:
+        builder.add_document(np.array(row), [len(row)])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+def test_held_out_sequences_are_evenly_spaced_and_disjoint(tmp_path):
+    prefix = write_text(tmp_path / "text", [range(0, 60), range(60, 101)])
+    found = held_out.held_out_sequences(prefix, 3, 10, 200)
+    assert found.shape == (3, 11) and found[:, 0].tolist() == [0, 30, 60]
+    assert torch.equal(found[1], torch.arange(30, 41))
+    assert len(held_out.held_out_sequences(prefix, 99, 10, 200)) == 10, "no more than the text has"
+    with pytest.raises(DataError, match="at least one sequence"):
+        held_out.held_out_sequences(prefix, 3, 101, 200)
+
+
+def test_document_prompts_are_beginnings_of_long_enough_documents(tmp_path):
+    prefix = write_text(tmp_path / "text", [range(0, 5), range(10, 30), range(40, 44), range(50, 70)])
+    data = settings.HeldOutConfig(prefix)
+    assert sweep.document_prompts(data, 9, 5) == [list(range(10, 15)), list(range(50, 55))]
+    with pytest.raises(DataError, match="prompt_tokens=20"):
+        sweep.document_prompts(data, 1, 20)
+
+
+def test_quality_is_the_mean_over_all_tokens(shortlist_model):
+    text = tokens(5, 17, seed=3)
+
+    def score(ids, labels):
+        with torch.no_grad():
+            return score_text(shortlist_model.gpt, ids, labels)
+
+    quality = held_out.measure_quality(score, text.split(2), seed=0)
+    whole = score(text[:, :-1], text[:, 1:])
+    assert quality.final_loss == pytest.approx(whole.final.losses.mean().item())
+    assert quality.final_loss_ci.low < quality.final_loss < quality.final_loss_ci.high
+    for each, layer in zip(quality.exits, LAYERS, strict=True):
+        exit_ = whole.exits[layer]
+        equal = exit_.tokens == whole.final.tokens
+        assert each.layer == layer and each.tokens == 5 * 16
+        assert each.loss == pytest.approx(exit_.losses.mean().item())
+        assert each.agreement == pytest.approx(equal.double().mean().item())
+        assert each.strict_agreement == pytest.approx((equal & ~exit_.bucket_wins).double().mean().item())
+        assert each.mean_confidence == pytest.approx(exit_.confidences.mean().item())
+
+
+def test_sweep_equals_brute_force(block_model):
+    prompts = tokens(3, 7, seed=5).tolist()
+    prompts[1] = prompts[1][:4]
+    options = settings.SweepConfig(
+        tokens_to_generate=12, thresholds=(0.3, 0.6, 1.0), timed_prompts=2, repeats=2, sample_threshold=0.6
+    )
+    calls = []
+    run = sweep.Sweep(block_model, prompts, options, seed=0, advance=lambda: calls.append(1))
+    results = run.run()
+    assert len(calls) == sweep.Sweep.generations(options, len(prompts))
+    gpt, final = block_model.gpt, block_model.cfg.num_layers
+    full = [generate_uncached(gpt, prompt, 12, {}).tokens for prompt in prompts]
+    assert [text.tokens for text in run.texts[None]] == full
+    for result in results:
+        exits = dict.fromkeys(LAYERS, result.threshold)
+        early = [generate_uncached(gpt, prompt, 12, exits) for prompt in prompts]
+        assert [text.tokens for text in run.texts[result.threshold]] == [each.tokens for each in early]
+        left = [layer for each in early for layer in each.exit_layers]
+        for layer in (*LAYERS, final):
+            assert result.share_per_exit[layer] == pytest.approx(left.count(layer) / len(left))
+        equal = []
+        for prompt, continuation in zip(prompts, full, strict=True):
+            for i in range(1, len(continuation)):
+                seen = torch.tensor([prompt + continuation[:i]])
+                equal.append(first_sure(block_model, seen, result.threshold) in (None, continuation[i]))
+        assert result.agreement == pytest.approx(sum(equal) / len(equal))
+        expected = perplexity(block_model, prompts, [each.tokens for each in early])
+        assert result.perplexity == pytest.approx(expected)
+        assert result.full_depth_perplexity == pytest.approx(perplexity(block_model, prompts, full))
+        assert result.speedup.median > 0 and result.full_depth_tokens_per_second.median > 0
+    assert results[0].agreement < 1.0 and results[-1].agreement == 1.0, "the case must be tried"
+    sample = run.samples()[0]
+    assert "".join(sample.tokens) == block_model.tokenizer.ids_to_text(run.texts[0.6][0].tokens)
+
+
+@torch.no_grad()
+def first_sure(model, ids, threshold):
+    """The token of the first exit that is sure at the last position, or None."""
+    for layer in LAYERS:
+        probabilities = naive_exit(model, layer, ids)[0, -1, :VOCABULARY].exp()
+        if probabilities.max() > threshold:
+            return probabilities.argmax().item()
+    return None
+
+
+@torch.no_grad()
+def perplexity(model, prompts, continuations):
+    losses = []
+    for prompt, continuation in zip(prompts, continuations, strict=True):
+        ids = torch.tensor([prompt + continuation])
+        logits = model.gpt(ids, torch.arange(ids.shape[1])[None], None)[0, :, :VOCABULARY].log_softmax(-1)
+        losses += [-logits[len(prompt) - 1 + i, token].item() for i, token in enumerate(continuation)]
+    return math.exp(sum(losses) / len(losses))
+
+
+class Characters:
+    """A tokenizer whose tokens are bytes of UTF-8."""
+
+    eos_id = 0
+
+    def ids_to_text(self, ids):
+        return bytes(i for i in ids if i).decode("utf-8", errors="replace")
+
+    def ids_to_tokens(self, ids):
+        return ["<eos>" if i == 0 else chr(i) for i in ids]
+
+
+def test_pieces_of_text_join_to_the_text():
+    ids = list("a é€!".encode())
+    pieces = sweep.text_pieces([*ids, 0], Characters())
+    assert pieces == ["a", " ", "", "é", "", "", "€", "!", "<eos>"]
+
+
+def test_settings_report_every_fault():
+    values = {
+        "gpt_model_file": "???",
+        "data": {"prefix": "text", "sequences": 0},
+        "generation": {"thresholds": [0.9, 0.5], "repeat": 3},
+    }
+    with pytest.raises(ConfigError) as error:
+        settings.EvaluationConfig.from_dict(values)
+    assert "gpt_model_file=None: is required" in str(error.value)
+    assert "generation.repeat=3: unknown key; did you mean repeats?" in str(error.value)
+    values = {
+        "gpt_model_file": "m.nemo",
+        "data": {"prefix": "text", "sequences": 0},
+        "generation": {"thresholds": [0.9, 1.5, 0.5], "tokens_to_generate": 1, "sample_threshold": 0.8},
+    }
+    with pytest.raises(ConfigError) as error:
+        settings.EvaluationConfig.from_dict(values)
+    for part in ("data.sequences=0", "ascending", "[0, 1]", "tokens_to_generate=1", "sample_threshold=0.8"):
+        assert part in str(error.value)
+
+
+def test_command_shows_no_directories_outside_the_clone(monkeypatch):
+    script = provenance._ROOT / "scripts" / "evaluate_early_exit.py"
+    monkeypatch.setattr("sys.argv", [str(script), "data.prefix=/some/where/text", "seed=1"])
+    assert provenance.command() == "python scripts/evaluate_early_exit.py data.prefix=text seed=1"
