@@ -113,9 +113,8 @@ def _split_faults(cfg: DictConfig, layers: int):
             uneven.append(f"num_layers_in_{place}_pipeline_stage={count}")
     fits = rest == 0 if stages <= 0 else rest > 0 and rest % stages == 0
     if not fits:
-        rule = (
-            f"{layers} layers{' with ' + ', '.join(uneven) if uneven else ''} do not divide into equal stages"
-        )
+        what = f"{layers} layers" if layers == cfg.num_layers else f"{layers} layers (up to the last exit)"
+        rule = f"{what}{' with ' + ', '.join(uneven) if uneven else ''} do not divide into equal stages"
         remedy = "use a divisor, or set model.num_layers_in_first_pipeline_stage or …_last_…"
         yield Fault(
             "model.pipeline_model_parallel_size", cfg.get("pipeline_model_parallel_size", 1), rule, remedy

@@ -336,6 +336,10 @@ class MegatronGPTEETuningModel(MegatronGPTEarlyExitModel):
             )
         self.exits_initialised = bool(loaded)
         checkpoint["state_dict"] = {}
+        # The data loader of a resumed run holds only what is left; Lightning would count what has been read
+        # before towards its length, end the epoch early and then read the first of what is left again.
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        progress["current"] = dict.fromkeys(progress["current"], 0)
 
     def save_to(self, save_path: str) -> None:
         """Saves the exits alone, naming their base; see `nemo_ee.checkpoint.adapter`."""

@@ -78,7 +78,8 @@ class Outcome:
         initial: the exits' parameters of this stage before the first step, whole, by name.
         final: the same after the last step.
         backbone_unchanged: whether every byte outside the exits is the same as before.
-        optimized: names of parameters with optimizer state.
+        optimizer: names of parameters with optimizer state -> that state.
+        rates: learning rate of every step.
         layers: transformer layers of this stage.
     """
 
@@ -88,7 +89,8 @@ class Outcome:
     initial: dict[str, torch.Tensor]
     final: dict[str, torch.Tensor]
     backbone_unchanged: bool
-    optimized: set[str]
+    optimizer: dict[str, dict[str, torch.Tensor]]
+    rates: list[float]
     layers: int
 
 
@@ -150,20 +152,33 @@ def tune(
 
 def tune_one(prefixes: dict, case: Case, layout: Layout, dtype: torch.dtype = torch.float64) -> Outcome:
     """One run through Trainer.fit, validation at its end."""
-    from tests.support.tiny_gpt import fill
+    trainer = tuning_trainer(layout, case.steps)
+    model = prepared(prefixes, case, layout, trainer, dtype)
+    before = backbone_hash(model)
+    trainer.fit(model)
+    return outcome_of(model, trainer, before)
 
-    if dtype == torch.float64:
-        torch.cuda.FloatTensor = torch.DoubleTensor  # NeMo's clipping asserts float32 gradients
-    trainer = tiny_trainer(
-        layout.world_size,
-        max_steps=case.steps,
-        val_check_interval=case.steps,
+
+def tuning_trainer(layout: Layout, steps: int, **settings: Any) -> Any:
+    """A trainer that validates at the end and clips gradients."""
+    defaults = dict(
+        max_steps=steps,
+        val_check_interval=steps,
         check_val_every_n_epoch=None,
         limit_val_batches=2,
         num_sanity_val_steps=0,
         gradient_clip_val=0.5,
         log_every_n_steps=1,
     )
+    return tiny_trainer(layout.world_size, **{**defaults, **settings})
+
+
+def prepared(prefixes: dict, case: Case, layout: Layout, trainer: Any, dtype: torch.dtype) -> Any:
+    """The model to fit, its weights set by name."""
+    from tests.support.tiny_gpt import fill
+
+    if dtype == torch.float64:
+        torch.cuda.FloatTensor = torch.DoubleTensor  # NeMo's clipping asserts float32 gradients
     model = recorder()(tuning_config(prefixes, case, layout), trainer)
     model.to(dtype)
     if dtype == torch.float64:
@@ -172,8 +187,11 @@ def tune_one(prefixes: dict, case: Case, layout: Layout, dtype: torch.dtype = to
                 part.config.params_dtype = part.config.pipeline_dtype = dtype
     fill(model)
     model.exits_initialised = not case.initialise
-    before = backbone_hash(model)
-    trainer.fit(model)
+    return model
+
+
+def outcome_of(model: Any, trainer: Any, before: str) -> Outcome:
+    """What is to be compared after a fit; `before` is the backbone's hash before it."""
     state = model.optimizers(use_pl_optimizer=False).state
     return Outcome(
         train=model.seen[True],
@@ -182,7 +200,12 @@ def tune_one(prefixes: dict, case: Case, layout: Layout, dtype: torch.dtype = to
         initial=model.initial,
         final=whole_exits(model.gpt),
         backbone_unchanged=before == backbone_hash(model),
-        optimized={name for name, parameter in model.gpt.named_parameters() if parameter in state},
+        optimizer={
+            name: {key: value.clone() for key, value in state[parameter].items()}
+            for name, parameter in model.gpt.named_parameters()
+            if parameter in state
+        },
+        rates=model.rates,
         layers=len(model.gpt.decoder.layers),
     )
 
@@ -196,6 +219,11 @@ def recorder() -> type:
             super().__init__(*args, **kwargs)
             self.seen: dict[bool, list] = {True: [], False: []}
             self.initial: dict[str, torch.Tensor] = {}
+            self.rates: list[float] = []
+
+        def training_step(self, dataloader_iter: Any) -> Any:
+            self.rates.append(self._optimizer.param_groups[0]["lr"])
+            return super().training_step(dataloader_iter)
 
         def objective(self, means: dict) -> torch.Tensor:
             row = {
