@@ -87,8 +87,8 @@ def merge(
     no model is built. One process; needs disk for twice the base beside ``output``.
 
     Raises:
-        CheckpointError: as :func:`load_exits`; or the base has exits already; or ``output`` exists and may not be
-            overwritten.
+        CheckpointError: as :func:`load_exits`; or the base has exits already; or ``output`` exists and may not
+            be overwritten.
     """
     output = Path(output)
     if output.exists() and not overwrite:

@@ -81,7 +81,7 @@ def load_weights(
     missing = [
         name
         for name in result.missing_keys
-        if not partial and name not in left_out and not is_extra_state(name) and not is_exit(name)
+        if not partial and want is None and name not in left_out and not is_extra_state(name) and not is_exit(name)
     ]
     if missing or result.unexpected_keys:
         raise CheckpointError(

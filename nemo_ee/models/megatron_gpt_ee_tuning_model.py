@@ -16,6 +16,7 @@ from torch.utils.data import default_collate
 from nemo_ee.checkpoint.keys import is_exit
 from nemo_ee.config import HeadConfig
 from nemo_ee.data.checks import check_data_config
+from nemo_ee.data.padding import separate_padding
 from nemo_ee.data.token_counts import token_counts
 from nemo_ee.errors import CheckpointError
 from nemo_ee.megatron import exit_init
@@ -252,7 +253,10 @@ class MegatronGPTEETuningModel(MegatronGPTEarlyExitModel):
     def build_train_valid_test_datasets(self):
         """NeMo's, after a check that says what Megatron would answer with a hang."""
         check_data_config(self.cfg.data, self.sequence_length, self.true_vocab_size)
-        return super().build_train_valid_test_datasets()
+        datasets = super().build_train_valid_test_datasets()
+        for dataset in datasets:
+            separate_padding(dataset)
+        return datasets
 
     def setup(self, stage: str | None = None) -> None:
         """NeMo's set-up; then, for a fit that does not resume, the exits' first weights."""
