@@ -70,17 +70,17 @@ stage "6/8 tuning the exits for about $minutes minutes: $steps steps of 512 toke
 exits="$work/tuned/checkpoints/tuned.nemo"
 [ -f "$exits" ] ||
     tune name=tuned "model.adapter_path=$closed" "trainer.max_steps=$steps" "trainer.val_check_interval=$(((steps + 3) / 4))" \
-        "model.optim.sched.warmup_steps=$((steps / 10 + 1))"
+        trainer.limit_val_batches=16 "model.optim.sched.warmup_steps=$((steps / 10 + 1))"
 ls -lh "$exits"
 
 stage "7/8 generation, each token marked with the layer it left at"
 python scripts/megatron_gpt_ee_generate.py "gpt_model_file=$work/smollm2.nemo" "adapter_file=$exits" chat=true \
     'prompts=["What is the capital of Italy, and why is it famous?","Explain how rain forms.","Write one sentence about the sea."]' \
-    inference.tokens_to_generate=60
+    early_exit.threshold=0.6 inference.tokens_to_generate=60
 
 stage "8/8 report: quality per exit, speed against agreement"
 python scripts/evaluate_early_exit.py "gpt_model_file=$work/smollm2.nemo" "adapter_file=$exits" \
-    "data.prefix=$work/wikipedia_validation" "tuning_log_dir=$work/tuned" "output_dir=$work/report"
+    "data.prefix=$work/wikipedia_validation" data.sequences=96 "tuning_log_dir=$work/tuned" "output_dir=$work/report"
 
 stage "done"
 echo "report:  $work/report/report.md and the plots beside it"
