@@ -1,0 +1,287 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""scripts/megatron_gpt_ee_tuning.py as a user runs it: what it writes, resumes and refuses."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nemo_ee.checkpoint import archive
+from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint
+from tests.support import tiny_llama
+from tests.support.tuning import write_text
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "scripts" / "megatron_gpt_ee_tuning.py"
+NAME = "megatron_gpt_ee_tuning.nemo"
+STEPS, EVERY = 60, 10
+
+
+def write_base(source: str, path: str) -> None:
+    from nemo_ee.checkpoint.convert import convert_to_nemo
+
+    convert_to_nemo(source, path)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory, workers) -> Path:
+    """base.nemo and train/validation text of its 100 tokens."""
+    folder = tmp_path_factory.mktemp("workspace")
+    source = tiny_llama.write(folder / "hf")
+    workers(1).run(write_base, str(source), str(folder / "base.nemo"))
+    write_text(folder, vocabulary=100)
+    return folder
+
+
+def arguments(workspace: Path, **changes: str) -> list[str]:
+    """The command line; changes are dotted keys with ``__`` for the dot, None takes one away."""
+    text = f"train:[{workspace}/train],validation:[{workspace}/validation],test:null"
+    values = {
+        "model.restore_from_path": str(workspace / "base.nemo"),
+        "model.early_exit.layers": "[1,3]",
+        "model.early_exit.head.shortlist_size": "60",
+        "model.early_exit.ridge.tokens": "256",
+        "model.data.data_prefix": "{" + text + "}",
+        "model.data.seq_length": "16",
+        "trainer.max_steps": "4",
+        "trainer.val_check_interval": "2",
+        "trainer.limit_val_batches": "2",
+        "trainer.log_every_n_steps": "1",
+        "trainer.precision": "32",
+        "model.optim.sched.warmup_steps": "2",
+        "exp_manager.explicit_log_dir": str(workspace / "run"),
+    }
+    values |= {key.replace("__", "."): value for key, value in changes.items()}
+    return [f"{key}={value}" for key, value in values.items() if value is not None]
+
+
+def start(folder: Path, given: list[str]) -> subprocess.Popen:
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "HOME": os.environ.get("HOME", "/"),
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *given],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def succeed(folder: Path, given: list[str]) -> str:
+    process = start(folder, given)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+def exits_of(path: Path) -> dict[str, torch.Tensor]:
+    root = archive.extract(path, f"{path}.content")
+    checkpoint = TorchDistCheckpoint(root / archive.WEIGHTS_DIRECTORY)
+    return {key: checkpoint.read(key) for key in checkpoint.tensors}
+
+
+def restored(base: str, exits: str) -> tuple[list[int], bool, dict[str, torch.Tensor]]:
+    from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel as Model
+    from tests.support.tiny_nemo import tiny_trainer
+
+    model = Model.restore_with_exits(base, exits, tiny_trainer())
+    ids = torch.randint(3, 100, (2, 12))
+    with torch.no_grad():
+        logits = model.gpt(ids, torch.arange(12).expand(2, 12), None)
+    state = {key: value for key, value in model.get_peft_state_dict().items() if value is not None}
+    return list(model.early_exit.layers), bool(torch.isfinite(logits).all()), state
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(workspace) -> Path:
+    """The exits of a run of STEPS steps, from the command line."""
+    run = workspace / "whole"
+    succeed(workspace, long_run(workspace, run))
+    return run / "checkpoints" / NAME
+
+
+def long_run(workspace: Path, run: Path, **changes: str) -> list[str]:
+    steps = dict(trainer__max_steps=str(STEPS), trainer__val_check_interval=str(EVERY))
+    return arguments(workspace, exp_manager__explicit_log_dir=str(run), **steps, **changes)
+
+
+def test_it_writes_exits_that_load_onto_their_base(workspace, uninterrupted, workers):
+    config = archive.read_config(uninterrupted)
+    assert config.base.name == "base.nemo" and list(config.early_exit.layers) == [1, 3]
+    assert config.early_exit.tuning.kl_weight == 0.5, "defaults are stored too"
+    stored = exits_of(uninterrupted)
+    assert all(key.startswith("model.exits.") for key in stored)
+    layers, finite, state = workers(1).run(restored, str(workspace / "base.nemo"), str(uninterrupted))[0]
+    assert layers == [1, 3] and finite
+    assert state.keys() == stored.keys()
+    assert all(torch.equal(state[key], value) for key, value in stored.items())
+    assert uninterrupted.stat().st_size < (workspace / "base.nemo").stat().st_size
+
+
+def test_it_logs_every_exit(uninterrupted):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = EventAccumulator(str(uninterrupted.parents[1]))
+    log.Reload()
+    tags = log.Tags()["scalars"]
+    for n in (1, 3):
+        for tag in (f"train_loss/exit_{n}", f"val_loss/exit_{n}", f"val_agreement/exit_{n}"):
+            assert tag in tags
+        losses = [event.value for event in log.Scalars(f"train_loss/exit_{n}")]
+        assert len(losses) == STEPS and all(np.isfinite(losses))
+        assert len(log.Scalars(f"val_confidence/exit_{n}")) == STEPS // EVERY
+    objective = [event.value for event in log.Scalars("val_loss")]
+    assert objective[-1] < objective[0]
+
+
+def test_killed_and_resumed_is_uninterrupted(workspace, uninterrupted):
+    run = workspace / "killed"
+    process = start(workspace, long_run(workspace, run))
+    deadline = time.monotonic() + 240
+    while not list(run.rglob("*-last")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    assert process.poll() is None, "it was to be killed at work"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (run / "checkpoints" / NAME).exists()
+    output = succeed(workspace, long_run(workspace, run))
+    assert "Restored all states" in output or "Restoring states" in output
+    expected, found = exits_of(uninterrupted), exits_of(run / "checkpoints" / NAME)
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+
+
+def test_two_processes_it_starts_itself(workspace, uninterrupted):
+    """TP2 in float32: sums over two halves round differently, and AdamW's first steps are of size lr whatever
+    the gradient's, so weights whose gradient is nothing but rounding may differ by some steps' length."""
+    run = workspace / "two"
+    parallel = dict(trainer__devices="2", model__tensor_model_parallel_size="2")
+    succeed(workspace, long_run(workspace, run, **parallel))
+    expected, found = exits_of(uninterrupted), exits_of(run / "checkpoints" / NAME)
+    for key, value in expected.items():
+        rows = min(len(value), len(found[key])) if value.dim() else None
+        gap = (found[key][:rows] - value[:rows]).abs().float()
+        assert gap.mean() < 1e-4 and gap.max() < 1e-2, key
+
+
+def test_bf16(workspace):
+    """The default precision; the exits are stored in float32."""
+    run = workspace / "bf16"
+    succeed(
+        workspace, arguments(workspace, exp_manager__explicit_log_dir=str(run), trainer__precision="bf16")
+    )
+    stored = exits_of(run / "checkpoints" / NAME)
+    floats = [value for value in stored.values() if value.is_floating_point()]
+    assert all(value.dtype == torch.float32 and torch.isfinite(value).all() for value in floats)
+
+
+def test_an_error_is_one_line_and_a_status(workspace):
+    process = start(workspace, arguments(workspace, model__early_exit__layers="[1,30]"))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "Traceback" not in output
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert line == "error: model.early_exit.layers=[1, 30]: [30] not within 1..model.num_layers=4; use 1..4"
+
+
+def call_script(given: list[str]) -> object:
+    """Runs the script in this rank, which has NeMo loaded; returns what it exits with."""
+    import runpy
+
+    sys.argv = [str(SCRIPT), *given]
+    try:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    except SystemExit as left:
+        return left.code
+    return 0
+
+
+def bad_files(folder: Path, workspace: Path) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    whole = (workspace / "base.nemo").read_bytes()
+    (folder / "truncated.nemo").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.nemo").write_text("not an archive")
+    for name, ids in (("short", [5] * 9), ("foreign", [5, 150] * 40), ("empty", [])):
+        builder = IndexedDatasetBuilder(str(folder / f"{name}.bin"), dtype=np.uint16)
+        if ids:
+            builder.add_document(ids, [len(ids)])
+        builder.finalize(str(folder / f"{name}.idx"))
+
+
+def text_of(name: str) -> str:
+    return "{train:[FOLDER/" + name + "],validation:[WORKSPACE/validation],test:null}"
+
+
+BAD = {
+    "layer out of range": (dict(model__early_exit__layers="[0]"), "model.early_exit.layers=[0]"),
+    "no layers": (dict(model__early_exit__layers="[]"), "at least one exit layer"),
+    "unknown key": (
+        {"+model.early_exit.head.lineer": "true", "model__early_exit__layers": "[1]"},
+        "did you mean linear?",
+    ),
+    "weights": (dict(model__early_exit__tuning__loss_weights="[1]"), "1 weights for 2 exit layers"),
+    "a negative weight": (
+        dict(model__early_exit__tuning__loss_weights="[1,-1]"),
+        "a weight is negative",
+    ),
+    "threshold": (dict(model__early_exit__inference__threshold="1.5"), "within [0, 1]"),
+    "shortlist above the vocabulary": (
+        dict(model__early_exit__head__shortlist_size="101"),
+        "model.early_exit.head.shortlist_size=101",
+    ),
+    "no base": (dict(model__restore_from_path="FOLDER/none.nemo"), "none.nemo"),
+    "truncated base": (dict(model__restore_from_path="FOLDER/truncated.nemo"), "truncated.nemo"),
+    "not a base": (dict(model__restore_from_path="FOLDER/text.nemo"), "text.nemo"),
+    "short text": (dict(model__data__data_prefix=text_of("short")), "at least one sequence of 16 tokens"),
+    "empty text": (dict(model__data__data_prefix=text_of("empty")), "empty"),
+    "missing text": (dict(model__data__data_prefix=text_of("missing")), "missing"),
+    "foreign text": (dict(model__data__data_prefix=text_of("foreign")), "has 5 to 150"),
+    "TP above the processes": (dict(model__tensor_model_parallel_size="3"), "tensor_model_parallel_size=3"),
+    "PP does not divide": (
+        dict(model__num_layers_in_first_pipeline_stage="3"),
+        "4 layers with num_layers_in_first_pipeline_stage=3",
+    ),
+    "sequence too long": (dict(model__data__seq_length="65"), "encoder_seq_length=64"),
+    "no exit parameter": (
+        {
+            "model.early_exit.init": "copy",
+            "model.early_exit.head": "{mlp: false, norm: false, linear: false, projection: tied}",
+        },
+        "no exit parameter would be tuned",
+    ),
+    "half precision without a GPU": (dict(trainer__precision="16"), "needs a GPU"),
+    "adapter of nothing": (dict(model__adapter_path="FOLDER/none.nemo"), "none.nemo"),
+    "a full checkpoint as adapter": (dict(model__adapter_path="WORKSPACE/base.nemo"), "not exits alone"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case, workspace, workers, tmp_path):
+    changes, message = BAD[case]
+    bad_files(tmp_path, workspace)
+    changes = {
+        key: value.replace("FOLDER", str(tmp_path)).replace("WORKSPACE", str(workspace))
+        for key, value in changes.items()
+    }
+    run = tmp_path / "run"
+    given = arguments(workspace, **{"exp_manager__explicit_log_dir": str(run), **changes})
+    (left,) = workers(1).run(call_script, given)
+    assert isinstance(left, str) and left.startswith("error: "), left
+    assert message in left
+    written = [path for path in run.rglob("*") if path.suffix in (".nemo", ".ckpt", ".distcp")]
+    assert written == [] and not list(run.rglob("*.staging"))
