@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""scripts/megatron_gpt_ee_generate.py on tiny checkpoints: base and exits, merged, two processes, bad input."""
+"""scripts/megatron_gpt_ee_generate.py on tiny checkpoints: base and exits, merged, in parallel, bad input."""
 
 import json
 import os

@@ -339,3 +339,26 @@ def test_bfloat16_generates():
     output = model.generate(TEXTS, lengths(12), GREEDY, early_exit=dict(threshold=0.4))
     layers = {layer for row in output["early_exit"] for layer in row["exit_layers"]}
     assert len(layers) > 1 and all(len(row["exit_layers"]) == 12 for row in output["early_exit"])
+
+
+@pytest.mark.parametrize("o2", [False, True], ids=["autocast", "O2"])
+def test_mixed_precision_generates_in_both_loops(o2):
+    """Near float32: nearly the same confidences for the first tokens, in bfloat16's precision."""
+    from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
+
+    head = HEADS["block, MLP, linear, untied"]
+    single = tiny_model(tiny_model_config(head=head))
+    half = tiny_model(tiny_model_config(head=head, precision="bf16", megatron_amp_O2=o2))
+    assert half.gpt.output_weight().dtype == (torch.bfloat16 if o2 else torch.float32)
+    ids = torch.tensor([[7, 8, 9, 20, 33, 41, 42]]), torch.tensor([7])
+    early = dict(threshold=0.99)
+    expected = single.generate(ids, lengths(1), GREEDY, early_exit=early)
+    ours = half.generate(ids, lengths(6), GREEDY, early_exit=early)
+    assert ours["early_exit"][0]["confidences"][0] == pytest.approx(
+        expected["early_exit"][0]["confidences"][0], rel=0.1
+    )
+    assert ours["early_exit"][0]["confidences"][0] != expected["early_exit"][0]["confidences"][0], "rounded"
+    strategy = EarlyExitTextGenerationStrategy(half, threshold=0.99)
+    text = half.tokenizer.ids_to_text(ids[0][0].tolist())
+    theirs = half.generate([text], lengths(6), NEMO, strategy=strategy)
+    assert theirs["token_ids"][0][: len(ours["token_ids"][0])] == ours["token_ids"][0]

@@ -1,0 +1,103 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Marked text, end strings, prompts files: what needs a tokenizer but no model."""
+
+import json
+
+import pytest
+
+from nemo_ee.errors import ConfigError
+from nemo_ee.inference.display import RESET, marked, summary, token_pieces
+from nemo_ee.inference.settings import GenerateConfig
+from tests.support.tiny_tokenizer import EOS, save_tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+
+    return AutoTokenizer(str(save_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))))
+
+
+def test_pieces_join_to_the_text_and_characters_stay_whole(tokenizer):
+    before, text = tokenizer.text_to_ids("the"), " cat é漢 sat"
+    tokens = tokenizer.text_to_ids(text)
+    pieces = token_pieces(tokens, tokenizer, before)
+    assert len(pieces) == len(tokens) and "".join(pieces) == text
+    assert "é" in pieces and "漢" in pieces and pieces.count("") == 1 + 2  # bytes before a character's last
+    assert token_pieces([*tokens, tokenizer.eos_id], tokenizer, before)[-1] == EOS
+
+
+def test_marks_and_colours_name_every_exit():
+    pieces, layers = ["a", " b", " c"], [10, 20, 30]
+    assert marked(pieces, layers, 30, colour=False) == "a[10] b[20] c[30]"
+    coloured = marked(pieces, layers, 30, colour=True)
+    assert coloured.count(RESET) == 2 and coloured.endswith(" c")
+    assert len(set(coloured.split(RESET)[0:2])) == 2
+
+
+def test_summary_shares():
+    line = summary([10, 10, 30, 20], [0.9, 0.9, 0.5, 0.7], 30, colour=False)
+    assert line == "4 tokens: layer 10 50 %, layer 20 25 %, all layers 25 %; mean confidence 0.75"
+    assert summary([], [], 30, colour=False) == "no tokens"
+
+
+def test_end_strings(tokenizer):
+    from nemo_ee.inference.stopping import StopRule
+
+    ids = tokenizer.text_to_ids
+    stop = StopRule(tokenizer, ["<|endoftext|>", "the dog", EOS])
+    assert stop.texts == ["the dog"] and stop.token_ids == {tokenizer.eos_id}
+    assert (
+        stop(ids("ran after the dog")) and not stop(ids("ran after the do")) and not stop(ids("the dog ran"))
+    )
+    assert stop([*ids("the cat"), tokenizer.eos_id])
+    long = ids("the dog " + "the cat sat on the mat " * 40)
+    assert not stop(long) and stop(long + ids("the dog"))
+
+
+def settings(**values):
+    return GenerateConfig.from_dict({"gpt_model_file": "m.nemo", **values})
+
+
+def test_prompts_files(tmp_path):
+    lines, records = tmp_path / "p.txt", tmp_path / "p.jsonl"
+    lines.write_text("one\n\n two \n")
+    records.write_text("\n".join(json.dumps(x) for x in ({"prompt": "a"}, {"text": "b\nc"}, "d")) + "\n")
+    assert settings(prompts_file=str(lines)).read_prompts() == ["one", " two "]
+    assert settings(prompts_file=str(records)).read_prompts() == ["a", "b\nc", "d"]
+    assert settings(prompts=["x"]).read_prompts() == ["x"]
+
+
+@pytest.mark.parametrize(
+    "line, message", [('{"a": 1}', "p.jsonl:2: has no text"), ("{", "p.jsonl:2: no JSON")]
+)
+def test_prompts_files_that_are_refused(tmp_path, line, message):
+    path = tmp_path / "p.jsonl"
+    path.write_text(f'{{"prompt": "a"}}\n{line}\n')
+    with pytest.raises(ConfigError, match=message):
+        settings(prompts_file=str(path)).read_prompts()
+
+
+def test_empty_prompts_file_is_refused(tmp_path):
+    (tmp_path / "p.txt").write_text("\n \n")
+    with pytest.raises(ConfigError, match="holds no prompts"):
+        settings(prompts_file=str(tmp_path / "p.txt")).read_prompts()
+
+
+def test_every_setting_is_documented_in_the_yaml():
+    from pathlib import Path
+
+    from omegaconf import OmegaConf
+
+    import nemo_ee
+
+    root = Path(nemo_ee.__file__).parents[1]
+    values = OmegaConf.to_container(OmegaConf.load(root / "conf" / "megatron_gpt_ee_generate.yaml"))
+    for key in ("defaults", "hydra", "trainer"):
+        del values[key]
+    ours = GenerateConfig.from_dict({**values, "gpt_model_file": "m.nemo", "prompts": ["x"]})
+    assert ours == settings(prompts=["x"]), "defaults in code and YAML agree"
+    fields = set(GenerateConfig.__dataclass_fields__) - {"precision"}
+    assert set(values) == fields
+    for section in ("inference", "early_exit"):
+        assert set(values[section]) == set(getattr(ours, section).__dataclass_fields__)
