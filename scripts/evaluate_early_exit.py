@@ -1,7 +1,8 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Evaluates a model with early exits: quality per exit, and speed against agreement over thresholds.
 
-    python scripts/evaluate_early_exit.py gpt_model_file=model.nemo adapter_file=exits.nemo data.prefix=text_validation
+    python scripts/evaluate_early_exit.py gpt_model_file=model.nemo adapter_file=exits.nemo \\
+        data.prefix=text_validation
 """
 
 import hydra

@@ -50,7 +50,7 @@ def date() -> str:
 
 
 def command() -> str:
-    """The command line of this process: the script as seen from the clone, other absolute paths by name alone."""
+    """The command line of this process; absolute paths outside the clone are shown by name alone."""
     return shlex.join(["python", *(_shortened(argument) for argument in sys.argv)])
 
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""Greedy generation over a sweep of thresholds: where tokens leave, what that costs in quality, what it saves."""
+"""Greedy generation over thresholds: where tokens leave, what that costs in quality, what it saves."""
 
 import math
 import time
@@ -45,7 +45,8 @@ def document_prompts(data: HeldOutConfig, count: int, tokens: int) -> list[list[
     starts = (ends - file.sequence_lengths)[file.sequence_lengths > tokens]
     if not len(starts):
         raise DataError(
-            f"generation.prompt_tokens={tokens}: no document of data.prefix={data.prefix} is longer; use fewer"
+            f"generation.prompt_tokens={tokens}: no document of data.prefix={data.prefix} is longer; "
+            "use fewer"
         )
     ids, count = file.token_ids(), min(count, len(starts))
     chosen = [int(starts[len(starts) * index // count]) for index in range(count)]

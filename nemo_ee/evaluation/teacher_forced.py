@@ -1,8 +1,8 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """What every exit says about given text, token by token (teacher-forced).
 
-Suffixes: B sequences, S tokens of a sequence, T tokens of all sequences in the order of hidden states (S x B),
-H hidden size.
+Suffixes: B sequences, S tokens of a sequence, T tokens of all sequences in the order of hidden states
+(S x B), H hidden size.
 """
 
 from dataclasses import dataclass

@@ -56,8 +56,8 @@ def _exits(report: Report) -> str:
     ]
     note = (
         "Brackets: 95 % confidence interval, bootstrap over sequences. Strict: positions where a shortlist's "
-        "bucket is most probable count as disagreement. The loss of a shortlist exit counts the probability of "
-        "its bucket for tokens off the shortlist."
+        "bucket is most probable count as disagreement. The loss of a shortlist exit counts its bucket's "
+        "probability for tokens off the shortlist."
     )
     return (
         "## Held-out text\n\nEvery token at one exit, teacher-forced. " + note + "\n\n" + _table(header, rows)

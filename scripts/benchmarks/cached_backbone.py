@@ -52,7 +52,7 @@ class HeldOut:
         seed: of the bootstrap.
     """
 
-    def __init__(self, prefix: str, sequences: int, length: int = 256, seed: int = 0):
+    def __init__(self, prefix: str, sequences: int, length: int, seed: int = 0):
         self.prefix, self.sequences, self.length, self.seed = prefix, sequences, length, seed
         self._batches: tuple[Tensor, ...] = ()
         self._finals: dict[bytes, ExitScores] = {}

@@ -1,11 +1,12 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """How well exits do after different recipes at equal tokens: initialisation, projection, objective.
 
-    python scripts/benchmarks/exit_recipes.py --model model.nemo --train text_train --validation text_validation
+    python scripts/benchmarks/exit_recipes.py --model model.nemo \\
+        --train text_train --validation text_validation
 
-Every recipe is `conf/megatron_gpt_ee_tuning.yaml` with a few keys changed, run through the tuning model's own
-`fit`: closed form on 40,960 tokens where it is used, then 195 steps of 512 tokens. Only the backbone is run once
-for all: what it computes for a text is kept in memory, so a recipe costs its exits alone. Quality is measured on
+Every recipe is `conf/megatron_gpt_ee_tuning.yaml` with a few keys changed, run through `Trainer.fit`: closed
+form on 40,960 tokens where it is used, then 195 steps of 512 tokens. Only the backbone is run once for all:
+what it computes for a text is kept in memory, so a recipe costs its exits alone. Quality is measured on
 held-out documents with 95 % bootstrap intervals over sequences. Results are appended to
 OUTPUT/exit_recipes.json recipe by recipe; started again, the script does those that are missing, then writes
 OUTPUT/exit_recipes.md and .png.
@@ -67,7 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--layers", default="10,20", help="exit layers")
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), help="directory")
     parser.add_argument("--only", help="run recipes whose name contains this")
-    parser.add_argument("--sequences", type=int, default=96, help="held-out sequences of 256 tokens")
+    parser.add_argument("--sequences", type=int, default=96, help="held-out sequences")
     parser.add_argument("--set", nargs="*", default=[], help="changes to the configuration of every recipe")
     parser.add_argument("--quick", action="store_true", help="a smoke test: few tokens, two recipes")
     return parser.parse_args()
@@ -154,7 +155,8 @@ def main() -> None:
         recipes = RECIPES[:2] if arguments.quick else RECIPES
         wanted = [r for r in recipes if arguments.only is None or arguments.only in r.name]
         done = {row["name"] for row in load(path)}
-        backbone, held_out = CachedBackbone(), HeldOut(arguments.validation, arguments.sequences)
+        length = compose(arguments, ()).model.data.seq_length
+        backbone, held_out = CachedBackbone(), HeldOut(arguments.validation, arguments.sequences, length)
         for recipe in wanted:
             if recipe.name in done:
                 print(f"{recipe.name}: done already")

@@ -40,19 +40,20 @@ def _page(recipes: Sequence[dict], costs: dict) -> str:
 
 Commit {commits}. {first["device"]}. {first["date"]}. {first["precision"]}, seed {first["seed"]}.
 
-Each recipe is `conf/megatron_gpt_ee_tuning.yaml` with the keys named; the first is that file as it is. The closed
-form reads {first["fitted_tokens"]:,} tokens, tuning {first["tuned_tokens"]:,}. Documents were split into tuning and
-held-out text before anything was fitted. The frozen backbone runs once and its states are kept for all recipes, so
-*tuning, s* is the exits' own time (both exits, with the final exit's logits; it was taken recipe after recipe on a
-shared machine, at load averages from {min(loads):.1f} to {max(loads):.1f}: compare projections by the second table).
+Each recipe is `conf/megatron_gpt_ee_tuning.yaml` with the keys named; the first is that file as it is. The
+closed form reads {first["fitted_tokens"]:,} tokens, tuning {first["tuned_tokens"]:,}. Documents were split
+into tuning and held-out text before anything was fitted. The frozen backbone runs once and its states are kept for
+all recipes, so *tuning, s* is the time of both exits and of the final exit's logits; of the first recipe it
+includes the backbone. It was taken recipe after recipe on a shared machine, at load averages from
+{min(loads):.1f} to {max(loads):.1f}: compare projections by the second table.
 
 ## Agreement with the final exit
 
-On {tokens:,} held-out tokens, the exit's most probable token that it can emit against the final exit's; brackets are
-95 % bootstrap intervals over sequences. *No steps*: after initialisation (for ridge, the closed form) alone.
-*Strict*: a position where a shortlist's bucket is most probable counts as disagreement. *Loss*: cross-entropy against
-the text in nats per token; for a shortlist, tokens off it count as its bucket, so losses of different projections do
-not compare.
+On {tokens:,} held-out tokens, the exit's most probable token that it can emit against the final exit's;
+brackets are 95 % bootstrap intervals over sequences. *No steps*: after initialisation (for ridge, the closed
+form) alone. *Strict*: a position where a shortlist's bucket is most probable counts as disagreement. *Loss*:
+cross-entropy against the text in nats per token; for a shortlist, tokens off it count as its bucket, so
+losses of different projections do not compare.
 
 {_table(header, lines)}
 
@@ -60,9 +61,9 @@ not compare.
 
 ## Time per token of one exit
 
-Median (quartiles), all projections timed in turn in one process, load average {costs["load"]}. Tuning: forward and
-backward of one exit on 512 tokens and the final exit's logits, which distillation needs once for all exits. Decoding:
-one token at batch 1 through the exit's modules, logits and confidence, fp32.
+Median (quartiles), all projections timed in turn in one process, load average {costs["load"]}. Tuning:
+forward and backward of one exit on 512 tokens and the final exit's logits, which distillation needs once for all
+exits. Decoding: one token at batch 1 through the exit's modules, logits and confidence, fp32.
 
 {_table(["projection", "tuning, ms/token", "decoding, ms/token"], [_cost(each) for each in costs["costs"]])}
 """

@@ -4,10 +4,10 @@
     python scripts/benchmarks/tuning_step.py                                   # a small random model
     python scripts/benchmarks/tuning_step.py --model model.nemo --layers 10,20
 
-The step is the whole of what `Trainer.fit` does per global batch: loading, `fwd_bwd_step`, clipping, optimizer,
-logging. The parts, timed after each step on the same kind of batch, are the backbone's forward pass to the depth that
-the objective needs, and the exits' forward and backward; with distillation the final exit's logits count as a cost of
-the exits. Prints a table and appends nothing; `--output FILE` writes the page.
+The step is the whole of what `Trainer.fit` does per global batch: loading, `fwd_bwd_step`, clipping,
+optimizer, logging. The parts, timed after each step on a batch like it, are the backbone's forward pass to the
+depth that the objective needs, and the exits' forward and backward; with distillation the final exit's logits count as a
+cost of the exits. Prints a table; `--output FILE` writes it too.
 """
 
 import argparse
@@ -177,8 +177,8 @@ def page(cases: dict[str, Times], name: str, cfg: Any) -> str:
         s = spread([factor * value for value in values])
         return f"{s.median:.{digits}f} ({s.q25:.{digits}f} to {s.q75:.{digits}f})"
 
-    header = "| case | layers | step, ms | backbone, ms | exits, ms | step / parts | peak RSS, MiB | peak CUDA, MiB |"
-    lines = [header, "| --- |" + " ---: |" * 7]
+    names = ["case", "layers", "step, ms", "backbone, ms", "exits, ms", "step / parts", "peak RSS, MiB"]
+    lines = ["| " + " | ".join([*names, "peak CUDA, MiB"]) + " |", "| --- |" + " ---: |" * 7]
     for case, times in cases.items():
         ratio = cell(times.ratios(), digits=2)
         cuda = "" if times.peak_cuda is None else f"{times.peak_cuda:.0f}"
@@ -193,9 +193,10 @@ def page(cases: dict[str, Times], name: str, cfg: Any) -> str:
 `{provenance.command()}`
 
 Commit {provenance.commit()}. {provenance.device()}, load average {provenance.load_average()} at the end.
-{provenance.date()}. Precision {cfg.trainer.precision}, exits at {list(cfg.model.early_exit.layers)}, {tokens} tokens
-per step. Medians (quartiles) of {steps} steps; the ratio is taken step by step. It must not exceed {LIMIT}. Peak RSS is
-the process's high-water mark so far, cases in order from top to bottom; it includes restoring the checkpoint.
+{provenance.date()}. Precision {cfg.trainer.precision}, exits at {list(cfg.model.early_exit.layers)},
+{tokens} tokens per step. Medians (quartiles) of {steps} steps; the ratio is taken step by step and must not
+exceed {LIMIT}. Peak RSS is the process's high-water mark so far, cases from top to bottom; it includes
+restoring the checkpoint.
 
 {table}
 """

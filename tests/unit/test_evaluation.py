@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""Evaluation: scores of all exits, quality on held-out text and the sweep of thresholds, against slow references."""
+"""Evaluation against slow references: scores of all exits, held-out quality, the sweep of thresholds."""
 
 import math
 

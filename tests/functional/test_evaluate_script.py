@@ -1,0 +1,200 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""scripts/evaluate_early_exit.py and the benchmarks as a user runs them, on a tiny base with exits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_ee.report.write import read_report
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAD = dict(mlp=True, linear=True, projection="shortlist", shortlist_size=100)
+SMALL = [
+    "data.sequences=6",
+    "data.seq_length=24",
+    "generation.num_prompts=3",
+    "generation.prompt_tokens=8",
+    "generation.tokens_to_generate=10",
+    "generation.timed_prompts=1",
+    "generation.repeats=2",
+    "generation.thresholds=[0.3,0.7,1.0]",
+]
+RECIPE = [
+    "model.data.seq_length=24",
+    "model.early_exit.head.shortlist_size=100",
+    "model.early_exit.ridge.tokens=96",
+    "trainer.precision=32",
+]
+
+
+def write_inputs(directory):
+    """A base, exits for it, the two merged, and text; in a process of their own."""
+    import numpy as np
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    from nemo_ee.checkpoint.adapter import merge
+    from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel as Model
+    from tests.support.tiny_gpt import VOCABULARY, fill, tiny_model, tiny_model_config, tiny_trainer
+
+    config = tiny_model_config(head=HEAD)
+    early_exit = config.pop("early_exit")
+    base = f"{directory}/base.nemo"
+    tiny_model(config).save_to(base)
+    with_exits = Model.add_exits(
+        Model.restore_from(base, return_config=True, trainer=tiny_trainer()), early_exit
+    )
+    model = Model.restore_from(base, override_config_path=with_exits, trainer=tiny_trainer())
+    fill(model)
+    model.save_adapters(f"{directory}/exits.nemo")
+    merge(base, f"{directory}/exits.nemo", f"{directory}/merged.nemo")
+    for name, seed in (("train", 0), ("validation", 1)):
+        builder = IndexedDatasetBuilder(f"{directory}/{name}.bin", dtype=np.uint16)
+        for row in np.random.default_rng(seed).integers(6, VOCABULARY, (12, 60)):
+            builder.add_document(row, [len(row)])
+        builder.finalize(f"{directory}/{name}.idx")
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory, workers):
+    directory = tmp_path_factory.mktemp("evaluate")
+    workers(1).run(write_inputs, str(directory))
+    return directory
+
+
+def run(directory, script, *arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "scripts" / script), *arguments]
+    return subprocess.run(
+        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=400
+    )
+
+
+def evaluate_twice(directory, overrides):
+    """The script's own steps in this rank, with base and adapter and with the merged file."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from nemo_ee.evaluation.evaluate import evaluate
+    from nemo_ee.evaluation.settings import EvaluationConfig
+    from nemo_ee.models.trainer_builder import EarlyExitTrainerBuilder
+
+    os.chdir(directory)
+    for more in (
+        ["gpt_model_file=base.nemo", "adapter_file=exits.nemo", "output_dir=two"],
+        ["gpt_model_file=merged.nemo", "output_dir=one"],
+    ):
+        with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+            composed = compose("evaluate_early_exit", ["data.prefix=validation", *overrides, *more])
+        values = OmegaConf.to_container(composed, resolve=True)
+        trainer = values.pop("trainer")
+        config = EvaluationConfig.from_dict({**values, "precision": trainer["precision"]})
+        settings = OmegaConf.create({"trainer": trainer, "model": {"precision": trainer["precision"]}})
+        evaluate(config, EarlyExitTrainerBuilder(settings).create_trainer())
+
+
+def test_merged_model_gives_the_same_report(workspace, workers):
+    workers(1).run(evaluate_twice, str(workspace), [*SMALL, "generation.sample_threshold=0.3"])
+    two, one = (read_report(workspace / name / "report.json") for name in ("two", "one"))
+    assert two.metadata.adapter == "exits.nemo" and one.metadata.adapter is None
+    assert two.exits == one.exits and two.final_loss == one.final_loss and two.samples == one.samples
+    for mine, other in zip(two.thresholds, one.thresholds, strict=True):
+        assert mine.share_per_exit == other.share_per_exit and mine.perplexity == other.perplexity
+        assert mine.agreement == other.agreement
+    assert [exit_.layer for exit_ in two.exits] == [2, 4, 6] and two.exits[0].tokens == 6 * 24
+    shares = [result.share_per_exit[8] for result in two.thresholds]
+    assert shares == sorted(shares) and shares[0] < 1.0 == shares[-1]
+    assert two.thresholds[-1].agreement == 1.0
+    assert two.thresholds[-1].perplexity == two.thresholds[-1].full_depth_perplexity
+
+
+def test_script_writes_the_report(workspace):
+    done = run(
+        workspace,
+        "evaluate_early_exit.py",
+        "gpt_model_file=base.nemo",
+        "adapter_file=exits.nemo",
+        "data.prefix=validation",
+        "generation.prompts=[w1 w2 w3,w9]",
+        "generation.samples=0",
+        "output_dir=report",
+        *SMALL,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "held-out text" in done.stderr and "generation: 100%" in done.stderr
+    names = {path.name for path in (workspace / "report").iterdir()}
+    assert {"report.json", "report.md", "per_exit_loss.png", "speed_vs_agreement.png"} <= names
+    assert "sample_text.png" not in names
+    assert str(workspace) not in (workspace / "report" / "report.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["adapter_file=null"], "base.nemo: has no exits to evaluate; set adapter_file"),
+        (["generation.exits=[3]"], "generation.exits=[3]: not all of the model's exits [2, 4, 6]"),
+        (["data.seq_length=65"], "data.seq_length=65: exceeds the model's encoder_seq_length=64"),
+        (["generation.prompt_tokens=60"], "generation.prompt_tokens=60"),
+        (["data.prefix=missing"], "missing.bin does not exist"),
+        (["tuning_log_dir=missing"], "must hold TensorBoard event files"),
+    ],
+)
+def test_faults_are_found_before_the_model_is_built(workspace, monkeypatch, overrides, words):
+    from nemo_ee.errors import CheckpointError, ConfigError, DataError
+    from nemo_ee.evaluation.evaluate import evaluate
+    from nemo_ee.evaluation.settings import EvaluationConfig
+
+    monkeypatch.chdir(workspace)
+    values = {
+        "gpt_model_file": "base.nemo",
+        "adapter_file": "exits.nemo",
+        "data": {"prefix": "validation", "seq_length": 24},
+        "generation": {"prompt_tokens": 8, "tokens_to_generate": 8},
+        "output_dir": "refused",
+    }
+    for override in overrides:
+        key, value = override.split("=")
+        section, _, name = key.rpartition(".")
+        target = values[section] if section else values
+        target[name] = None if value == "null" else json.loads(value) if value[0] in "[0123456789" else value
+    with pytest.raises((CheckpointError, ConfigError, DataError)) as error:
+        evaluate(EvaluationConfig.from_dict(values), trainer=None)
+    assert words in str(error.value)
+    assert not (workspace / "refused").exists()
+
+
+def test_recipes_benchmark_resumes(workspace):
+    arguments = ["--model", "base.nemo", "--train", "train", "--validation", "validation", "--quick"]
+    arguments += ["--layers", "2,4", "--sequences", "8", "--output", "recipes", "--set", *RECIPE]
+    first = run(workspace, "benchmarks/exit_recipes.py", *arguments)
+    assert first.returncode == 0, first.stderr[-2000:]
+    rows = {row["name"]: row for row in json.loads((workspace / "recipes/exit_recipes.json").read_text())}
+    costs = rows.pop("costs")
+    assert [cost["projection"] for cost in costs["costs"]] == ["full (tied)"], "others exceed the vocabulary"
+    ridge, copy = rows.values()
+    assert ridge["fitted_tokens"] == 96 and copy["fitted_tokens"] == 0
+    for row in rows.values():
+        assert [quality["layer"] for quality in row["end"]] == [2, 4]
+        assert row["start"] != row["end"] and row["end"][0]["tokens"] == 8 * 24
+        assert f"| {row['name']} |" in (workspace / "recipes/exit_recipes.md").read_text()
+    kept = [row for row in [*rows.values(), costs] if row is not copy]
+    (workspace / "recipes/exit_recipes.json").write_text(json.dumps(kept))
+    again = run(workspace, "benchmarks/exit_recipes.py", *arguments)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert f"{ridge['name']}: done already" in again.stdout
+    redone = {row["name"]: row for row in json.loads((workspace / "recipes/exit_recipes.json").read_text())}
+    assert redone[copy["name"]]["end"] == copy["end"], "a recipe does not depend on the ones before it"
+
+
+def test_tuning_step_benchmark(workspace):
+    arguments = ["--model", "base.nemo", "--text", "train", "--layers", "2,4", "--steps", "2", "--output"]
+    done = run(workspace, "benchmarks/tuning_step.py", *arguments, "step.md", "--set", *RECIPE)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [line.split(" | ") for line in (workspace / "step.md").read_text().splitlines() if "depth" in line]
+    page = (workspace / "step.md").read_text()
+    truncated = next(line for line in page.splitlines() if "up to the last exit" in line)
+    assert truncated.split(" | ")[1] == "4" and [row[1] for row in rows if row[0][2:4] == "KL"] == ["8"]
+    assert str(workspace) not in page
