@@ -61,6 +61,7 @@ class EarlyExitDDPStrategy(NLPDDPStrategy):
     def load_optimizer_state_dict(self, checkpoint: dict) -> None:
         """Gives every parameter its step counter back, then loads as Lightning does."""
         for state in checkpoint["optimizer_states"]:
+            state.setdefault("state", {})  # a stage without exits has none, and empty mappings are not stored
             step = state.pop("common_step", None)
             if step is not None:
                 state["state"] = {

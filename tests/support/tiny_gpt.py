@@ -194,7 +194,8 @@ def fill(model: Any) -> None:
         for local, number in global_layer.items():
             if name.startswith(local):
                 key = f"layer{number}." + name[len(local) :]
-        if key in ("output_copy",) or key.endswith(".output_copy"):
+        tied_copy = key == "output_layer.weight" and gpt.tied_to_embedding  # of the last of several stages
+        if tied_copy or key in ("output_copy",) or key.endswith(".output_copy"):
             key = "embedding.word_embeddings.weight" if gpt.tied_to_embedding else "output_layer.weight"
         split = (
             getattr(parameter, "partition_dim", -1)
