@@ -163,7 +163,7 @@ class Sweep:
         return ids[:, :-1], ids[:, 1:], mask
 
     def _score(self, texts: Sequence[GeneratedText]) -> tuple[TextScores, Tensor, Tensor]:
-        """All exits on full depth's texts, the labels, and the positions where a token could leave, [B, S]."""
+        """All exits on full depth's texts, the labels, and where a token could leave, [B, S] each."""
         tokens, labels, mask = self._batch(texts)
         with generating(self.model):
             scores = score_text(self.model.gpt, tokens, labels)

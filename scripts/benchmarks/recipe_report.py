@@ -42,8 +42,8 @@ Commit {commits}. {first["device"]}. {first["date"]}. {first["precision"]}, seed
 
 Each recipe is `conf/megatron_gpt_ee_tuning.yaml` with the keys named; the first is that file as it is. The
 closed form reads {first["fitted_tokens"]:,} tokens, tuning {first["tuned_tokens"]:,}. Documents were split
-into tuning and held-out text before anything was fitted. The frozen backbone runs once and its states are kept for
-all recipes, so *tuning, s* is the time of both exits and of the final exit's logits; of the first recipe it
+into tuning and held-out text before anything was fitted. The frozen backbone runs once and its states are kept
+for all recipes, so *tuning, s* is the time of both exits and of the final exit's logits; of the first recipe it
 includes the backbone. It was taken recipe after recipe on a shared machine, at load averages from
 {min(loads):.1f} to {max(loads):.1f}: compare projections by the second table.
 
@@ -62,8 +62,8 @@ losses of different projections do not compare.
 ## Time per token of one exit
 
 Median (quartiles), all projections timed in turn in one process, load average {costs["load"]}. Tuning:
-forward and backward of one exit on 512 tokens and the final exit's logits, which distillation needs once for all
-exits. Decoding: one token at batch 1 through the exit's modules, logits and confidence, fp32.
+forward and backward of one exit on 512 tokens and the final exit's logits, which distillation needs once for
+all exits. Decoding: one token at batch 1 through the exit's modules, logits and confidence, fp32.
 
 {_table(["projection", "tuning, ms/token", "decoding, ms/token"], [_cost(each) for each in costs["costs"]])}
 """

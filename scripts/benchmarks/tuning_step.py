@@ -5,9 +5,9 @@
     python scripts/benchmarks/tuning_step.py --model model.nemo --layers 10,20
 
 The step is the whole of what `Trainer.fit` does per global batch: loading, `fwd_bwd_step`, clipping,
-optimizer, logging. The parts, timed after each step on a batch like it, are the backbone's forward pass to the
-depth that the objective needs, and the exits' forward and backward; with distillation the final exit's logits count as a
-cost of the exits. Prints a table; `--output FILE` writes it too.
+optimizer, logging. The parts, timed after each step on a batch like it, are the backbone's forward pass to
+the depth that the objective needs, and the exits' forward and backward; with distillation the final exit's
+logits count as a cost of the exits. Prints a table; `--output FILE` writes it too.
 """
 
 import argparse
