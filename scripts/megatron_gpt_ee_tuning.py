@@ -1,10 +1,11 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """EE-Tuning: tunes early exits of a pre-trained NeMo GPT whose backbone is frozen.
 
-    python scripts/megatron_gpt_ee_tuning.py model.restore_from_path=model.nemo 'model.early_exit.layers=[10,20]' \\
+    python scripts/megatron_gpt_ee_tuning.py model.restore_from_path=model.nemo \\
+        'model.early_exit.layers=[10,20]' \\
         'model.data.data_prefix={train:[text_train],validation:[text_validation],test:[text_validation]}'
 
-On a GPU cluster start it with torchrun or srun; without a GPU, `trainer.devices=2` starts two processes itself.
+On a GPU cluster start it with torchrun or srun; without a GPU, `trainer.devices=2` starts two processes.
 """
 
 import hydra

@@ -15,7 +15,7 @@ LEAST = 20
 
 
 def main(directory: str, minutes: str) -> None:
-    """The median step time decides; validations take a part of the minutes too, so a tenth is left for them."""
+    """The median step time decides; a tenth of the minutes is left for validations."""
     times = []
     for file in Path(directory).rglob("events.out.tfevents.*"):
         events = EventAccumulator(str(file)).Reload()
