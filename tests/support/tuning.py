@@ -297,13 +297,14 @@ def largest_difference(found: list[Outcome], expected: Outcome) -> dict[str, flo
 
 
 def restored_for_tuning(
-    kind: type, base: str, early_exit: dict, tp: int = 1, pp: int = 1, **overrides: Any
+    kind: type, base: str, early_exit: dict, tp: int = 1, pp: int = 1, trainer: Any = None, **overrides: Any
 ) -> Any:
     """A tuning model restored from the `.nemo` of a backbone; `overrides` as for `tiny_model_config`."""
     from omegaconf import OmegaConf
 
     config = kind.add_exits(kind.restore_from(base, return_config=True), early_exit)
-    for key, value in dict(optim=OPTIMIZER, micro_batch_size=2, global_batch_size=4, **overrides).items():
+    settings = dict(optim=OPTIMIZER, micro_batch_size=2, global_batch_size=4)
+    for key, value in {**settings, **overrides}.items():
         OmegaConf.update(config, key.replace("__", "."), value, force_add=True)
     config.tensor_model_parallel_size, config.pipeline_model_parallel_size = tp, pp
-    return kind.restore_from(base, override_config_path=config, trainer=tiny_trainer(tp * pp))
+    return kind.restore_from(base, override_config_path=config, trainer=trainer or tiny_trainer(tp * pp))
