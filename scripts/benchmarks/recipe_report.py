@@ -42,9 +42,9 @@ Commit {commits}. {first["device"]}. {first["date"]}. {first["precision"]}, seed
 
 Each recipe is `conf/megatron_gpt_ee_tuning.yaml` with the keys named; the first is that file as it is. The
 closed form reads {first["fitted_tokens"]:,} tokens, tuning {first["tuned_tokens"]:,}. Documents were split
-into tuning and held-out text before anything was fitted. The frozen backbone runs once and its states are kept
-for all recipes, so *tuning, s* is the time of both exits and of the final exit's logits; of the first recipe it
-includes the backbone. It was taken recipe after recipe on a shared machine, at load averages from
+into tuning and held-out text before anything was fitted. The frozen backbone runs once and its states are
+kept for all recipes, so *tuning, s* is the time of both exits and of the final exit's logits; of the first
+recipe it includes the backbone. It was taken recipe after recipe on a shared machine, at load averages from
 {min(loads):.1f} to {max(loads):.1f}: compare projections by the second table.
 
 ## Agreement with the final exit
