@@ -85,6 +85,12 @@ def variants() -> dict[str, Case]:
             dict(layers=[2, 5], init="random", head=everything),
             dict(hidden_dropout=0.1, attention_dropout=0.1),
         ),
+        "first stages without exits or teacher": Case(
+            dict(layers=[8], init="random", head=shortlist, tuning=OBJECTIVES["ce"])
+        ),
+        "last stage without exits or teacher": Case(
+            dict(layers=[1, 2], head=shortlist, tuning=OBJECTIVES["ce"], **ridge), initialise=True
+        ),
         "truncated": Case(
             dict(layers=[2, 6], init="random", head=everything, tuning=OBJECTIVES["ce"]),
             dict(num_layers_in_first_pipeline_stage=None, num_layers_in_last_pipeline_stage=None),

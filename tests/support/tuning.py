@@ -215,8 +215,8 @@ def recorder() -> type:
     from nemo_ee.models.megatron_gpt_ee_tuning_model import MegatronGPTEETuningModel
 
     class Recorder(MegatronGPTEETuningModel):
-        def __init__(self, *args: Any, **kwargs: Any):
-            super().__init__(*args, **kwargs)
+        def __init__(self, cfg: Any, trainer: Any):
+            super().__init__(cfg, trainer)
             self.seen: dict[bool, list] = {True: [], False: []}
             self.initial: dict[str, torch.Tensor] = {}
             self.rates: list[float] = []
