@@ -50,7 +50,7 @@ def test_catch_up_equals_uncached(gpt, threshold):
         expect_equal(result, reference)
         used.update(reference.exit_layers[1:])
     assert 3 < used[2] < 3 * (STEPS - 1), "the first exit neither never nor always answers"
-    assert len(used) >= (2 if threshold == 0.3 else 4), used
+    assert len(used) >= (2 if threshold == 0.3 else 3), used
     assert len(set(result[0])) > 3
 
 
