@@ -2,7 +2,7 @@
 """Tuning SmolLM2-135M (9 heads, 3 groups, 30 layers) in float32: every layout has one process's losses.
 
 Float32 rounds differently where sums are divided among ranks: 30 layers leave about 1e-5 of a logit, and
-AdamW turns a gradient's rounding into a step's, so losses of some nats are compared to 1e-3.
+AdamW turns a gradient's rounding into a step's, so losses of tens of nats are compared to 2e-4.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.tuning import Layout, write_text
 
-TOLERANCE = 1e-3
+TOLERANCE = 2e-4
 STEPS = 4
 EXITS = dict(
     layers=[10, 20],
