@@ -18,13 +18,12 @@ from nemo_ee.runtime.script import user_errors
 def main(cfg: DictConfig) -> None:
     """Restores the base, adds exits, tunes them and saves them alone."""
     with user_errors():
-        from nemo.utils.exp_manager import exp_manager
-
+        from nemo_ee.models.experiment import start_experiment
         from nemo_ee.models.megatron_gpt_ee_tuning_model import MegatronGPTEETuningModel
         from nemo_ee.models.trainer_builder import EarlyExitTrainerBuilder
 
         trainer = EarlyExitTrainerBuilder(cfg).create_trainer()
-        exp_manager(trainer, cfg.exp_manager)
+        start_experiment(trainer, cfg.exp_manager)
         model = MegatronGPTEETuningModel.restore_base(cfg, trainer)
         trainer.fit(model)
 

@@ -142,16 +142,22 @@ def test_it_logs_every_exit(uninterrupted):
             assert tag in tags
         losses = [event.value for event in log.Scalars(f"train_loss/exit_{n}")]
         assert len(losses) == STEPS and all(np.isfinite(losses))
-        assert len(log.Scalars(f"val_confidence/exit_{n}")) == STEPS // EVERY
+        # One validation before the first step, one every so many steps.
+        assert len(log.Scalars(f"val_confidence/exit_{n}")) == 1 + STEPS // EVERY
     objective = [event.value for event in log.Scalars("val_loss")]
     assert objective[-1] < objective[0]
+
+
+def finished_checkpoints(run: Path) -> list[Path]:
+    """Those that a resumed run may start from."""
+    return [path for path in run.rglob("*-last") if not Path(f"{path}-unfinished").exists()]
 
 
 def test_killed_and_resumed_is_uninterrupted(workspace, uninterrupted):
     run = workspace / "killed"
     process = start(workspace, long_run(workspace, run))
     deadline = time.monotonic() + 240
-    while not list(run.rglob("*-last")) and time.monotonic() < deadline and process.poll() is None:
+    while not finished_checkpoints(run) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
     assert process.poll() is None, "it was to be killed at work"
     os.killpg(process.pid, signal.SIGKILL)
@@ -163,6 +169,17 @@ def test_killed_and_resumed_is_uninterrupted(workspace, uninterrupted):
     assert expected.keys() == found.keys()
     for key, value in expected.items():
         assert torch.equal(found[key], value), key
+
+
+def test_a_checkpoint_that_was_being_written_is_no_obstacle(workspace):
+    """Killed in the middle of its first checkpoint, a run starts anew; NeMo alone refuses to."""
+    run = workspace / "torn"
+    torn = run / "checkpoints" / "megatron_gpt_ee_tuning--val_loss=1.000-step=2-consumed_samples=4.0-last"
+    torn.mkdir(parents=True)
+    Path(f"{torn}-unfinished").touch()
+    succeed(workspace, arguments(workspace, exp_manager__explicit_log_dir=str(run)))
+    assert (run / "checkpoints" / NAME).exists()
+    assert not torn.exists() and not list(run.rglob("*-unfinished"))
 
 
 def test_two_processes_it_starts_itself(workspace, uninterrupted):
