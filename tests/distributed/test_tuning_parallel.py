@@ -168,4 +168,5 @@ def test_nothing_above_the_last_exit_is_built_without_distillation(text, alone, 
     assert whole.layers == 8
     for mine, other in zip(alone["truncated"].train, whole.train, strict=True):
         for n in (2, 6):
-            assert mine[n] == pytest.approx(other[n], abs=1e-9)
+            # The clipped norm, summed over more parameters, rounds differently: 5e-11 was seen.
+            assert mine[n] == pytest.approx(other[n], rel=1e-9)
