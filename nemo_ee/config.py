@@ -6,18 +6,18 @@ their defaults the defaults. Nothing else in nemo_ee reads the raw configuration
 """
 
 import dataclasses
-import difflib
-import math
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.schema import build_config, is_number, one_of
 
 PROJECTIONS = ("tied", "untied", "shortlist")
 INITIALISATIONS = ("ridge", "copy", "random")
 TOKEN_WEIGHTINGS = ("none", "confidence")
+LOSS_SCHEDULES = ("constant", "linear", "cosine")
+CURRICULA = ("none", "rotational", "gradual")
+DROPOUT_SCHEDULES = ("constant", "exponential")
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,82 @@ class TuningConfig:
 
 
 @dataclass(frozen=True)
+class LayerDropoutConfig:
+    """LayerSkip's stochastic depth (arXiv:2404.16710 section 4.1): a sample skips layer l at a rate that grows
+    with depth as 2^((l - 1)/(L - 1)) - 1, from 0 at the first layer to `max_rate` at the last.
+
+    Attributes:
+        max_rate: of the last layer; 0 turns it off.
+        schedule: `constant`, or `exponential`: the rates grow with the step s as 2^(s/steps) - 1.
+        steps: of the `exponential` schedule.
+    """
+
+    max_rate: float = 0.0
+    schedule: str = "constant"
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class BubbleFillingConfig:
+    """Extra micro-batches in the idle time of a pipeline (arXiv:2312.04916 section 3.3): they train the first
+    stages during its warm-up and the last stages during its cool-down.
+
+    Attributes:
+        warmup: fill the bubbles between a stage's first forward passes and its first backward pass.
+        cooldown: fill the bubbles after the stages' last full micro-batches.
+        backward_ratio: time of a stage's backward pass relative to its forward pass; 2 without recomputation
+            of activations, 3 with full recomputation.
+    """
+
+    warmup: bool = False
+    cooldown: bool = False
+    backward_ratio: float = 2.0
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there is anything to fill."""
+        return self.warmup or self.cooldown
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Pre-training's objective: the final exit's cross-entropy plus a weighted sum of the exits'.
+
+    The weight of exit i in step t is loss_weights[i] x factor(t) x curriculum(i, t).
+
+    Attributes:
+        loss_weights: one non-negative weight per exit layer; null means depth: layer / num_layers.
+        schedule: how factor(t) goes from `initial_factor` to 1: `constant` (1 always), `linear` or `cosine`.
+        initial_factor: factor(0); below 1 warms the exits' losses up, above 1 cools them down.
+        schedule_steps: steps until the factor is 1.
+        curriculum: `none`; `rotational`: in step t the exits number t, t + period, … take part (numbered from
+            0, modulo period); `gradual`: exits join from the deepest to the shallowest, evenly over
+            `curriculum_steps` (both LayerSkip's, arXiv:2404.16710 section 4.2).
+        curriculum_period: of `rotational`; null: the number of exits, i.e. one exit per step.
+        curriculum_steps: of `gradual`: the step in which the last exit has joined.
+        token_weighting: as in tuning.
+        loss_chunk_tokens: as in tuning.
+        pre_exit: an exit on the last layer of a pipeline stage is computed by the next stage, which relieves
+            the first one.
+        layer_dropout: LayerSkip's.
+        bubble_filling: extra micro-batches in pipeline bubbles.
+    """
+
+    loss_weights: tuple[float, ...] | None = None
+    schedule: str = "constant"
+    initial_factor: float = 0.0
+    schedule_steps: int = 0
+    curriculum: str = "none"
+    curriculum_period: int | None = None
+    curriculum_steps: int = 0
+    token_weighting: str = "none"
+    loss_chunk_tokens: int = 1024
+    pre_exit: bool = False
+    layer_dropout: LayerDropoutConfig = field(default_factory=LayerDropoutConfig)
+    bubble_filling: BubbleFillingConfig = field(default_factory=BubbleFillingConfig)
+
+
+@dataclass(frozen=True)
 class InferenceConfig:
     """Defaults for generation; each request may override them.
 
@@ -111,6 +187,7 @@ class EarlyExitConfig:
         init: `ridge` (closed form), `copy` (from the backbone's own modules) or `random`.
         ridge: settings of the closed form.
         tuning: the tuning objective.
+        training: the objective of pre-training.
         inference: defaults for generation.
     """
 
@@ -119,6 +196,7 @@ class EarlyExitConfig:
     init: str = "ridge"
     ridge: RidgeConfig = field(default_factory=RidgeConfig)
     tuning: TuningConfig = field(default_factory=TuningConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
 
     @property
@@ -157,6 +235,7 @@ def parse_early_exit(
         faults += _check_layers(config, num_layers, key)
         faults += _check_head(config, vocab_size, key)
         faults += _check_tuning(config, key)
+        faults += _check_training(config, key)
         faults += _check_inference(config, key)
     if faults:
         raise ConfigError(*faults)
@@ -176,7 +255,7 @@ def check_thresholds(threshold, exits: int, key: str) -> list[Fault]:
                 "give one per exit, or one number",
             )
         )
-    if not all(_is_number(v) and 0.0 <= v <= 1.0 for v in values):
+    if not all(is_number(v) and 0.0 <= v <= 1.0 for v in values):
         faults.append(
             Fault(
                 key, threshold, "a confidence threshold lies within [0, 1]", "use e.g. 0.8; 1.0 never exits"
@@ -207,7 +286,7 @@ def _check_layers(config: EarlyExitConfig, num_layers: int, key: str) -> list[Fa
 def _check_head(config: EarlyExitConfig, vocab_size: int | None, key: str) -> list[Fault]:
     head, faults = config.head, []
     if head.projection not in PROJECTIONS:
-        faults.append(_one_of(f"{key}.head.projection", head.projection, PROJECTIONS))
+        faults.append(one_of(f"{key}.head.projection", head.projection, PROJECTIONS))
     if head.projection == "tied" and head.train_projection:
         rule = "a tied projection is the backbone's, which stays frozen"
         faults.append(Fault(f"{key}.head.train_projection", True, rule, "use projection=untied, or false"))
@@ -221,7 +300,7 @@ def _check_head(config: EarlyExitConfig, vocab_size: int | None, key: str) -> li
             )
         )
     if config.init not in INITIALISATIONS:
-        faults.append(_one_of(f"{key}.init", config.init, INITIALISATIONS))
+        faults.append(one_of(f"{key}.init", config.init, INITIALISATIONS))
     if config.init == "ridge" and not head.linear:
         rule = "ridge fits the linear translator, which this head lacks"
         faults.append(Fault(f"{key}.init", "ridge", rule, "set head.linear=true, or init=copy"))
@@ -235,14 +314,10 @@ def _check_head(config: EarlyExitConfig, vocab_size: int | None, key: str) -> li
 
 
 def _check_tuning(config: EarlyExitConfig, key: str) -> list[Fault]:
-    tuning, faults, key = config.tuning, [], f"{key}.tuning"
+    tuning, key = config.tuning, f"{key}.tuning"
     weights = tuning.loss_weights
-    if weights is not None and len(weights) != len(config.layers):
-        rule = f"{len(weights)} weights for {len(config.layers)} exit layers"
-        faults.append(Fault(f"{key}.loss_weights", list(weights), rule, "give one per exit layer, or null"))
-    if weights is not None and any(w < 0 for w in weights):
-        faults.append(Fault(f"{key}.loss_weights", list(weights), "a weight is negative", "use 0 or more"))
-    elif weights and not any(weights):
+    faults = _check_weights(weights, config.layers, key)
+    if weights and not faults and not any(weights):
         remedy = "give at least one exit a weight above 0"
         faults.append(Fault(f"{key}.loss_weights", list(weights), "no exit would be tuned", remedy))
     for name in ("ce_weight", "kl_weight", "argmax_weight"):
@@ -253,11 +328,62 @@ def _check_tuning(config: EarlyExitConfig, key: str) -> list[Fault]:
     if tuning.ce_weight == 0 and not tuning.distils:
         rule = "with kl_weight=0 and argmax_weight=0 too there is no objective"
         faults.append(Fault(f"{key}.ce_weight", 0, rule, "set ce_weight or kl_weight above 0"))
-    if tuning.token_weighting not in TOKEN_WEIGHTINGS:
-        faults.append(_one_of(f"{key}.token_weighting", tuning.token_weighting, TOKEN_WEIGHTINGS))
-    if tuning.loss_chunk_tokens < 1:
+    return faults + _check_tokens(tuning, key)
+
+
+def _check_weights(weights: tuple[float, ...] | None, layers: tuple[int, ...], key: str) -> list[Fault]:
+    faults = []
+    if weights is not None and len(weights) != len(layers):
+        rule = f"{len(weights)} weights for {len(layers)} exit layers"
+        faults.append(Fault(f"{key}.loss_weights", list(weights), rule, "give one per exit layer, or null"))
+    if weights is not None and any(w < 0 for w in weights):
+        faults.append(Fault(f"{key}.loss_weights", list(weights), "a weight is negative", "use 0 or more"))
+    return faults
+
+
+def _check_tokens(section: TuningConfig | TrainingConfig, key: str) -> list[Fault]:
+    faults = []
+    if section.token_weighting not in TOKEN_WEIGHTINGS:
+        faults.append(one_of(f"{key}.token_weighting", section.token_weighting, TOKEN_WEIGHTINGS))
+    if section.loss_chunk_tokens < 1:
         faults.append(
-            Fault(f"{key}.loss_chunk_tokens", tuning.loss_chunk_tokens, "must be positive", "use e.g. 256")
+            Fault(f"{key}.loss_chunk_tokens", section.loss_chunk_tokens, "must be positive", "use e.g. 256")
+        )
+    return faults
+
+
+def _check_training(config: EarlyExitConfig, key: str) -> list[Fault]:
+    training, key = config.training, f"{key}.training"
+    dropout, filling = training.layer_dropout, training.bubble_filling
+    faults = _check_weights(training.loss_weights, config.layers, key) + _check_tokens(training, key)
+    for name, value, choices in (
+        ("schedule", training.schedule, LOSS_SCHEDULES),
+        ("curriculum", training.curriculum, CURRICULA),
+        ("layer_dropout.schedule", dropout.schedule, DROPOUT_SCHEDULES),
+    ):
+        if value not in choices:
+            faults.append(one_of(f"{key}.{name}", value, choices))
+    for name, value, needed, remedy in (
+        ("schedule_steps", training.schedule_steps, training.schedule in ("linear", "cosine"), "schedule"),
+        ("curriculum_steps", training.curriculum_steps, training.curriculum == "gradual", "curriculum"),
+        ("layer_dropout.steps", dropout.steps, dropout.schedule == "exponential", "layer_dropout.schedule"),
+    ):
+        if needed and value < 1:
+            rule = f"must be positive for {remedy}={'gradual' if remedy == 'curriculum' else 'this one'}"
+            faults.append(Fault(f"{key}.{name}", value, rule, "give the number of steps"))
+    if training.initial_factor < 0:
+        rule = "a loss weight would be negative"
+        faults.append(Fault(f"{key}.initial_factor", training.initial_factor, rule, "use 0 or more"))
+    if training.curriculum_period is not None and training.curriculum_period < 1:
+        rule = "must be positive"
+        faults.append(Fault(f"{key}.curriculum_period", training.curriculum_period, rule, "use null"))
+    if not 0 <= dropout.max_rate < 1:
+        rule = "a rate of dropped layers lies within [0, 1)"
+        faults.append(Fault(f"{key}.layer_dropout.max_rate", dropout.max_rate, rule, "use e.g. 0.1"))
+    if not filling.backward_ratio > 0:
+        rule = "a ratio of times is positive"
+        faults.append(
+            Fault(f"{key}.bubble_filling.backward_ratio", filling.backward_ratio, rule, "use e.g. 2.0")
         )
     return faults
 
@@ -274,85 +400,6 @@ def _check_inference(config: EarlyExitConfig, key: str) -> list[Fault]:
         faults.append(Fault(f"{key}.inference.exits", list(exits), rule, f"write {sorted(set(exits))}"))
     count = len(config.layers if exits is None else exits)
     return faults + check_thresholds(config.inference.threshold, count, f"{key}.inference.threshold")
-
-
-def _one_of(key: str, value, choices: tuple[str, ...]) -> Fault:
-    nearest = difflib.get_close_matches(str(value), choices, 1)
-    remedy = f"did you mean {nearest[0]}?" if nearest else f"use {' | '.join(choices)}"
-    return Fault(key, value, f"not one of {', '.join(choices)}", remedy)
-
-
-def build_config(kind, raw, key: str, faults: list[Fault]):
-    """Builds the frozen dataclass `kind`, nested ones included, from a mapping; None if it cannot be built.
-
-    Args:
-        kind: a dataclass whose fields have types, and defaults unless they are required.
-        raw: plain containers.
-        key: dotted name of the section, for messages; may be empty.
-        faults: receives unknown keys (with the nearest known one), wrong types and missing values.
-    """
-    if not isinstance(raw, Mapping):
-        faults.append(
-            Fault(
-                key, raw, "must be a mapping", f"give {', '.join(f.name for f in dataclasses.fields(kind))}"
-            )
-        )
-        return None
-    hints, known = typing.get_type_hints(kind), {f.name: f for f in dataclasses.fields(kind)}
-    values, before = {}, len(faults)
-    for name, value in raw.items():
-        path = f"{key}.{name}" if key else str(name)
-        if name not in known:
-            nearest = difflib.get_close_matches(str(name), known, 1)
-            remedy = f"did you mean {nearest[0]}?" if nearest else f"known keys: {', '.join(known)}"
-            faults.append(Fault(path, value, "unknown key", remedy))
-        elif dataclasses.is_dataclass(hints[name]):
-            values[name] = build_config(hints[name], {} if value is None else value, path, faults)
-        else:
-            values[name] = _convert(hints[name], value, path, faults)
-    for name, item in known.items():
-        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-        if required and name not in values:
-            path = f"{key}.{name}" if key else name
-            faults.append(Fault(path, None, "is required", f"set {path}"))
-    return kind(**values) if len(faults) == before else None
-
-
-def _convert(hint, value, path: str, faults: list[Fault]):
-    """Checks `value` against a type hint; integers pass as floats, lists as tuples."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for option in options:
-        if option is type(None) and value is None:
-            return None
-        if option is float and _is_number(value):
-            return float(value)
-        if option is bool and isinstance(value, bool):
-            return value
-        if option is int and isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if option is str and isinstance(value, str):
-            return value
-        if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
-            item = typing.get_args(option)[0]
-            inner: list[Fault] = []
-            converted = tuple(_convert(item, v, path, inner) for v in value)
-            if not inner:
-                return converted
-    names = " or ".join(_type_name(option) for option in options)
-    faults.append(Fault(path, value, f"expected {names}, got {type(value).__name__}", f"write {names}"))
-    return None
-
-
-def _type_name(option) -> str:
-    if option is type(None):
-        return "null"
-    if typing.get_origin(option) is tuple:
-        return f"a list of {typing.get_args(option)[0].__name__}"
-    return option.__name__
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _plain(value):

@@ -4,8 +4,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from nemo_ee.config import build_config, check_thresholds
+from nemo_ee.config import check_thresholds
 from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.schema import build_config
 
 MISSING = "???"
 """How OmegaConf writes a mandatory value that was not given."""

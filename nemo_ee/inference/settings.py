@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_ee.config import build_config
 from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.schema import build_config
 
 MISSING = "???"
 """How OmegaConf writes a mandatory value that was not given."""

@@ -13,7 +13,8 @@ from nemo_ee.megatron.exit_loss import reduce_over_ranks
 from nemo_ee.megatron.gpt import EarlyExitGPTModel, StageStates
 from nemo_ee.megatron.heads import Translator, replicated
 from nemo_ee.megatron.projection import ExitProjection
-from nemo_ee.megatron.tuning_step import MicroBatch, by_position, whole_tokens
+from nemo_ee.megatron.token_layout import by_position, whole_tokens
+from nemo_ee.megatron.tuning_step import MicroBatch
 
 NEVER = -100.0
 """A logit that stands for probability zero and still fits a least-squares problem."""
@@ -163,7 +164,7 @@ class RidgeInitialiser:
         Collectives: gathers features over the tensor-parallel group.
         """
         keep = by_position(batch.loss_mask) > 0
-        target = whole_tokens(final, self.gpt)[keep]
+        target = whole_tokens(final, self.gpt.config.sequence_parallel)[keep]
         for n, sums in self.sums.items():
             head = self.gpt.exits[str(n)]
             hidden = states.exits[n].to(head.linear.weight.dtype)
@@ -178,7 +179,7 @@ class RidgeInitialiser:
         """What a module read, [T, width], gathered over the tensor-parallel group."""
         kept = self.inputs.pop(module)
         if isinstance(module, Translator):
-            return whole_tokens(kept, self.gpt)
+            return whole_tokens(kept, self.gpt.config.sequence_parallel)
         return gather_columns(kept.reshape(-1, kept.shape[-1]))
 
     def finish(self, penalty: float) -> None:

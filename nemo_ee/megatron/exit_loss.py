@@ -26,11 +26,23 @@ class ExitLossResult:
         tokens: number of tokens that count.
         state_gradients: exit layer -> [T, H] gradient of the objective with respect to the exit's state,
             over this rank's rows only: still to be summed over the tensor-parallel group.
+        parameter_gradients: weight of a projection -> its gradient, in float32 or wider, summed over exits.
+        best_tokens: exit layer (0 for the final exit) -> [T] most probable emittable token.
     """
 
     stats: dict[int, Tensor]
     tokens: Tensor
     state_gradients: dict[int, Tensor] = field(default_factory=dict)
+    parameter_gradients: dict[Tensor, Tensor] = field(default_factory=dict)
+    best_tokens: dict[int, Tensor] = field(default_factory=dict)
+
+    def add_parameter_gradient(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Adds to `parameter_gradients`."""
+        if parameter not in self.parameter_gradients:
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            self.parameter_gradients[parameter] = gradient.to(wide)
+        else:
+            self.parameter_gradients[parameter] += gradient
 
 
 @dataclass(frozen=True)
@@ -52,7 +64,7 @@ class Teacher:
 
 def exit_losses(
     exits: dict[int, ExitInput],
-    output_weight: Tensor,
+    output_weight: Tensor | None,
     labels: Tensor,
     loss_mask: Tensor,
     objective: TuningConfig,
@@ -63,14 +75,14 @@ def exit_losses(
 
     The objective is scale * weight * sum_t mask_t u_t (ce_weight CE_t + kl_weight KL_t + argmax_weight A_t),
     A_t being the cross-entropy against the final exit's most probable token and u_t being 1 or the exit's
-    detached confidence. Gradients of trainable projections are added to `.grad`.
+    detached confidence. The tied output weight is differentiated too where it requires a gradient.
 
     Collectives: per chunk and exit a few all-reduces of [C] over the tensor-parallel group, and for a
     shortlist with a teacher one of [C, rows]; none where TP is 1.
 
     Args:
         exits: exit layer -> its state and projection.
-        output_weight: the backbone's output weight [Vp/TP, H].
+        output_weight: the backbone's output weight [Vp/TP, H]; None where no projection is tied.
         labels: [T] next tokens.
         loss_mask: [T], 0 leaves a token out.
         objective: weights of the terms.
@@ -81,7 +93,9 @@ def exit_losses(
     state = next(iter(exits.values())).state if exits else teacher.state
     mask = loss_mask.to(torch.promote_types(state.dtype, torch.float32))
     result = ExitLossResult(
-        {n: mask.new_zeros(5) for n in ([0] if teacher else []) + list(exits)}, mask.sum()
+        {n: mask.new_zeros(5) for n in ([0] if teacher else []) + list(exits)},
+        mask.sum(),
+        best_tokens={n: torch.empty_like(labels) for n in ([0] if teacher else []) + list(exits)},
     )
     if scale is not None:
         result.state_gradients = {n: torch.empty_like(e.state) for n, e in exits.items()}
@@ -91,19 +105,10 @@ def exit_losses(
             final = _Distribution.teacher(teacher, chunk, output_weight) if teacher else None
             if final is not None:
                 final.add_stats(result.stats[0], labels[chunk], mask[chunk])
+                result.best_tokens[0][chunk] = final.best_token
             for n, item in exits.items():
-                gradient = result.state_gradients.get(n)
                 _one_exit(
-                    item,
-                    chunk,
-                    output_weight,
-                    labels[chunk],
-                    mask[chunk],
-                    objective,
-                    final,
-                    scale,
-                    result.stats[n],
-                    None if gradient is None else gradient[chunk],
+                    n, item, chunk, output_weight, labels[chunk], mask[chunk], objective, final, scale, result
                 )
     return result
 
@@ -165,17 +170,18 @@ class _Distribution:
 
 
 def _one_exit(
+    n: int,
     item: ExitInput,
     chunk: slice,
-    output_weight: Tensor,
+    output_weight: Tensor | None,
     labels: Tensor,
     mask: Tensor,
     objective: TuningConfig,
     final: _Distribution | None,
     scale: Tensor | float | None,
-    stats: Tensor,
-    state_gradient: Tensor | None,
+    result: ExitLossResult,
 ) -> None:
+    """One chunk of one exit; adds to `result`."""
     state, projection = item.state[chunk], item.projection
     mine = _Distribution(state, projection, output_weight)
     ce, held, columns = mine.cross_entropy(labels)
@@ -190,7 +196,10 @@ def _one_exit(
     agreement = torch.zeros_like(ce) if final is None else (mine.best_token == final.best_token).to(ce.dtype)
     token_weight = mask * confidence if objective.token_weighting == "confidence" else mask
     loss = objective.ce_weight * ce + objective.kl_weight * kl + objective.argmax_weight * hard
-    stats += torch.stack([ce @ mask, kl @ mask, agreement @ mask, confidence @ mask, loss @ token_weight])
+    result.stats[n] += torch.stack(
+        [ce @ mask, kl @ mask, agreement @ mask, confidence @ mask, loss @ token_weight]
+    )
+    result.best_tokens[n][chunk] = mine.best_token
     if scale is None:
         return
     gradient = mine.probabilities * (objective.ce_weight + objective.kl_weight + objective.argmax_weight)
@@ -203,22 +212,17 @@ def _one_exit(
     gradient *= (token_weight * (item.weight * scale))[:, None]
     rows = gradient[:, : projection.rows_per_rank].to(state.dtype)
     weight = output_weight if projection.weight is None else projection.weight
+    state_gradient = result.state_gradients[n][chunk]
     state_gradient.copy_(rows @ weight.to(state.dtype))
-    if projection.weight is not None and projection.weight.requires_grad:
-        _accumulate(projection.weight, rows.T @ state)
+    if weight.requires_grad:
+        result.add_parameter_gradient(weight, rows.T @ state)
     if projection.kind == "shortlist":
         bucket = gradient[:, -1] if projection.holds_bucket else torch.zeros_like(gradient[:, 0])
         state_gradient.addr_(bucket.to(state.dtype), projection.bucket_weight.to(state.dtype))
         both = torch.cat([bucket @ state.to(bucket.dtype), bucket.sum()[None]])
         reduce_over_ranks(both)
-        _accumulate(projection.bucket_weight, both[:-1])
-        _accumulate(projection.bucket_bias, both[-1:])
-
-
-def _accumulate(parameter: torch.nn.Parameter, gradient: Tensor) -> None:
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    parameter.grad += gradient.to(parameter.dtype)
+        result.add_parameter_gradient(projection.bucket_weight, both[:-1])
+        result.add_parameter_gradient(projection.bucket_bias, both[-1:])
 
 
 def reduce_over_ranks(

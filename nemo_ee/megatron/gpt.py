@@ -2,18 +2,23 @@
 """A megatron-core GPT with exit heads on some of its layers."""
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 
 from nemo_ee.config import EarlyExitConfig
+from nemo_ee.megatron.deferred_loss import ExitSurroundings, ExitTargets, apply_exit
 from nemo_ee.megatron.heads import ExitHead, exit_config
+from nemo_ee.megatron.layer_dropout import LayerDropout, before_backward
+from nemo_ee.megatron.recompute import recompute_in_pieces
 from nemo_ee.megatron.specs import gpt_block_spec
 
 
@@ -61,6 +66,9 @@ class EarlyExitGPTModel(GPTModel):
         truncated: the backbone is the lower part of a deeper one: build no final norm and no output layer.
         exits_dtype: dtype of the exits' weights.
         use_te: Transformer Engine's modules or torch's; None takes what the machine has.
+        trains_backbone: the exits train together with the backbone: `forward` takes `exit_targets`, and a
+            copy of the output weight on a stage between, which tied exits need, is trained too.
+        pre_exit: an exit on the last layer of a stage belongs to the next stage.
         **kwargs: as GPTModel.
     """
 
@@ -74,6 +82,8 @@ class EarlyExitGPTModel(GPTModel):
         truncated: bool = False,
         exits_dtype: torch.dtype = torch.float32,
         use_te: bool | None = None,
+        trains_backbone: bool = False,
+        pre_exit: bool = False,
         share_embeddings_and_output_weights: bool = True,
         post_process: bool = True,
         **kwargs,
@@ -89,31 +99,57 @@ class EarlyExitGPTModel(GPTModel):
         self.early_exit, self.truncated, self.true_vocab_size = early_exit, truncated, vocab_size
         self.tied_to_embedding = share_embeddings_and_output_weights
         here = {layer.layer_number: layer for layer in self.decoder.layers}
+        first, last = min(here), max(here)
+        mine = [n for n in early_exit.layers if n in here]
+        if pre_exit and last in mine and not parallel_state.is_pipeline_last_stage():
+            mine.remove(last)
+        if pre_exit and first - 1 in early_exit.layers:
+            mine.insert(0, first - 1)
         heads_config = exit_config(config, exits_dtype)
         self.exits = ExitHeads(
             {
                 str(n): ExitHead(heads_config, early_exit.head, n, vocab_size, padded_vocab_size, use_te)
-                for n in early_exit.layers
-                if n in here
+                for n in mine
             }
         )
         self._captured: dict[int, Tensor] | None = None
         self._stop_at: int | None = None
+        self._targets: ExitTargets | None = None
+        self._surroundings = ExitSurroundings()
+        self.layer_dropout: LayerDropout | None = None
+        if trains_backbone:
+            for n, layer in here.items():
+                layer.register_forward_hook(self._dropout_hook(n), with_kwargs=True)
+            if config.recompute_granularity == "full":
+                self.decoder._checkpointed_forward = self._checkpointed_forward
         for n in self.exit_layers:
-            here[n].register_forward_hook(self._capture_hook(n))
+            if n in here:
+                here[n].register_forward_hook(self._exit_hook(n))
         self.register_parameter("output_copy", None)
-        if self.exits and not self._has_output_weight():
+        if mine and not self._has_output_weight() and (not trains_backbone or self._exits_are_tied):
             shape = (
                 padded_vocab_size // parallel_state.get_tensor_model_parallel_world_size(),
                 config.hidden_size,
             )
             data = torch.zeros(shape, dtype=config.params_dtype)
-            self.output_copy = torch.nn.Parameter(data, requires_grad=False)
+            self.output_copy = torch.nn.Parameter(data, requires_grad=trains_backbone)
+            set_tensor_model_parallel_attributes(self.output_copy, True, 0, 1)
+        elif trains_backbone and mine and self._exits_are_tied:
+            # Fused kernels write the output layer's gradient to its buffer and return any memory as gradient.
+            self.output_weight().zero_out_wgrad = True
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
         """Exit layers of this stage, ascending."""
         return tuple(int(n) for n in self.exits)
+
+    @property
+    def _exits_are_tied(self) -> bool:
+        return self.early_exit.head.projection == "tied"
+
+    @property
+    def _recomputes_layers(self) -> bool:
+        return self.config.recompute_granularity == "full" and self.decoder.training
 
     def _has_output_weight(self) -> bool:
         return self.post_process or (self.pre_process and self.tied_to_embedding)
@@ -129,14 +165,91 @@ class EarlyExitGPTModel(GPTModel):
         weight = super().shared_embedding_or_output_weight()
         return self.output_copy if weight is None else weight
 
-    def _capture_hook(self, n: int):
-        def hook(_module: torch.nn.Module, _args: tuple, output: tuple) -> None:
+    def _exit_hook(self, n: int):
+        def hook(_module: torch.nn.Module, _args: tuple, output: tuple) -> tuple | None:
             if self._captured is not None:
                 self._captured[n] = output[0]
             if n == self._stop_at:
                 raise _DeepEnough(output[0])
+            if self._targets is None or self._recomputes_layers:
+                return None
+            return (self._apply_exit(n, output[0]), *output[1:])
 
         return hook
+
+    def _dropout_hook(self, n: int):
+        def hook(_module: torch.nn.Module, _args: tuple, kwargs: dict, output: tuple) -> tuple | None:
+            if self.layer_dropout is None or not self.training:
+                return None
+            return (self.layer_dropout(n, kwargs["hidden_states"], output[0]), *output[1:])
+
+        return hook
+
+    def _apply_exit(self, n: int, hidden: Tensor) -> Tensor:
+        weight = self.output_weight() if self._exits_are_tied else None
+        return apply_exit(self.exits[str(n)], hidden, weight, self._targets, self._surroundings)
+
+    def _checkpointed_forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+        """megatron-core's full recomputation, with exits between recomputed pieces and never within one.
+
+        Within one, an exit would be applied to a later micro-batch's targets when the piece is run again, and
+        a weight that exits of two pieces share would get its gradient in two backward passes.
+        """
+        first = self.decoder.layers[0].layer_number
+        exits = {n - first + 1: n for n in self.exit_layers if n >= first}
+        for end, piece in recompute_in_pieces(self.decoder, set(exits)):
+            hidden_states = piece(hidden_states=hidden_states, **kwargs)
+            if end in exits and self._targets is not None:
+                hidden_states = self._apply_exit(exits[end], hidden_states)
+        return hidden_states
+
+    def _preprocess(self, *args, packed_seq_params: PackedSeqParams | None = None, **kwargs) -> tuple:
+        """megatron-core's; then the exit that reads what the stage before has sent (`pre_exit`)."""
+        inputs = super()._preprocess(*args, packed_seq_params=packed_seq_params, **kwargs)
+        if self._targets is not None:
+            self._surroundings = replace(
+                self._surroundings, rotary_pos_emb=inputs[1], packed_seq_params=packed_seq_params
+            )
+            before = self.decoder.layers[0].layer_number - 1
+            if before in self.exit_layers:
+                self.decoder.input_tensor = self._apply_exit(before, self.decoder.input_tensor)
+        return inputs
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        *args,
+        exit_targets: ExitTargets | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """As GPTModel's; with `exit_targets` the losses of this stage's exits are part of the graph.
+
+        Args:
+            input_ids: [B, S].
+            position_ids: [B, S].
+            attention_mask: True hides; None means causal.
+            *args: as GPTModel.
+            exit_targets: of this micro-batch, on stages with exits and on stages that drop layers.
+            **kwargs: as GPTModel.
+        """
+        if exit_targets is None:
+            return super().forward(input_ids, position_ids, attention_mask, *args, **kwargs)
+        assert self._targets is None, "forward passes do not nest"
+        self._targets, self._surroundings = exit_targets, ExitSurroundings(attention_mask)
+        self.layer_dropout = dropout = exit_targets.layer_dropout
+        try:
+            output = super().forward(input_ids, position_ids, attention_mask, *args, **kwargs)
+        finally:
+            self._targets, self._surroundings = None, ExitSurroundings()
+        if dropout is None or not torch.is_grad_enabled():
+            return output
+
+        def restore() -> None:  # layers that are run again must be dropped as before
+            self.layer_dropout = dropout
+
+        return before_backward(output, restore)
 
     @contextmanager
     def capture(self):

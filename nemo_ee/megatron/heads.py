@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -98,7 +99,11 @@ class ExitHead(MegatronModule):
         self.projection = ExitProjection(config, head, vocab_size, padded_vocab_size)
 
     def forward(
-        self, hidden: Tensor, attention_mask: Tensor | None = None, rotary_pos_emb: Tensor | None = None
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None = None,
+        rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """The state that the projection reads.
 
@@ -106,12 +111,18 @@ class ExitHead(MegatronModule):
             hidden: [S, B, H] (S/TP under sequence parallelism), the output of transformer layer `layer`.
             attention_mask: for the block; True hides. None means causal.
             rotary_pos_emb: for the block.
+            packed_seq_params: for the block, where sequences are packed.
 
         Returns:
             [S, B, H], sharded as `hidden`.
         """
         if self.block is not None:
-            hidden, _ = self.block(hidden, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb)
+            hidden, _ = self.block(
+                hidden,
+                attention_mask=attention_mask,
+                rotary_pos_emb=rotary_pos_emb,
+                packed_seq_params=packed_seq_params,
+            )
         return self.readout(hidden)
 
     def readout(self, x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from nemo_ee.config import EarlyExitConfig
 from nemo_ee.megatron.exit_loss import ExitInput, ExitLossResult, Teacher, exit_losses
 from nemo_ee.megatron.gpt import EarlyExitGPTModel, StageStates
 from nemo_ee.megatron.projection import ExitProjection
+from nemo_ee.megatron.token_layout import by_position, own_share, whole_tokens
 
 
 @dataclass(frozen=True)
@@ -141,11 +142,11 @@ def exit_step(
 
     teacher = None
     if final is not None:
-        teacher = Teacher(prepared(whole_tokens(final, gpt)), teacher_projection)
+        teacher = Teacher(prepared(whole_tokens(final, gpt.config.sequence_parallel)), teacher_projection)
     result = exit_losses(
         {
             n: ExitInput(
-                prepared(whole_tokens(x.detach(), gpt)),
+                prepared(whole_tokens(x.detach(), gpt.config.sequence_parallel)),
                 gpt.exits[str(n)].projection,
                 config.loss_weight(n),
             )
@@ -159,35 +160,18 @@ def exit_step(
         scale,
     )
     if scale is not None:
+        for parameter, gradient in result.parameter_gradients.items():
+            accumulate(parameter, gradient)
+        result.parameter_gradients.clear()
         for n, x in exit_states.items():
-            gradient = own_share(result.state_gradients.pop(n), x, gpt)
+            gradient = own_share(result.state_gradients.pop(n), x, gpt.config.sequence_parallel)
             if x.requires_grad:
                 torch.autograd.backward(x, gradient)
     return result
 
 
-def by_position(x: Tensor) -> Tensor:
-    """[B, S] -> [S * B], the order of hidden states [S, B, H]."""
-    return x.t().reshape(-1)
-
-
-def whole_tokens(state: Tensor, gpt: EarlyExitGPTModel) -> Tensor:
-    """[S, B, H] -> [S * B, H]; gathered over the tensor-parallel group under sequence parallelism."""
-    if gpt.config.sequence_parallel:
-        world = parallel_state.get_tensor_model_parallel_world_size()
-        whole = state.new_empty((world * state.shape[0], *state.shape[1:]))
-        group = parallel_state.get_tensor_model_parallel_group()
-        torch.distributed.all_gather_into_tensor(whole, state.contiguous(), group=group)
-        state = whole
-    return state.reshape(-1, state.shape[-1])
-
-
-def own_share(gradient: Tensor, like: Tensor, gpt: EarlyExitGPTModel) -> Tensor:
-    """Sums [S * B, H] over the tensor-parallel group and returns this rank's part, shaped `like`."""
-    if parallel_state.get_tensor_model_parallel_world_size() > 1:
-        group = parallel_state.get_tensor_model_parallel_group()
-        torch.distributed.all_reduce(gradient, group=group)
-        if gpt.config.sequence_parallel:
-            rank = parallel_state.get_tensor_model_parallel_rank()
-            gradient = gradient.view(-1, *like.shape)[rank]
-    return gradient.view(like.shape)
+def accumulate(parameter: Tensor, gradient: Tensor) -> None:
+    """Adds to `.grad`."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    parameter.grad += gradient.to(parameter.dtype)

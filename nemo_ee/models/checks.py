@@ -17,6 +17,13 @@ NOT_ON_THIS_MACHINE = {
 }
 """Speed-ups without effect on results that a checkpoint may ask for, and what they need."""
 
+NOT_WHILE_TRAINING = {
+    "fsdp": "use tensor, pipeline and data parallelism",
+    "defer_embedding_wgrad_compute": "set it to false",
+    "enable_cuda_graph": "set it to false",
+}
+"""Model keys that cannot be combined with training exits, and what to do instead."""
+
 
 def read_early_exit(cfg: DictConfig, vocab_size: int | None = None) -> EarlyExitConfig:
     """The parsed `early_exit` section of a model configuration; without one, a model without exits.
@@ -173,5 +180,37 @@ def check_tuning(cfg: DictConfig) -> None:
         if cfg.get("sequence_parallel", False) and length % tp:
             rule = f"sequence parallelism splits it over tensor_model_parallel_size={tp}"
             faults.append(Fault("model.data.seq_length", length, rule, f"use a multiple of {tp}"))
+    if faults:
+        raise ConfigError(*faults)
+
+
+def check_pretraining(cfg: DictConfig) -> None:
+    """Checks what training exits with their backbone adds to `check_model`.
+
+    Raises:
+        ConfigError: listing every fault.
+    """
+    early_exit = read_early_exit(cfg)
+    faults = []
+    if not early_exit.layers:
+        rule = "there is no exit to train"
+        faults.append(Fault("model.early_exit", cfg.get("early_exit"), rule, "set model.early_exit.layers"))
+    if early_exit.init == "ridge":
+        rule = "the closed form needs a backbone that is trained already"
+        faults.append(Fault("model.early_exit.init", "ridge", rule, "use random, or copy with restore_from_path"))
+    for key, remedy in NOT_WHILE_TRAINING.items():
+        if cfg.get(key, False):
+            rule = "not supported while exits are trained with the backbone"
+            faults.append(Fault(f"model.{key}", cfg[key], rule, remedy))
+    if cfg.get("data") is not None and cfg.data.get("seq_length", cfg.encoder_seq_length) != cfg.encoder_seq_length:
+        rule = f"differs from model.encoder_seq_length={cfg.encoder_seq_length}, which pipelines send"
+        faults.append(Fault("model.data.seq_length", cfg.data.seq_length, rule, f"use {cfg.encoder_seq_length}"))
+    filling, stages = early_exit.training.bubble_filling, cfg.get("pipeline_model_parallel_size", 1)
+    if filling.enabled and stages == 1:
+        key, remedy = "model.early_exit.training.bubble_filling", "set warmup and cooldown to false"
+        faults.append(Fault(key, "on", "one pipeline stage has no bubbles", remedy))
+    if filling.enabled and cfg.get("rampup_batch_size"):
+        rule = "bubble filling needs a constant number of micro-batches"
+        faults.append(Fault("model.rampup_batch_size", cfg.rampup_batch_size, rule, "set it to null"))
     if faults:
         raise ConfigError(*faults)

@@ -72,9 +72,14 @@ class MegatronGPTEarlyExitModel(GenerationMixin, EarlyExitAdapterMixin, Megatron
             rotary_percent=self.cfg.get("rotary_percentage", 1.0),
             seq_len_interpolation_factor=self.cfg.get("seq_len_interpolation_factor"),
             rotary_base=self.cfg.get("rotary_base", 10000),
+            **self.module_arguments(),
         )
         mcore_model_customize(self.cfg, module)  # Llama 3.1's RoPE scaling, among others
         return module
+
+    def module_arguments(self) -> dict:
+        """Further arguments of `EarlyExitGPTModel`, for subclasses."""
+        return {}
 
     def start_distributed(self) -> None:
         """Brings up torch.distributed and the model-parallel groups, which attention needs to be built."""

@@ -15,8 +15,6 @@ from torch.utils.data import default_collate
 
 from nemo_ee.checkpoint.keys import is_exit
 from nemo_ee.config import HeadConfig
-from nemo_ee.data.checks import check_data_config
-from nemo_ee.data.padding import separate_padding
 from nemo_ee.data.token_counts import token_counts
 from nemo_ee.errors import CheckpointError
 from nemo_ee.megatron import exit_init
@@ -27,9 +25,10 @@ from nemo_ee.megatron.tuning_step import MicroBatch, exit_step, run_backbone
 from nemo_ee.models.checks import check_model, check_tuning, read_early_exit
 from nemo_ee.models.exit_metrics import ExitMetrics
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
+from nemo_ee.models.training_data_mixin import TrainingDataMixin
 
 
-class MegatronGPTEETuningModel(MegatronGPTEarlyExitModel):
+class MegatronGPTEETuningModel(TrainingDataMixin, MegatronGPTEarlyExitModel):
     """Tunes exits on a frozen backbone.
 
     The backbone is kept in the compute dtype (`precision`), the exits and their optimizer states in float32.
@@ -189,11 +188,6 @@ class MegatronGPTEETuningModel(MegatronGPTEarlyExitModel):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         return 1.0 if scaler is None else scaler.scale(torch.ones((), device=self.device_of_batches))
 
-    @property
-    def device_of_batches(self) -> torch.device:
-        """Where micro-batches are computed."""
-        return next(self.gpt.parameters()).device
-
     def micro_batches(self, dataloader_iter: Iterator) -> Iterator[MicroBatch]:
         """Micro-batches of NeMo's data loader, moved to this rank's device."""
         while True:
@@ -249,14 +243,6 @@ class MegatronGPTEETuningModel(MegatronGPTEarlyExitModel):
         return loss
 
     # --- data and first weights ---------------------------------------------------------------------------
-
-    def build_train_valid_test_datasets(self):
-        """NeMo's, after a check that says what Megatron would answer with a hang."""
-        check_data_config(self.cfg.data, self.sequence_length, self.true_vocab_size)
-        datasets = super().build_train_valid_test_datasets()
-        for dataset in datasets:
-            separate_padding(dataset)
-        return datasets
 
     def setup(self, stage: str | None = None) -> None:
         """NeMo's set-up; then, for a fit that does not resume, the exits' first weights."""
@@ -340,10 +326,7 @@ class MegatronGPTEETuningModel(MegatronGPTEarlyExitModel):
             )
         self.exits_initialised = bool(loaded)
         checkpoint["state_dict"] = {}
-        # The data loader of a resumed run holds only what is left; Lightning would count what has been read
-        # before towards its length, end the epoch early and then read the first of what is left again.
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        progress["current"] = dict.fromkeys(progress["current"], 0)
+        self.forget_batch_progress(checkpoint)
 
     def save_to(self, save_path: str) -> None:
         """Saves the exits alone, naming their base; see `nemo_ee.checkpoint.adapter`."""

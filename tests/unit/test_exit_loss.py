@@ -171,18 +171,35 @@ def test_losses_and_gradients(transformer_config, projection, objective, weighti
                 if name == "weight":
                     wanted = wanted.clone()
                     assert not wanted[item.projection.num_kept :].any(), "padding has no gradient"
-                close(parameter.grad, wanted)
+                close(result.parameter_gradients[parameter], wanted)
             else:
-                assert parameter.grad is None
+                assert parameter not in result.parameter_gradients
+            assert parameter.grad is None, "gradients are returned, not left behind"
 
 
-def test_gradients_accumulate(transformer_config):
-    given = problem(transformer_config, PROJECTIONS["shortlist"])
-    compute(given, OBJECTIVES["mix"])
-    once = [parameter.grad.clone() for parameter in given.exits[2].projection.parameters()]
-    compute(given, OBJECTIVES["mix"])
-    for parameter, gradient in zip(given.exits[2].projection.parameters(), once, strict=True):
-        close(parameter.grad, 2 * gradient)
+@pytest.mark.parametrize("chunk", [5, 100])
+def test_a_tied_weight_that_trains_sums_over_exits(transformer_config, chunk):
+    given = problem(transformer_config, PROJECTIONS["tied"])
+    given.output_weight.requires_grad_()
+    settings = dataclasses.replace(OBJECTIVES["ce"], loss_chunk_tokens=chunk)
+    result = compute(given, settings, teacher=False)
+    total = 0.0
+    for n, item in given.exits.items():
+        logits = item.state @ given.output_weight[:VOCABULARY].T
+        total += WEIGHTS[n] * (F.cross_entropy(logits, given.labels, reduction="none") * given.mask).sum()
+    (SCALE * total).backward()
+    assert list(result.parameter_gradients) == [given.output_weight]
+    close(result.parameter_gradients[given.output_weight], given.output_weight.grad)
+
+
+def test_best_tokens(transformer_config):
+    given = problem(transformer_config, PROJECTIONS["untied"])
+    result = compute(given, dataclasses.replace(OBJECTIVES["mix"], loss_chunk_tokens=7))
+    final = given.teacher.state @ given.output_weight[:VOCABULARY].T
+    assert result.best_tokens[0].equal(final.argmax(-1))
+    for n, item in given.exits.items():
+        logits = item.state @ item.projection.weight[:VOCABULARY].T
+        assert result.best_tokens[n].equal(logits.argmax(-1))
 
 
 def test_without_scale_statistics_only(transformer_config):
@@ -190,7 +207,7 @@ def test_without_scale_statistics_only(transformer_config):
     result = compute(given, OBJECTIVES["mix"], scale=None)
     close(result.stats[5], reference(given, OBJECTIVES["mix"]).stats[5])
     assert result.state_gradients == {}
-    assert all(p.grad is None for item in given.exits.values() for p in item.projection.parameters())
+    assert result.parameter_gradients == {}
 
 
 def test_without_a_teacher_cross_entropy_alone(transformer_config):

@@ -12,12 +12,13 @@ ROOT = Path(__file__).parents[2]
 LICENCE = "# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.\n"
 CATCH_ALL_NAMES = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py"}
 
-PLAIN = {"nemo_ee.errors", "nemo_ee.config"}
+PLAIN = {"nemo_ee.errors", "nemo_ee.config", "nemo_ee.schema"}
 CORE = PLAIN | {"nemo_ee.core", "torch", "numpy"}
 MEGATRON = CORE | {"nemo_ee.megatron", "megatron", "transformer_engine", "apex"}
 RINGS = {
     "nemo_ee/__init__.py": set(),
     "nemo_ee/errors.py": set(),
+    "nemo_ee/schema.py": PLAIN,
     "nemo_ee/config.py": PLAIN | {"omegaconf"},
     "nemo_ee/core/": CORE,
     "nemo_ee/megatron/": MEGATRON,

@@ -1,0 +1,240 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Pre-training: a GPT and its early exits are trained together (arXiv:2312.04916)."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from lightning.pytorch import Trainer
+from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
+from omegaconf import DictConfig
+from torch import Tensor
+
+from nemo_ee.config import TuningConfig
+from nemo_ee.core.loss_schedule import layer_dropout_rate, loss_weights
+from nemo_ee.data.token_counts import token_counts
+from nemo_ee.megatron import exit_init
+from nemo_ee.megatron.deferred_loss import ExitTargets
+from nemo_ee.megatron.layer_dropout import LayerDropout
+from nemo_ee.megatron.tied_weight import tie_output_weights
+from nemo_ee.models.checks import check_pretraining
+from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
+from nemo_ee.models.training_data_mixin import TrainingDataMixin
+from nemo_ee.models.training_metrics import TrainingMetrics
+
+
+class MegatronGPTEEPretrainingModel(TrainingDataMixin, MegatronGPTEarlyExitModel):
+    """`MegatronGPTModel` whose exits are trained together with it, through Megatron's own schedules.
+
+    The objective is L_final + sum over exits of w_i(t) L_i, each L the mean cross-entropy per token of a
+    micro-batch; w_i(t) is `nemo_ee.core.loss_schedule.loss_weights`.
+
+    Args:
+        cfg: as `MegatronGPTEarlyExitModel`; `early_exit` is required.
+        trainer: a trainer from `EarlyExitTrainerBuilder`.
+    """
+
+    def __init__(self, cfg: DictConfig, trainer: Trainer):
+        check_pretraining(cfg)
+        super().__init__(cfg, trainer)
+        self.exits_initialised = False
+        self.training_config = self.early_exit.training
+        self.objective = TuningConfig(
+            ce_weight=1.0,
+            kl_weight=0.0,
+            argmax_weight=0.0,
+            token_weighting=self.training_config.token_weighting,
+            loss_chunk_tokens=self.training_config.loss_chunk_tokens,
+        )
+        for parameter in self.gpt.exits.parameters():
+            parameter.requires_grad_(True)
+        self.tied_weight = tie_output_weights(self.gpt)
+        self.metrics = TrainingMetrics(self.early_exit.layers, self.gpt)
+        self._validation_sums: list[Tensor] = []
+
+    def module_arguments(self) -> dict:
+        """Of `EarlyExitGPTModel`, beyond what every model with exits gives it."""
+        return dict(trains_backbone=True, pre_exit=self.cfg.early_exit.get("training", {}).get("pre_exit", False))
+
+    # --- optimization -------------------------------------------------------------------------------------
+
+    def setup_optimizer_param_groups(self) -> None:
+        """Vectors (norms, biases) are not decayed, matrices are; NeMo knows Apex's norms only."""
+        decayed, plain = [], []
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                (plain if parameter.dim() < 2 else decayed).append(parameter)
+        groups = ({"params": decayed, "is_expert": False}, {"params": plain, "weight_decay": 0.0, "is_expert": False})
+        self._optimizer_param_groups = groups
+
+    def fwd_bwd_step(self, dataloader_iter: Iterator, forward_only: bool, first_val_step: bool | None = None):
+        """One global batch, as NeMo's; collects the exits' statistics on the way."""
+        self.metrics.start(self.device_of_batches, observe=forward_only or self.logs_this_step)
+        self._next_micro_batch = 0
+        loss = super().fwd_bwd_step(dataloader_iter, forward_only, first_val_step)
+        if self.metrics.observing:
+            means = self.metrics.finish(get_num_microbatches())
+            if forward_only:
+                self._validation_sums.append(self.metrics.sums.clone())
+            else:
+                self.log_training(means)
+        return loss
+
+    def training_step_fwd_bwd_step_call(self, dataloader_iter: Iterator, forward_only: bool) -> Tensor:
+        """As NeMo's; where NeMo sums no embedding's gradients, copies of the output weight are summed here."""
+        loss = super().training_step_fwd_bwd_step_call(dataloader_iter, forward_only)
+        if not self.gpt.tied_to_embedding and not self.use_mcore_dist_optim and self.tied_weight is not None:
+            self.tied_weight.sum_gradients()
+        return loss
+
+    def allreduce_first_last_embeddings(self) -> None:
+        """NeMo's; then all copies of the output weight."""
+        super().allreduce_first_last_embeddings()
+        if self.gpt.tied_to_embedding and self.tied_weight is not None:
+            self.tied_weight.sum_gradients()
+
+    def get_forward_output_and_loss_func(self, validation_step: bool = False, tuning: bool = False) -> Callable:
+        """NeMo's step function, which gives the module its exits' targets as well."""
+        self._wrap_finalize()
+        nemo_step = super().get_forward_output_and_loss_func(validation_step, tuning)
+
+        def step(iterator: Iterator, model: torch.nn.Module, *more) -> tuple:
+            batch = self.get_batch(iterator, tuning)
+            index, self._next_micro_batch = self._next_micro_batch, self._next_micro_batch + 1
+            run = partial(self._run_micro_batch, model, batch, index)
+            return nemo_step(iter([batch]), run, *more)
+
+        return step
+
+    def _wrap_finalize(self) -> None:
+        """Lets Megatron's end of a global batch sum the copies of the output weight, too."""
+        finalize = self.gpt.config.finalize_model_grads_func
+        if finalize is None or self.tied_weight is None:
+            return
+
+        def finalize_with_copies(*args, **kwargs) -> None:
+            finalize(*args, **kwargs)
+            self.tied_weight.sum_gradients()
+
+        self.gpt.config.finalize_model_grads_func = finalize_with_copies
+
+    def _run_micro_batch(self, model: torch.nn.Module, batch: dict, index: int, **arguments) -> Tensor:
+        device = self.device_of_batches
+        needed = self.gpt.exit_layers or parallel_state.is_pipeline_last_stage()
+        labels, mask = (
+            batch[key].to(device, non_blocking=True) if needed else batch[key] for key in ("labels", "loss_mask")
+        )
+        targets = ExitTargets(
+            labels,
+            mask,
+            self.loss_weights_now() if self.gpt.training else dict.fromkeys(self.early_exit.layers, 1.0),
+            self.objective,
+            self.gradient_scale,
+            partial(self.metrics.add_exit, index, mask),
+            self.layer_dropout(index) if self.gpt.training else None,
+        )
+        with self.metrics.final_exit(index, mask):
+            output = model(exit_targets=targets, **arguments)
+        if parallel_state.is_pipeline_last_stage():
+            self.metrics.add_final_loss(output, mask)
+        return output
+
+    def gradient_scale(self) -> Tensor | float:
+        """What Megatron multiplies a micro-batch's loss by: 1 / number of micro-batches, and the loss scale."""
+        scale = 1.0 / get_num_microbatches()
+        function = self.gpt.config.grad_scale_func
+        return scale if function is None else function(torch.full((), scale, device=self.device_of_batches))
+
+    def loss_weights_now(self) -> dict[int, float]:
+        """Exit layer -> weight of its loss in the current optimizer step."""
+        return loss_weights(
+            self.training_config, self.early_exit.layers, self.cfg.num_layers, self.trainer.global_step
+        )
+
+    def layer_dropout(self, index: int) -> LayerDropout | None:
+        """Which samples of the current step's micro-batch number `index` skip which layers."""
+        config, step, depth = self.training_config.layer_dropout, self.trainer.global_step, self.cfg.num_layers
+        if config.max_rate == 0.0:
+            return None
+        rates = {n: layer_dropout_rate(config, n, depth, step) for n in range(1, depth + 1)}
+        return LayerDropout(
+            rates, (self.cfg.get("seed", 1234), step, index, parallel_state.get_data_parallel_rank())
+        )
+
+    # --- metrics ------------------------------------------------------------------------------------------
+
+    @property
+    def logs_this_step(self) -> bool:
+        """Whether the trainer logs the current step: only then are statistics reduced over ranks."""
+        every = self.trainer.log_every_n_steps
+        return every > 0 and (self.trainer.global_step + 1) % every == 0
+
+    def log_training(self, means: dict) -> None:
+        """Logs loss [nats per token], confidence, agreement with the final exit, and weight of every exit."""
+        weights = self.loss_weights_now()
+        for n, mean in means.items():
+            name = f"exit_{n}" if n else "final"
+            values = {"loss": mean.loss, "confidence": mean.confidence}
+            if n:
+                values |= {"agreement": mean.agreement, "loss_weight": weights[n]}
+            for what, value in values.items():
+                self.log(f"train_{what}/{name}", value, rank_zero_only=True, batch_size=1)
+
+    def on_validation_epoch_end(self) -> Tensor:
+        """NeMo's `val_loss` of the final exit; and loss, confidence and agreement of every exit."""
+        loss = super().on_validation_epoch_end()
+        means = self.metrics.means(torch.stack(self._validation_sums).sum(0))
+        self._validation_sums.clear()
+        for n, mean in means.items():
+            name = f"exit_{n}" if n else "final"
+            values = {"loss": mean.loss, "confidence": mean.confidence}
+            if n:
+                values["agreement"] = mean.agreement
+            for what, value in values.items():
+                self.log(f"val_{what}/{name}", value, rank_zero_only=True, batch_size=1)
+        return loss
+
+    # --- first weights ------------------------------------------------------------------------------------
+
+    def setup(self, stage: str | None = None) -> None:
+        """NeMo's set-up; then, for a fit that starts anew, the exits' first weights."""
+        super().setup(stage)
+        if stage == "fit" and not self.exits_initialised and not self.trainer.ckpt_path:
+            self.initialise_exits()
+
+    def initialise_exits(self) -> None:
+        """Random projections and translators, or for `init: copy` projections copied from the output weight.
+
+        Blocks, MLPs and norms have megatron-core's first weights, or copies of the checkpoint's.
+        """
+        config, std = self.early_exit, self.cfg.get("init_method_std", 0.02)
+        shortlist = None
+        if config.head.projection == "shortlist":
+            counts = token_counts(
+                self.cfg.data.data_prefix, self.true_vocab_size, self.cfg.data.get("splits_string")
+            )
+            shortlist = torch.topk(counts, config.head.shortlist_size).indices
+        random = config.init == "random"
+        exit_init.initialise_projections(self.gpt, shortlist, std if random else None)
+        if random:
+            exit_init.initialise_randomly(self.gpt, std)
+        self.exits_initialised = True
+
+    def state_to_restore(self, with_exits: bool):
+        """What restoring reads from a full checkpoint; notes whether exits come with it."""
+        self.exits_initialised = with_exits
+        return super().state_to_restore(with_exits)
+
+    def copies_to_restore(self):
+        """What fresh exits copy from the backbone's checkpoint."""
+        if self.early_exit.init == "random":
+            return {}
+        return exit_init.copy_sources(self.gpt, self.cfg.num_layers, lambda layer: layer)
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """NeMo's; the exits come with the checkpoint."""
+        MegatronGPTModel.on_load_checkpoint(self, checkpoint)
+        self.exits_initialised = True
+        self.forget_batch_progress(checkpoint)

@@ -1,0 +1,113 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Statistics of exits that are trained with their backbone: loss, confidence, agreement with the final exit.
+
+Exits are evaluated on their stages at other times than the final exit, so most probable tokens are kept
+[micro-batches, T] until the global batch is done; then the last stage sends its own to the others.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from nemo_ee.megatron.exit_loss import ExitLossResult
+from nemo_ee.megatron.gpt import EarlyExitGPTModel
+from nemo_ee.megatron.prediction import Prediction, Rows
+from nemo_ee.megatron.token_layout import by_position
+from nemo_ee.models.exit_metrics import ExitMeans, ExitMetrics
+
+
+class TrainingMetrics(ExitMetrics):
+    """Of one global batch; see `ExitMetrics` for `sums`.
+
+    Args:
+        layers: exit layers of the whole model, ascending.
+        gpt: this stage's module.
+    """
+
+    def __init__(self, layers: tuple[int, ...], gpt: EarlyExitGPTModel):
+        super().__init__(layers)
+        self.gpt, self.observing = gpt, False
+        self._best: dict[tuple[int, int], Tensor] = {}
+        self._masks: dict[int, Tensor] = {}
+        self._predicted: Prediction | None = None
+
+    def start(self, device: torch.device, observe: bool) -> None:
+        """Begins a global batch; without `observe` nothing is kept."""
+        self.observing = observe
+        self.reset(device)
+        self._best.clear()
+        self._masks.clear()
+
+    def add_exit(self, index: int, mask: Tensor, result: ExitLossResult) -> None:
+        """Adds one exit on micro-batch number `index`, whose loss mask [B, S] is `mask`."""
+        if not self.observing:
+            return
+        self.add(result)
+        self._masks[index] = by_position(mask)
+        for n, best in result.best_tokens.items():
+            self._best[n, index] = best
+
+    @contextmanager
+    def final_exit(self, index: int, mask: Tensor) -> Iterator[None]:
+        """Observes the final exit's logits within, on the last stage; elsewhere nothing."""
+        if not self.observing or not parallel_state.is_pipeline_last_stage():
+            yield
+            return
+
+        def observe(_module: torch.nn.Module, _args: tuple, output: tuple) -> None:
+            with torch.no_grad():
+                logits = output[0].detach().flatten(0, 1)
+                rows = Rows.of_output_layer(self.gpt)
+                logits = logits.masked_fill(
+                    torch.arange(logits.shape[1], device=logits.device) >= rows.emittable, float("-inf")
+                )
+                found = Prediction.from_logits(logits, rows)
+                self._best[0, index] = found.tokens
+                self._masks[index] = counted = by_position(mask)
+                wide = counted.double()
+                self.sums[0, 3] += found.confidence.double() @ wide
+                self.sums[0, 2] += wide.sum()
+                self.sums[0, 5] += wide.sum()
+
+        hook = self.gpt.output_layer.register_forward_hook(observe)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def add_final_loss(self, losses: Tensor, mask: Tensor) -> None:
+        """Adds the final exit's cross-entropies [B, S]."""
+        if self.observing:
+            total = (losses.detach().double() * mask).sum()
+            self.sums[0, 0] += total
+            self.sums[0, 4] += total
+
+    def finish(self, num_microbatches: int) -> dict[int, ExitMeans]:
+        """Means over the global batch. Collective over the pipeline- and the data-parallel group."""
+        self._add_agreement(num_microbatches)
+        return self.reduce()
+
+    def _add_agreement(self, num_microbatches: int) -> None:
+        final = self._final_tokens(num_microbatches)
+        for (n, index), best in self._best.items():
+            if n:
+                self.sums[self.rows[n], 2] += ((best == final[index]) * self._masks[index]).sum()
+
+    def _final_tokens(self, num_microbatches: int) -> Tensor:
+        """[micro-batches, T] the final exit's most probable tokens, on every stage."""
+        final = torch.zeros(0, 0, dtype=torch.long, device=self.sums.device)
+        if parallel_state.is_pipeline_last_stage():
+            final = torch.stack([self._best[0, index] for index in range(num_microbatches)])
+        if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+            return final
+        group = parallel_state.get_pipeline_model_parallel_group()
+        source = parallel_state.get_pipeline_model_parallel_last_rank()
+        shape = torch.tensor(final.shape, device=final.device)
+        torch.distributed.broadcast(shape, source, group=group)
+        if not parallel_state.is_pipeline_last_stage():
+            final = final.new_empty(shape.tolist())
+        torch.distributed.broadcast(final, source, group=group)
+        return final
