@@ -313,5 +313,5 @@ def smollm2_gaps(source: str, path: str) -> tuple[list[float], list[bool]]:
 def test_smollm2_equals_hugging_face(workers, tmp_path):
     source = fetch_smollm2(tmp_path)
     gaps, equal = workers(1).run(smollm2_gaps, str(source), str(tmp_path / "m.nemo"), timeout=900)[0]
-    assert max(gaps) < 1e-3
+    assert all(gap < 1e-3 for gap in gaps), gaps
     assert all(equal), [prompt for prompt, same in zip(SMOLLM2_PROMPTS, equal, strict=True) if not same]

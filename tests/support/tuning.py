@@ -288,12 +288,17 @@ def largest_difference(found: list[Outcome], expected: Outcome) -> dict[str, flo
                 assert step.keys() == reference.keys(), f"{what}: {step.keys()} against {reference.keys()}"
                 for n, values in step.items():
                     gaps = [abs(a - b) for a, b in zip(values, reference[n], strict=True)]
-                    worst[what] = max(worst[what], *gaps)
+                    worst[what] = worst_of(worst[what], *gaps)
         for what in ("initial", "final"):
             for name, value in getattr(outcome, what).items():
                 gap = (value - getattr(expected, what)[name]).abs().max().item() if value.numel() else 0.0
-                worst[what] = max(worst[what], gap)
+                worst[what] = worst_of(worst[what], gap)
     return worst
+
+
+def worst_of(*gaps: float) -> float:
+    """The largest, or NaN if one is: Python's `max` drops NaN unless it comes first."""
+    return float(np.max(gaps))
 
 
 def restored_for_tuning(
