@@ -113,7 +113,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(text, workers):
-    return workers(1).run(tune, text, CHOSEN, Layout(), timeout=600)[0]
+    return workers(1).run(tune, text, CHOSEN, Layout())[0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -122,7 +122,7 @@ def test_a_layout_equals_one_process(layout, text, alone, workers):
 
 
 def compare(text, alone, workers, layout: Layout, cases: dict[str, Case]) -> None:
-    found = workers(layout.world_size).run(tune, text, cases, layout, timeout=600)
+    found = workers(layout.world_size).run(tune, text, cases, layout)
     worst = {name: largest_difference([rank[name] for rank in found], alone[name]) for name in cases}
     for what in ("train", "validation", "initial", "final"):
         print(f"{layout}: {what} differs by at most {max(gaps[what] for gaps in worst.values()):.1e}")
@@ -142,7 +142,7 @@ def test_every_head_with_every_objective(layout, text, everything_alone, workers
 
 @pytest.fixture(scope="module")
 def everything_alone(text, workers):
-    return workers(1).run(tune, text, grid(), Layout(), timeout=600)[0]
+    return workers(1).run(tune, text, grid(), Layout())[0]
 
 
 def test_tuning_moves_the_exits_and_nothing_else(alone):
@@ -164,7 +164,7 @@ def test_nothing_above_the_last_exit_is_built_without_distillation(text, alone, 
         "layers": [2, 6, 8],
         "tuning": {**OBJECTIVES["ce"], "loss_weights": [1.0, 1.0, 0.0]},
     }
-    whole = workers(1).run(tune, text, {"all": Case(section)}, Layout(), timeout=300)[0]["all"]
+    whole = workers(1).run(tune, text, {"all": Case(section)}, Layout())[0]["all"]
     assert whole.layers == 8
     for mine, other in zip(alone["truncated"].train, whole.train, strict=True):
         for n in (2, 6):

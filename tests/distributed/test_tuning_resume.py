@@ -92,11 +92,11 @@ def text(tmp_path_factory):
 def test_killed_and_resumed_is_uninterrupted(name, text, workers, tmp_path):
     case, layout = CASES[name]
     pool = workers(layout.world_size)
-    whole = pool.run(run, text, str(tmp_path / "whole"), case, layout, None, timeout=300)
+    whole = pool.run(run, text, str(tmp_path / "whole"), case, layout, None)
     with pytest.raises(WorkerError, match="exit code 9"):
-        pool.run(run, text, str(tmp_path / "killed"), case, layout, KILLED_AT, timeout=300)
+        pool.run(run, text, str(tmp_path / "killed"), case, layout, KILLED_AT)
     assert list(Path(tmp_path, "killed").rglob("*last*")), "the killed run left a checkpoint"
-    resumed = pool.run(run, text, str(tmp_path / "killed"), case, layout, None, timeout=300)
+    resumed = pool.run(run, text, str(tmp_path / "killed"), case, layout, None)
     for mine, other in zip(resumed, whole, strict=True):
         assert len(other.train) == STEPS and len(mine.train) == STEPS - EVERY, "it goes on at the checkpoint"
         assert mine.train == other.train[EVERY:]

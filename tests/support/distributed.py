@@ -47,6 +47,15 @@ from typing import Any
 GRACE_SECONDS = 2.0
 """How long the other ranks may go on after the first one failed, so that their tracebacks are seen too."""
 
+DUMP_SECONDS = 2.0
+"""How long ranks that did not finish in time have to print where they are."""
+
+START_SECONDS = 600.0
+"""How long ranks may take until they call the function: the server imports NeMo first, on a busy machine slowly."""
+
+DEFAULT_TIMEOUT = float(os.environ.get("NEMO_EE_TEST_TIMEOUT", 600))
+"""Seconds a job may take unless its test says otherwise."""
+
 LOG_TAIL_CHARACTERS = 4000
 
 _context = multiprocessing.get_context("forkserver")
@@ -63,7 +72,7 @@ class Workers:
 
     world_size: int
 
-    def run(self, fn: Callable, *args: Any, timeout: float = 120.0, **kwargs: Any) -> list[Any]:
+    def run(self, fn: Callable, *args: Any, timeout: float = DEFAULT_TIMEOUT, **kwargs: Any) -> list[Any]:
         """See `run_distributed`."""
         return run_distributed(fn, self.world_size, *args, timeout=timeout, **kwargs)
 
@@ -74,7 +83,7 @@ def start_server() -> None:
 
 
 def run_distributed(
-    fn: Callable, world_size: int, *args: Any, timeout: float = 120.0, **kwargs: Any
+    fn: Callable, world_size: int, *args: Any, timeout: float = DEFAULT_TIMEOUT, **kwargs: Any
 ) -> list[Any]:
     """Calls ``fn(*args, **kwargs)`` in `world_size` fresh processes that form one gloo group.
 
@@ -82,7 +91,7 @@ def run_distributed(
         fn: a function at the top level of an importable module (it travels by name, not by value).
         world_size: number of processes, 1 or more.
         *args: picklable; tensors are copied.
-        timeout: seconds until the job is killed, from the moment the server has finished its imports.
+        timeout: seconds until the job is killed, from the moment the last rank calls `fn`.
         **kwargs: as args.
 
     Returns:
@@ -179,7 +188,7 @@ def _free_port() -> int:
 
 def _wait(job: _Job, processes: list, timeout: float) -> str | None:
     """Waits until every rank has ended; returns why it stopped waiting if that is a failure."""
-    deadline = None
+    deadline, ready, limit = time.monotonic() + START_SECONDS, False, START_SECONDS
     while True:
         running = [process.sentinel for process in processes if process.exitcode is None]
         failed = [rank for rank, process in enumerate(processes) if process.exitcode not in (None, 0)]
@@ -188,14 +197,15 @@ def _wait(job: _Job, processes: list, timeout: float) -> str | None:
             return f"rank {failed[0]} failed"
         if not running:
             return None
-        if deadline is None and all(job.ready(rank).exists() for rank in range(job.world_size)):
-            deadline = time.monotonic() + timeout
-        if deadline is not None and time.monotonic() > deadline:
+        if not ready and all(job.ready(rank).exists() for rank in range(job.world_size)):
+            deadline, ready, limit = time.monotonic() + timeout, True, timeout
+        if time.monotonic() > deadline:
             for process in processes:
                 if process.exitcode is None:
                     os.kill(process.pid, signal.SIGUSR1)  # each prints where it hangs, into its log
-            time.sleep(0.5)
-            return f"no result after {timeout:.0f} s; where each rank was is in its output below"
+            time.sleep(DUMP_SECONDS)
+            what = "no result" if ready else "not started"
+            return f"{what} after {limit:.0f} s; where each rank was is in its output below"
         multiprocessing.connection.wait(running, 0.2)
 
 
@@ -263,11 +273,11 @@ def _call(job: _Job, rank: int) -> Any:
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
-    job.ready(rank).touch()
     fn, args, kwargs = pickle.loads((job.folder / "call").read_bytes())
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{job.folder}/store", rank=rank, world_size=job.world_size
     )
+    job.ready(rank).touch()
     result = fn(*args, **kwargs)
     torch.distributed.barrier()  # a rank that leaves early would break the connections of those still at work
     return result
