@@ -42,7 +42,7 @@ setup(
     description="Early exits for NVIDIA NeMo GPT models: training, tuning of frozen checkpoints, generation",
     license="Apache-2.0",
     packages=find_packages(include=["nemo_ee", "nemo_ee.*"]),
-    python_requires=">=3.10,<3.13",
+    python_requires=">=3.11,<3.13",
     install_requires=STACK + IMPORTED_BY_NEMO_NLP_UNDECLARED + OURS,
     extras_require={
         # Apex is not on PyPI: it comes with NeMo's containers or from https://github.com/NVIDIA/apex.
