@@ -1,0 +1,245 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Pre-training runs of the tiny model through Trainer.fit in any parallel layout, and their plainest reference.
+
+The reference is one process that adds the losses up as the objective is written and calls backward once per
+global batch: no deferred losses, no schedule, no chunks. Weights depend on names alone; float64, but for the
+final exit's loss, which megatron-core computes in float32.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from tests.support.tiny_gpt import fill, tiny_model_config
+from tests.support.tuning import OPTIMIZER, SEQUENCE, Layout, tuning_trainer
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run.
+
+    Attributes:
+        early_exit: the configuration's section.
+        overrides: further keys of the model's configuration, dots as ``__``.
+        steps: optimizer steps.
+        initialise: run the configured initialisation instead of weights by name.
+    """
+
+    early_exit: dict[str, Any]
+    overrides: dict[str, Any] = field(default_factory=dict)
+    steps: int = 2
+    initialise: bool = False
+
+
+@dataclass
+class Outcome:
+    """What one rank saw.
+
+    Attributes:
+        gradients: of the first step, before clipping: global name -> the whole parameter's gradient.
+        final: global name -> whole parameter after the last step.
+        losses: the final exit's loss of every step.
+        logged: what the trainer logged at the end.
+        copies: this stage's copies of the output weight after each step.
+    """
+
+    gradients: dict[str, torch.Tensor]
+    final: dict[str, torch.Tensor]
+    losses: list[float]
+    logged: dict[str, float]
+    copies: list[torch.Tensor]
+
+
+def pretraining_config(prefixes: dict, case: Case, layout: Layout) -> Any:
+    """A complete model section for `MegatronGPTEEPretrainingModel`."""
+    data = dict(
+        data_prefix=prefixes,
+        data_impl="mmap",
+        splits_string=None,
+        seq_length=SEQUENCE,
+        num_workers=0,
+        dataloader_type="single",
+        index_mapping_dir=None,
+        eod_mask_loss=True,  # numbers of counting tokens differ between micro-batches
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        validation_drop_last=True,
+    )
+    overrides = dict(
+        micro_batch_size=2,
+        global_batch_size=8,
+        encoder_seq_length=SEQUENCE,
+        make_vocab_size_divisible_by=52,  # 201 tokens: padding, but alike at every TP: the final exit counts it
+        optim=OPTIMIZER,
+        data=data,
+        **layout.overrides(),
+    )
+    config = tiny_model_config(tp=layout.tp, pp=layout.pp, **{**overrides, **case.overrides})
+    config.early_exit = case.early_exit
+    return config
+
+
+def pretrain(
+    prefixes: dict, cases: dict[str, Case], layout: Layout, plain: bool = False, dtype: torch.dtype = torch.float64
+) -> dict[str, Outcome]:
+    """Runs every case in this rank's job, one after the other; `plain` runs the reference."""
+    return {name: pretrain_one(prefixes, case, layout, plain, dtype) for name, case in cases.items()}
+
+
+def pretrain_one(prefixes: dict, case: Case, layout: Layout, plain: bool, dtype: torch.dtype) -> Outcome:
+    """One run through Trainer.fit."""
+    trainer = tuning_trainer(layout, case.steps, gradient_clip_val=0.5)
+    if dtype == torch.float64:
+        torch.cuda.FloatTensor = torch.DoubleTensor  # NeMo's clipping asserts float32 gradients
+    model = (Plain() if plain else Recorder())(pretraining_config(prefixes, case, layout), trainer)
+    model.to(dtype)
+    for part in model.gpt.modules():
+        if getattr(part, "config", None) is not None:
+            part.config.params_dtype = part.config.pipeline_dtype = dtype
+    fill(model)
+    model.exits_initialised = not case.initialise
+    trainer.fit(model)
+    return Outcome(
+        model.first_gradients,
+        whole_parameters(model.gpt),
+        model.seen_losses,
+        {key: float(value) for key, value in trainer.logged_metrics.items()},
+        model.copies,
+    )
+
+
+def Recorder() -> type:  # noqa: N802  (a class, made late: importing NeMo takes long)
+    """`MegatronGPTEEPretrainingModel` that keeps gradients and losses."""
+    from nemo_ee.models.megatron_gpt_ee_pretraining_model import MegatronGPTEEPretrainingModel
+
+    class Recording(MegatronGPTEEPretrainingModel):
+        def __init__(self, cfg: Any, trainer: Any):
+            super().__init__(cfg, trainer)
+            self.first_gradients: dict[str, torch.Tensor] = {}
+            self.seen_losses: list[float] = []
+            self.copies: list[torch.Tensor] = []
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            if not self.first_gradients:
+                self.first_gradients = whole_parameters(self.gpt, gradients=True)
+
+        def training_step(self, dataloader_iter: Any) -> Any:
+            loss = super().training_step(dataloader_iter)
+            self.seen_losses.append(float(loss))
+            return loss
+
+        def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+            super().on_train_batch_end(*args, **kwargs)
+            if self.gpt.early_exit.head.projection == "tied" and self.gpt.output_weight() is not None:
+                self.copies.append(self.gpt.output_weight().detach().clone())
+
+    return Recording
+
+
+def Plain() -> type:  # noqa: N802
+    """The reference, in one process."""
+
+    class PlainObjective(Recorder()):
+        def fwd_bwd_step(self, dataloader_iter: Iterator, forward_only: bool, first_val_step: Any = None) -> Any:
+            if forward_only:
+                return super().fwd_bwd_step(dataloader_iter, forward_only, first_val_step)
+            from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+            count, total, finals = get_num_microbatches(), 0.0, []
+            for index in range(count):
+                batch = self.get_batch(dataloader_iter, False)
+                final, exits = self.losses_of(batch, index)
+                weights = self.loss_weights_now()
+                total = total + final + sum(weights[n] * loss for n, loss in exits.items())
+                finals.append(final.detach())
+            (total / count).backward()
+            return torch.stack(finals).mean()
+
+        def losses_of(self, batch: dict, index: int) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+            gpt = self.gpt
+            gpt.layer_dropout = self.layer_dropout(index)
+            mask = batch["loss_mask"].double()
+            with gpt.capture() as states:
+                losses = gpt(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+            rotary = gpt._preprocess(batch["tokens"], batch["position_ids"])[1]
+            found = {}
+            for n in gpt.exit_layers:
+                head = gpt.exits[str(n)]
+                state = head(states[n], None, rotary)
+                projection = head.projection
+                weight = gpt.output_weight() if projection.kind == "tied" else projection.weight
+                logits = F.linear(state, weight[: projection.num_kept])
+                labels = projection.rows_of(batch["labels"]).t()
+                emittable = projection.num_kept
+                if projection.kind == "shortlist":
+                    bucket = state @ projection.bucket_weight + projection.bucket_bias
+                    logits = torch.cat([logits, bucket[..., None]], -1)
+                    labels = labels.masked_fill(labels >= emittable, emittable)
+                log = F.log_softmax(logits, -1)
+                ce = -log.gather(-1, labels[..., None])[..., 0]
+                if self.training_config.token_weighting == "confidence":
+                    ce = ce * log[..., :emittable].exp().amax(-1).detach()
+                found[n] = (ce * mask.t()).sum() / mask.sum()
+            return (losses * mask).sum() / mask.sum(), found
+
+    return PlainObjective
+
+
+def whole_parameters(gpt: Any, gradients: bool = False) -> dict[str, torch.Tensor]:
+    """This stage's trainable parameters (or their gradients) by global name, gathered over tensor parallelism.
+
+    Collectives: one all-gather per parameter; asserts that replicas are equal but for rounding.
+    """
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_tensor_model_parallel_group()
+    world = parallel_state.get_tensor_model_parallel_world_size()
+    numbers = {f"decoder.layers.{i}.": layer.layer_number for i, layer in enumerate(gpt.decoder.layers)}
+    whole = {}
+    for name, parameter in gpt.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        for local, number in numbers.items():
+            if name.startswith(local):
+                name = f"layer{number}." + name.removeprefix(local)
+                break
+        value = parameter.detach()
+        if gradients:
+            main = getattr(parameter, "main_grad", None)
+            value = parameter.grad if main is None else main
+            assert value is not None, f"{name} has no gradient"
+        value = value.clone().contiguous()
+        parts = [torch.empty_like(value) for _ in range(world)]
+        torch.distributed.all_gather(parts, value, group=group)
+        if getattr(parameter, "tensor_model_parallel", False):
+            dim = parameter.partition_dim
+            if "linear_fc1." in name and gpt.config.gated_linear_unit:
+                halves = zip(*(part.chunk(2, dim=dim) for part in parts), strict=True)
+                value = torch.cat([torch.cat(half, dim) for half in halves])
+            else:
+                value = torch.cat(parts, dim=dim)
+            if name.endswith("projection.weight"):
+                value = value[: gpt.exits[name.split(".")[1]].projection.num_kept]
+        else:
+            for part in parts:
+                torch.testing.assert_close(part, value, rtol=1e-6, atol=1e-12)
+        if name in ("output_copy", "output_layer.weight", "embedding.word_embeddings.weight"):
+            value = value[: gpt.true_vocab_size]
+        if name == "output_copy" or (name == "output_layer.weight" and gpt.tied_to_embedding):
+            name = ("embedding.word_embeddings" if gpt.tied_to_embedding else "output_layer") + ".weight"
+        whole[name] = value
+    return whole
+
+
+def largest_gap(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, str]:
+    """Largest difference relative to each tensor's largest element, and the tensor's name; NaN counts as infinite."""
+    worst = (0.0, "")
+    for name, value in found.items():
+        reference = expected[name]
+        scale = reference.abs().max().item() or 1.0
+        gap = (value - reference).abs().max().item() / scale
+        worst = max(worst, (gap if gap == gap else float("inf"), name))
+    return worst
