@@ -60,7 +60,9 @@ CASES = {
     "tied": Case(section("norm, tied", [2, 4, 6]), steps=4),
     "tied, pre_exit, uniform": Case(section("norm, tied", [2, 4, 6, 8], **BEFORE), full("uniform", 1)),
     "tied, untied embeddings": Case(section("norm, tied", [2, 4], loss_chunk_tokens=7), UNTIED),
-    "tied, uniform 2": Case(section("norm, tied", [1, 3, 6], loss_weights=[0.3, 0.0, 1.5]), full("uniform", 2)),
+    "tied, uniform 2": Case(
+        section("norm, tied", [1, 3, 6], loss_weights=[0.3, 0.0, 1.5]), full("uniform", 2)
+    ),
     "MLP, every layer": Case(section("MLP, untied", [1, 2, 3, 4, 5, 6, 7, 8])),
     "linear, last layer": Case(section("linear, shortlist", [8], **BEFORE), SELECTIVE),
     "block, first layers, by confidence": Case(
@@ -70,11 +72,12 @@ CASES = {
         section("block, MLP, linear, untied", [2, 3, 6], **BEFORE), {**UNTIED, **full("block", 2)}
     ),
     "warming up": Case(
-        section("block, MLP, linear, untied", [3, 8], schedule="cosine", initial_factor=0.2, schedule_steps=3),
+        section(
+            "block, MLP, linear, untied", [3, 8], schedule="cosine", initial_factor=0.2, schedule_steps=3
+        ),
         BIASED,
     ),
     "rotating": Case(section("MLP, untied", [2, 5, 7], curriculum="rotational"), SELECTIVE),
-    "few micro-batches": Case(section("norm, tied", [2, 4, 6]), dict(micro_batch_size=4)),
 }
 """Every kind of head, every set of layers, both placements, every kind of recomputation and of embeddings."""
 
@@ -85,6 +88,9 @@ DROPPED = {
     ),
 }
 """Which samples skip a layer depends on the data-parallel rank, so these are for layouts without it."""
+
+FEW = {"few micro-batches": Case(section("norm, tied", [2, 4, 6], **BEFORE), dict(micro_batch_size=4))}
+"""Two micro-batches, or one with data parallelism: fewer than stages."""
 
 
 @pytest.fixture(scope="module")
@@ -99,17 +105,22 @@ def plain(text, workers):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_equals_plain_autograd(layout, text, plain, workers):
-    compare(text, plain, workers, LAYOUTS[layout])
+    compare(text, plain, workers, LAYOUTS[layout], CASES if "DP2" in layout else {**CASES, **DROPPED})
+
+
+@pytest.mark.parametrize("layout", ["PP4", "DP2 x PP2"])
+def test_fewer_micro_batches_than_stages(layout, text, workers):
+    plain = workers(1).run(pretrain, text, FEW, Layout(), True, timeout=600)[0]
+    compare(text, plain, workers, LAYOUTS[layout], FEW)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", SLOW_LAYOUTS)
 def test_a_large_layout_equals_plain_autograd(layout, text, plain, workers):
-    compare(text, plain, workers, SLOW_LAYOUTS[layout])
+    compare(text, plain, workers, SLOW_LAYOUTS[layout], CASES if "DP2" in layout else {**CASES, **DROPPED})
 
 
-def compare(text, plain, workers, layout: Layout) -> None:
-    cases = CASES if layout.dp > 1 else {**CASES, **DROPPED}
+def compare(text, plain, workers, layout: Layout, cases: dict[str, Case]) -> None:
     found = workers(layout.world_size).run(pretrain, text, cases, layout, timeout=600)
     for name in cases:
         expected = plain[name]

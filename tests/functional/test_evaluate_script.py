@@ -138,8 +138,8 @@ def test_script_writes_the_report(workspace):
         (["generation.exits=[3]"], "generation.exits=[3]: not all of the model's exits [2, 4, 6]"),
         (["data.seq_length=65"], "data.seq_length=65: exceeds the model's encoder_seq_length=64"),
         (["generation.prompt_tokens=60"], "generation.prompt_tokens=60"),
-        (["data.prefix=missing"], "missing.bin does not exist"),
-        (["tuning_log_dir=missing"], "must hold TensorBoard event files"),
+        (["data.prefix=missing"], "data.prefix=missing: missing.bin does not exist"),
+        (["tuning_log_dir=missing"], "tuning_log_dir=missing: must hold TensorBoard event files"),
     ],
 )
 def test_faults_are_found_before_the_model_is_built(workspace, monkeypatch, overrides, words):

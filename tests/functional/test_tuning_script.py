@@ -171,6 +171,60 @@ def test_killed_and_resumed_is_uninterrupted(workspace, uninterrupted):
         assert torch.equal(found[key], value), key
 
 
+def test_a_finished_run_writes_the_exits_that_are_missing(workspace):
+    """Killed behind its last checkpoint, or its file deleted: the next start writes what that one would have."""
+    given = arguments(workspace, exp_manager__explicit_log_dir=str(workspace / "finished"))
+    succeed(workspace, given)
+    exits = workspace / "finished" / "checkpoints" / NAME
+    expected = exits_of(exits)
+    exits.unlink()
+    output = succeed(workspace, given)
+    assert "an earlier start did all 4 steps" in output and "was missing" in output
+    found = exits_of(exits)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    written = exits.stat().st_mtime_ns
+    output = succeed(workspace, [*given, "model.optim.lr=1"])
+    assert "nothing was trained now" in output and "was missing" not in output
+    assert exits.stat().st_mtime_ns == written
+
+
+def test_resuming_on_another_base_is_refused(workspace, tmp_path):
+    """One weight differs, and neither shapes nor names do; an adapter given besides changes nothing."""
+    run = tmp_path / "run"
+    given = arguments(workspace, exp_manager__explicit_log_dir=str(run), trainer__max_steps="6")
+    succeed(workspace, given)
+    exits = run / "checkpoints" / NAME
+    exits.unlink()
+    other = tmp_path / "other.nemo"
+    changed_base(workspace / "base.nemo", other)
+    process = start(workspace, [*given, f"model.restore_from_path={other}"])
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 1 and "Traceback" not in output, output[-3000:]
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert f"model.restore_from_path={other}: has content hash" in line
+    assert "was started on base.nemo" in line and "resume_if_exists=false" in line
+    assert not exits.exists()
+
+
+def changed_base(base: Path, path: Path) -> None:
+    """Writes a base that differs by one bit of one tensor."""
+    root = archive.extract(base, f"{path}.content")
+    checkpoint = TorchDistCheckpoint(root / archive.WEIGHTS_DIRECTORY)
+    (place,) = [
+        info
+        for index, info in checkpoint.metadata.storage_data.items()
+        if index.fqn == "model.decoder.final_layernorm.weight"
+    ]
+    value = checkpoint.read("model.decoder.final_layernorm.weight")
+    file = root / archive.WEIGHTS_DIRECTORY / place.relative_path
+    content = bytearray(file.read_bytes())
+    start = content.index(value.numpy().tobytes(), place.offset)
+    content[start] ^= 1
+    file.write_bytes(content)
+    archive.write_archive(root, path)
+
+
 def test_a_checkpoint_that_was_being_written_is_no_obstacle(workspace):
     """Killed in the middle of its first checkpoint, a run starts anew; NeMo alone refuses to."""
     run = workspace / "torn"
@@ -281,6 +335,12 @@ BAD = {
         },
         "no exit parameter would be tuned",
     ),
+    "nothing given": (
+        dict(model__restore_from_path=None, model__data__data_prefix=None),
+        "error: model.data.data_prefix=???: is required; set model.data.data_prefix=…\n"
+        "model.restore_from_path=???: is required",
+    ),
+    "no steps": (dict(trainer__max_steps="0"), "trainer.max_steps=0: not one training step was made"),
     "half precision without a GPU": (dict(trainer__precision="16"), "needs a GPU"),
     "adapter of nothing": (dict(model__adapter_path="FOLDER/none.nemo"), "none.nemo"),
     "a full checkpoint as adapter": (dict(model__adapter_path="WORKSPACE/base.nemo"), "not exits alone"),
@@ -292,7 +352,7 @@ def test_bad_input(case, workspace, workers, tmp_path):
     changes, message = BAD[case]
     bad_files(tmp_path, workspace)
     changes = {
-        key: value.replace("FOLDER", str(tmp_path)).replace("WORKSPACE", str(workspace))
+        key: value and value.replace("FOLDER", str(tmp_path)).replace("WORKSPACE", str(workspace))
         for key, value in changes.items()
     }
     run = tmp_path / "run"

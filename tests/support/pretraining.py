@@ -94,7 +94,10 @@ def pretrain_one(prefixes: dict, case: Case, layout: Layout, plain: bool, dtype:
     trainer = tuning_trainer(layout, case.steps, gradient_clip_val=0.5)
     if dtype == torch.float64:
         torch.cuda.FloatTensor = torch.DoubleTensor  # NeMo's clipping asserts float32 gradients
-    model = (Plain() if plain else Recorder())(pretraining_config(prefixes, case, layout), trainer)
+    config = pretraining_config(prefixes, case, layout)
+    if plain:
+        config.activations_checkpoint_granularity = None
+    model = (Plain() if plain else Recorder())(config, trainer)
     model.to(dtype)
     for part in model.gpt.modules():
         if getattr(part, "config", None) is not None:

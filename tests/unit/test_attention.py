@@ -129,3 +129,9 @@ def test_what_needs_transformer_engine_is_refused(config):
             TorchAttention(config, 1, AttnMaskType.causal)
     finally:
         config.context_parallel_size = 1
+    config.window_size = (2, 0)
+    try:
+        with pytest.raises(NotImplementedError, match=r"window_size=\(2, 0\).*set it to null"):
+            TorchAttention(config, 1, AttnMaskType.causal)
+    finally:
+        config.window_size = None

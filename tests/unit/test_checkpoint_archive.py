@@ -1,6 +1,7 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Archives are judged before extraction and replaced in one step."""
 
+import gzip
 import io
 import os
 import tarfile
@@ -122,6 +123,25 @@ def test_truncated_gzip_is_noticed(tmp_path):
     for share in (0.1, 0.5, 0.9, 0.99):
         (tmp_path / "cut.nemo").write_bytes(whole[: int(len(whole) * share)])
         assert_refused(tmp_path / "cut.nemo", tmp_path / "out")
+
+
+def test_a_gzip_whose_checksum_is_wrong_is_noticed(tmp_path):
+    """A flipped bit of a tensor leaves the archive's structure as it was."""
+    source = tmp_path / "plain.tar"
+    write_tar(source, [(member("model_config.yaml"), CONFIG), (member("model_weights/data"), bytes(5000))])
+    for position in (-8, -4):  # the checksum, and the length
+        whole = bytearray(gzip.compress(source.read_bytes()))
+        whole[position] ^= 1
+        path = tmp_path / "damaged.nemo"
+        path.write_bytes(whole)
+        assert_refused(path, tmp_path / "out", "damaged")
+
+
+@pytest.mark.parametrize("order", [("a", "a/b"), ("a/b/c", "a")])
+def test_a_file_that_is_a_folder_too_is_refused(tmp_path, order):
+    members = [(member(name), b"x") for name in order]
+    path = write_tar(tmp_path / "m.nemo", [(member("model_config.yaml"), CONFIG), *members])
+    assert_refused(path, tmp_path / "out", "'a', which is a file")
 
 
 def test_damaged_header_is_not_taken_for_the_end(tmp_path):

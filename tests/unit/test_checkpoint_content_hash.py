@@ -1,6 +1,7 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """The hash depends on the backbone's weights and on nothing else; reading a checkpoint runs no code of it."""
 
+import io
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 
 from nemo_ee.checkpoint import archive, torch_dist
 from nemo_ee.checkpoint.content_hash import backbone_content_hash
+from nemo_ee.checkpoint.legacy import read_legacy_weights
 from nemo_ee.errors import CheckpointError
 
 LAYERS = 3
@@ -167,6 +169,35 @@ def test_hostile_metadata_is_refused_and_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_hostile_common_state_is_refused_and_not_run(tmp_path):
+    """megatron-core would unpickle it; no checkpoint gets that far that was not opened here before."""
+    directory = write_torch_dist(tmp_path / "c", stacked(backbone()))
+    torch.save({"iteration": Evil(tmp_path / "ran")}, directory / "common.pt")
+    with pytest.raises(CheckpointError, match="common.pt cannot be trusted"):
+        torch_dist.TorchDistCheckpoint(directory)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_legacy_weights_may_hold_byte_buffers(tmp_path, reference):
+    """Transformer Engine's extra state."""
+    (tmp_path / "model_config.yaml").write_text("a: 1\n")
+    state = {f"model.{key}": value for key, value in backbone().items()}
+    state["model.decoder.layers.0.mlp.linear_fc1._extra_state"] = io.BytesIO(b"scales")
+    torch.save(state, tmp_path / "model_weights.ckpt")
+    assert read_legacy_weights(tmp_path / "model_weights.ckpt").keys() == state.keys()
+    assert backbone_content_hash(tmp_path) == reference
+
+
+def test_legacy_weights_that_are_none(tmp_path):
+    file = tmp_path / "model_weights.ckpt"
+    torch.save([1, 2], file)
+    with pytest.raises(CheckpointError, match="holds no weights by name"):
+        read_legacy_weights(file)
+    file.write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match="copy it again"):
+        read_legacy_weights(file)
+
+
 def test_hostile_legacy_weights_are_refused_and_not_run(tmp_path):
     (tmp_path / "model_config.yaml").write_text("a: 1\n")
     torch.save({"model.x": Evil(tmp_path / "ran")}, tmp_path / "model_weights.ckpt")
@@ -178,11 +209,10 @@ def test_hostile_legacy_weights_are_refused_and_not_run(tmp_path):
 @pytest.mark.parametrize("name", [".metadata", "metadata.json", "common.pt", "__0_0.distcp"])
 def test_missing_and_truncated_files_are_named(tmp_path, name):
     directory = write_torch_dist(tmp_path / "c", stacked(backbone()))
-    if name != "common.pt":  # common.pt is only asked to exist: nothing of it is read
-        whole = (directory / name).read_bytes()
-        (directory / name).write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
-            backbone_content_hash(directory)
+    whole = (directory / name).read_bytes()
+    (directory / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        backbone_content_hash(directory)
     (directory / name).unlink()
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
         backbone_content_hash(directory)

@@ -61,6 +61,8 @@ def test_too_short_empty_and_foreign_tokens(dataset, tmp_path):
         DataError, match=r"train must have at least one sequence of 1000 tokens \(with targets 1001\)"
     ):
         check_indexed_dataset(dataset, 1000, 7, "train")
+    with pytest.raises(DataError, match="^data.prefix=.* or a smaller data.seq_length$"):
+        check_indexed_dataset(dataset, 1000, 7, "text", key="data.prefix", length_key="data.seq_length")
     with pytest.raises(DataError, match="must have token ids from 0 to 5, has 0 to 6"):
         check_indexed_dataset(dataset, 10, 6, "train")
     with pytest.raises(DataError, match="has no tokens"):

@@ -151,6 +151,9 @@ def test_projections_copy_the_output_weight_or_are_noise():
         torch.testing.assert_close(gpt.exits[n].projection.weight, gpt.output_weight())
     initialise_projections(gpt, None, 0.02)
     initialise_randomly(gpt, 0.02)
+    first = gpt.exits["3"].linear.weight.clone()
+    initialise_randomly(gpt, 0.02, seed=1)
+    assert not torch.equal(gpt.exits["3"].linear.weight, first)
     drawn = [gpt.exits[n].projection.weight[:VOCABULARY] for n in ("3", "8")]
     drawn += [gpt.exits[n].linear.weight for n in ("3", "8")]
     for noise in drawn:
@@ -175,12 +178,13 @@ EXITS = {
 }
 
 
-def copied(base: str, tp: int, pp: int) -> dict[str, torch.Tensor]:
+def copied(base: str, tp: int, pp: int, linear: bool = True) -> dict[str, torch.Tensor]:
     """This stage's exits of a model that was restored with exits to copy."""
     from nemo_ee.models.megatron_gpt_ee_tuning_model import MegatronGPTEETuningModel as Model
     from tests.support.tuning import restored_for_tuning, whole_exits
 
-    model = restored_for_tuning(Model, base, EXITS, tp, pp)
+    exits = {**EXITS, "head": {**EXITS["head"], "linear": linear}}
+    model = restored_for_tuning(Model, base, exits, tp, pp)
     model.initialise_exits()
     return whole_exits(model.gpt)
 
@@ -220,9 +224,9 @@ def test_copies_are_the_backbones_tensors(base, workers, tmp_path, tp, pp):
             torch.testing.assert_close(
                 exits[f"{n}.block.{mine}"], stored(layers + theirs, last), rtol=0, atol=0
             )
-        for mine, theirs in (("linear_fc1", "mlp.linear_fc1"), ("linear_fc2", "mlp.linear_fc2")):
-            own = stored(f"{layers}{theirs}.weight", n - 1)
-            torch.testing.assert_close(exits[f"{n}.mlp.mlp.{mine}.weight"], own, rtol=0, atol=0)
+        own = stored(f"{layers}mlp.linear_fc1.weight", n - 1)
+        torch.testing.assert_close(exits[f"{n}.mlp.mlp.linear_fc1.weight"], own, rtol=0, atol=0)
+        assert not exits[f"{n}.mlp.mlp.linear_fc2.weight"].any(), "added to a normed state, not to a residual"
         gain = stored(f"{layers}mlp.linear_fc1.layer_norm_weight", n - 1)
         torch.testing.assert_close(exits[f"{n}.mlp.norm.weight"], gain, rtol=0, atol=0)
         final = stored("model.decoder.final_layernorm.weight")
@@ -230,3 +234,14 @@ def test_copies_are_the_backbones_tensors(base, workers, tmp_path, tp, pp):
         rows = stored("model.embedding.word_embeddings.weight")[:100]
         torch.testing.assert_close(exits[f"{n}.projection.weight"], rows, rtol=0, atol=0)
         torch.testing.assert_close(exits[f"{n}.linear.weight"], torch.eye(32), rtol=0, atol=0)
+
+
+def test_a_residual_mlp_is_copied_whole(base, workers, tmp_path):
+    from nemo_ee.checkpoint import archive
+    from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint
+
+    weights = TorchDistCheckpoint(archive.extract(base, tmp_path / "content") / archive.WEIGHTS_DIRECTORY)
+    (exits,) = workers(1).run(copied, str(base), 1, 1, False)
+    for n in EXITS["layers"]:
+        own = weights.read("model.decoder.layers.mlp.linear_fc2.weight", n - 1)
+        torch.testing.assert_close(exits[f"{n}.mlp.mlp.linear_fc2.weight"], own, rtol=0, atol=0)

@@ -297,11 +297,65 @@ def test_prompts_that_are_refused(model, inputs, message):
         ({}, {}, dict(max_pending=-1), "early_exit.max_pending=-1"),
         ({}, {}, dict(treshold=0.5), "did you mean threshold"),
         ({}, {}, "fast", "must be a mapping or false"),
+        ({}, {}, dict(exits=[4, 2], threshold=[0.9, 0.5]), r"exits=\[4, 2\]: exits must ascend.* \[2, 4\]"),
+        ({}, {}, dict(exits=[2, 2]), "named once"),
+        ({}, {}, dict(exits=[[2]]), r"early_exit.exits=\[\[2\]\]: expected a list of int or null"),
+        ({}, {}, dict(exits=[2], threshold=[0.9, 0.5]), "2 thresholds for 1 exits"),
+        ({}, {}, dict(max_pending="3"), "early_exit.max_pending=3: expected int or null, got str"),
+        (dict(max_length=2.5), {}, None, "length_params.max_length=2.5: expected int"),
+        ({}, dict(use_greedy="false"), None, "sampling_params.use_greedy=false: expected bool, got str"),
+        ({}, dict(all_probs="no"), None, "sampling_params.all_probs=no"),
+        ({}, dict(end_strings=7), None, "sampling_params.end_strings=7"),
+        ({}, dict(end_strings=[7]), None, r"sampling_params.end_strings=\[7\]: expected a list of str"),
     ],
 )
 def test_parameters_that_are_refused(model, length, sampling, early, key):
     with pytest.raises(ConfigError, match=key):
         model.generate(TEXTS, length, sampling, early_exit=early)
+
+
+def test_default_thresholds_belong_to_their_exits():
+    from nemo_ee.config import parse_early_exit
+    from nemo_ee.inference.request import parse_request
+
+    inference = dict(exits=[10, 20], threshold=[0.7, 0.9])
+    config = parse_early_exit(dict(layers=[10, 20, 25], inference=inference), 30)
+
+    def exits(**given):
+        return parse_request(None, None, given, config).exits
+
+    assert exits() == {10: 0.7, 20: 0.9} and exits(exits=[20]) == {20: 0.9}
+    assert exits(exits=[10, 25], threshold=[0.5, 0.6]) == {10: 0.5, 25: 0.6}
+    with pytest.raises(ConfigError, match=r"threshold=None: .*exits \[10, 20\], none for \[25\]"):
+        exits(exits=[10, 25])
+
+
+def test_parameters_may_come_from_omegaconf(model):
+    from omegaconf import OmegaConf
+
+    from nemo_ee.inference.request import parse_request
+
+    sampling = OmegaConf.create(dict(end_strings=["a"], top_k=None, early_exit=dict(exits=[2])))
+    request = parse_request(OmegaConf.create(dict(max_length=5)), sampling, None, model.early_exit)
+    assert request.sampling.end_strings == ("a",) and request.max_length == 5 and list(request.exits) == [2]
+
+
+def test_untuned_exits_are_warned_of(caplog):
+    """Once; tied exits project with the backbone's weight and need no tuning to fire."""
+    from nemo.utils import logging
+
+    logging._logger.addHandler(caplog.handler)
+    try:
+        untuned = tiny_model(tiny_model_config(head=HEADS["MLP, untied"]))
+        with torch.no_grad():
+            untuned.gpt.exits["4"].projection.weight.zero_()
+        for _ in range(2):
+            untuned.generate(TEXTS, lengths(1), GREEDY)
+        tiny_model(tiny_model_config(head=HEADS["norm, tied"])).generate(TEXTS, lengths(1), GREEDY)
+    finally:
+        logging._logger.removeHandler(caplog.handler)
+    (message,) = (r.getMessage() for r in caplog.records if "projections of zeros" in r.getMessage())
+    assert "exits 4 have" in message and "restore_with_exits" in message
 
 
 def test_every_fault_is_reported_at_once(model):
@@ -332,6 +386,9 @@ def test_options_that_a_strategy_would_ignore_are_refused(model):
 
     with pytest.raises(ConfigError, match="early_exit=.*: has no effect with a strategy"):
         model.generate(TEXTS, lengths(3), strategy=GPTModelTextGenerationStrategy(model), early_exit=EARLY)
+    sampling = dict(NEMO, early_exit=EARLY)
+    with pytest.raises(ConfigError, match=r'sampling_params\["early_exit"\]=.*: has no effect with'):
+        model.generate(TEXTS, lengths(3), sampling, strategy=GPTModelTextGenerationStrategy(model))
 
 
 def test_bfloat16_generates():

@@ -69,11 +69,11 @@ def test_prompts_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line, message", [('{"a": 1}', "p.jsonl:2: has no text"), ("{", "p.jsonl:2: no JSON")]
+    "line, message", [('{"a": 1}', "p.jsonl:3: has no text"), ("{", "p.jsonl:3: no JSON")]
 )
 def test_prompts_files_that_are_refused(tmp_path, line, message):
     path = tmp_path / "p.jsonl"
-    path.write_text(f'{{"prompt": "a"}}\n{line}\n')
+    path.write_text(f'{{"prompt": "a"}}\n\n{line}\n')
     with pytest.raises(ConfigError, match=message):
         settings(prompts_file=str(path)).read_prompts()
 

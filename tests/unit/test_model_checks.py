@@ -65,6 +65,15 @@ SOUND = {
         2,
     ),
     "SP": (dict(tensor_model_parallel_size=2, sequence_parallel=True), 2),
+    "NeMo's plain layers": (dict(name="te_gpt", drop_layers=[], enable_cuda_graph=False), 1),
+    "no name": (dict(name=None, mcore_customization_config=None), 1),
+    "customised as is usual": (
+        dict(
+            name="decoder_block_gpt",
+            mcore_customization_config=dict(softmax_scale=0.1, new_decoder_architecture=False),
+        ),
+        1,
+    ),
 }
 
 
@@ -191,6 +200,32 @@ UNSOUND = {
         "interleaved",
         "null",
     ),
+    "Falcon's layers": (dict(name="megatron_falcon_gpt"), 1, "name", "plain GPT", "Llama"),
+    "Gemma 2's layers": (dict(name="megatron_gemma2"), 1, "name", "plain GPT", "Llama"),
+    "soft-capped logits": (
+        dict(mcore_customization_config=dict(final_logit_softcapping=30.0)),
+        1,
+        "mcore_customization_config.final_logit_softcapping",
+        "project without it",
+        "another checkpoint",
+    ),
+    "a setting of other layers": (
+        dict(mcore_customization_config=dict(parallel_attention=True)),
+        1,
+        "mcore_customization_config.parallel_attention",
+        "unknown to megatron-core's plain GPT",
+        "null",
+    ),
+    "dropped layers": (dict(drop_layers=[3]), 1, "drop_layers", "whole models", "null"),
+    "CUDA graphs": (dict(enable_cuda_graph=True), 1, "enable_cuda_graph", "hooks", "false"),
+    "external CUDA graphs": (dict(external_cuda_graph=True), 1, "external_cuda_graph", "hooks", "false"),
+    "a window without Transformer Engine": (
+        dict(window_size=[4096, 0]),
+        1,
+        "window_size",
+        "Transformer Engine",
+        "null",
+    ),
 }
 
 
@@ -267,6 +302,10 @@ def test_what_cannot_be_tuned_is_refused(case):
 def test_trained_rows_are_parameters_enough():
     head = dict(**NOTHING, projection="untied", train_projection=True)
     check_tuning(config(early_exit__head=head, early_exit__init="copy"))
+
+
+def test_a_bare_shortlist_trains_its_bucket():
+    check_tuning(config(early_exit__head=dict(**NOTHING, projection="shortlist"), early_exit__init="copy"))
 
 
 def test_a_model_without_a_section_has_no_exits():

@@ -62,3 +62,5 @@ def test_exits_are_ordered_by_number_and_tokens_may_be_missing(tmp_path):
 def test_directory_without_event_files_is_an_error(tmp_path):
     with pytest.raises(DataError, match="must hold TensorBoard event files"):
         read_tuning_curve(tmp_path)
+    with pytest.raises(DataError, match="^logs=.*: must hold"):
+        read_tuning_curve(tmp_path, key="logs")

@@ -1,0 +1,50 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""What a killed run leaves behind is removed, by as many ranks at a time as there are."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from nemo_ee.models.experiment import remove_unfinished
+
+
+def torn(folder: Path, count: int) -> None:
+    """Checkpoints of three kinds, all marked as unfinished."""
+    for n in range(count):
+        path = folder / f"run_{n % 3}" / f"model--step={n}[x]"
+        if n % 2:
+            (path / "part" / "deeper").mkdir(parents=True)
+            for name in ("a", "b", "part/c", "part/deeper/d"):
+                (path / name).write_text("torn")
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Path(f"{path}.ckpt").write_text("torn")
+        Path(f"{path}-unfinished").touch()
+
+
+def test_ranks_do_not_disturb_each_other(tmp_path):
+    torn(tmp_path, 300)
+    with ThreadPoolExecutor(8) as ranks:
+        list(ranks.map(remove_unfinished, [tmp_path] * 8))  # raises what a rank raised
+    assert [path for path in tmp_path.rglob("*") if path.parent != tmp_path] == []
+
+
+def test_finished_checkpoints_stay(tmp_path):
+    torn(tmp_path, 2)
+    kept = tmp_path / "run_0" / "model--step=0[x]-last"
+    kept.mkdir()
+    remove_unfinished(tmp_path)
+    assert kept.is_dir() and not list(tmp_path.rglob("*-unfinished"))
+
+
+def test_what_cannot_be_deleted_keeps_its_mark(tmp_path, monkeypatch):
+    torn(tmp_path, 2)
+
+    def refused(path, onerror):
+        onerror(None, path, (PermissionError, PermissionError(path), None))
+
+    monkeypatch.setattr("shutil.rmtree", refused)
+    with pytest.raises(PermissionError):
+        remove_unfinished(tmp_path)
+    assert (tmp_path / "run_1" / "model--step=1[x]-unfinished").exists()

@@ -1,0 +1,45 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""What scripts turn into one line of text, and what they leave alone."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from nemo_ee.errors import DataError
+from nemo_ee.runtime.script import user_errors
+
+CONFIG = OmegaConf.create({"model": {"path": "???", "size": 1}, "output": "???", "same": "${output}"})
+
+
+def message_of(work, cfg=None) -> str:
+    with pytest.raises(SystemExit) as left, user_errors(cfg, nemo=False):
+        work()
+    return left.value.code
+
+
+def test_every_missing_key_is_named_before_any_work():
+    def work():
+        raise AssertionError("not reached")
+
+    message = message_of(work, CONFIG)
+    assert message.startswith("error: model.path=???: is required; set model.path=…\n")
+    assert "output=???: is required" in message
+
+
+def test_a_missing_key_found_at_work():
+    assert message_of(lambda: CONFIG.model.path) == "error: model.path=???: is required; set model.path=…"
+
+
+def test_apex():
+    def work():
+        raise ImportError("Apex was not found. Please see the NeMo README for installation instructions")
+
+    assert "CUDA_VISIBLE_DEVICES=" in message_of(work)
+
+
+def test_errors_for_users_and_others():
+    def refuse():
+        raise DataError("no text")
+
+    assert message_of(refuse) == "error: no text"
+    with pytest.raises(ImportError, match="something"), user_errors(nemo=False):
+        raise ImportError("something else")
