@@ -191,6 +191,8 @@ class _open_validated:
             # tarfile takes an unreadable header for the end of the archive; a real end is a block of zeros.
             tar.fileobj.seek(tar.offset)
             end = tar.fileobj.read(tarfile.BLOCKSIZE)
+            while tar.fileobj.read(1 << 20):  # gzip compares its checksum when it comes to its own end
+                pass
         except _DAMAGED as error:
             raise _fault(path, f"is truncated or damaged ({error})", _COPY_AGAIN) from error
         if end != bytes(tarfile.BLOCKSIZE):
@@ -201,6 +203,10 @@ class _open_validated:
             if name in members:
                 raise _fault(path, f"holds {name!r} twice", _DO_NOT_LOAD)
             members[name] = entry
+        for name in members:
+            for folder in map(str, PurePosixPath(name).parents):
+                if folder in members and not members[folder].isdir():
+                    raise _fault(path, f"holds {name!r} within {folder!r}, which is a file", _DO_NOT_LOAD)
         config = members.get(CONFIG_NAME)
         if config is None or not config.isreg():
             raise _fault(
