@@ -16,6 +16,30 @@ from nemo_ee.errors import CheckpointError
 T = TypeVar("T")
 
 
+def on_all_ranks(work: Callable[[], T]) -> T:
+    """Runs ``work`` on every rank; a failure of one is a failure of all. Collective over the world.
+
+    Raises:
+        Exception: on ranks where ``work`` raised, what it raised.
+        CheckpointError: on all others; none of them is left waiting.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return work()
+    result = error = None
+    try:
+        result = work()
+    except Exception as raised:
+        error = raised
+    errors: list = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    failed = [f"rank {rank} failed: {text}" for rank, text in enumerate(errors) if text is not None]
+    if failed:
+        raise CheckpointError("\n".join(failed))
+    return result
+
+
 def on_rank_zero(work: Callable[[], T]) -> T:
     """Runs ``work`` on rank 0 and gives every rank its (picklable) result. Collective over the world.
 
@@ -65,9 +89,7 @@ def save_archive(
 
     staging = Path(on_rank_zero(make_staging))
     try:
-        write_weights(staging / archive.WEIGHTS_DIRECTORY)
-        if dist.is_initialized():
-            dist.barrier()
+        on_all_ranks(lambda: write_weights(staging / archive.WEIGHTS_DIRECTORY))
         on_rank_zero(finish)
     finally:
         if not dist.is_initialized() or dist.get_rank() == 0:
