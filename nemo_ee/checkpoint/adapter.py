@@ -87,8 +87,8 @@ def merge(
     no model is built. One process; needs disk for twice the base beside ``output``.
 
     Raises:
-        CheckpointError: as :func:`load_exits`; or the base has exits already; or ``output`` exists and may not
-            be overwritten.
+        CheckpointError: as :func:`load_exits`; or the base has exits already, or its weights in one file; or
+            ``output`` exists and may not be overwritten.
     """
     output = Path(output)
     if output.exists() and not overwrite:
@@ -101,6 +101,11 @@ def merge(
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as scratch:
         whole = archive.extract(base, Path(scratch, "base"))
+        if not (whole / archive.WEIGHTS_DIRECTORY).is_dir():
+            raise CheckpointError(
+                f"{base}: holds no {archive.WEIGHTS_DIRECTORY}/ but the single file of old NeMo releases; "
+                "restore it with MegatronGPTEarlyExitModel, save it with save_to, and merge into that"
+            )
         check_hash(adapter, config, Path(base).name, backbone_content_hash(whole))
         exits = archive.extract(adapter, Path(scratch, "exits"))
         merged = Path(scratch, "merged")

@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.checkpoint import archive, collective, keys, tokenizer
 from nemo_ee.checkpoint.base import BaseCheckpoint
-from nemo_ee.checkpoint.load import load_weights, save_weights
+from nemo_ee.checkpoint.legacy import read_legacy_weights
+from nemo_ee.checkpoint.load import has_fp8_state, load_weights, save_weights
 from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint
 from nemo_ee.errors import CheckpointError
 
@@ -106,6 +107,8 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
             model._tokenizer_home = home  # deleted with the model
             if state is not None:
                 state = keys.respell(self.modify_state_dict(config, state), model.state_dict())
+                if not has_fp8_state(model):
+                    state = {k: None if keys.is_extra_state(k) else value for k, value in state.items()}
                 self.load_instance_with_state_dict(model, state, strict)
             else:
                 start_distributed(model.trainer)
@@ -124,7 +127,7 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
         """A single ``model_weights.ckpt`` is read without running code from it; None for torch_dist."""
         if not os.path.isfile(model_weights):
             return super()._load_state_dict_from_disk(model_weights, map_location)
-        return torch.load(model_weights, map_location="cpu", weights_only=True)
+        return read_legacy_weights(Path(model_weights))
 
 
 def start_distributed(trainer: Any) -> None:

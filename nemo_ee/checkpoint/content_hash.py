@@ -2,7 +2,6 @@
 """A fingerprint of a checkpoint's backbone: equal weights give equal hashes, however they were stored."""
 
 import hashlib
-import io
 import os
 import re
 import tempfile
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 
 from nemo_ee.checkpoint import archive, keys
+from nemo_ee.checkpoint.legacy import read_legacy_weights
 from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint
 from nemo_ee.errors import CheckpointError
 
@@ -86,11 +86,7 @@ def _torch_dist_tensors(checkpoint: TorchDistCheckpoint) -> dict[str, Callable[[
 
 
 def _legacy_tensors(file: Path) -> dict[str, Callable[[], torch.Tensor]]:
-    try:
-        with torch.serialization.safe_globals([io.BytesIO]):
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # damaged pickles and zip files raise almost anything
-        raise CheckpointError(f"{file}: cannot be read ({type(error).__name__}); copy it again") from error
+    state = read_legacy_weights(file, mmap=True)
     named = ((_backbone_name(key), value) for key, value in state.items() if isinstance(value, torch.Tensor))
     return _collect((name, lambda value=value: value) for name, value in named if name is not None)
 

@@ -42,7 +42,8 @@ def load_weights(
 ) -> None:
     """Loads weights into a built model, in place. Collective over the world.
 
-    Any layer spec's names fit, any TP and PP, and a truncated model takes the first layers.
+    Any layer spec's names fit, any TP and PP, and a truncated model takes the first layers. Pickled objects
+    (``_extra_state``) are loaded for FP8 models only.
 
     Args:
         model: a NeMo GPT model on megatron-core.
@@ -62,7 +63,12 @@ def load_weights(
     assert len(modules) == 1, "interleaved pipelines are refused when the model is built"
     module = modules[0]
     state = model.sharded_state_dict() if state is None else state
-    wanted = {name: entry for name, entry in state.items() if want is None or want(entry.key)}
+    fp8 = has_fp8_state(model)
+    wanted = {
+        name: entry
+        for name, entry in state.items()
+        if (want is None or want(entry.key)) and (fp8 or not is_extra_state(entry.key))
+    }
     fitted = fit_to_checkpoint(wanted, checkpoint, skip)
     if partial or getattr(module, "truncated", False):
         tensors = {name: entry for name, entry in fitted.items() if not isinstance(entry, ShardedObject)}
@@ -81,7 +87,11 @@ def load_weights(
     missing = [
         name
         for name in result.missing_keys
-        if not partial and want is None and name not in left_out and not is_extra_state(name) and not is_exit(name)
+        if not partial
+        and want is None
+        and name not in left_out
+        and not is_extra_state(name)
+        and not is_exit(name)
     ]
     if missing or result.unexpected_keys:
         raise CheckpointError(
@@ -90,6 +100,11 @@ def load_weights(
         )
     if hasattr(model, "setup_transformer_engine_tp_groups"):
         model.setup_transformer_engine_tp_groups()
+
+
+def has_fp8_state(model: Any) -> bool:
+    """Whether ``_extra_state`` is worth loading: it is FP8's scales, and Transformer Engine unpickles it."""
+    return bool(model.cfg.get("fp8", False))
 
 
 def read_shard(entry: Any, checkpoint: TorchDistCheckpoint) -> torch.Tensor:

@@ -2,8 +2,9 @@
 """Reads and joins torch_dist checkpoints (megatron-core's format of ``model_weights/``) in one plain process.
 
 megatron-core needs process groups and a built model to read such a directory, and unpickles its metadata
-freely. Hashing, comparing and merging checkpoints need neither: the metadata is unpickled with an allow-list
-of the classes the format consists of, and tensors are loaded one at a time with ``weights_only=True``.
+and common state freely. Hashing, comparing and merging checkpoints need neither: the metadata is unpickled
+with an allow-list of the classes the format consists of, and tensors are loaded one at a time with
+``weights_only=True``. A directory that was opened here may be given to megatron-core.
 
 Format: ``torch.distributed.checkpoint.metadata`` of torch 2.13 and
 ``megatron/core/dist_checkpointing/strategies/torch.py`` of megatron-core 0.13.1.
@@ -52,8 +53,8 @@ class TorchDistCheckpoint:
         directory: holds ``metadata.json``, ``.metadata`` and ``*.distcp``.
 
     Raises:
-        CheckpointError: the directory is no torch_dist checkpoint, its metadata names classes that the format
-            does not consist of, or a data file is missing or too short.
+        CheckpointError: the directory is no torch_dist checkpoint, its metadata or common state names classes
+            that the format does not consist of, or a data file is missing or too short.
     """
 
     def __init__(self, directory: str | os.PathLike):
@@ -212,4 +213,8 @@ def _load_metadata(directory: Path) -> Metadata:
         raise fault(f"{_METADATA} cannot be trusted or read ({error})") from error
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
         raise fault(f"{_METADATA} describes no checkpoint")
+    try:
+        torch.load(directory / _COMMON, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise fault(f"{_COMMON} cannot be trusted or read ({error})") from error
     return metadata
