@@ -12,6 +12,7 @@ from nemo_ee.data.data_config import PREFIX_KEY, DatasetPart, dataset_parts
 from nemo_ee.data.index_file import IndexedFile, open_indexed_file
 from nemo_ee.errors import DataError, Fault
 
+LENGTH_KEY = "model.data.seq_length"
 MAX_SCANNED_TOKENS = 1 << 30
 _REMEDY = "write it with scripts/preprocess_text.py"
 
@@ -43,7 +44,14 @@ def check_data_config(data: Mapping, sequence_length: int, vocab_size: int) -> N
         raise DataError("\n".join(map(str, faults)))
 
 
-def check_indexed_dataset(prefix: str, sequence_length: int, vocab_size: int, name: str) -> IndexedFile:
+def check_indexed_dataset(
+    prefix: str,
+    sequence_length: int,
+    vocab_size: int,
+    name: str,
+    key: str = PREFIX_KEY,
+    length_key: str = LENGTH_KEY,
+) -> IndexedFile:
     """Checks one dataset that is used as a whole.
 
     Args:
@@ -51,6 +59,8 @@ def check_indexed_dataset(prefix: str, sequence_length: int, vocab_size: int, na
         sequence_length: tokens per training sequence.
         vocab_size: the model's vocabulary without padding.
         name: what it is to the user, e.g. ``train``.
+        key: what the user sets to ``prefix``.
+        length_key: what the user sets to ``sequence_length``.
 
     Returns:
         The opened dataset.
@@ -58,14 +68,21 @@ def check_indexed_dataset(prefix: str, sequence_length: int, vocab_size: int, na
     Raises:
         DataError: as :func:`check_data_config`.
     """
-    faults = _part_faults(DatasetPart(prefix, None), sequence_length, vocab_size, name, PREFIX_KEY, extra=1)
+    part = DatasetPart(prefix, None)
+    faults = _part_faults(part, sequence_length, vocab_size, name, key, extra=1, length_key=length_key)
     if faults:
         raise DataError("\n".join(map(str, faults)))
     return open_indexed_file(prefix)
 
 
 def _part_faults(
-    part: DatasetPart, sequence_length: int, vocab_size: int, name: str, key: str, extra: int
+    part: DatasetPart,
+    sequence_length: int,
+    vocab_size: int,
+    name: str,
+    key: str,
+    extra: int,
+    length_key: str = LENGTH_KEY,
 ) -> list[Fault]:
     try:
         file = open_indexed_file(part.prefix)
@@ -80,7 +97,7 @@ def _part_faults(
             f"{name} must have at least one sequence of {sequence_length} tokens (with targets {needed}), "
             f"has {what}"
         )
-        remedy = "give more text, a larger share of it, or a smaller model.data.seq_length"
+        remedy = f"give more text, a larger share of it, or a smaller {length_key}"
         return [Fault(key, part.prefix, rule, remedy)]
     low, high = _id_range(file, covered)
     if low < 0 or high >= vocab_size:

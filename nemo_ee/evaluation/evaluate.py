@@ -57,8 +57,11 @@ def evaluate(config: EvaluationConfig, trainer: Any) -> list[Path]:
         ConfigError, CheckpointError, DataError: before the model is built, as far as the inputs show it.
         GenerationError: a prompt that cannot be continued.
     """
-    curve = read_tuning_curve(config.tuning_log_dir) if config.tuning_log_dir else ()
+    curve = read_tuning_curve(config.tuning_log_dir, key="tuning_log_dir") if config.tuning_log_dir else ()
     _check(config)
+    if trainer.world_size != 1:
+        rule = f"x trainer.num_nodes={trainer.num_nodes}: an evaluation runs in one process"
+        raise ConfigError(Fault("trainer.devices", trainer.num_devices, rule, "set both to 1"))
     model = restore(config, trainer)
     settings, tokenizer = config.generation, model.tokenizer
     data = config.data
@@ -130,7 +133,8 @@ def _check(config: EvaluationConfig) -> None:
         faults.append(Fault("generation.prompt_tokens", config.generation.prompt_tokens, rule, "use fewer"))
     if faults:
         raise ConfigError(*faults)
-    check_indexed_dataset(config.data.prefix, config.data.seq_length, ANY_VOCABULARY, "held-out text")
+    data, keys = config.data, dict(key="data.prefix", length_key="data.seq_length")
+    check_indexed_dataset(data.prefix, data.seq_length, ANY_VOCABULARY, "held-out text", **keys)
 
 
 def _scorer(model: MegatronGPTEarlyExitModel):

@@ -26,7 +26,8 @@ def held_out_sequences(prefix: str, sequences: int, length: int, vocab_size: int
     Raises:
         DataError: the dataset is missing or damaged, shorter than one sequence, or of another vocabulary.
     """
-    ids = check_indexed_dataset(prefix, length, vocab_size, "held-out text").token_ids()
+    keys = dict(key="data.prefix", length_key="data.seq_length")
+    ids = check_indexed_dataset(prefix, length, vocab_size, "held-out text", **keys).token_ids()
     fit = (len(ids) - 1) // length
     count = min(sequences, fit)
     starts = [fit * index // count * length for index in range(count)]

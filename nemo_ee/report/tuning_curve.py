@@ -12,7 +12,7 @@ _SCALAR = re.compile(r"val_(loss|agreement|confidence)/(?:exit_(\d+)|(final))")
 _TOKENS = "consumed_tokens"
 
 
-def read_tuning_curve(log_directory: str | Path) -> tuple[CurvePoint, ...]:
+def read_tuning_curve(log_directory: str | Path, key: str = "log_directory") -> tuple[CurvePoint, ...]:
     """Reads ``val_loss/exit_N``, ``val_agreement/exit_N``, ``val_confidence/exit_N`` and ``val_loss/final``.
 
     A resumed run leaves several event files, which NeMo's exp_manager moves into ``run_0``, ``run_1`` and so
@@ -20,6 +20,7 @@ def read_tuning_curve(log_directory: str | Path) -> tuple[CurvePoint, ...]:
 
     Args:
         log_directory: searched recursively for event files.
+        key: what the user sets to it.
 
     Returns:
         Points in ascending order of step, then of exit layer, the final exit last. ``tokens`` is the last
@@ -30,7 +31,7 @@ def read_tuning_curve(log_directory: str | Path) -> tuple[CurvePoint, ...]:
     """
     files = sorted(Path(log_directory).rglob("events.out.tfevents.*"))
     if not files:
-        raise DataError(f"log_directory={log_directory}: must hold TensorBoard event files; check the path")
+        raise DataError(f"{key}={log_directory}: must hold TensorBoard event files; check the path")
     loaded = [scalars for file in files if (scalars := _read_scalars(file))]
     loaded.sort(
         key=lambda scalars: min(wall_time for events in scalars.values() for wall_time, _, _ in events)
