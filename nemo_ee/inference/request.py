@@ -1,13 +1,13 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """A generation request: NeMo's length and sampling parameters and early-exit options, checked together."""
 
-import difflib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from nemo_ee.config import EarlyExitConfig, check_thresholds
 from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.schema import build_config
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,35 @@ class SamplingOptions:
     all_probs: bool = False
     compute_logprob: bool = False
     end_strings: tuple[str, ...] = ("<|endoftext|>", "<extra_id_1>")
+
+
+@dataclass(frozen=True)
+class LengthOptions:
+    """NeMo's length parameters.
+
+    Attributes:
+        max_length: tokens to generate, at most.
+        min_length: tokens before EOS may come.
+    """
+
+    max_length: int = 30
+    min_length: int = 0
+
+
+@dataclass(frozen=True)
+class ExitOptions:
+    """When tokens may leave; null takes the model's `early_exit.inference`.
+
+    Attributes:
+        threshold: leave at a confidence strictly above it; one number, or one per exit in use. 1.0 never
+            exits.
+        exits: exit layers in use, ascending.
+        max_pending: tokens in a row that may leave at an exit before one must go through all layers.
+    """
+
+    threshold: float | tuple[float, ...] | None = None
+    exits: tuple[int, ...] | None = None
+    max_pending: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,30 +111,24 @@ def parse_request(
         ConfigError: listing every fault.
     """
     faults: list[Fault] = []
-    lengths, sampling = dict(length_params or {}), dict(sampling_params or {})
+    sampling = dict(sampling_params or {})
     if early_exit is None:
         early_exit = sampling.get("early_exit")
-    faults += _unknown("length_params", lengths, {"max_length", "min_length"})
-    known = set(SamplingOptions.__dataclass_fields__)
-    faults += _unknown("sampling_params", sampling, known | NOT_OURS)
-    max_length, min_length = lengths.get("max_length", 30), lengths.get("min_length", 0) or 0
-    for name, value in (("max_length", max_length), ("min_length", min_length)):
-        if not _is_int(value) or value < 0:
-            faults.append(
-                Fault(f"length_params.{name}", value, "must be a whole number, 0 or more", "use e.g. 30")
-            )
-    options = {key: value for key, value in sampling.items() if key in known and value is not None}
-    if isinstance(options.get("end_strings"), str):
-        faults.append(
-            Fault("sampling_params.end_strings", options["end_strings"], "must be a list", "wrap it in []")
-        )
-    options["end_strings"] = tuple(options.get("end_strings", SamplingOptions.end_strings))
-    parsed = SamplingOptions(**options)
-    faults += _sampling_faults(parsed)
+    ours = {key: value for key, value in sampling.items() if key not in NOT_OURS}
+    lengths = build_config(LengthOptions, _given(length_params or {}), "length_params", faults)
+    options = build_config(SamplingOptions, _given(ours), "sampling_params", faults)
+    if lengths is not None:
+        faults += [
+            Fault(f"length_params.{name}", value, "must be a whole number, 0 or more", "use e.g. 30")
+            for name, value in vars(lengths).items()
+            if value < 0
+        ]
+    if options is not None:
+        faults += _sampling_faults(options)
     exits, max_pending = parse_exits(early_exit, config, faults)
     if faults:
         raise ConfigError(*faults)
-    return GenerationRequest(max_length, min_length, parsed, exits, max_pending)
+    return GenerationRequest(lengths.max_length, lengths.min_length, options, exits, max_pending)
 
 
 def parse_exits(
@@ -126,66 +149,65 @@ def parse_exits(
         faults.append(Fault("early_exit", early_exit, "must be a mapping or false", "give threshold, exits"))
         return {}, None
     before = len(faults)
-    faults += _unknown("early_exit", dict(early_exit), {"threshold", "exits", "max_pending"})
-    usual = config.layers if config.inference.exits is None else config.inference.exits
-    exits = early_exit.get("exits")
-    layers = usual if exits is None else exits
-    if isinstance(layers, str) or not isinstance(layers, Sequence) or not set(layers) <= set(config.layers):
-        rule = f"not all of the model's exits {list(config.layers)}"
-        faults.append(Fault("early_exit.exits", layers, rule, "name exit layers that exist, or null for all"))
+    options = build_config(ExitOptions, _given(early_exit), "early_exit", faults)
+    if options is None:
         return {}, None
-    layers = sorted(set(layers))
-    threshold = early_exit.get("threshold")
-    if threshold is None:
-        threshold = config.inference.threshold
-        if isinstance(threshold, tuple) and set(layers) <= set(usual):
-            threshold = [threshold[usual.index(n)] for n in layers]
-    threshold = (
-        list(threshold) if isinstance(threshold, Sequence) and not isinstance(threshold, str) else threshold
-    )
-    faults += check_thresholds(threshold, len(layers), "early_exit.threshold")
-    cap = early_exit.get("max_pending")
-    if cap is not None and (not _is_int(cap) or cap < 0):
-        faults.append(
-            Fault("early_exit.max_pending", cap, "must be a whole number, 0 or more", "or null: no limit")
-        )
+    usual = config.layers if config.inference.exits is None else config.inference.exits
+    layers = usual if options.exits is None else options.exits
+    if not set(layers) <= set(config.layers):
+        rule = f"not all of the model's exits {list(config.layers)}"
+        remedy = "name exit layers that exist, or null for all"
+        faults.append(Fault("early_exit.exits", list(layers), rule, remedy))
+    elif list(layers) != sorted(set(layers)):
+        rule = "exits must ascend, each named once"
+        faults.append(Fault("early_exit.exits", list(layers), rule, f"write {sorted(set(layers))}"))
+    elif options.threshold is not None:
+        faults += check_thresholds(options.threshold, len(layers), "early_exit.threshold")
+    if options.max_pending is not None and options.max_pending < 0:
+        rule = "must be a whole number, 0 or more"
+        faults.append(Fault("early_exit.max_pending", options.max_pending, rule, "or null: no limit"))
     if len(faults) > before:
         return {}, None
-    values = threshold if isinstance(threshold, list) else [threshold] * len(layers)
-    return dict(zip(layers, values, strict=True)), cap
+    if isinstance(options.threshold, tuple):
+        return dict(zip(layers, options.threshold, strict=True)), options.max_pending
+    if options.threshold is not None:
+        return dict.fromkeys(layers, options.threshold), options.max_pending
+    return _default_thresholds(layers, usual, config, faults), options.max_pending
+
+
+def _default_thresholds(
+    layers: Sequence[int], usual: Sequence[int], config: EarlyExitConfig, faults: list[Fault]
+) -> dict[int, float]:
+    """The model's thresholds of these exits."""
+    threshold = config.inference.threshold
+    if not isinstance(threshold, tuple):
+        return dict.fromkeys(layers, threshold)
+    known = dict(zip(usual, threshold, strict=True))
+    if without := [n for n in layers if n not in known]:
+        rule = f"the model has thresholds for exits {list(usual)}, none for {without}"
+        faults.append(Fault("early_exit.threshold", None, rule, f"give one for {list(layers)}, or one each"))
+        return {}
+    return {n: known[n] for n in layers}
+
+
+def _given(values: Mapping) -> dict[str, Any]:
+    """What is not null, in plain containers: lists may come as OmegaConf's."""
+    return {
+        key: list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+        for key, value in values.items()
+        if value is not None
+    }
 
 
 def _sampling_faults(options: SamplingOptions) -> list[Fault]:
     rules = {
-        "temperature": (lambda v: v > 0, "must be above 0", "use 1.0; for greedy decoding set use_greedy"),
-        "top_k": (
-            lambda v: _is_int(v) and v >= 0,
-            "must be a whole number, 0 or more",
-            "use 0 for all tokens",
-        ),
-        "top_p": (lambda v: 0 <= v <= 1, "lies within [0, 1]", "use 1.0 for all tokens"),
-        "repetition_penalty": (lambda v: v > 0, "must be above 0", "use 1.0 for none"),
+        "temperature": (options.temperature > 0, "must be above 0", "use 1.0; for greedy set use_greedy"),
+        "top_k": (options.top_k >= 0, "must be a whole number, 0 or more", "use 0 for all tokens"),
+        "top_p": (0 <= options.top_p <= 1, "lies within [0, 1]", "use 1.0 for all tokens"),
+        "repetition_penalty": (options.repetition_penalty > 0, "must be above 0", "use 1.0 for none"),
     }
-    faults = []
-    for name, (holds, rule, remedy) in rules.items():
-        value = getattr(options, name)
-        if not _is_number(value) or not holds(value):
-            faults.append(Fault(f"sampling_params.{name}", value, rule, remedy))
-    return faults
-
-
-def _unknown(key: str, given: dict, known: set[str]) -> list[Fault]:
-    faults = []
-    for name in given.keys() - known:
-        nearest = difflib.get_close_matches(str(name), known, 1)
-        remedy = f"did you mean {nearest[0]}?" if nearest else f"known keys: {', '.join(sorted(known))}"
-        faults.append(Fault(f"{key}.{name}", given[name], "unknown key", remedy))
-    return faults
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return [
+        Fault(f"sampling_params.{name}", getattr(options, name), rule, remedy)
+        for name, (holds, rule, remedy) in rules.items()
+        if not holds
+    ]

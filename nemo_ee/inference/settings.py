@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.inference.request import ExitOptions
 from nemo_ee.schema import build_config
 
 MISSING = "???"
@@ -45,22 +46,6 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
-class ExitConfig:
-    """When tokens may leave; null takes the checkpoint's `early_exit.inference`.
-
-    Attributes:
-        threshold: leave at a confidence strictly above it; one number, or one per exit in use. 1.0 never
-            exits.
-        exits: exit layers in use.
-        max_pending: tokens in a row that may leave at an exit before one must go through all layers.
-    """
-
-    threshold: float | tuple[float, ...] | None = None
-    exits: tuple[int, ...] | None = None
-    max_pending: int | None = None
-
-
-@dataclass(frozen=True)
 class GenerateConfig:
     """A generation run.
 
@@ -88,7 +73,7 @@ class GenerateConfig:
     prompts_file: str | None = None
     chat: bool = False
     inference: SamplingConfig = field(default_factory=SamplingConfig)
-    early_exit: ExitConfig = field(default_factory=ExitConfig)
+    early_exit: ExitOptions = field(default_factory=ExitOptions)
     batch_size: int = 8
     seed: int = 1234
     output_file: str | None = None
@@ -124,16 +109,17 @@ class GenerateConfig:
         assert self.prompts_file is not None, "checked on construction"
         path = Path(self.prompts_file)
         try:
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = list(enumerate(path.read_text(encoding="utf-8").splitlines(), start=1))
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 Fault("prompts_file", path, f"cannot be read ({error})", "give a text file")
             ) from error
+        lines = [(number, line) for number, line in lines if line.strip()]
         if not lines:
             raise ConfigError(Fault("prompts_file", path, "holds no prompts", "write one per line"))
         if path.suffix != ".jsonl":
-            return lines
-        return [_json_prompt(path, number, line) for number, line in enumerate(lines, start=1)]
+            return [line for _, line in lines]
+        return [_json_prompt(path, number, line) for number, line in lines]
 
     def generate_arguments(self) -> dict[str, Any]:
         """`length_params`, `sampling_params` and `early_exit` of `model.generate`."""

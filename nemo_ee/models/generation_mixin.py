@@ -12,6 +12,7 @@ from nemo.collections.nlp.modules.common.text_generation_utils import (
     get_default_length_params,
     get_default_sampling_params,
 )
+from nemo.utils import logging
 
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.inference.generate import generate
@@ -20,6 +21,8 @@ from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
 
 class GenerationMixin:
     """Generation with early exits, through NeMo's own signature. Mix it in before `MegatronGPTModel`."""
+
+    _looked_for_untuned_exits = False
 
     def generate(
         self,
@@ -63,17 +66,40 @@ class GenerationMixin:
         """
         if strategy is None:
             self.start_distributed()
+            if early_exit is not False:
+                self.warn_of_untuned_exits()
             return generate(self, inputs, length_params, sampling_params, early_exit, generator)
-        if early_exit is not None or generator is not None:
-            name, value = ("early_exit", early_exit) if early_exit is not None else ("generator", generator)
+        ignored = {
+            "early_exit": early_exit,
+            'sampling_params["early_exit"]': (sampling_params or {}).get("early_exit"),
+            "generator": generator,
+        }
+        ignored = {name: value for name, value in ignored.items() if value is not None}
+        if ignored:
             remedy = "give exits to EarlyExitTextGenerationStrategy; NeMo's loop has torch's generator"
-            raise ConfigError(Fault(name, value, "has no effect with a strategy", remedy))
+            rule = "has no effect with a strategy"
+            raise ConfigError(*(Fault(name, value, rule, remedy) for name, value in ignored.items()))
         if isinstance(strategy, EarlyExitTextGenerationStrategy):
+            self.warn_of_untuned_exits()
             strategy.prepare(inputs, sampling_params)
         lengths = {**get_default_length_params(), **(length_params or {})}
         sampling = {**get_default_sampling_params(), **(sampling_params or {})}
         with kept_microbatches():
             return super().generate(inputs, lengths, sampling, strategy=strategy)  # type: ignore[misc]
+
+    def warn_of_untuned_exits(self) -> None:
+        """Warns once of exits whose own projection is all zeros; only the first call looks."""
+        if self._looked_for_untuned_exits:
+            return
+        self._looked_for_untuned_exits = True
+        weights = {n: head.projection.weight for n, head in self.gpt.exits.items()}
+        untuned = ", ".join(n for n, weight in weights.items() if weight is not None and not weight.any())
+        if untuned:
+            logging.warning(
+                f"model.early_exit: exits {untuned} have projections of zeros and will not be used: they came "
+                "neither with the checkpoint nor from tuning. Tune them (scripts/megatron_gpt_ee_tuning.py) "
+                "or load tuned ones (restore_with_exits, adapter_file)"
+            )
 
 
 @contextmanager
