@@ -1,5 +1,8 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-# Sourced by test.sh and quickstart.sh: makes sure that the Python environment exists and activates it.
+# Makes sure that the Python environment exists and activates it. test.sh and quickstart.sh do this themselves; for the
+# other scripts, in bash:
+#
+#   source scripts/env.sh
 #
 #   NEMO_EE_VENV         the environment; default .venv in the repository. One that this file did not make is used as it is.
 #   NEMO_EE_TORCH_INDEX  an index to take torch from, e.g. https://download.pytorch.org/whl/cpu, which spares a machine
@@ -16,13 +19,13 @@ export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 
 _nemo_ee_find_python() {
     local candidate
-    for candidate in python3.11 python3.12 python3.10 python3; do
-        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; then
+    for candidate in python3.11 python3.12 python3; do
+        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
-    echo "error: no Python 3.10 to 3.12 with its venv module was found; install Python 3.11 (tested)" >&2
+    echo "error: no Python 3.11 or 3.12 with its venv module was found; install Python 3.11 (tested)" >&2
     return 1
 }
 
@@ -50,19 +53,31 @@ _nemo_ee_wanted() { # a word that changes with anything that decides what is ins
     (cd "$_nemo_ee_root" && cat scripts/requirements.txt scripts/constraints.txt setup.py scripts/env.sh && pwd) | sha256sum | cut -d' ' -f1
 }
 
+# Creates the environment with the Python and venv options given. It is marked as ours before anything is in it, and the
+# mark outlives what is deleted, so an interruption at any moment leaves a directory that the next run knows it may redo.
+_nemo_ee_make_venv() {
+    local python=$1
+    shift
+    if [ ! -e "$NEMO_EE_VENV/nemo_ee_made_this" ] && [ -n "$(ls -A "$NEMO_EE_VENV" 2>/dev/null)" ]; then
+        echo "error: NEMO_EE_VENV=$NEMO_EE_VENV: holds files but no Python environment; name a new or an empty directory" >&2
+        return 1
+    fi
+    mkdir -p "$NEMO_EE_VENV" && touch "$NEMO_EE_VENV/nemo_ee_made_this" || return 1
+    find "$NEMO_EE_VENV" -mindepth 1 -maxdepth 1 ! -name nemo_ee_made_this -exec rm -rf {} + || return 1
+    "$python" -m venv "$@" "$NEMO_EE_VENV"
+}
+
 _nemo_ee_install() {
     local python scripts="$_nemo_ee_root/scripts" pins=()
     python="$(_nemo_ee_find_python)" || return 1
     if _nemo_ee_in_nemo_container "$python"; then
         echo "NeMo and CUDA found: laying $NEMO_EE_VENV over the installed packages"
-        "$python" -m venv --clear --system-site-packages "$NEMO_EE_VENV" || return 1
-        touch "$NEMO_EE_VENV/nemo_ee_made_this"
+        _nemo_ee_make_venv "$python" --system-site-packages || return 1
     else
         echo "installing into $NEMO_EE_VENV with $("$python" --version); this takes 3 to 10 minutes, once"
-        if [ ! -x "$NEMO_EE_VENV/bin/python" ] || ! "$NEMO_EE_VENV/bin/python" -m pip --version >/dev/null 2>&1; then
-            "$python" -m venv --clear "$NEMO_EE_VENV" || return 1
+        if ! "$NEMO_EE_VENV/bin/python" -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            _nemo_ee_make_venv "$python" || return 1
         fi
-        touch "$NEMO_EE_VENV/nemo_ee_made_this"
         if "$NEMO_EE_VENV/bin/python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
             pins=(-c "$scripts/constraints.txt")
         fi
@@ -78,6 +93,20 @@ _nemo_ee_install() {
 if [ -d "$NEMO_EE_VENV" ] && [ ! -e "$NEMO_EE_VENV/nemo_ee_made_this" ] && [ -x "$NEMO_EE_VENV/bin/python" ]; then
     export PYTHONPATH="$_nemo_ee_root${PYTHONPATH:+:$PYTHONPATH}"
 elif [ "$(cat "$NEMO_EE_VENV/nemo_ee_installed" 2>/dev/null)" != "$(_nemo_ee_wanted)" ]; then
-    _nemo_ee_install || exit 1
+    _nemo_ee_install || return 1 2>/dev/null || exit 1
 fi
 export PATH="$NEMO_EE_VENV/bin:$PATH"
+
+_nemo_ee_gpu_without_apex() { # NeMo's training strategy refuses to start there
+    python -c '
+import importlib.util, sys
+if importlib.util.find_spec("apex"):
+    sys.exit(1)
+import torch
+sys.exit(not torch.cuda.is_available())' 2>/dev/null
+}
+
+if [ -z "${CUDA_VISIBLE_DEVICES+set}" ] && _nemo_ee_gpu_without_apex; then
+    echo "There is a GPU, but not Apex, which NeMo needs to use it (NeMo Framework containers have it): running on the CPU."
+    export CUDA_VISIBLE_DEVICES=
+fi

