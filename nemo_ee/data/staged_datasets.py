@@ -28,6 +28,7 @@ class StagedDatasets:
             name: path.with_name(f".{path.name}.{os.getpid()}") for name, path in prefixes.items()
         }
         self._builders: dict[str, IndexedDatasetBuilder] = {}
+        self._staged_summary: Path | None = None
 
     def __enter__(self) -> "StagedDatasets":
         for name, path in self._staged.items():
@@ -40,6 +41,8 @@ class StagedDatasets:
             self._builders[name].data_file.close()
             for suffix in (".bin", ".idx"):
                 Path(f"{path}{suffix}").unlink(missing_ok=True)
+        if self._staged_summary is not None:
+            self._staged_summary.unlink(missing_ok=True)
 
     def add(self, name: str, token_ids: list[int]) -> None:
         """Appends one document to the dataset ``name``.
@@ -70,6 +73,7 @@ class StagedDatasets:
         for name, builder in self._builders.items():
             builder.finalize(f"{self._staged[name]}.idx")
         staged_summary = summary_path.with_name(f".{summary_path.name}.{os.getpid()}")
+        self._staged_summary = staged_summary
         staged_summary.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         summary_path.unlink(missing_ok=True)
         for name, path in self._prefixes.items():

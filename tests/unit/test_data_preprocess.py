@@ -131,6 +131,20 @@ def test_failure_while_tokenizing_leaves_nothing_new(source, tokenizer_dir, monk
     assert {path.name: path.read_bytes() for path in (source.parent / "out").iterdir()} == before
 
 
+def test_nothing_is_left_where_publishing_fails(tmp_path, monkeypatch):
+    def refuse(*paths):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", refuse)
+    with (
+        pytest.raises(OSError, match="disk full"),
+        StagedDatasets({"train": tmp_path / "t"}, 100) as datasets,
+    ):
+        datasets.add("train", [1, 2])
+        datasets.publish(tmp_path / "t.json", {})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bad_record_is_found_before_anything_is_written(source, tokenizer_dir):
     source.write_text(source.read_text() + '{"body": "x"}\n')
     with pytest.raises(DataError, match="record 61 has no key 'text'"):
