@@ -4,26 +4,20 @@
 python scripts/convert_llama_hf_to_nemo.py input_name_or_path=DIRECTORY output_path=model.nemo
 """
 
-import sys
-
 import hydra
 from omegaconf import DictConfig
 
-from nemo_ee.errors import CheckpointError
-from nemo_ee.runtime import cpu
+from nemo_ee.runtime.script import user_errors
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="convert_llama_hf_to_nemo")
 def main(cfg: DictConfig) -> None:
     """Reads the configuration, converts, and says where the result lies."""
-    cpu.enable()
-    from nemo_ee.checkpoint.convert import convert_to_nemo
+    with user_errors(cfg):
+        from nemo_ee.checkpoint.convert import convert_to_nemo
 
-    try:
         path = convert_to_nemo(cfg.input_name_or_path, cfg.output_path, str(cfg.precision), cfg.overwrite)
-    except CheckpointError as error:
-        sys.exit(f"error: {error}")
-    print(f"wrote {path} ({path.stat().st_size / 2**20:.0f} MiB)")
+        print(f"wrote {path} ({path.stat().st_size / 2**20:.0f} MiB)")
 
 
 if __name__ == "__main__":

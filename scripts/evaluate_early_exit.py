@@ -14,7 +14,7 @@ from nemo_ee.runtime.script import user_errors
 @hydra.main(version_base=None, config_path="../conf", config_name="evaluate_early_exit")
 def main(cfg: DictConfig) -> None:
     """Restores, measures, writes the report, and says where it lies."""
-    with user_errors():
+    with user_errors(cfg):
         from nemo_ee.evaluation.settings import EvaluationConfig
 
         values = OmegaConf.to_container(cfg, resolve=True)

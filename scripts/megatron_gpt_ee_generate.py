@@ -14,7 +14,7 @@ from nemo_ee.runtime.script import user_errors
 @hydra.main(version_base=None, config_path="../conf", config_name="megatron_gpt_ee_generate")
 def main(cfg: DictConfig) -> None:
     """Restores, generates, prints, and writes the output file."""
-    with user_errors():
+    with user_errors(cfg):
         from nemo_ee.inference.settings import GenerateConfig
 
         values = OmegaConf.to_container(cfg, resolve=True)

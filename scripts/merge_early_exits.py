@@ -13,7 +13,7 @@ from nemo_ee.runtime.script import user_errors
 @hydra.main(version_base=None, config_path="../conf", config_name="merge_early_exits")
 def main(cfg: DictConfig) -> None:
     """Merges and says where the result lies."""
-    with user_errors():
+    with user_errors(cfg):
         from nemo_ee.checkpoint.adapter import merge
 
         path = merge(cfg.gpt_model_file, cfg.adapter_file, cfg.output_path, overwrite=cfg.overwrite)

@@ -8,23 +8,19 @@ writes data/wiki_train.bin and .idx, data/wiki_validation.bin and .idx, and data
 Every setting is explained in conf/preprocess_text.yaml; override it on the command line as above.
 """
 
-import sys
-
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.data.preprocess import preprocess
 from nemo_ee.data.preprocess_config import PreprocessConfig
-from nemo_ee.errors import CheckpointError, ConfigError, DataError
+from nemo_ee.runtime.script import user_errors
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="preprocess_text")
 def main(cfg: DictConfig) -> None:
     """Runs the preprocessing that ``cfg`` describes; a user's error ends it with one message and status 1."""
-    try:
+    with user_errors(cfg, nemo=False):
         summary = preprocess(PreprocessConfig.from_dict(OmegaConf.to_container(cfg, resolve=True)))
-    except (ConfigError, DataError, CheckpointError) as error:
-        sys.exit(f"error: {error}")
     for split, count in (summary["splits"] or {"all": summary}).items():
         print(f"{split}: {count['documents']:,} documents, {count['tokens']:,} tokens")
 
