@@ -9,9 +9,10 @@ from lightning.pytorch import Trainer
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
+from nemo_ee.checkpoint import archive
 from nemo_ee.config import TuningConfig
 from nemo_ee.core.loss_schedule import layer_dropout_rate, loss_weights
 from nemo_ee.data.token_counts import token_counts
@@ -19,10 +20,20 @@ from nemo_ee.megatron import exit_init
 from nemo_ee.megatron.deferred_loss import ExitTargets
 from nemo_ee.megatron.layer_dropout import LayerDropout
 from nemo_ee.megatron.tied_weight import tie_output_weights
-from nemo_ee.models.checks import check_pretraining
+from nemo_ee.models.checks import check_model, check_pretraining
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
 from nemo_ee.models.training_data_mixin import TrainingDataMixin
 from nemo_ee.models.training_metrics import TrainingMetrics
+
+DESCRIPTION = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
+    *("normalization", "layernorm_epsilon", "activation", "bias", "qk_layernorm", "apply_query_key_layer_scaling"),
+    *("position_embedding_type", "rotary_percentage", "rotary_base", "seq_len_interpolation_factor"),
+    *("scale_positional_embedding", "max_position_embeddings", "share_embeddings_and_output_weights"),
+    *("make_vocab_size_divisible_by", "tokenizer", "name", "window_size", "override_vocab_size"),
+    *("openai_gelu", "transformer_block_type", "normalize_attention_scores", "mcore_gpt"),
+)
+"""Keys that describe the model: with `restore_from_path` they come from the checkpoint."""
 
 
 class MegatronGPTEEPretrainingModel(TrainingDataMixin, MegatronGPTEarlyExitModel):
@@ -53,6 +64,39 @@ class MegatronGPTEEPretrainingModel(TrainingDataMixin, MegatronGPTEarlyExitModel
         self.tied_weight = tie_output_weights(self.gpt)
         self.metrics = TrainingMetrics(self.early_exit.layers, self.gpt)
         self._validation_sums: list[Tensor] = []
+
+    # --- construction -------------------------------------------------------------------------------------
+
+    @classmethod
+    def start(cls, cfg: DictConfig, trainer: Trainer) -> "MegatronGPTEEPretrainingModel":
+        """The model that a configuration describes: from scratch, or restored. Collective over the world.
+
+        Args:
+            cfg: of `conf/megatron_gpt_ee_pretraining.yaml`.
+            trainer: a trainer from `EarlyExitTrainerBuilder`.
+
+        Raises:
+            ConfigError, CheckpointError: before the model is built.
+        """
+        if not cfg.model.get("restore_from_path"):
+            return cls(cfg.model, trainer)
+        config = cls.continued_config(cfg)
+        check_pretraining(config)
+        check_model(config, trainer.world_size)
+        return cls.restore_from(cfg.model.restore_from_path, override_config_path=config, trainer=trainer)
+
+    @classmethod
+    def continued_config(cls, cfg: DictConfig) -> DictConfig:
+        """The checkpoint's description of the model, and everything else from `cfg`."""
+        saved = OmegaConf.create(OmegaConf.to_container(archive.read_config(cfg.model.restore_from_path)))
+        given = OmegaConf.create(OmegaConf.to_container(cfg.model, resolve=True, throw_on_missing=False))
+        with open_dict(given):
+            for key in DESCRIPTION:
+                if key in saved:
+                    given[key] = saved[key]
+                else:
+                    given.pop(key, None)
+        return given
 
     def module_arguments(self) -> dict:
         """Of `EarlyExitGPTModel`, beyond what every model with exits gives it."""

@@ -1,0 +1,32 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Pre-training: a GPT and its early exits are trained together, from scratch or from a `.nemo`.
+
+    python scripts/megatron_gpt_ee_pretraining.py 'model.early_exit.layers=[3,6,9]' \\
+        model.tokenizer.type=tokenizer_directory \\
+        'model.data.data_prefix={train:[text_train],validation:[text_validation],test:[text_validation]}'
+
+On a GPU cluster start it with torchrun or srun; without a GPU, `trainer.devices=4` starts four processes.
+"""
+
+import hydra
+from omegaconf import DictConfig
+
+from nemo_ee.runtime.script import user_errors
+
+
+@hydra.main(version_base=None, config_path="../conf", config_name="megatron_gpt_ee_pretraining")
+def main(cfg: DictConfig) -> None:
+    """Builds or restores the model, trains it and saves it with its exits."""
+    with user_errors():
+        from nemo_ee.models.experiment import start_experiment
+        from nemo_ee.models.megatron_gpt_ee_pretraining_model import MegatronGPTEEPretrainingModel
+        from nemo_ee.models.trainer_builder import EarlyExitTrainerBuilder
+
+        trainer = EarlyExitTrainerBuilder(cfg).create_trainer()
+        start_experiment(trainer, cfg.exp_manager)
+        model = MegatronGPTEEPretrainingModel.start(cfg, trainer)
+        trainer.fit(model)
+
+
+if __name__ == "__main__":
+    main()
