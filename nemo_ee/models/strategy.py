@@ -45,6 +45,7 @@ class EarlyExitDDPStrategy(NLPDDPStrategy):
         optimizer = self.lightning_module.optimizers(use_pl_optimizer=False)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         init_optimizer_states(optimizer)
+        _complete_adam_states(optimizer)
         state = optimizer.state_dict()
         steps = [float(entry.get("step", 0.0)) for entry in state["state"].values()]
         state["state"] = {
@@ -70,3 +71,14 @@ class EarlyExitDDPStrategy(NLPDDPStrategy):
                     if entry
                 }
         super().load_optimizer_state_dict(checkpoint)
+
+
+def _complete_adam_states(optimizer: torch.optim.Optimizer) -> None:
+    """Step counters of 0 where NeMo's `init_optimizer_states` made moments alone: torch asks for both."""
+    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+        return
+    for group in optimizer.param_groups:
+        on_device = group["capturable"] or group["fused"]
+        for parameter in group["params"]:
+            if (state := optimizer.state[parameter]) and "step" not in state:
+                state["step"] = torch.tensor(0.0, device=parameter.device if on_device else None)
