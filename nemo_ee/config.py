@@ -184,7 +184,8 @@ class EarlyExitConfig:
     Attributes:
         layers: exit layers, 1-based: an exit at n reads the output of transformer layer n.
         head: the modules of every exit.
-        init: `ridge` (closed form), `copy` (from the backbone's own modules) or `random`.
+        init: `ridge` (closed form), `copy` (from the backbone's own modules; an MLP beside a translator adds
+            nothing at first) or `random`.
         ridge: settings of the closed form.
         tuning: the tuning objective.
         training: the objective of pre-training.

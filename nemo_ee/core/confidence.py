@@ -34,12 +34,16 @@ def summarise_rows(logits: Tensor, emittable: int) -> RowSummary:
         emittable: the first `emittable` rows stand for a token that can be emitted.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return RowSummary(*best_row(logits, emittable), logits.logsumexp(-1))
+
+
+def best_row(logits: Tensor, emittable: int) -> tuple[Tensor, Tensor]:
+    """`best` and `row` of `RowSummary`, from logits [N, R]."""
     if emittable:
         best, row = logits[:, :emittable].max(-1)
-    else:
-        best = logits.new_full((len(logits),), float("-inf"))
-        row = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-    return RowSummary(best, row, logits.logsumexp(-1))
+        return best, row
+    row = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    return logits.new_full((len(logits),), float("-inf")), row
 
 
 def confidence(best: Tensor, log_normaliser: Tensor) -> Tensor:

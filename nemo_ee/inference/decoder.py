@@ -60,7 +60,6 @@ class ExitPoint:
         batch_size: sequences.
         max_length: positions.
         hidden: [..., H], an example of a hidden state.
-        dtype: of keys and values of the head's block.
         output_weight: of the backbone, for a tied projection.
     """
 

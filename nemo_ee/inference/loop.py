@@ -12,7 +12,7 @@ from nemo_ee.inference.decoder import EarlyExitDecoder, Step
 from nemo_ee.inference.request import GenerationRequest
 from nemo_ee.inference.sampling import sample_tokens
 from nemo_ee.megatron.gpt import EarlyExitGPTModel
-from nemo_ee.megatron.prediction import gather_rows
+from nemo_ee.megatron.vocab_parallel import gather_columns
 
 
 @dataclass
@@ -124,4 +124,4 @@ def vocabulary_logits(gpt: EarlyExitGPTModel, step: Step) -> Tensor:
 
     Collectives: at TP > 1 an all-gather of [N, Vp/TP].
     """
-    return gather_rows(step.vocabulary_shard(len(gpt.output_weight())))[:, : gpt.true_vocab_size]
+    return gather_columns(step.vocabulary_shard(len(gpt.output_weight())))[:, : gpt.true_vocab_size]

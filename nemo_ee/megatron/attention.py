@@ -2,7 +2,6 @@
 """Core attention by torch's scaled_dot_product_attention, for machines without Transformer Engine."""
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -15,12 +14,12 @@ class TorchAttention(MegatronModule):
 
     Args:
         config: backbone configuration.
-        layer_number: 1-based; scales logits when `apply_query_key_layer_scaling` is on.
+        layer_number: 1-based; unused: scaling by layer (`apply_query_key_layer_scaling`) cancels out.
         attn_mask_type: what the layer's mask means when a call does not say.
         softmax_scale: default 1/sqrt(head size).
 
     Raises:
-        NotImplementedError: for context parallelism, which needs Transformer Engine.
+        NotImplementedError: for context parallelism and sliding windows, which need Transformer Engine.
     """
 
     def __init__(
@@ -39,10 +38,14 @@ class TorchAttention(MegatronModule):
                 f"context_parallel_size={config.context_parallel_size}: torch attention needs whole "
                 "sequences; install Transformer Engine or set it to 1"
             )
+        if config.window_size is not None:
+            raise NotImplementedError(
+                f"window_size={config.window_size}: torch attention sees the whole sequence; install "
+                "Transformer Engine, or set it to null where no sequence exceeds the window"
+            )
         self.attn_mask_type = attn_mask_type
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.scale = softmax_scale
-        self.heads = config.num_attention_heads // parallel_state.get_tensor_model_parallel_world_size()
 
     def forward(
         self,

@@ -9,12 +9,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from torch import Tensor
 
 from nemo_ee.core.ridge import RidgeAccumulator
-from nemo_ee.megatron.exit_loss import reduce_over_ranks
 from nemo_ee.megatron.gpt import EarlyExitGPTModel, StageStates
-from nemo_ee.megatron.heads import Translator, replicated
+from nemo_ee.megatron.heads import Translator
 from nemo_ee.megatron.projection import ExitProjection
+from nemo_ee.megatron.replicated import replicated
 from nemo_ee.megatron.token_layout import by_position, whole_tokens
 from nemo_ee.megatron.tuning_step import MicroBatch
+from nemo_ee.megatron.vocab_parallel import gather_columns, log_sum_over_ranks, reduce_over_ranks
 
 NEVER = -100.0
 """A logit that stands for probability zero and still fits a least-squares problem."""
@@ -26,7 +27,8 @@ def copy_sources(
     """Where each head's copied weights stand in the backbone's checkpoint, so that loading it copies them.
 
     The block comes from the last layer and the norm from the final norm (EE-Tuning, arXiv:2402.00518 section
-    3). Works at any TP and PP, and above a truncated backbone.
+    3). Works at any TP and PP, and above a truncated backbone. Of an MLP beside a translator all but the
+    output projection is copied.
 
     Args:
         gpt: this stage's module.
@@ -47,6 +49,8 @@ def copy_sources(
         if head.mlp is not None:
             where = ((0, mlp_layer(n) - 1, num_layers),)
             state = head.mlp.mlp.sharded_state_dict(f"{layers}mlp.", where)
+            if head.linear is not None:  # see start_branches_at_zero
+                state = {key: entry for key, entry in state.items() if "linear_fc2." not in key}
             sources |= {f"{mine}mlp.{key.removeprefix(layers)}": entry for key, entry in state.items()}
             state = _norm_state(head.mlp.norm, f"{layers}pre_mlp_layernorm.", where)
             sources |= {f"{mine}mlp.norm.{key.rpartition('.')[2]}": entry for key, entry in state.items()}
@@ -59,6 +63,19 @@ def copy_sources(
     return sources
 
 
+def start_branches_at_zero(gpt: EarlyExitGPTModel) -> None:
+    """MLPs that stand beside a translator begin by adding nothing, so that a copied exit is the backbone's.
+
+    There the translator's output is a normed state; what a layer's MLP adds belongs to the residual stream.
+    """
+    for n in gpt.exit_layers:
+        head = gpt.exits[str(n)]
+        if head.mlp is not None and head.linear is not None:
+            with torch.no_grad():
+                for parameter in head.mlp.mlp.linear_fc2.parameters():
+                    parameter.zero_()
+
+
 def _norm_state(norm: torch.nn.Module, prefix: str, offsets: tuple) -> ShardedStateDict:
     return {
         f"{prefix}{name}": replicated(parameter, f"{prefix}{name}", offsets)
@@ -67,7 +84,7 @@ def _norm_state(norm: torch.nn.Module, prefix: str, offsets: tuple) -> ShardedSt
 
 
 def initialise_projections(
-    gpt: EarlyExitGPTModel, shortlist: Tensor | None, random_std: float | None
+    gpt: EarlyExitGPTModel, shortlist: Tensor | None, random_std: float | None, seed: int = 0
 ) -> None:
     """Fills untied and shortlist projections: rows of the output weight, or normal noise.
 
@@ -75,6 +92,7 @@ def initialise_projections(
         gpt: this stage's module.
         shortlist: [k] kept tokens, for shortlist projections.
         random_std: standard deviation of random rows; None copies the backbone's.
+        seed: of random rows.
 
     Collectives: for a shortlist one all-reduce of [k, H] over the tensor-parallel group.
     """
@@ -86,7 +104,7 @@ def initialise_projections(
             continue
         with torch.no_grad():
             if random_std is not None:
-                rows = _noise((projection.num_rows, projection.weight.shape[1]), random_std, 2 * n + 1)
+                rows = _noise((projection.num_rows, projection.weight.shape[1]), random_std, seed, 2 * n + 1)
                 first = projection.first_row
                 projection.weight.copy_(rows[first : first + projection.rows_per_rank])
             elif projection.kind == "untied":
@@ -107,18 +125,19 @@ def _shortlist_rows(projection: ExitProjection, output_weight: Tensor) -> Tensor
     return rows[projection.first_row : projection.first_row + projection.rows_per_rank]
 
 
-def initialise_randomly(gpt: EarlyExitGPTModel, std: float) -> None:
+def initialise_randomly(gpt: EarlyExitGPTModel, std: float, seed: int = 0) -> None:
     """Random translators; norms, MLPs and blocks keep what megatron-core gave them when they were built."""
     for n in gpt.exit_layers:
         linear = gpt.exits[str(n)].linear
         if linear is not None:
             with torch.no_grad():
-                linear.weight.copy_(_noise(tuple(linear.weight.shape), std, 2 * n))
+                linear.weight.copy_(_noise(tuple(linear.weight.shape), std, seed, 2 * n))
 
 
-def _noise(shape: tuple[int, ...], std: float, seed: int) -> Tensor:
-    """Normal noise that is the same on every rank, whatever the layout."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * std
+def _noise(shape: tuple[int, ...], std: float, seed: int, which: int) -> Tensor:
+    """Normal noise, one for every seed and every `which`; the same on every rank, whatever the layout."""
+    generator = torch.Generator().manual_seed((seed << 20) + which)
+    return torch.randn(shape, generator=generator) * std
 
 
 class RidgeInitialiser:
@@ -232,19 +251,5 @@ def log_sum_of_others(state: Tensor, projection: ExitProjection, gpt: EarlyExitG
     for chunk in state.split(gpt.early_exit.tuning.loss_chunk_tokens):
         logits = torch.nn.functional.linear(chunk.to(rows.dtype), rows)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        highest = logits.amax(-1) if len(rows) else logits.new_full((len(chunk),), float("-inf"))
-        highest = reduce_over_ranks(highest, torch.distributed.ReduceOp.MAX)
-        chunks.append(highest + reduce_over_ranks((logits - highest[:, None]).exp().sum(-1)).log())
-    return torch.cat(chunks).clamp_min(NEVER)
-
-
-def gather_columns(x: Tensor) -> Tensor:
-    """[T, F/TP] -> [T, F], gathered over the tensor-parallel group."""
-    world = parallel_state.get_tensor_model_parallel_world_size()
-    if world == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(world)]
-    torch.distributed.all_gather(
-        parts, x.contiguous(), group=parallel_state.get_tensor_model_parallel_group()
-    )
-    return torch.cat(parts, dim=1)
+        chunks.append(log_sum_over_ranks(logits.logsumexp(-1).clamp_min(NEVER)))
+    return torch.cat(chunks)

@@ -9,11 +9,12 @@ T tokens, C tokens of a chunk, H hidden size, R rows of this rank.
 from dataclasses import dataclass, field
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
 from nemo_ee.config import TuningConfig
+from nemo_ee.core.confidence import best_row, confidence
 from nemo_ee.megatron.projection import ExitProjection
+from nemo_ee.megatron.vocab_parallel import max_over_ranks, reduce_over_ranks
 
 
 @dataclass
@@ -120,11 +121,7 @@ class _Distribution:
         self.projection = projection
         logits = projection.local_logits(state, tied_weight)
         self.logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        emittable = self.logits[:, : projection.emittable_rows()]
-        if emittable.shape[1]:
-            best, row = emittable.max(-1)
-        else:
-            best, row = self.logits.new_full((len(state),), float("-inf")), state.new_zeros(len(state)).long()
+        best, row = best_row(self.logits, projection.emittable_rows())
         self.best, rows = max_over_ranks(best, row + projection.first_row)
         self.best_token = projection.tokens_of(rows)
         highest = reduce_over_ranks(self.logits.amax(-1), torch.distributed.ReduceOp.MAX)
@@ -140,7 +137,7 @@ class _Distribution:
     @property
     def confidence(self) -> Tensor:
         """[C], the highest probability of a token that can be emitted."""
-        return (self.best - self.log_normaliser).exp()
+        return confidence(self.best, self.log_normaliser)
 
     def cross_entropy(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """CE [C] in nats, and this rank's (token, column) indices of the labels that it holds."""
@@ -223,21 +220,3 @@ def _one_exit(
         reduce_over_ranks(both)
         result.add_parameter_gradient(projection.bucket_weight, both[:-1])
         result.add_parameter_gradient(projection.bucket_bias, both[-1:])
-
-
-def reduce_over_ranks(
-    tensor: Tensor, op: torch.distributed.ReduceOp = torch.distributed.ReduceOp.SUM
-) -> Tensor:
-    """All-reduces over the tensor-parallel group, in place; nothing where TP is 1."""
-    if parallel_state.get_tensor_model_parallel_world_size() > 1:
-        torch.distributed.all_reduce(tensor, op, group=parallel_state.get_tensor_model_parallel_group())
-    return tensor
-
-
-def max_over_ranks(values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Maximum over the tensor-parallel group of values [C] and its (lowest) row [C]."""
-    if parallel_state.get_tensor_model_parallel_world_size() == 1:
-        return values, rows
-    highest = reduce_over_ranks(values.clone(), torch.distributed.ReduceOp.MAX)
-    rows = rows.masked_fill(values < highest, torch.iinfo(rows.dtype).max)
-    return highest, reduce_over_ranks(rows, torch.distributed.ReduceOp.MIN)

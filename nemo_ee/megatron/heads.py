@@ -12,12 +12,12 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from megatron.core.utils import make_sharded_tensor_for_checkpoint
 from torch import Tensor
 
 from nemo_ee.config import HeadConfig
 from nemo_ee.megatron.norms import TorchNorm
 from nemo_ee.megatron.projection import ExitProjection
+from nemo_ee.megatron.replicated import replicated
 from nemo_ee.megatron.specs import gpt_layer_spec, mlp_spec
 
 
@@ -68,7 +68,7 @@ class ExitHead(MegatronModule):
     Args:
         config: configuration of the exits, see `exit_config`.
         head: which modules.
-        layer: the 1-based exit layer; also fixes this head's own KV-cache slot.
+        layer: the 1-based exit layer.
         vocab_size: V, the tokenizer's vocabulary.
         padded_vocab_size: V padded to a multiple of TP.
         use_te: Transformer Engine's modules for the block; None takes what the machine has.
@@ -166,16 +166,6 @@ def _sharded(module: torch.nn.Module, prefix: str, offsets: tuple, metadata: dic
     for name, child in module.named_children():
         state.update(_sharded(child, f"{prefix}{name}.", offsets, metadata))
     return state
-
-
-def replicated(tensor: Tensor, key: str, offsets: tuple = ()) -> object:
-    """A sharded tensor that every tensor- and data-parallel rank holds whole."""
-    replica = (
-        0,
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_data_parallel_rank(with_context_parallel=True),
-    )
-    return make_sharded_tensor_for_checkpoint(tensor, key, prepend_offsets=offsets, replica_id=replica)
 
 
 def exit_config(config: TransformerConfig, params_dtype: torch.dtype) -> TransformerConfig:

@@ -40,9 +40,12 @@ class TorchNorm(torch.nn.Module):
                 self.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalises [..., H] in float32 and returns the input's dtype."""
+        """Normalises [..., H] in float32 and returns the input's dtype, also under autocast."""
         weight = self.weight + 1.0 if self.zero_centered else self.weight
         shape = (x.shape[-1],)
         if self.rms:
-            return torch.nn.functional.rms_norm(x, shape, weight.to(x.dtype), self.eps)
-        return torch.nn.functional.layer_norm(x, shape, weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+            out = torch.nn.functional.rms_norm(x, shape, weight.to(x.dtype), self.eps)
+        else:
+            bias = self.bias.to(x.dtype)
+            out = torch.nn.functional.layer_norm(x, shape, weight.to(x.dtype), bias, self.eps)
+        return out.to(x.dtype)

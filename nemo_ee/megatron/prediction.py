@@ -11,9 +11,9 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from nemo_ee.core.confidence import confidence, summarise_rows
-from nemo_ee.megatron.exit_loss import max_over_ranks, reduce_over_ranks
 from nemo_ee.megatron.gpt import EarlyExitGPTModel
 from nemo_ee.megatron.projection import ExitProjection
+from nemo_ee.megatron.vocab_parallel import gather_columns, log_sum_over_ranks, max_over_ranks
 
 
 @dataclass(frozen=True)
@@ -89,28 +89,9 @@ class Prediction:
         rows = self.rows
         if rows.tokens is None:
             return self.logits
-        gathered = gather_rows(self.logits[:, : rows.count])[:, : len(rows.tokens)]
+        gathered = gather_columns(self.logits[:, : rows.count])[:, : len(rows.tokens)]
         first = shard_size * parallel_state.get_tensor_model_parallel_rank()
         whole = shard_size * parallel_state.get_tensor_model_parallel_world_size()
         logits = gathered.new_full((len(gathered), whole), float("-inf"))
         logits[:, rows.tokens] = gathered
         return logits[:, first : first + shard_size]
-
-
-def log_sum_over_ranks(log_sum: Tensor) -> Tensor:
-    """log sum exp over all ranks' rows, from each rank's own [N]."""
-    if parallel_state.get_tensor_model_parallel_world_size() == 1:
-        return log_sum
-    top = reduce_over_ranks(log_sum.clone(), torch.distributed.ReduceOp.MAX)
-    return top + reduce_over_ranks((log_sum - top).exp()).log()
-
-
-def gather_rows(local: Tensor) -> Tensor:
-    """Joins [N, R] of all tensor-parallel ranks along the last axis: [N, R x TP]."""
-    world = parallel_state.get_tensor_model_parallel_world_size()
-    if world == 1:
-        return local
-    parts = [torch.empty_like(local) for _ in range(world)]
-    group = parallel_state.get_tensor_model_parallel_group()
-    torch.distributed.all_gather(parts, local.contiguous(), group=group)
-    return torch.cat(parts, dim=-1)

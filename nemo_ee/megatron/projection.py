@@ -6,10 +6,11 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 
 from nemo_ee.config import HeadConfig
+from nemo_ee.megatron.replicated import replicated
 
 BUCKET = -1
 """The token id that stands for "any token not on the shortlist"; it is never emitted."""
@@ -51,6 +52,8 @@ class ExitProjection(MegatronModule):
         for name in ("weight", "bucket_weight", "bucket_bias"):
             self.register_parameter(name, None)
         self.register_buffer("token_ids", None)
+        for name in ("row_tokens", "token_rows"):  # derived from token_ids; they move with the module
+            self.register_buffer(name, None, persistent=False)
         if self.kind != "tied":
             self.weight = self._parameter((self.rows_per_rank, config.hidden_size), head.train_projection)
             self.weight.tensor_model_parallel = True
@@ -71,7 +74,7 @@ class ExitProjection(MegatronModule):
 
     def set_shortlist(self, token_ids: Tensor) -> None:
         """Sets the kept tokens: [k] distinct ids within 0..V-1, in any order."""
-        ids = token_ids.to(dtype=torch.long, device=_device(self.config)).sort().values
+        ids = token_ids.to(dtype=torch.long, device=self.bucket_weight.device).sort().values
         self.token_ids = ids
         self._refresh()
 
@@ -132,19 +135,11 @@ class ExitProjection(MegatronModule):
             state[key] = make_tp_sharded_tensor_for_checkpoint(
                 self.weight, key, prepend_offsets=sharded_offsets, allow_shape_mismatch=True
             )
-        replica = (0, parallel_state.get_tensor_model_parallel_rank(), _data_parallel_rank())
         for name in ("bucket_weight", "bucket_bias", "token_ids"):
             tensor = getattr(self, name)
             if tensor is not None:
-                key = f"{prefix}{name}"
-                state[key] = make_sharded_tensor_for_checkpoint(
-                    tensor, key, prepend_offsets=sharded_offsets, replica_id=replica
-                )
+                state[f"{prefix}{name}"] = replicated(tensor, f"{prefix}{name}", sharded_offsets)
         return state
-
-
-def _data_parallel_rank() -> int:
-    return parallel_state.get_data_parallel_rank(with_context_parallel=True)
 
 
 def _device(config: TransformerConfig) -> torch.device:

@@ -9,7 +9,7 @@ their loss.
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core import parallel_state
@@ -43,7 +43,10 @@ class MicroBatch:
 
 
 Consumer = Callable[[MicroBatch, StageStates, Tensor | None], None]
-"""Called once per micro-batch with the stage's states and, if wanted, the final normed state [S, B, H]."""
+"""Called once per micro-batch with the stage's states and, if wanted, the final normed state [S, B, H].
+
+That state is valid during the call only. Where it came from another stage, the states' `output` is empty.
+"""
 
 
 def run_backbone(
@@ -70,13 +73,19 @@ def run_backbone(
         consume: called in order of micro-batches; gradients are enabled by it where it needs them.
     """
     pipelined = parallel_state.get_pipeline_model_parallel_world_size() > 1
+    last = parallel_state.is_pipeline_last_stage()
     waiting: deque[tuple[MicroBatch, StageStates]] = deque()
+    received: Tensor | None = None
 
     def forward_step(iterator: Iterator[MicroBatch], _model: object) -> tuple[Tensor, Callable]:
+        nonlocal received
         batch = next(iterator)
         states = gpt.forward_states(batch.tokens, batch.position_ids, batch.attention_mask, needs_final)
-        if pipelined and needs_final:
+        if pipelined and needs_final and last:
             waiting.append((batch, states))
+        elif pipelined and needs_final:
+            received = torch.empty_like(states.output) if received is None else received
+            waiting.append((batch, replace(states, output=received[:0])))
         else:
             consume(batch, states, states.output if needs_final else None)
         return states.output, lambda output: (output.new_zeros(()), {})
@@ -93,8 +102,7 @@ def run_backbone(
         )
         while waiting:
             batch, states = waiting.popleft()
-            last = parallel_state.is_pipeline_last_stage()
-            final = states.output if last else torch.empty_like(states.output)
+            final = states.output if last else received
             torch.distributed.broadcast(
                 final,
                 parallel_state.get_pipeline_model_parallel_last_rank(),

@@ -259,10 +259,13 @@ class MegatronGPTEETuningModel(TrainingDataMixin, MegatronGPTEarlyExitModel):
                 self.cfg.data.data_prefix, self.true_vocab_size, self.cfg.data.get("splits_string")
             )
             shortlist = torch.topk(counts, config.head.shortlist_size).indices
-        exit_init.initialise_projections(self.gpt, shortlist, std if config.init == "random" else None)
+        seed = self.cfg.get("seed", 1234)
+        exit_init.initialise_projections(self.gpt, shortlist, std if config.init == "random" else None, seed)
         if config.init == "random":
-            exit_init.initialise_randomly(self.gpt, std)
-        elif config.init == "ridge":
+            exit_init.initialise_randomly(self.gpt, std, seed)
+        elif config.init == "copy":
+            exit_init.start_branches_at_zero(self.gpt)
+        else:
             self.fit_translators()
         self.exits_initialised = True
 
