@@ -1,6 +1,9 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """What a model configuration must satisfy, checked before anything is allocated."""
 
+import dataclasses
+from collections.abc import Iterator
+
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -17,10 +20,20 @@ NOT_ON_THIS_MACHINE = {
 }
 """Speed-ups without effect on results that a checkpoint may ask for, and what they need."""
 
+LAYER_SPECS = ("", "te_gpt", "decoder_block_gpt")
+"""NeMo's names (`model.name`) of megatron-core's plain GPT layers."""
+
+NOT_WITH_EXITS = {
+    "final_logit_softcapping": ("exits and their decoding project without it", "use another checkpoint"),
+    "drop_layers": ("exits are numbered by whole models", "set it to null"),
+    "enable_cuda_graph": ("graphs run no hooks, by which exits see hidden states", "set it to false"),
+    "external_cuda_graph": ("graphs run no hooks, by which exits see hidden states", "set it to false"),
+}
+"""Model keys that exits would bypass or that would bypass exits: the reason, and what to do instead."""
+
 NOT_WHILE_TRAINING = {
     "fsdp": "use tensor, pipeline and data parallelism",
     "defer_embedding_wgrad_compute": "set it to false",
-    "enable_cuda_graph": "set it to false",
 }
 """Model keys that cannot be combined with training exits, and what to do instead."""
 
@@ -37,7 +50,7 @@ def read_early_exit(cfg: DictConfig, vocab_size: int | None = None) -> EarlyExit
 
 
 def check_model(cfg: DictConfig, world_size: int, layers: int | None = None) -> None:
-    """Checks sizes against the parallel layout.
+    """Checks that this is a model that exits can be built on, and its sizes against the parallel layout.
 
     Args:
         cfg: model configuration.
@@ -48,6 +61,7 @@ def check_model(cfg: DictConfig, world_size: int, layers: int | None = None) -> 
         ConfigError: listing every fault.
     """
     faults = list(_layout_faults(cfg, world_size)) + list(_split_faults(cfg, layers or cfg.num_layers))
+    faults += _backbone_faults(cfg)
     if not cfg.get("mcore_gpt", False):
         rule = "exits are built on megatron-core's GPT"
         faults.append(
@@ -64,6 +78,33 @@ def check_model(cfg: DictConfig, world_size: int, layers: int | None = None) -> 
         faults.append(Fault("model.virtual_pipeline_model_parallel_size", size, rule, "set it to null"))
     if faults:
         raise ConfigError(*faults)
+
+
+def _backbone_faults(cfg: DictConfig) -> Iterator[Fault]:
+    """What NeMo would build differently, so that the checkpoint's weights would mean something else here."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from nemo_ee.megatron.specs import have_transformer_engine
+
+    if (name := cfg.get("name") or "") not in LAYER_SPECS:
+        rule = "names layers other than megatron-core's plain GPT's, which exits are built on"
+        remedy = "use a checkpoint of such layers, e.g. of a Llama, Mistral, Qwen2 or GPT model"
+        yield Fault("model.name", name, rule, remedy)
+    section = "mcore_customization_config"
+    custom = {key: value for key, value in (cfg.get(section) or {}).items() if value not in (None, False)}
+    for key, (rule, remedy) in NOT_WITH_EXITS.items():
+        where = f"model.{section}.{key}" if key in custom else f"model.{key}"
+        if value := custom.get(key, cfg.get(key)):
+            yield Fault(where, value, rule, remedy)
+    known = {field.name for field in dataclasses.fields(TransformerConfig)} | NOT_WITH_EXITS.keys()
+    for key in custom.keys() - known:
+        rule = "is unknown to megatron-core's plain GPT"
+        yield Fault(f"model.{section}.{key}", custom[key], rule, "use another checkpoint, or set it to null")
+    window = custom.get("window_size", cfg.get("window_size"))
+    if window is not None and not (cfg.get("transformer_engine", False) and have_transformer_engine()):
+        rule = "attention within a window needs Transformer Engine and a GPU"
+        remedy = "set it to null if no sequence exceeds the window"
+        yield Fault("model.window_size", window, rule, remedy)
 
 
 def _layout_faults(cfg: DictConfig, world_size: int):
@@ -128,12 +169,23 @@ def _split_faults(cfg: DictConfig, layers: int):
         )
 
 
+def machine_settings(cfg: DictConfig) -> dict[str, bool | None]:
+    """The settings that `adapt_to_machine` may change; None for those that the configuration lacks."""
+    return {k: cfg.get(k) for k in ("use_cpu_initialization", "transformer_engine", *NOT_ON_THIS_MACHINE)}
+
+
 def adapt_to_machine(cfg: DictConfig) -> list[str]:
-    """Turns off speed-ups that this machine lacks (results do not change); returns what was turned off."""
-    if torch.cuda.is_available():
-        return []
+    """Turns off what this machine lacks or does not need (results do not change); returns what that was.
+
+    A checkpoint may come from another machine: weights made on the CPU would stay there, beside a GPU.
+    """
     changed = []
     with open_dict(cfg):
+        if torch.cuda.is_available():
+            if cfg.get("use_cpu_initialization", False):
+                cfg.use_cpu_initialization = False
+                changed.append("model.use_cpu_initialization (there is a GPU)")
+            return changed
         cfg.use_cpu_initialization = True
         for key, needs in NOT_ON_THIS_MACHINE.items():
             if cfg.get(key, False):
@@ -157,9 +209,10 @@ def check_tuning(cfg: DictConfig) -> None:
         rule = "there is no exit to tune"
         faults.append(Fault("model.early_exit", cfg.get("early_exit"), rule, "set model.early_exit.layers"))
     head = early_exit.head
-    if not (head.block or head.mlp or head.norm or head.linear or head.train_projection):
+    has_bucket = head.projection == "shortlist"
+    if not (head.block or head.mlp or head.norm or head.linear or head.train_projection or has_bucket):
         rule = "no exit parameter would be tuned"
-        remedy = "turn on one of block, mlp, norm, linear, or train_projection"
+        remedy = "turn on one of block, mlp, norm, linear, or train_projection; or use projection=shortlist"
         faults.append(Fault("model.early_exit.head", str(head), rule, remedy))
     if cfg.get("megatron_amp_O2", False):
         rule = "the frozen backbone is kept in the compute dtype and the exits in float32 already"
@@ -197,14 +250,21 @@ def check_pretraining(cfg: DictConfig) -> None:
         faults.append(Fault("model.early_exit", cfg.get("early_exit"), rule, "set model.early_exit.layers"))
     if early_exit.init == "ridge":
         rule = "the closed form needs a backbone that is trained already"
-        faults.append(Fault("model.early_exit.init", "ridge", rule, "use random, or copy with restore_from_path"))
+        faults.append(
+            Fault("model.early_exit.init", "ridge", rule, "use random, or copy with restore_from_path")
+        )
     for key, remedy in NOT_WHILE_TRAINING.items():
         if cfg.get(key, False):
             rule = "not supported while exits are trained with the backbone"
             faults.append(Fault(f"model.{key}", cfg[key], rule, remedy))
-    if cfg.get("data") is not None and cfg.data.get("seq_length", cfg.encoder_seq_length) != cfg.encoder_seq_length:
+    if (
+        cfg.get("data") is not None
+        and cfg.data.get("seq_length", cfg.encoder_seq_length) != cfg.encoder_seq_length
+    ):
         rule = f"differs from model.encoder_seq_length={cfg.encoder_seq_length}, which pipelines send"
-        faults.append(Fault("model.data.seq_length", cfg.data.seq_length, rule, f"use {cfg.encoder_seq_length}"))
+        faults.append(
+            Fault("model.data.seq_length", cfg.data.seq_length, rule, f"use {cfg.encoder_seq_length}")
+        )
     filling, stages = early_exit.training.bubble_filling, cfg.get("pipeline_model_parallel_size", 1)
     if filling.enabled and stages == 1:
         key, remedy = "model.early_exit.training.bubble_filling", "set warmup and cooldown to false"

@@ -3,7 +3,6 @@
 
 import torch
 from lightning.pytorch import Trainer
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import (
     MegatronGPTModel,
@@ -13,9 +12,10 @@ from nemo.utils import logging
 from omegaconf import DictConfig, open_dict
 
 from nemo_ee.checkpoint.adapter_mixin import EarlyExitAdapterMixin
+from nemo_ee.checkpoint.connector import start_distributed
 from nemo_ee.checkpoint.keys import is_exit
 from nemo_ee.megatron.gpt import EarlyExitGPTModel
-from nemo_ee.models.checks import adapt_to_machine, check_model, read_early_exit
+from nemo_ee.models.checks import adapt_to_machine, check_model, machine_settings, read_early_exit
 from nemo_ee.models.generation_mixin import GenerationMixin
 
 
@@ -39,12 +39,15 @@ class MegatronGPTEarlyExitModel(GenerationMixin, EarlyExitAdapterMixin, Megatron
     def __init__(self, cfg: DictConfig, trainer: Trainer):
         early_exit = read_early_exit(cfg)
         check_model(cfg, trainer.world_size, self.built_layers(cfg))
+        given = machine_settings(cfg)
         if off := adapt_to_machine(cfg):
-            logging.info(f"Without a GPU these are off: {', '.join(off)}.")
+            logging.info(f"Off on this machine: {', '.join(off)}.")
+        adapted = machine_settings(cfg)
         with open_dict(cfg):
             cfg.target = f"{type(self).__module__}.{type(self).__qualname__}"
         super().__init__(cfg, trainer)
         self.early_exit = early_exit
+        self._adapted = {key: (given[key], adapted[key]) for key in given if given[key] != adapted[key]}
 
     @classmethod
     def built_layers(cls, cfg: DictConfig) -> int:
@@ -58,7 +61,7 @@ class MegatronGPTEarlyExitModel(GenerationMixin, EarlyExitAdapterMixin, Megatron
         module = EarlyExitGPTModel(
             config=self.transformer_config,
             early_exit=early_exit,
-            padded_vocab_size=self.cfg.get("override_vocab_size", self.padded_vocab_size),
+            padded_vocab_size=self.padded_vocab_size,
             vocab_size=self.true_vocab_size,
             truncated=self.transformer_config.num_layers < self.cfg.num_layers,
             exits_dtype=self.exits_dtype or self.transformer_config.params_dtype,
@@ -83,15 +86,28 @@ class MegatronGPTEarlyExitModel(GenerationMixin, EarlyExitAdapterMixin, Megatron
 
     def start_distributed(self) -> None:
         """Brings up torch.distributed and the model-parallel groups, which attention needs to be built."""
-        if not parallel_state.is_initialized():
-            strategy = self.trainer.strategy
-            if strategy.launcher is not None:
-                strategy.launcher.launch(lambda: None, trainer=self.trainer)
-            strategy.setup_environment()
+        start_distributed(self.trainer)
 
     def _build_vocab(self) -> None:
+        """NeMo's; `padded_vocab_size` is also that of a checkpoint that overrides it."""
         self.true_vocab_size = int(self.tokenizer.vocab_size)
         super()._build_vocab()
+        self.padded_vocab_size = self.cfg.get("override_vocab_size") or self.padded_vocab_size
+
+    def to_config_file(self, path2yaml_file: str) -> None:
+        """NeMo's, with the settings that were given instead of those adapted to this machine."""
+        mine = self._cfg
+        self._cfg = mine.copy()
+        with open_dict(self._cfg):
+            for key, (given, adapted) in self._adapted.items():
+                if self._cfg.get(key) == adapted:
+                    self._cfg[key] = given
+                if self._cfg.get(key) is None:
+                    self._cfg.pop(key, None)
+        try:
+            super().to_config_file(path2yaml_file)
+        finally:
+            self._cfg = mine
 
     @property
     def gpt(self) -> EarlyExitGPTModel:
