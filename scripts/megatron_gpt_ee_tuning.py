@@ -17,15 +17,15 @@ from nemo_ee.runtime.script import user_errors
 @hydra.main(version_base=None, config_path="../conf", config_name="megatron_gpt_ee_tuning")
 def main(cfg: DictConfig) -> None:
     """Restores the base, adds exits, tunes them and saves them alone."""
-    with user_errors():
-        from nemo_ee.models.experiment import start_experiment
+    with user_errors(cfg):
+        from nemo_ee.models.experiment import fit, start_experiment
         from nemo_ee.models.megatron_gpt_ee_tuning_model import MegatronGPTEETuningModel
         from nemo_ee.models.trainer_builder import EarlyExitTrainerBuilder
 
         trainer = EarlyExitTrainerBuilder(cfg).create_trainer()
         start_experiment(trainer, cfg.exp_manager)
         model = MegatronGPTEETuningModel.restore_base(cfg, trainer)
-        trainer.fit(model)
+        fit(trainer, model)
 
 
 if __name__ == "__main__":

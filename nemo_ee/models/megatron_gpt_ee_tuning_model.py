@@ -27,6 +27,9 @@ from nemo_ee.models.exit_metrics import ExitMetrics
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
 from nemo_ee.models.training_data_mixin import TrainingDataMixin
 
+BASE_KEY = "nemo_ee_base"
+"""In a checkpoint written while tuning: name and content hash of its base."""
+
 
 class MegatronGPTEETuningModel(TrainingDataMixin, MegatronGPTEarlyExitModel):
     """Tunes exits on a frozen backbone.
@@ -82,6 +85,7 @@ class MegatronGPTEETuningModel(TrainingDataMixin, MegatronGPTEarlyExitModel):
         if cfg.model.get("adapter_path"):
             model.load_adapters(cfg.model.adapter_path)
             model.exits_initialised = True
+        model.base_checkpoint.hash_now()  # while the file is what was restored
         return model
 
     @classmethod
@@ -315,8 +319,19 @@ class MegatronGPTEETuningModel(TrainingDataMixin, MegatronGPTEarlyExitModel):
         """
         return exit_layer if self.early_exit.init == "copy" else min(exit_layer + 1, self.cfg.num_layers)
 
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """NeMo's, and which base the exits belong to. Collective at the first call, see `BaseCheckpoint`."""
+        super().on_save_checkpoint(checkpoint)
+        if (base := self.base_checkpoint) is not None:
+            checkpoint[BASE_KEY] = {"name": base.name, "content_hash": base.content_hash}
+
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Loads the exits of a checkpoint written while tuning; the backbone has come from its base."""
+        """Loads the exits of a checkpoint written while tuning; the backbone has come from its base.
+
+        Raises:
+            CheckpointError: it was written on another base, or for other exits.
+        """
+        self.check_base(checkpoint.get(BASE_KEY))
         loaded = checkpoint.pop("state_dict", {})
         result = self.gpt.load_state_dict(
             {key.removeprefix("model."): value for key, value in loaded.items()}, strict=False
@@ -330,6 +345,16 @@ class MegatronGPTEETuningModel(TrainingDataMixin, MegatronGPTEarlyExitModel):
         self.exits_initialised = bool(loaded)
         checkpoint["state_dict"] = {}
         self.forget_batch_progress(checkpoint)
+
+    def check_base(self, saved: dict | None) -> None:
+        """Raises CheckpointError if a run to resume has another base; `saved` is what it noted of its own."""
+        base = self.base_checkpoint
+        if saved and base is not None and saved["content_hash"] != base.content_hash:
+            raise CheckpointError(
+                f"model.restore_from_path={base.path}: has content hash {base.content_hash}, but the run to "
+                f"resume was started on {saved['name']} with {saved['content_hash']}; give that base, or "
+                "start another run with name=… or exp_manager.resume_if_exists=false"
+            )
 
     def save_to(self, save_path: str) -> None:
         """Saves the exits alone, naming their base; see `nemo_ee.checkpoint.adapter`."""

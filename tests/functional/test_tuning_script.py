@@ -172,7 +172,7 @@ def test_killed_and_resumed_is_uninterrupted(workspace, uninterrupted):
 
 
 def test_a_finished_run_writes_the_exits_that_are_missing(workspace):
-    """Killed behind its last checkpoint, or its file deleted: the next start writes what that one would have."""
+    """Killed behind its last checkpoint, or the file deleted: the next start writes what was to be there."""
     given = arguments(workspace, exp_manager__explicit_log_dir=str(workspace / "finished"))
     succeed(workspace, given)
     exits = workspace / "finished" / "checkpoints" / NAME
@@ -247,6 +247,10 @@ def test_two_processes_it_starts_itself(workspace, uninterrupted):
         rows = min(len(value), len(found[key])) if value.dim() else None
         gap = (found[key][:rows] - value[:rows]).abs().float()
         assert gap.mean() < 1e-4 and gap.max() < 1e-2, key
+    (run / "checkpoints" / NAME).unlink()
+    assert "was missing" in succeed(workspace, long_run(workspace, run, **parallel))
+    again = exits_of(run / "checkpoints" / NAME)
+    assert again.keys() == found.keys() and all(torch.equal(again[key], found[key]) for key in found)
 
 
 def test_bf16(workspace):
@@ -337,8 +341,8 @@ BAD = {
     ),
     "nothing given": (
         dict(model__restore_from_path=None, model__data__data_prefix=None),
-        "error: model.data.data_prefix=???: is required; set model.data.data_prefix=…\n"
-        "model.restore_from_path=???: is required",
+        "error: model.restore_from_path=???: is required; set model.restore_from_path=…\n"
+        "model.data.data_prefix=???: is required",
     ),
     "no steps": (dict(trainer__max_steps="0"), "trainer.max_steps=0: not one training step was made"),
     "half precision without a GPU": (dict(trainer__precision="16"), "needs a GPU"),
