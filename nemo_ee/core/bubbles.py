@@ -188,9 +188,7 @@ def _place_warmup(timetable: list[list[Pass]], sample: int, depth: int, ratio: f
     return _commit(timetable, placed, limits)
 
 
-def _place_cooldown(
-    timetable: list[list[Pass]], sample: int, depth: int, ratio: float, end: float
-) -> bool:
+def _place_cooldown(timetable: list[list[Pass]], sample: int, depth: int, ratio: float, end: float) -> bool:
     """Puts a fill behind the stages' last full forward passes, if it ends in time."""
     placed, ready = [], 0.0
     for stage, passes in enumerate(timetable):

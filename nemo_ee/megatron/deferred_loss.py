@@ -128,9 +128,7 @@ class _Evaluation:
         weight = None if self.output_weight is None else self.output_weight.to(wide)
         self.targets.record(self._losses(state.to(wide), weight, None))
 
-    def gradients(
-        self, hidden: Tensor, parameters: tuple[Tensor, ...]
-    ) -> tuple[Tensor | None, list[Tensor]]:
+    def gradients(self, hidden: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor | None, list[Tensor]]:
         """Gradients of the weighted loss with respect to the hidden state and to `parameters`."""
         weight = self.targets.weights[self.head.layer]
         if weight == 0:
@@ -141,9 +139,7 @@ class _Evaluation:
         scale = self.targets.scale() / self.targets.loss_mask.sum().clamp_min(1)
         result = self._losses(state.detach(), self.output_weight, scale)
         self.targets.record(result)
-        gradient = own_share(
-            result.state_gradients[self.head.layer], state, self.sequence_parallel
-        )
+        gradient = own_share(result.state_gradients[self.head.layer], state, self.sequence_parallel)
         direct = result.parameter_gradients
         found = torch.autograd.grad(state, [x, *parameters], gradient, allow_unused=True)
         of_parameters = []
@@ -156,9 +152,7 @@ class _Evaluation:
         device, dtype = hidden.device.type, self.autocast_dtype
         with torch.autocast(device, dtype) if dtype is not None else nullcontext():
             around = self.surroundings
-            state = self.head(
-                hidden, around.attention_mask, around.rotary_pos_emb, around.packed_seq_params
-            )
+            state = self.head(hidden, around.attention_mask, around.rotary_pos_emb, around.packed_seq_params)
         return state if dtype is None else state.to(dtype)
 
     def _losses(self, state: Tensor, output_weight: Tensor | None, scale: Tensor | None) -> ExitLossResult:

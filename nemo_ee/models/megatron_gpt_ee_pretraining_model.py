@@ -2,11 +2,12 @@
 """Pre-training: a GPT and its early exits are trained together (arXiv:2312.04916)."""
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from lightning.pytorch import Trainer
 from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -14,10 +15,13 @@ from torch import Tensor
 
 from nemo_ee.checkpoint import archive
 from nemo_ee.config import TuningConfig
+from nemo_ee.core.bubbles import COOLDOWN, FULL, Pass, Plan, plan_step
 from nemo_ee.core.loss_schedule import layer_dropout_rate, loss_weights
 from nemo_ee.data.token_counts import token_counts
 from nemo_ee.megatron import exit_init
+from nemo_ee.megatron.bubble_schedule import Event, Links, forward_backward_by_plan, take_batches
 from nemo_ee.megatron.deferred_loss import ExitTargets
+from nemo_ee.megatron.exit_loss import ExitLossResult
 from nemo_ee.megatron.layer_dropout import LayerDropout
 from nemo_ee.megatron.tied_weight import tie_output_weights
 from nemo_ee.models.checks import check_model, check_pretraining
@@ -26,8 +30,22 @@ from nemo_ee.models.training_data_mixin import TrainingDataMixin
 from nemo_ee.models.training_metrics import TrainingMetrics
 
 DESCRIPTION = (
-    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
-    *("normalization", "layernorm_epsilon", "activation", "bias", "qk_layernorm", "apply_query_key_layer_scaling"),
+    *(
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "kv_channels",
+    ),
+    *(
+        "normalization",
+        "layernorm_epsilon",
+        "activation",
+        "bias",
+        "qk_layernorm",
+        "apply_query_key_layer_scaling",
+    ),
     *("position_embedding_type", "rotary_percentage", "rotary_base", "seq_len_interpolation_factor"),
     *("scale_positional_embedding", "max_position_embeddings", "share_embeddings_and_output_weights"),
     *("make_vocab_size_divisible_by", "tokenizer", "name", "window_size", "override_vocab_size"),
@@ -62,6 +80,8 @@ class MegatronGPTEEPretrainingModel(TrainingDataMixin, MegatronGPTEarlyExitModel
         for parameter in self.gpt.exits.parameters():
             parameter.requires_grad_(True)
         self.tied_weight = tie_output_weights(self.gpt)
+        self.links = Links() if self.training_config.bubble_filling.enabled else None
+        self.events: list[Event] | None = None
         self.metrics = TrainingMetrics(self.early_exit.layers, self.gpt)
         self._validation_sums: list[Tensor] = []
 
@@ -100,7 +120,9 @@ class MegatronGPTEEPretrainingModel(TrainingDataMixin, MegatronGPTEarlyExitModel
 
     def module_arguments(self) -> dict:
         """Of `EarlyExitGPTModel`, beyond what every model with exits gives it."""
-        return dict(trains_backbone=True, pre_exit=self.cfg.early_exit.get("training", {}).get("pre_exit", False))
+        return dict(
+            trains_backbone=True, pre_exit=self.cfg.early_exit.get("training", {}).get("pre_exit", False)
+        )
 
     # --- optimization -------------------------------------------------------------------------------------
 
@@ -110,14 +132,20 @@ class MegatronGPTEEPretrainingModel(TrainingDataMixin, MegatronGPTEarlyExitModel
         for parameter in self.parameters():
             if parameter.requires_grad:
                 (plain if parameter.dim() < 2 else decayed).append(parameter)
-        groups = ({"params": decayed, "is_expert": False}, {"params": plain, "weight_decay": 0.0, "is_expert": False})
+        groups = (
+            {"params": decayed, "is_expert": False},
+            {"params": plain, "weight_decay": 0.0, "is_expert": False},
+        )
         self._optimizer_param_groups = groups
 
     def fwd_bwd_step(self, dataloader_iter: Iterator, forward_only: bool, first_val_step: bool | None = None):
         """One global batch, as NeMo's; collects the exits' statistics on the way."""
         self.metrics.start(self.device_of_batches, observe=forward_only or self.logs_this_step)
-        self._next_micro_batch = 0
-        loss = super().fwd_bwd_step(dataloader_iter, forward_only, first_val_step)
+        self._step, self._next_micro_batch = None, 0
+        if self.links is not None and not forward_only:
+            loss = self.fwd_bwd_step_with_fills(dataloader_iter)
+        else:
+            loss = super().fwd_bwd_step(dataloader_iter, forward_only, first_val_step)
         if self.metrics.observing:
             means = self.metrics.finish(get_num_microbatches())
             if forward_only:
@@ -125,6 +153,75 @@ class MegatronGPTEEPretrainingModel(TrainingDataMixin, MegatronGPTEarlyExitModel
             else:
                 self.log_training(means)
         return loss
+
+    def fwd_bwd_step_with_fills(self, dataloader_iter: Iterator) -> Tensor:
+        """One global batch, and extra micro-batches in the pipeline's bubbles."""
+        config = self.gpt.config
+        model = self.model[0] if isinstance(self.model, list) else self.model
+        overlaps = self.use_mcore_dist_optim and self.cfg.optim.get("overlap_grad_sync", False)
+        config.no_sync_func = model.no_sync if overlaps else None
+        config.grad_sync_func = config.param_sync_func = None
+        config.finalize_model_grads_func = finalize_model_grads if self.use_mcore_dist_optim else None
+
+        def before_forward(step: Pass) -> None:
+            self._step = step
+
+        losses = forward_backward_by_plan(
+            self.plan,
+            self.links,
+            self.get_forward_output_and_loss_func(),
+            model,
+            take_batches(dataloader_iter, self.plan.samples),
+            self.cfg.encoder_seq_length,
+            self.cfg.micro_batch_size,
+            before_forward,
+            self.events,
+        )
+        self._step = None
+        if not losses:
+            return torch.zeros((), device=self.device_of_batches)
+        return torch.cat([loss["avg"] for loss in losses]).mean()
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The order of passes of all stages. Collective over the pipeline the first time."""
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        with_exits: list = [None] * stages
+        group = parallel_state.get_pipeline_model_parallel_group()
+        torch.distributed.all_gather_object(with_exits, bool(self.gpt.exit_layers), group=group)
+        filling = self.training_config.bubble_filling
+        return plan_step(
+            stages,
+            get_num_microbatches(),
+            filling.backward_ratio,
+            tuple(with_exits),
+            filling.warmup,
+            filling.cooldown,
+        )
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        """Of one data-parallel rank, fills included."""
+        return get_num_microbatches() if self.links is None else self.plan.samples
+
+    def compute_consumed_samples(self, steps_since_resume: int = 0) -> int:
+        """As NeMo's; fills are samples like others, consumed on top of the global batch."""
+        if self.links is None:
+            return super().compute_consumed_samples(steps_since_resume)
+        per_step = self.micro_batches_per_step * self.cfg.micro_batch_size
+        return self.init_consumed_samples + steps_since_resume * per_step * (
+            parallel_state.get_data_parallel_world_size()
+        )
+
+    def build_train_valid_test_datasets(self):
+        """As NeMo's, with enough samples for fills."""
+        size = self.cfg.global_batch_size
+        with open_dict(self.cfg):
+            self.cfg.global_batch_size = size * self.micro_batches_per_step // get_num_microbatches()
+            try:
+                return super().build_train_valid_test_datasets()
+            finally:
+                self.cfg.global_batch_size = size
 
     def training_step_fwd_bwd_step_call(self, dataloader_iter: Iterator, forward_only: bool) -> Tensor:
         """As NeMo's; where NeMo sums no embedding's gradients, copies of the output weight are summed here."""
@@ -139,7 +236,9 @@ class MegatronGPTEEPretrainingModel(TrainingDataMixin, MegatronGPTEarlyExitModel
         if self.gpt.tied_to_embedding and self.tied_weight is not None:
             self.tied_weight.sum_gradients()
 
-    def get_forward_output_and_loss_func(self, validation_step: bool = False, tuning: bool = False) -> Callable:
+    def get_forward_output_and_loss_func(
+        self, validation_step: bool = False, tuning: bool = False
+    ) -> Callable:
         """NeMo's step function, which gives the module its exits' targets as well."""
         self._wrap_finalize()
         nemo_step = super().get_forward_output_and_loss_func(validation_step, tuning)
@@ -147,6 +246,8 @@ class MegatronGPTEEPretrainingModel(TrainingDataMixin, MegatronGPTEarlyExitModel
         def step(iterator: Iterator, model: torch.nn.Module, *more) -> tuple:
             batch = self.get_batch(iterator, tuning)
             index, self._next_micro_batch = self._next_micro_batch, self._next_micro_batch + 1
+            if self._step is not None:
+                index = self._step.sample
             run = partial(self._run_micro_batch, model, batch, index)
             return nemo_step(iter([batch]), run, *more)
 
@@ -165,29 +266,38 @@ class MegatronGPTEEPretrainingModel(TrainingDataMixin, MegatronGPTEarlyExitModel
         self.gpt.config.finalize_model_grads_func = finalize_with_copies
 
     def _run_micro_batch(self, model: torch.nn.Module, batch: dict, index: int, **arguments) -> Tensor:
+        kind = FULL if self._step is None else self._step.kind
+        if kind == COOLDOWN and not torch.is_grad_enabled():
+            return model(**arguments)  # a stage that a fill only passes through
         device = self.device_of_batches
         needed = self.gpt.exit_layers or parallel_state.is_pipeline_last_stage()
         labels, mask = (
-            batch[key].to(device, non_blocking=True) if needed else batch[key] for key in ("labels", "loss_mask")
+            batch[key].to(device, non_blocking=True) if needed else batch[key]
+            for key in ("labels", "loss_mask")
         )
         targets = ExitTargets(
             labels,
             mask,
             self.loss_weights_now() if self.gpt.training else dict.fromkeys(self.early_exit.layers, 1.0),
             self.objective,
-            self.gradient_scale,
-            partial(self.metrics.add_exit, index, mask),
+            partial(self.gradient_scale, kind),
+            partial(self.metrics.add_exit, index, mask) if kind == FULL else _ignore,
             self.layer_dropout(index) if self.gpt.training else None,
         )
+        if kind != FULL:
+            return model(exit_targets=targets, **arguments)
         with self.metrics.final_exit(index, mask):
             output = model(exit_targets=targets, **arguments)
         if parallel_state.is_pipeline_last_stage():
             self.metrics.add_final_loss(output, mask)
         return output
 
-    def gradient_scale(self) -> Tensor | float:
-        """What Megatron multiplies a micro-batch's loss by: 1 / number of micro-batches, and the loss scale."""
+    def gradient_scale(self, kind: str) -> Tensor | float:
+        """What Megatron multiplies a micro-batch's loss by, 1 / number of micro-batches and the loss scale; with
+        fills in the step, also their share (see `nemo_ee.core.bubbles`)."""
         scale = 1.0 / get_num_microbatches()
+        if self.links is not None:
+            scale *= self.plan.loss_scale(kind, parallel_state.get_pipeline_model_parallel_rank())
         function = self.gpt.config.grad_scale_func
         return scale if function is None else function(torch.full((), scale, device=self.device_of_batches))
 
@@ -199,7 +309,11 @@ class MegatronGPTEEPretrainingModel(TrainingDataMixin, MegatronGPTEarlyExitModel
 
     def layer_dropout(self, index: int) -> LayerDropout | None:
         """Which samples of the current step's micro-batch number `index` skip which layers."""
-        config, step, depth = self.training_config.layer_dropout, self.trainer.global_step, self.cfg.num_layers
+        config, step, depth = (
+            self.training_config.layer_dropout,
+            self.trainer.global_step,
+            self.cfg.num_layers,
+        )
         if config.max_rate == 0.0:
             return None
         rates = {n: layer_dropout_rate(config, n, depth, step) for n in range(1, depth + 1)}
@@ -282,3 +396,7 @@ class MegatronGPTEEPretrainingModel(TrainingDataMixin, MegatronGPTEarlyExitModel
         MegatronGPTModel.on_load_checkpoint(self, checkpoint)
         self.exits_initialised = True
         self.forget_batch_progress(checkpoint)
+
+
+def _ignore(_result: ExitLossResult) -> None:
+    """Fills enter no statistics."""

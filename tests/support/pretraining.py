@@ -26,12 +26,14 @@ class Case:
         overrides: further keys of the model's configuration, dots as ``__``.
         steps: optimizer steps.
         initialise: run the configured initialisation instead of weights by name.
+        own_schedule: run nemo_ee's schedule also where no bubbles are filled.
     """
 
     early_exit: dict[str, Any]
     overrides: dict[str, Any] = field(default_factory=dict)
     steps: int = 2
     initialise: bool = False
+    own_schedule: bool = False
 
 
 @dataclass
@@ -72,7 +74,7 @@ def pretraining_config(prefixes: dict, case: Case, layout: Layout) -> Any:
         micro_batch_size=2,
         global_batch_size=8,
         encoder_seq_length=SEQUENCE,
-        make_vocab_size_divisible_by=52,  # 201 tokens: padding, but alike at every TP: the final exit counts it
+        make_vocab_size_divisible_by=52,  # 201 tokens: padding alike at every TP, as the final exit counts it
         optim=OPTIMIZER,
         data=data,
         **layout.overrides(),
@@ -83,7 +85,11 @@ def pretraining_config(prefixes: dict, case: Case, layout: Layout) -> Any:
 
 
 def pretrain(
-    prefixes: dict, cases: dict[str, Case], layout: Layout, plain: bool = False, dtype: torch.dtype = torch.float64
+    prefixes: dict,
+    cases: dict[str, Case],
+    layout: Layout,
+    plain: bool = False,
+    dtype: torch.dtype = torch.float64,
 ) -> dict[str, Outcome]:
     """Runs every case in this rank's job, one after the other; `plain` runs the reference."""
     return {name: pretrain_one(prefixes, case, layout, plain, dtype) for name, case in cases.items()}
@@ -104,6 +110,10 @@ def pretrain_one(prefixes: dict, case: Case, layout: Layout, plain: bool, dtype:
             part.config.params_dtype = part.config.pipeline_dtype = dtype
     fill(model)
     model.exits_initialised = not case.initialise
+    if case.own_schedule:
+        from nemo_ee.megatron.bubble_schedule import Links
+
+        model.links = Links()
     trainer.fit(model)
     return Outcome(
         model.first_gradients,
@@ -146,7 +156,9 @@ def Plain() -> type:  # noqa: N802
     """The reference, in one process."""
 
     class PlainObjective(Recorder()):
-        def fwd_bwd_step(self, dataloader_iter: Iterator, forward_only: bool, first_val_step: Any = None) -> Any:
+        def fwd_bwd_step(
+            self, dataloader_iter: Iterator, forward_only: bool, first_val_step: Any = None
+        ) -> Any:
             if forward_only:
                 return super().fwd_bwd_step(dataloader_iter, forward_only, first_val_step)
             from megatron.core.num_microbatches_calculator import get_num_microbatches
@@ -192,7 +204,7 @@ def Plain() -> type:  # noqa: N802
 
 
 def whole_parameters(gpt: Any, gradients: bool = False) -> dict[str, torch.Tensor]:
-    """This stage's trainable parameters (or their gradients) by global name, gathered over tensor parallelism.
+    """This stage's trainable parameters or their gradients by global name, gathered over tensor parallelism.
 
     Collectives: one all-gather per parameter; asserts that replicas are equal but for rounding.
     """
@@ -238,7 +250,7 @@ def whole_parameters(gpt: Any, gradients: bool = False) -> dict[str, torch.Tenso
 
 
 def largest_gap(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, str]:
-    """Largest difference relative to each tensor's largest element, and the tensor's name; NaN counts as infinite."""
+    """Largest difference relative to each tensor's largest element, and where; NaN counts as infinite."""
     worst = (0.0, "")
     for name, value in found.items():
         reference = expected[name]
