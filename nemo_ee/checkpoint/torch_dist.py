@@ -214,7 +214,8 @@ def _load_metadata(directory: Path) -> Metadata:
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
         raise fault(f"{_METADATA} describes no checkpoint")
     try:
-        torch.load(directory / _COMMON, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([io.BytesIO]):
+            torch.load(directory / _COMMON, map_location="cpu", weights_only=True)
     except Exception as error:
         raise fault(f"{_COMMON} cannot be trusted or read ({error})") from error
     return metadata
