@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -163,6 +164,20 @@ def test_faults_are_found_before_the_model_is_built(workspace, monkeypatch, over
     with pytest.raises((CheckpointError, ConfigError, DataError)) as error:
         evaluate(EvaluationConfig.from_dict(values), trainer=None)
     assert words in str(error.value)
+
+
+def test_it_runs_in_one_process(workspace, monkeypatch):
+    from nemo_ee.errors import ConfigError
+    from nemo_ee.evaluation.evaluate import evaluate
+    from nemo_ee.evaluation.settings import EvaluationConfig
+
+    monkeypatch.chdir(workspace)
+    values = {"gpt_model_file": "base.nemo", "adapter_file": "exits.nemo"}
+    text = {"data": {"prefix": "validation", "seq_length": 24}}
+    trainer = SimpleNamespace(world_size=2, num_devices=2, num_nodes=1)
+    short = {"generation": {"prompt_tokens": 8, "tokens_to_generate": 8}}
+    with pytest.raises(ConfigError, match="trainer.devices=2: .* runs in one process; set both to 1"):
+        evaluate(EvaluationConfig.from_dict({**values, **text, **short}), trainer)
     assert not (workspace / "refused").exists()
 
 
