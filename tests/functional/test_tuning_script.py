@@ -15,6 +15,7 @@ import torch
 from nemo_ee.checkpoint import archive
 from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint
 from tests.support import tiny_llama
+from tests.support.distributed import DEFAULT_TIMEOUT
 from tests.support.tuning import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,7 +83,7 @@ def start(folder: Path, given: list[str]) -> subprocess.Popen:
 
 def succeed(folder: Path, given: list[str]) -> str:
     process = start(folder, given)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=DEFAULT_TIMEOUT)
     assert process.returncode == 0, output[-3000:]
     return output
 
@@ -199,7 +200,7 @@ def test_resuming_on_another_base_is_refused(workspace, tmp_path):
     other = tmp_path / "other.nemo"
     changed_base(workspace / "base.nemo", other)
     process = start(workspace, [*given, f"model.restore_from_path={other}"])
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=DEFAULT_TIMEOUT)
     assert process.returncode == 1 and "Traceback" not in output, output[-3000:]
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert f"model.restore_from_path={other}: has content hash" in line
@@ -266,7 +267,7 @@ def test_bf16(workspace):
 
 def test_an_error_is_one_line_and_a_status(workspace):
     process = start(workspace, arguments(workspace, model__early_exit__layers="[1,30]"))
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=DEFAULT_TIMEOUT)
     assert process.returncode == 1
     assert "Traceback" not in output
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
