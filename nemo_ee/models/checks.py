@@ -8,6 +8,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_ee.config import EarlyExitConfig, parse_early_exit
+from nemo_ee.core.bubbles import most_fills
 from nemo_ee.errors import ConfigError, Fault
 
 NOT_ON_THIS_MACHINE = {
@@ -266,9 +267,10 @@ def check_pretraining(cfg: DictConfig) -> None:
             Fault("model.data.seq_length", cfg.data.seq_length, rule, f"use {cfg.encoder_seq_length}")
         )
     filling, stages = early_exit.training.bubble_filling, cfg.get("pipeline_model_parallel_size", 1)
-    if filling.enabled and stages == 1:
+    if filling.enabled and not most_fills(stages, filling.backward_ratio):
         key, remedy = "model.early_exit.training.bubble_filling", "set warmup and cooldown to false"
-        faults.append(Fault(key, "on", "one pipeline stage has no bubbles", remedy))
+        rule = f"bubbles of pipeline_model_parallel_size={stages} have no room for a micro-batch"
+        faults.append(Fault(key, "on", rule, remedy))
     if filling.enabled and cfg.get("rampup_batch_size"):
         rule = "bubble filling needs a constant number of micro-batches"
         faults.append(Fault("model.rampup_batch_size", cfg.rampup_batch_size, rule, "set it to null"))

@@ -55,7 +55,7 @@ def same_text(tmp_path_factory):
     return {**prefixes, "test": None}
 
 
-@pytest.mark.parametrize("layout", [Layout(pp=4), Layout(pp=2, tp=2)], ids=["PP4", "TP2 x PP2"])
+@pytest.mark.parametrize("layout", [Layout(pp=4), Layout(pp=3, first=1, last=2)], ids=["PP4", "PP3"])
 def test_where_samples_are_alike_fills_change_no_gradient(layout, same_text, workers):
     """Each sample's gradient is the expected one then: a bias of the weighting would show in full."""
     unfilled = {"unfilled": PLAIN, "unfilled, pre_exit": CASES["recomputed, pre_exit"]}
