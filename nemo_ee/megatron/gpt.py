@@ -126,15 +126,20 @@ class EarlyExitGPTModel(GPTModel):
             if n in here:
                 here[n].register_forward_hook(self._exit_hook(n))
         self.register_parameter("output_copy", None)
-        if mine and not self._has_output_weight() and (not trains_backbone or self._exits_are_tied):
+        trains_copy = trains_backbone and self._exits_are_tied
+        if (
+            mine
+            and not self._has_output_weight()
+            and (not trains_backbone or trains_copy or early_exit.init == "copy")
+        ):
             shape = (
                 padded_vocab_size // parallel_state.get_tensor_model_parallel_world_size(),
                 config.hidden_size,
             )
             data = torch.zeros(shape, dtype=config.params_dtype)
-            self.output_copy = torch.nn.Parameter(data, requires_grad=trains_backbone)
+            self.output_copy = torch.nn.Parameter(data, requires_grad=trains_copy)
             set_tensor_model_parallel_attributes(self.output_copy, True, 0, 1)
-        elif trains_backbone and mine and self._exits_are_tied:
+        elif trains_copy and mine:
             # Fused kernels write the output layer's gradient to its buffer and return any memory as gradient.
             self.output_weight().zero_out_wgrad = True
 
@@ -146,6 +151,11 @@ class EarlyExitGPTModel(GPTModel):
     @property
     def _exits_are_tied(self) -> bool:
         return self.early_exit.head.projection == "tied"
+
+    def drop_frozen_copy(self) -> None:
+        """Frees a copy of the output weight that exits' first weights came from and that is not trained."""
+        if self.output_copy is not None and not self.output_copy.requires_grad:
+            self.output_copy = None
 
     @property
     def _recomputes_layers(self) -> bool:

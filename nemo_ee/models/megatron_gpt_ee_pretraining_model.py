@@ -2,12 +2,11 @@
 """Pre-training: a GPT and its early exits are trained together (arXiv:2312.04916)."""
 
 from collections.abc import Callable, Iterator
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 from lightning.pytorch import Trainer
 from megatron.core import parallel_state
-from megatron.core.distributed import finalize_model_grads
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -15,15 +14,16 @@ from torch import Tensor
 
 from nemo_ee.checkpoint import archive
 from nemo_ee.config import TuningConfig
-from nemo_ee.core.bubbles import COOLDOWN, FULL, Pass, Plan, plan_step
+from nemo_ee.core.bubbles import COOLDOWN, FULL
 from nemo_ee.core.loss_schedule import layer_dropout_rate, loss_weights
 from nemo_ee.data.token_counts import token_counts
 from nemo_ee.megatron import exit_init
-from nemo_ee.megatron.bubble_schedule import Event, Links, forward_backward_by_plan, take_batches
+from nemo_ee.megatron.bubble_schedule import Links
 from nemo_ee.megatron.deferred_loss import ExitTargets
 from nemo_ee.megatron.exit_loss import ExitLossResult
 from nemo_ee.megatron.layer_dropout import LayerDropout
 from nemo_ee.megatron.tied_weight import tie_output_weights
+from nemo_ee.models.bubble_filling_mixin import BubbleFillingMixin
 from nemo_ee.models.checks import check_model, check_pretraining
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
 from nemo_ee.models.training_data_mixin import TrainingDataMixin
@@ -54,7 +54,7 @@ DESCRIPTION = (
 """Keys that describe the model: with `restore_from_path` they come from the checkpoint."""
 
 
-class MegatronGPTEEPretrainingModel(TrainingDataMixin, MegatronGPTEarlyExitModel):
+class MegatronGPTEEPretrainingModel(BubbleFillingMixin, TrainingDataMixin, MegatronGPTEarlyExitModel):
     """`MegatronGPTModel` whose exits are trained together with it, through Megatron's own schedules.
 
     The objective is L_final + sum over exits of w_i(t) L_i, each L the mean cross-entropy per token of a
@@ -81,7 +81,6 @@ class MegatronGPTEEPretrainingModel(TrainingDataMixin, MegatronGPTEarlyExitModel
             parameter.requires_grad_(True)
         self.tied_weight = tie_output_weights(self.gpt)
         self.links = Links() if self.training_config.bubble_filling.enabled else None
-        self.events: list[Event] | None = None
         self.metrics = TrainingMetrics(self.early_exit.layers, self.gpt)
         self._validation_sums: list[Tensor] = []
 
@@ -141,7 +140,7 @@ class MegatronGPTEEPretrainingModel(TrainingDataMixin, MegatronGPTEarlyExitModel
     def fwd_bwd_step(self, dataloader_iter: Iterator, forward_only: bool, first_val_step: bool | None = None):
         """One global batch, as NeMo's; collects the exits' statistics on the way."""
         self.metrics.start(self.device_of_batches, observe=forward_only or self.logs_this_step)
-        self._step, self._next_micro_batch = None, 0
+        self._next_micro_batch = 0
         if self.links is not None and not forward_only:
             loss = self.fwd_bwd_step_with_fills(dataloader_iter)
         else:
@@ -153,75 +152,6 @@ class MegatronGPTEEPretrainingModel(TrainingDataMixin, MegatronGPTEarlyExitModel
             else:
                 self.log_training(means)
         return loss
-
-    def fwd_bwd_step_with_fills(self, dataloader_iter: Iterator) -> Tensor:
-        """One global batch, and extra micro-batches in the pipeline's bubbles."""
-        config = self.gpt.config
-        model = self.model[0] if isinstance(self.model, list) else self.model
-        overlaps = self.use_mcore_dist_optim and self.cfg.optim.get("overlap_grad_sync", False)
-        config.no_sync_func = model.no_sync if overlaps else None
-        config.grad_sync_func = config.param_sync_func = None
-        config.finalize_model_grads_func = finalize_model_grads if self.use_mcore_dist_optim else None
-
-        def before_forward(step: Pass) -> None:
-            self._step = step
-
-        losses = forward_backward_by_plan(
-            self.plan,
-            self.links,
-            self.get_forward_output_and_loss_func(),
-            model,
-            take_batches(dataloader_iter, self.plan.samples),
-            self.cfg.encoder_seq_length,
-            self.cfg.micro_batch_size,
-            before_forward,
-            self.events,
-        )
-        self._step = None
-        if not losses:
-            return torch.zeros((), device=self.device_of_batches)
-        return torch.cat([loss["avg"] for loss in losses]).mean()
-
-    @cached_property
-    def plan(self) -> Plan:
-        """The order of passes of all stages. Collective over the pipeline the first time."""
-        stages = parallel_state.get_pipeline_model_parallel_world_size()
-        with_exits: list = [None] * stages
-        group = parallel_state.get_pipeline_model_parallel_group()
-        torch.distributed.all_gather_object(with_exits, bool(self.gpt.exit_layers), group=group)
-        filling = self.training_config.bubble_filling
-        return plan_step(
-            stages,
-            get_num_microbatches(),
-            filling.backward_ratio,
-            tuple(with_exits),
-            filling.warmup,
-            filling.cooldown,
-        )
-
-    @property
-    def micro_batches_per_step(self) -> int:
-        """Of one data-parallel rank, fills included."""
-        return get_num_microbatches() if self.links is None else self.plan.samples
-
-    def compute_consumed_samples(self, steps_since_resume: int = 0) -> int:
-        """As NeMo's; fills are samples like others, consumed on top of the global batch."""
-        if self.links is None:
-            return super().compute_consumed_samples(steps_since_resume)
-        per_step = self.micro_batches_per_step * self.cfg.micro_batch_size
-        return self.init_consumed_samples + steps_since_resume * per_step * (
-            parallel_state.get_data_parallel_world_size()
-        )
-
-    def build_train_valid_test_datasets(self):
-        """As NeMo's, with enough samples for fills."""
-        size = self.cfg.global_batch_size
-        with open_dict(self.cfg):
-            self.cfg.global_batch_size = size * self.micro_batches_per_step // get_num_microbatches()
-            try:
-                return super().build_train_valid_test_datasets()
-            finally:
-                self.cfg.global_batch_size = size
 
     def training_step_fwd_bwd_step_call(self, dataloader_iter: Iterator, forward_only: bool) -> Tensor:
         """As NeMo's; where NeMo sums no embedding's gradients, copies of the output weight are summed here."""
@@ -246,8 +176,8 @@ class MegatronGPTEEPretrainingModel(TrainingDataMixin, MegatronGPTEarlyExitModel
         def step(iterator: Iterator, model: torch.nn.Module, *more) -> tuple:
             batch = self.get_batch(iterator, tuning)
             index, self._next_micro_batch = self._next_micro_batch, self._next_micro_batch + 1
-            if self._step is not None:
-                index = self._step.sample
+            if self.running is not None:
+                index = self.running.sample
             run = partial(self._run_micro_batch, model, batch, index)
             return nemo_step(iter([batch]), run, *more)
 
@@ -266,7 +196,7 @@ class MegatronGPTEEPretrainingModel(TrainingDataMixin, MegatronGPTEarlyExitModel
         self.gpt.config.finalize_model_grads_func = finalize_with_copies
 
     def _run_micro_batch(self, model: torch.nn.Module, batch: dict, index: int, **arguments) -> Tensor:
-        kind = FULL if self._step is None else self._step.kind
+        kind = FULL if self.running is None else self.running.kind
         if kind == COOLDOWN and not torch.is_grad_enabled():
             return model(**arguments)  # a stage that a fill only passes through
         device = self.device_of_batches
@@ -361,6 +291,7 @@ class MegatronGPTEEPretrainingModel(TrainingDataMixin, MegatronGPTEarlyExitModel
         super().setup(stage)
         if stage == "fit" and not self.exits_initialised and not self.trainer.ckpt_path:
             self.initialise_exits()
+        self.gpt.drop_frozen_copy()
 
     def initialise_exits(self) -> None:
         """Random projections and translators, or for `init: copy` projections copied from the output weight.
@@ -374,10 +305,13 @@ class MegatronGPTEEPretrainingModel(TrainingDataMixin, MegatronGPTEarlyExitModel
                 self.cfg.data.data_prefix, self.true_vocab_size, self.cfg.data.get("splits_string")
             )
             shortlist = torch.topk(counts, config.head.shortlist_size).indices
-        random = config.init == "random"
-        exit_init.initialise_projections(self.gpt, shortlist, std if random else None)
-        if random:
-            exit_init.initialise_randomly(self.gpt, std)
+        seed = self.cfg.get("seed", 1234)
+        if config.init == "random":
+            exit_init.initialise_projections(self.gpt, shortlist, std, seed)
+            exit_init.initialise_randomly(self.gpt, std, seed)
+        else:
+            exit_init.initialise_projections(self.gpt, shortlist, None)
+            exit_init.start_branches_at_zero(self.gpt)
         self.exits_initialised = True
 
     def state_to_restore(self, with_exits: bool):

@@ -370,6 +370,7 @@ _TENSOR_TYPES = [
     f"{kind}Tensor" for kind in ("BFloat16", "Bool", "Byte", "Double", "Float", "Half", "Int", "Long")
 ]
 _COMMON = "nemo.collections.nlp.modules.common.megatron"
+_OVERRIDES = "nemo.collections.nlp.parts.nlp_overrides"
 _APEX_IMPORT = "imported from Apex, used without asking whether the import worked"
 
 PATCHES: tuple[Patch, ...] = (
@@ -450,13 +451,7 @@ PATCHES: tuple[Patch, ...] = (
         _synchronous_gradients,
     ),
     # Apex. The flags guard ordinary torch code in NLPDDPStrategy and in the O2 optimizer.
-    Patch(
-        "nemo.collections.nlp.parts.nlp_overrides",
-        "HAVE_APEX",
-        NEMO,
-        "strategies refuse to start",
-        lambda _: True,
-    ),
+    Patch(_OVERRIDES, "HAVE_APEX", NEMO, "strategies refuse to start", lambda _: True),
     Patch(
         "nemo.core.optim.optimizer_with_main_params", "HAVE_APEX", NEMO, "O2 refuses to start", lambda _: True
     ),
@@ -470,6 +465,18 @@ PATCHES: tuple[Patch, ...] = (
             "set_defaults_if_not_set_tensor_model_parallel_attributes",
         ),
         missing=True,
+    ),
+    Patch(
+        _OVERRIDES,
+        "McoreDistributedOptimizer",
+        NEMO,
+        _APEX_IMPORT,
+        _from("nemo.core.optim.mcore_optim", "McoreDistributedOptimizer"),
+        missing=True,
+    ),
+    # Only asked whether an optimizer is one.
+    Patch(
+        _OVERRIDES, "MegatronDistributedFusedAdam", NEMO, _APEX_IMPORT, lambda _: type("N", (), {}), missing=True
     ),
     Patch(f"{_COMMON}.utils", "listify_model", NEMO, _APEX_IMPORT, _listify_model, missing=True),
     Patch(

@@ -11,7 +11,10 @@ from tests.support.pretraining import Case, largest_gap, pretrain
 from tests.support.tuning import SEQUENCE, Layout, write_text
 
 PLAIN = Case(section("norm, tied", [2, 4, 6]), steps=2)
-CASES = {"tied": PLAIN, "recomputed, pre_exit": Case(section("MLP, untied", [2, 4], **BEFORE), full("uniform", 1))}
+CASES = {
+    "tied": PLAIN,
+    "recomputed, pre_exit": Case(section("MLP, untied", [2, 4], **BEFORE), full("uniform", 1)),
+}
 FILLS = {
     "warm-up": dict(warmup=True),
     "cool-down": dict(cooldown=True),
@@ -62,7 +65,10 @@ def test_where_samples_are_alike_fills_change_no_gradient(layout, same_text, wor
     filled = {}
     for name, filling in FILLS.items():
         for base, case in (("unfilled", PLAIN), ("unfilled, pre_exit", CASES["recomputed, pre_exit"])):
-            changed = {**case.early_exit, "training": {**case.early_exit["training"], "bubble_filling": filling}}
+            changed = {
+                **case.early_exit,
+                "training": {**case.early_exit["training"], "bubble_filling": filling},
+            }
             filled[f"{base} | {name}"] = dataclasses.replace(case, early_exit=changed)
     found = workers(layout.world_size).run(pretrain, same_text, {**unfilled, **filled}, layout, timeout=600)
     for rank in found:
@@ -74,7 +80,9 @@ def test_where_samples_are_alike_fills_change_no_gradient(layout, same_text, wor
 def test_fills_are_consumed_on_top_of_the_global_batch(text, workers):
     training = dict(bubble_filling=FILLS["both"])
     case = Case({**PLAIN.early_exit, "training": training}, steps=3)
-    found = workers(4).run(pretrain, text, {"filled": case, "unfilled": dataclasses.replace(PLAIN, steps=3)}, Layout(pp=4))
+    found = workers(4).run(
+        pretrain, text, {"filled": case, "unfilled": dataclasses.replace(PLAIN, steps=3)}, Layout(pp=4)
+    )
     assert found[0]["unfilled"].logged["consumed_samples"] == 3 * 8
     # P=4, r=2: two warm-up and two cool-down fills of two samples each
     assert found[0]["filled"].logged["consumed_samples"] == 3 * (8 + 2 * 4)

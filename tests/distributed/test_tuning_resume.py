@@ -88,7 +88,10 @@ def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("text"))
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = {"every stage has exits", "DP2", "truncated"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES])
 def test_killed_and_resumed_is_uninterrupted(name, text, workers, tmp_path):
     case, layout = CASES[name]
     pool = workers(layout.world_size)

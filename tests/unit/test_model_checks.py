@@ -5,7 +5,13 @@ import pytest
 from omegaconf import OmegaConf
 
 from nemo_ee.errors import ConfigError
-from nemo_ee.models.checks import adapt_to_machine, check_model, check_tuning, read_early_exit
+from nemo_ee.models.checks import (
+    adapt_to_machine,
+    check_model,
+    check_pretraining,
+    check_tuning,
+    read_early_exit,
+)
 
 
 def config(**changes):
@@ -318,3 +324,52 @@ def test_speed_ups_that_need_more_than_a_cpu_are_turned_off():
     assert len(off) == 2 and "masked_softmax_fusion" in off[0] and "transformer_engine" in off[1]
     assert made.use_cpu_initialization and not made.masked_softmax_fusion and not made.transformer_engine
     assert adapt_to_machine(made) == []
+
+
+PRETRAINING = dict(early_exit__init="random", early_exit__head=dict(mlp=False, linear=False, projection="tied"))
+SOUND_PRETRAINING = {
+    "plain": {},
+    "O2": dict(megatron_amp_O2=True, optim__name="mcore_distributed_optim"),
+    "recomputed": dict(activations_checkpoint_granularity="full"),
+    "filled": dict(pipeline_model_parallel_size=4, early_exit__training=dict(bubble_filling=dict(warmup=True))),
+}
+UNSOUND_PRETRAINING = {
+    "no exits": (dict(early_exit=None), "model.early_exit"),
+    "ridge": (dict(early_exit__init="ridge", early_exit__head=dict(linear=True)), "model.early_exit.init"),
+    "O2 with adamw": (dict(megatron_amp_O2=True), "model.optim.name"),
+    "FSDP": (dict(fsdp=True), "model.fsdp"),
+    "deferred": (dict(defer_embedding_wgrad_compute=True), "model.defer_embedding_wgrad_compute"),
+    "other length": (dict(data__seq_length=32), "model.data.seq_length"),
+    "nothing to fill": (
+        dict(early_exit__training=dict(bubble_filling=dict(cooldown=True))),
+        "model.early_exit.training.bubble_filling",
+    ),
+    "filled, two stages": (
+        dict(
+            pipeline_model_parallel_size=2,
+            early_exit__training=dict(bubble_filling=dict(warmup=True, backward_ratio=1.0)),
+        ),
+        "model.early_exit.training.bubble_filling",
+    ),
+    "filled while ramping up": (
+        dict(
+            pipeline_model_parallel_size=4,
+            rampup_batch_size=[2, 2, 100],
+            early_exit__training=dict(bubble_filling=dict(warmup=True)),
+        ),
+        "model.rampup_batch_size",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SOUND_PRETRAINING)
+def test_sound_pretraining(name):
+    check_pretraining(config(**{**PRETRAINING, **SOUND_PRETRAINING[name]}))
+
+
+@pytest.mark.parametrize("name", UNSOUND_PRETRAINING)
+def test_pretraining_faults_name_their_key(name):
+    changes, key = UNSOUND_PRETRAINING[name]
+    faults = faults_of(check_pretraining, config(**{**PRETRAINING, **changes}))
+    assert key in [fault.key for fault in faults]
+    assert all(fault.remedy for fault in faults)
