@@ -1,10 +1,10 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""Losses of exits while the backbone trains: back-propagated where they arise, whatever the pipeline schedule.
+"""Losses of exits while the backbone trains: back-propagated where they arise, by any schedule.
 
 The deferred exit loss is the identity on the hidden state behind an exit layer. Its backward receives the
 gradient g from the layers above, computes the exit's loss and its gradient *then*, and returns g plus that
 gradient. The sum over stages is the gradient of the whole objective (EE-LLM's auxiliary loss
-L_s + <g_s, x_s>, arXiv:2312.04916 section 3.1, stated locally), so Megatron's own schedules carry it, and only
+L_s + <g_s, x_s>, arXiv:2312.04916 section 3.1, stated locally), so Megatron's schedules carry it, and only
 one micro-batch's exit logits are ever alive, one chunk of tokens at a time.
 
 All parameters of a head are inputs of the Function and their gradients its outputs. So autograd itself adds
@@ -55,7 +55,7 @@ class ExitTargets:
 
 @dataclass(frozen=True)
 class ExitSurroundings:
-    """What a head's transformer block needs besides the hidden state: the arguments of the backbone's layers."""
+    """What a head's transformer block needs besides the hidden state, as the backbone's layers do."""
 
     attention_mask: Tensor | None = None
     rotary_pos_emb: Tensor | None = None

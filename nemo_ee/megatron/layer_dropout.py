@@ -17,7 +17,7 @@ class LayerDropout:
 
     Attributes:
         rates: layer (1-based) -> share of samples that skip it.
-        seed: identifies the micro-batch: the run's seed, the step, the micro-batch and the data-parallel rank.
+        seed: of the micro-batch: the run's seed, step, micro-batch and data-parallel rank.
     """
 
     rates: dict[int, float]

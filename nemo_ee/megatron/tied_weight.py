@@ -47,7 +47,7 @@ class TiedWeight:
 
 
 def gradient_of(parameter: torch.nn.Parameter) -> Tensor:
-    """Where the optimizer reads a parameter's gradient: Megatron's buffer, or `.grad` (zeros if it is unset)."""
+    """Where the optimizer reads a gradient: Megatron's buffer, or `.grad` (zeros if it is unset)."""
     if getattr(parameter, "main_grad", None) is not None:
         return parameter.main_grad
     if parameter.grad is None:

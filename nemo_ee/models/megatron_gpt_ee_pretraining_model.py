@@ -154,7 +154,7 @@ class MegatronGPTEEPretrainingModel(BubbleFillingMixin, TrainingDataMixin, Megat
         return loss
 
     def training_step_fwd_bwd_step_call(self, dataloader_iter: Iterator, forward_only: bool) -> Tensor:
-        """As NeMo's; where NeMo sums no embedding's gradients, copies of the output weight are summed here."""
+        """As NeMo's; sums copies of the output weight where NeMo sums no embedding's gradients."""
         loss = super().training_step_fwd_bwd_step_call(dataloader_iter, forward_only)
         if not self.gpt.tied_to_embedding and not self.use_mcore_dist_optim and self.tied_weight is not None:
             self.tied_weight.sum_gradients()
@@ -223,7 +223,7 @@ class MegatronGPTEEPretrainingModel(BubbleFillingMixin, TrainingDataMixin, Megat
         return output
 
     def gradient_scale(self, kind: str) -> Tensor | float:
-        """What Megatron multiplies a micro-batch's loss by, 1 / number of micro-batches and the loss scale; with
+        """Megatron's factor of a micro-batch's loss, 1 / number of micro-batches and the loss scale; with
         fills in the step, also their share (see `nemo_ee.core.bubbles`)."""
         scale = 1.0 / get_num_microbatches()
         if self.links is not None:

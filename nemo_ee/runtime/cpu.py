@@ -18,11 +18,6 @@ Only the replaced functions pay: 0.7 to 1 microsecond more per call of a tensor 
 ``Tensor.type``. Matrix products, views and arithmetic run untouched, in every thread, so a decode loop needs
 no way around the runtime. A `torch.overrides.TorchFunctionMode` would take less code, but adds 1.5 to 5
 microseconds to *every* torch call and holds only in the thread that entered it.
-
-Example:
-    >>> from nemo_ee.runtime import cpu
-    >>> cpu.enable()
-    >>> from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
 """
 
 import functools

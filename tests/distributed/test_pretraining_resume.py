@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""Pre-training that was killed and resumed is, bit for bit, the run that was not; checkpoints fit any layout."""
+"""Pre-training that was killed and resumed is, bit for bit, the run that was not; it fits any layout."""
 
 import os
 import signal

@@ -51,7 +51,7 @@ DUMP_SECONDS = 2.0
 """How long ranks that did not finish in time have to print where they are."""
 
 START_SECONDS = 600.0
-"""How long ranks may take until they call the function: the server imports NeMo first, on a busy machine slowly."""
+"""How long ranks may take until they call the function: the server imports NeMo first."""
 
 DEFAULT_TIMEOUT = float(os.environ.get("NEMO_EE_TEST_TIMEOUT", 600))
 """Seconds a job may take unless its test says otherwise."""

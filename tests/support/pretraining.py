@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""Pre-training runs of the tiny model through Trainer.fit in any parallel layout, and their plainest reference.
+"""Pre-training runs of the tiny model in any layout, and their plainest reference.
 
 The reference is one process that adds the losses up as the objective is written and calls backward once per
 global batch: no deferred losses, no schedule, no chunks. Weights depend on names alone; float64, but for the
