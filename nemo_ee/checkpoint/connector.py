@@ -117,7 +117,7 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
                 load_weights(
                     model, weights, skip, validate_access_integrity=validate_access_integrity, state=state
                 )
-                if not saved_exits and (copies := getattr(model, "copies_to_restore", dict)()):
+                if copies := getattr(model, "copies_to_restore", dict)():
                     load_weights(model, weights, state=copies, partial=True)
             _record_base(model, Path(restore_path), root, fresh_exits=not saved_exits)
         logging.info(f"{type(model).__name__} was restored from {restore_path}.")

@@ -1,7 +1,7 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """First weights of exits: from the backbone's own modules, random, or in closed form (ridge)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import torch
 from megatron.core import parallel_state
@@ -63,12 +63,13 @@ def copy_sources(
     return sources
 
 
-def start_branches_at_zero(gpt: EarlyExitGPTModel) -> None:
+def start_branches_at_zero(gpt: EarlyExitGPTModel, only: Container[int] | None = None) -> None:
     """MLPs that stand beside a translator begin by adding nothing, so that a copied exit is the backbone's.
 
     There the translator's output is a normed state; what a layer's MLP adds belongs to the residual stream.
+    `only` names the exit layers that are meant; None means all.
     """
-    for n in gpt.exit_layers:
+    for n in _chosen(gpt, only):
         head = gpt.exits[str(n)]
         if head.mlp is not None and head.linear is not None:
             with torch.no_grad():
@@ -83,8 +84,16 @@ def _norm_state(norm: torch.nn.Module, prefix: str, offsets: tuple) -> ShardedSt
     }
 
 
+def _chosen(gpt: EarlyExitGPTModel, only: Container[int] | None) -> list[int]:
+    return [n for n in gpt.exit_layers if only is None or n in only]
+
+
 def initialise_projections(
-    gpt: EarlyExitGPTModel, shortlist: Tensor | None, random_std: float | None, seed: int = 0
+    gpt: EarlyExitGPTModel,
+    shortlist: Tensor | None,
+    random_std: float | None,
+    seed: int = 0,
+    only: Container[int] | None = None,
 ) -> None:
     """Fills untied and shortlist projections: rows of the output weight, or normal noise.
 
@@ -93,10 +102,11 @@ def initialise_projections(
         shortlist: [k] kept tokens, for shortlist projections.
         random_std: standard deviation of random rows; None copies the backbone's.
         seed: of random rows.
+        only: exit layers that are meant; None means all.
 
     Collectives: for a shortlist one all-reduce of [k, H] over the tensor-parallel group.
     """
-    for n in gpt.exit_layers:
+    for n in _chosen(gpt, only):
         projection = gpt.exits[str(n)].projection
         if projection.kind == "shortlist":
             projection.set_shortlist(shortlist)
@@ -125,9 +135,11 @@ def _shortlist_rows(projection: ExitProjection, output_weight: Tensor) -> Tensor
     return rows[projection.first_row : projection.first_row + projection.rows_per_rank]
 
 
-def initialise_randomly(gpt: EarlyExitGPTModel, std: float, seed: int = 0) -> None:
+def initialise_randomly(
+    gpt: EarlyExitGPTModel, std: float, seed: int = 0, only: Container[int] | None = None
+) -> None:
     """Random translators; norms, MLPs and blocks keep what megatron-core gave them when they were built."""
-    for n in gpt.exit_layers:
+    for n in _chosen(gpt, only):
         linear = gpt.exits[str(n)].linear
         if linear is not None:
             with torch.no_grad():

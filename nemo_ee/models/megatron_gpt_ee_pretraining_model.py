@@ -321,7 +321,7 @@ class MegatronGPTEEPretrainingModel(BubbleFillingMixin, TrainingDataMixin, Megat
 
     def copies_to_restore(self):
         """What fresh exits copy from the backbone's checkpoint."""
-        if self.early_exit.init == "random":
+        if self.exits_initialised or self.early_exit.init == "random":
             return {}
         return exit_init.copy_sources(self.gpt, self.cfg.num_layers, lambda layer: layer)
 

@@ -308,7 +308,7 @@ class MegatronGPTEETuningModel(TrainingDataMixin, MegatronGPTEarlyExitModel):
 
     def copies_to_restore(self) -> ShardedStateDict:
         """What fresh exits copy from the backbone's checkpoint."""
-        if self.early_exit.init == "random":
+        if self.exits_initialised or self.early_exit.init == "random":
             return {}
         return exit_init.copy_sources(self.gpt, self.cfg.num_layers, self.mlp_source)
 

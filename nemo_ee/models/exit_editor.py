@@ -1,0 +1,138 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Adds, removes and moves exits of a checkpoint; those that stay keep their weights."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_ee.checkpoint import archive
+from nemo_ee.checkpoint.keys import EXITS_PREFIX
+from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.megatron import exit_init
+from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
+
+
+class EditedExitsModel(MegatronGPTEarlyExitModel):
+    """Restores a checkpoint with other exits than it has: `sources` says where each one's weights are.
+
+    Attributes:
+        sources: exit layer -> the checkpoint's exit whose weights it takes; others are new.
+    """
+
+    sources: Mapping[int, int]
+
+    def state_to_restore(self, with_exits: bool) -> ShardedStateDict:
+        """Exits under the keys that their sources have in the checkpoint."""
+        state = {}
+        for name, entry in super().state_to_restore(True).items():
+            if name.startswith(EXITS_PREFIX):
+                layer, _, rest = name.removeprefix(EXITS_PREFIX).partition(".")
+                if int(layer) not in self.sources:
+                    continue
+                entry.key = f"{EXITS_PREFIX}{self.sources[int(layer)]}.{rest}"
+            state[name] = entry
+        return state
+
+    def copies_to_restore(self) -> ShardedStateDict:
+        """What new exits copy from the backbone."""
+        if self.early_exit.init != "copy":
+            return {}
+        copies = exit_init.copy_sources(self.gpt, self.cfg.num_layers, lambda layer: layer)
+        return {name: entry for name, entry in copies.items() if self._is_new(name)}
+
+    def _is_new(self, name: str) -> bool:
+        return int(name.removeprefix(EXITS_PREFIX).partition(".")[0]) not in self.sources
+
+    def initialise_new_exits(self) -> None:
+        """First weights of new exits: random, or the rest of a copy.
+
+        Raises:
+            ConfigError: a new shortlist, with no exit to take its tokens from.
+        """
+        config, new = self.early_exit, [n for n in self.gpt.exit_layers if n not in self.sources]
+        heads = {n: self.gpt.exits[str(n)] for n in new}
+        shortlist = None
+        if new and config.head.projection == "shortlist":
+            kept = [n for n in self.gpt.exit_layers if n in self.sources]
+            if not kept:
+                rule = "a new shortlist needs the text whose tokens it keeps, which tuning has"
+                remedy = "use projection=tied or untied, or scripts/megatron_gpt_ee_tuning.py"
+                raise ConfigError(Fault("early_exit.head.projection", "shortlist", rule, remedy))
+            shortlist = self.gpt.exits[str(kept[0])].projection.token_ids
+        std, seed = self.cfg.get("init_method_std", 0.02), self.cfg.get("seed", 1234)
+        random = config.init == "random"
+        exit_init.initialise_projections(self.gpt, shortlist, std if random else None, seed, heads)
+        if random:
+            exit_init.initialise_randomly(self.gpt, std, seed, heads)
+        else:
+            exit_init.start_branches_at_zero(self.gpt, heads)
+
+
+def edit_exits(
+    path: str | os.PathLike,
+    output: str | os.PathLike,
+    layers: Sequence[int],
+    moves: Mapping[int, int],
+    trainer: Trainer,
+    early_exit: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> EditedExitsModel:
+    """Writes a checkpoint with other exits. One process.
+
+    Args:
+        path: a full `.nemo`, with exits or without.
+        output: the `.nemo` to write.
+        layers: the exits that it shall have.
+        moves: exit layer of `path` -> the layer among `layers` that takes its weights.
+        trainer: of one process.
+        early_exit: further keys of the section, e.g. `init` of new exits; `head` where `path` has no exits.
+        overwrite: replace `output`.
+
+    Raises:
+        ConfigError, CheckpointError: before the model is built.
+    """
+    if Path(output).exists() and not overwrite:
+        raise ConfigError(Fault("output_path", output, "exists", "choose another, or set overwrite=true"))
+    config = archive.read_config(path)
+    sources = _sources(config, layers, moves)
+    section = {**_section(config), **(early_exit or {}), "layers": sorted(layers)}
+    config = EditedExitsModel.add_exits(config, section)
+    kind = type("EditedExits", (EditedExitsModel,), {"sources": sources})
+    model = kind.restore_from(str(path), override_config_path=config, trainer=trainer)
+    model.initialise_new_exits()
+    model.cfg.target = f"{MegatronGPTEarlyExitModel.__module__}.{MegatronGPTEarlyExitModel.__qualname__}"
+    model.save_to(str(output))
+    return model
+
+
+def _section(config: DictConfig) -> dict[str, Any]:
+    """The section without what is said per exit."""
+    section = OmegaConf.to_container(config.get("early_exit") or OmegaConf.create({}), resolve=True)
+    for part, key in (("tuning", "loss_weights"), ("training", "loss_weights"), ("inference", "exits")):
+        if section.get(part):
+            section[part][key] = None
+    if isinstance((section.get("inference") or {}).get("threshold"), list):
+        section["inference"].pop("threshold")
+    return section
+
+
+def _sources(config: DictConfig, layers: Sequence[int], moves: Mapping[int, int]) -> dict[int, int]:
+    present = list((config.get("early_exit") or {}).get("layers") or [])
+    faults = []
+    for old, new in moves.items():
+        if old not in present:
+            remedy = f"use one of {present}" if present else "leave moves empty"
+            faults.append(Fault(f"moves.{old}", new, "the checkpoint has no such exit", remedy))
+        if new not in layers:
+            faults.append(Fault(f"moves.{old}", new, f"not one of layers={list(layers)}", "add it there"))
+    if len(set(moves.values())) < len(moves):
+        faults.append(Fault("moves", dict(moves), "two exits move to one layer", "move one of them"))
+    if faults:
+        raise ConfigError(*faults)
+    stay = {n: n for n in layers if n in present and n not in moves}
+    return {**stay, **{new: old for old, new in moves.items()}}
