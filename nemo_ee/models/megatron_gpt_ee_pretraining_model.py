@@ -137,6 +137,14 @@ class MegatronGPTEEPretrainingModel(BubbleFillingMixin, TrainingDataMixin, Megat
         )
         self._optimizer_param_groups = groups
 
+    def setup_optimization(self, *args, **kwargs):
+        """NeMo's; Megatron's optimizer decays what its own `wd_mult` says, which NeMo does not look at."""
+        result = super().setup_optimization(*args, **kwargs)
+        if self.use_mcore_dist_optim:
+            for group in self._optimizer.param_groups:
+                group["weight_decay"] = self.cfg.optim.get("weight_decay", 0.0) * group.get("wd_mult", 1.0)
+        return result
+
     def fwd_bwd_step(self, dataloader_iter: Iterator, forward_only: bool, first_val_step: bool | None = None):
         """One global batch, as NeMo's; collects the exits' statistics on the way."""
         self.metrics.start(self.device_of_batches, observe=forward_only or self.logs_this_step)
