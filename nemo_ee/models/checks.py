@@ -271,6 +271,9 @@ def check_pretraining(cfg: DictConfig) -> None:
         faults.append(
             Fault("model.data.seq_length", cfg.data.seq_length, rule, f"use {cfg.encoder_seq_length}")
         )
+    if cfg.get("data") is not None and not cfg.data.get("validation_drop_last", True):
+        rule = "agreement with the final exit is counted over micro-batches of one size"
+        faults.append(Fault("model.data.validation_drop_last", False, rule, "set it to true"))
     filling, stages = early_exit.training.bubble_filling, cfg.get("pipeline_model_parallel_size", 1)
     if filling.enabled and not most_fills(stages, filling.backward_ratio):
         key, remedy = "model.early_exit.training.bubble_filling", "set warmup and cooldown to false"

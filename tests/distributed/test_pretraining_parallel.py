@@ -7,8 +7,9 @@ elements that are almost zero: two steps of rate 2e-3 differ by up to 4e-6.
 """
 
 import pytest
+import torch
 
-from tests.support.pretraining import Case, largest_gap, pretrain
+from tests.support.pretraining import Case, largest_gap, pretrain, pretrain_one
 from tests.support.tiny_gpt import HEADS
 from tests.support.tuning import Layout, write_text
 
@@ -78,6 +79,7 @@ CASES = {
         ),
         BIASED,
     ),
+    "loss scale": Case(section("block, MLP, linear, untied", [2, 5]), loss_scale=64.0),
     "rotating": Case(section("MLP, untied", [2, 5, 7], curriculum="rotational"), SELECTIVE),
 }
 """Every kind of head, every set of layers, both placements, every kind of recomputation and of embeddings."""
@@ -123,6 +125,26 @@ def test_a_layout_equals_plain_autograd(layout, text, plain, workers):
 def cases_of(layout: Layout, names: list[str]) -> dict[str, Case]:
     cases = CASES if layout.dp > 1 else {**CASES, **DROPPED}
     return {name: cases[name] for name in names if name in cases}
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(pp=4)], ids=["one process", "PP4"])
+def test_without_weight_it_is_the_plain_gpt_bit_for_bit(layout, text, workers):
+    weightless = section("norm, tied", [2, 4, 6], loss_weights=[0.0, 0.0, 0.0])
+    cases = {"ours": Case(weightless), "plain": Case(weightless, without_targets=True)}
+    for rank in workers(layout.world_size).run(only_backbone, text, cases, layout, timeout=600):
+        assert rank["ours"][0] == rank["plain"][0]
+        for key, value in rank["plain"][1].items():
+            assert rank["ours"][1][key].equal(value), key
+
+
+def only_backbone(text, cases, layout):
+    """Losses and final weights of the backbone; what no exit reads has no gradient in the plain model."""
+    found = {}
+    for name, case in cases.items():
+        outcome = pretrain_one(text, case, layout, plain=False, dtype=torch.float32, whole_gradients=False)
+        weights = {key: value for key, value in outcome.final.items() if not key.startswith("exits.")}
+        found[name] = (outcome.losses, weights)
+    return found
 
 
 @pytest.mark.parametrize("layout", ["PP4", "DP2 x PP2"])

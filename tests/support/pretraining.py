@@ -8,6 +8,7 @@ final exit's loss, which megatron-core computes in float32.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ class Case:
         steps: optimizer steps.
         initialise: run the configured initialisation instead of weights by name.
         own_schedule: run nemo_ee's schedule also where no bubbles are filled.
+        loss_scale: of half precision, imitated; gradients are divided by it before they are returned.
+        without_targets: NeMo's own step function runs, so the module is a plain GPT.
     """
 
     early_exit: dict[str, Any]
@@ -34,6 +37,8 @@ class Case:
     steps: int = 2
     initialise: bool = False
     own_schedule: bool = False
+    loss_scale: float = 1.0
+    without_targets: bool = False
 
 
 @dataclass
@@ -95,7 +100,14 @@ def pretrain(
     return {name: pretrain_one(prefixes, case, layout, plain, dtype) for name, case in cases.items()}
 
 
-def pretrain_one(prefixes: dict, case: Case, layout: Layout, plain: bool, dtype: torch.dtype) -> Outcome:
+def pretrain_one(
+    prefixes: dict,
+    case: Case,
+    layout: Layout,
+    plain: bool,
+    dtype: torch.dtype,
+    whole_gradients: bool = True,
+) -> Outcome:
     """One run through Trainer.fit."""
     trainer = tuning_trainer(layout, case.steps, gradient_clip_val=0.5)
     if dtype == torch.float64:
@@ -110,13 +122,25 @@ def pretrain_one(prefixes: dict, case: Case, layout: Layout, plain: bool, dtype:
             part.config.params_dtype = part.config.pipeline_dtype = dtype
     fill(model)
     model.exits_initialised = not case.initialise
+    model.keep_gradients = whole_gradients
     if case.own_schedule:
         from nemo_ee.megatron.bubble_schedule import Links
 
         model.links = Links()
+    scale = 1.0 if plain else case.loss_scale
+    if scale != 1.0:
+        model.gpt.config.grad_scale_func = lambda loss: loss * scale
+    if case.without_targets:
+        from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
+
+        model.get_forward_output_and_loss_func = partial(
+            MegatronGPTModel.get_forward_output_and_loss_func, model
+        )
+        model.metrics.finish = lambda _: {}
+        trainer.limit_val_batches = 0
     trainer.fit(model)
     return Outcome(
-        model.first_gradients,
+        {name: gradient / scale for name, gradient in model.first_gradients.items()},
         whole_parameters(model.gpt),
         model.seen_losses,
         {key: float(value) for key, value in trainer.logged_metrics.items()},
@@ -134,9 +158,10 @@ def Recorder() -> type:  # noqa: N802  (a class, made late: importing NeMo takes
             self.first_gradients: dict[str, torch.Tensor] = {}
             self.seen_losses: list[float] = []
             self.copies: list[torch.Tensor] = []
+            self.keep_gradients = True
 
         def on_before_optimizer_step(self, optimizer: Any) -> None:
-            if not self.first_gradients:
+            if self.keep_gradients and not self.first_gradients:
                 self.first_gradients = whole_parameters(self.gpt, gradients=True)
 
         def training_step(self, dataloader_iter: Any) -> Any:
