@@ -31,11 +31,20 @@ from nemo_ee.megatron.tied_weight import gradient_of
 
 @dataclass(frozen=True)
 class Event:
-    """One pass as it really ran, in seconds of this process's clock."""
+    """One pass as it really ran, in seconds of `time.perf_counter`.
+
+    Attributes:
+        stage: which ran it, from 0.
+        step: the pass, with its times by the plan.
+        start: when the stage turned to it.
+        ready: when what it needs from its neighbour was there; between `start` and this the stage was idle.
+        end: when it was done.
+    """
 
     stage: int
     step: Pass
     start: float
+    ready: float
     end: float
 
 
@@ -125,15 +134,17 @@ def forward_backward_by_plan(
     with no_sync():
         for step in plan.passes[stage]:
             started = time.perf_counter()
+            received = run.receive(step)
+            ready = time.perf_counter()
             if step.backward:
-                run.backward(step)
+                run.backward(step, received)
             else:
                 before_forward(step)
-                found = run.forward(step, forward_step_func, batches[step.sample])
+                found = run.forward(step, received, forward_step_func, batches[step.sample])
                 if step.kind == FULL and found:
                     results[step.sample] = found[0]
             if events is not None:
-                events.append(Event(stage, step, started, time.perf_counter()))
+                events.append(Event(stage, step, started, ready, time.perf_counter()))
         run.close()
         _scale_gradients(model, plan.gradient_scale(stage))
     _reduce(model, config)
@@ -193,10 +204,17 @@ class _Stage:
             self.goes_on, self.comes_back = behind.seen, set(behind.backward)
         self.returns = set(mine.backward)
 
-    def forward(self, step: Pass, forward_step_func: Callable, batch: Any) -> list:
+    def receive(self, step: Pass) -> Tensor | None:
+        """Waits for a pass's input, or for the gradient of its output; None where nobody sends one."""
+        if not step.backward:
+            return self.from_before.take(step.sample) if self.from_before else None
+        if self.stage == self.last or step.sample not in self.comes_back:
+            return None
+        return self.from_behind.take(step.sample)
+
+    def forward(self, step: Pass, received: Tensor | None, forward_step_func: Callable, batch: Any) -> list:
         """Runs a forward pass and sends its output on."""
         found: list = []
-        received = self.from_before.take(step.sample) if self.from_before else None
         returns = step.sample in self.returns
         if received is not None and returns:
             received.requires_grad_()
@@ -221,15 +239,12 @@ class _Stage:
                 deallocate_output_tensor(output, self.config.deallocate_pipeline_outputs)
         return found
 
-    def backward(self, step: Pass) -> None:
+    def backward(self, step: Pass, gradient: Tensor | None) -> None:
         """Runs a backward pass and sends the input's gradient back."""
         received, output = self.inputs.pop(step.sample), self.outputs.pop(step.sample)
-        gradient = None
-        if self.stage < self.last:
-            if step.sample in self.comes_back:
-                gradient = self.from_behind.take(step.sample)
-            else:  # the deepest stage of a warm-up fill: its exits' losses are all there is
-                gradient = self.from_behind.empty().zero_()
+        if gradient is None and self.stage < self.last:
+            # The deepest stage of a warm-up fill: its exits' losses are all there is.
+            gradient = self.from_behind.empty().zero_()
         found = backward_step(received, output, gradient, self.model_type, self.config)
         if self.to_before and step.sample in self.goes_back:
             self.to_before.send(found)

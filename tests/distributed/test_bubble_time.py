@@ -1,13 +1,18 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""Filling bubbles costs no time, on stages whose passes are sleeps: no cores are needed, messages are real."""
+"""Filling bubbles costs no time, on stages whose passes are sleeps: no cores needed, but real messages."""
 
 import itertools
 import statistics
+import sys
+from pathlib import Path
 
 import pytest
 
 from nemo_ee.core.bubbles import plan_step
-from scripts.benchmarks.slept_stages import durations, run_alternately
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts" / "benchmarks"))  # of ranks as well
+
+from slept_stages import durations, run_alternately  # noqa: E402
 
 STAGES, MICRO_BATCHES, RATIO, UNIT, STEPS = 4, 8, 2.0, 0.05, 5
 OF = (STAGES, MICRO_BATCHES, RATIO, (True,) * STAGES)
