@@ -18,14 +18,14 @@ from nemo_ee.runtime.script import user_errors
 def main(cfg: DictConfig) -> None:
     """Builds or restores the model, trains it and saves it with its exits."""
     with user_errors():
-        from nemo_ee.models.experiment import start_experiment
+        from nemo_ee.models.experiment import fit, start_experiment
         from nemo_ee.models.megatron_gpt_ee_pretraining_model import MegatronGPTEEPretrainingModel
         from nemo_ee.models.trainer_builder import EarlyExitTrainerBuilder
 
         trainer = EarlyExitTrainerBuilder(cfg).create_trainer()
         start_experiment(trainer, cfg.exp_manager)
         model = MegatronGPTEEPretrainingModel.start(cfg, trainer)
-        trainer.fit(model)
+        fit(trainer, model)
 
 
 if __name__ == "__main__":

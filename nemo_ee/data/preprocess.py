@@ -6,23 +6,20 @@ rest and so settles the split. The second tokenizes. Both stream, and results co
 the output does not depend on the number of processes.
 """
 
-import hashlib
 import math
 import multiprocessing
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
 
-from nemo_ee.data.digest import sha256_of
-from nemo_ee.data.documents import find_input_files, iter_documents
 from nemo_ee.data.preprocess_config import PreprocessConfig
 from nemo_ee.data.split import assign_splits
 from nemo_ee.data.staged_datasets import StagedDatasets
+from nemo_ee.data.survey import Survey, kept_documents, survey_documents
 from nemo_ee.data.tokenizer import DocumentTokenizer, TokenizerConfig, load_tokenizer, tokenizer_files
 from nemo_ee.errors import ConfigError, DataError, Fault
 
@@ -31,18 +28,6 @@ TASKS_IN_FLIGHT = 64
 """Bounds the documents in memory to 4096, however large the corpus."""
 CHARACTERS_PER_WORKER = 8_000_000
 """No process is started for less: importing the tokenizer library takes as long as tokenizing this much."""
-
-
-@dataclass
-class _Survey:
-    """What the first pass found."""
-
-    files: list[Path]
-    digests: dict[str, str] = field(default_factory=dict)
-    kept: list[bool] = field(default_factory=list)
-    characters: int = 0
-    empty: int = 0
-    repeated: int = 0
 
 
 def preprocess(config: PreprocessConfig) -> dict:
@@ -66,14 +51,17 @@ def preprocess(config: PreprocessConfig) -> dict:
     prefixes = _output_prefixes(config)
     if not config.overwrite:
         _refuse_existing(config.output_prefix, prefixes)
-    survey = _survey(config)
-    documents = sum(survey.kept)
+    survey = survey_documents(config.input, config.document, config.json_key, config.deduplicate)
+    documents = survey.documents
     labels = [""] * documents if config.split is None else assign_splits(documents, config.split, config.seed)
     with tokenizer_files(config.tokenizer) as tokenizer_config:
         tokenizer = load_tokenizer(tokenizer_config)
         eod = _end_of_document(config, tokenizer)
         encoded = _encode_all(
-            _kept_documents(config, survey), tokenizer, tokenizer_config, _worker_count(config, survey)
+            kept_documents(survey, config.document, config.json_key),
+            tokenizer,
+            tokenizer_config,
+            _worker_count(config, survey),
         )
         with StagedDatasets(prefixes, tokenizer.vocab_size) as datasets:
             progress = tqdm(encoded, total=documents, unit="doc", desc="tokenizing", mininterval=0.5)
@@ -121,44 +109,7 @@ def _refuse_existing(output_prefix: str, prefixes: dict[str, Path]) -> None:
         )
 
 
-def _survey(config: PreprocessConfig) -> _Survey:
-    survey = _Survey(find_input_files(config.input))
-    seen: set[bytes] = set()
-    for path in tqdm(survey.files, unit="file", desc="checking", disable=len(survey.files) < 2):
-        survey.digests[str(path)] = sha256_of(path)
-        for text in iter_documents(path, config.document, config.json_key):
-            keep = bool(text.strip())
-            survey.empty += not keep
-            if keep and config.deduplicate:
-                digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-                keep = digest not in seen
-                survey.repeated += not keep
-                seen.add(digest)
-            survey.kept.append(keep)
-            survey.characters += len(text) * keep
-    if not any(survey.kept):
-        raise DataError(
-            f"input={', '.join(config.input)}: must hold text, all of its {len(survey.kept)} documents are "
-            "empty; give other files or another json_key"
-        )
-    return survey
-
-
-def _kept_documents(config: PreprocessConfig, survey: _Survey) -> Iterator[str]:
-    """The second reading of the input: the documents that the survey kept, in order."""
-    kept = iter(survey.kept)
-    for path in survey.files:
-        for text in iter_documents(path, config.document, config.json_key):
-            keep = next(kept, None)
-            if keep is None:
-                break
-            if keep:
-                yield text
-    if next(kept, None) is not None:
-        raise DataError(f"input={', '.join(config.input)}: must not change while it is read; start again")
-
-
-def _worker_count(config: PreprocessConfig, survey: _Survey) -> int:
+def _worker_count(config: PreprocessConfig, survey: Survey) -> int:
     wanted = config.workers or os.cpu_count() or 1
     return max(1, min(wanted, math.ceil(survey.characters / CHARACTERS_PER_WORKER)))
 
@@ -192,7 +143,7 @@ def _encode_in_worker(text: str) -> list[int]:
 
 
 def _summary(
-    config: PreprocessConfig, tokenizer: DocumentTokenizer, survey: _Survey, datasets: StagedDatasets
+    config: PreprocessConfig, tokenizer: DocumentTokenizer, survey: Survey, datasets: StagedDatasets
 ) -> dict:
     counts = datasets.counts()
     return {

@@ -138,11 +138,12 @@ def _check_values(given: Mapping) -> list[Fault]:
             "or null for all CPUs",
         )
     if given.get("split") is not None:
-        faults += _check_split(given["split"])
+        faults += check_split(given["split"])
     return faults
 
 
-def _check_split(split: object) -> list[Fault]:
+def check_split(split: object) -> list[Fault]:
+    """What is wrong with shares per split."""
     if not isinstance(split, Mapping):
         return [
             Fault(

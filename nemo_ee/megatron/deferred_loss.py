@@ -122,11 +122,15 @@ class _Evaluation:
     sequence_parallel: bool
 
     def statistics(self, hidden: Tensor) -> None:
-        """Records sums in float32 or wider: logits in half precision have many equal maxima."""
+        """Records sums in float32 or wider: logits in half precision have many equal maxima.
+
+        A forward pass runs under autocast, which would take the sums over tokens, too, in half precision.
+        """
         state = self._state(hidden)
         wide = torch.promote_types(state.dtype, torch.float32)
         weight = None if self.output_weight is None else self.output_weight.to(wide)
-        self.targets.record(self._losses(state.to(wide), weight, None))
+        with torch.autocast(hidden.device.type, enabled=False):
+            self.targets.record(self._losses(state.to(wide), weight, None))
 
     def gradients(self, hidden: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor | None, list[Tensor]]:
         """Gradients of the weighted loss with respect to the hidden state and to `parameters`."""

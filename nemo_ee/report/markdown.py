@@ -38,7 +38,7 @@ def _metadata(report: Report) -> str:
         ("date", about.date),
         ("command", f"`{about.command}`"),
     ]
-    return _table(["", "value"], [[name, value] for name, value in rows], numbers=False)
+    return table(["", "value"], [[name, value] for name, value in rows], numbers=False)
 
 
 def _exits(report: Report) -> str:
@@ -60,7 +60,7 @@ def _exits(report: Report) -> str:
         "probability for tokens off the shortlist."
     )
     return (
-        "## Held-out text\n\nEvery token at one exit, teacher-forced. " + note + "\n\n" + _table(header, rows)
+        "## Held-out text\n\nEvery token at one exit, teacher-forced. " + note + "\n\n" + table(header, rows)
     )
 
 
@@ -90,7 +90,7 @@ def _thresholds(report: Report) -> str:
         "text generated at the threshold. Speeds are medians with quartiles, measured alternately in one run."
     )
     rows = [_threshold_row(result) for result in report.thresholds]
-    return f"## Generation\n\n{note}\n\n" + _table(header, rows)
+    return f"## Generation\n\n{note}\n\n" + table(header, rows)
 
 
 def _threshold_row(result: ThresholdResult) -> list[str]:
@@ -116,10 +116,10 @@ def _shares(report: Report) -> str:
         ]
         for result in report.thresholds
     ]
-    return "## Share of tokens per exit\n\n" + _table(header, rows)
+    return "## Share of tokens per exit\n\n" + table(header, rows)
 
 
-def _table(header: list[str], rows: list[list[str]], numbers: bool = True) -> str:
+def table(header: list[str], rows: list[list[str]], numbers: bool = True) -> str:
     rule = ["---:" if numbers else "---"] * len(header)
     lines = [header, rule, *([_escape(cell) for cell in row] for row in rows)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

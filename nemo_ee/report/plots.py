@@ -63,7 +63,7 @@ def loss_curves(report: Report) -> Figure | None:
         # Tuning leaves the final exit alone, so one line over the whole width says it all.
         look = {"color": FINAL_LINE_COLOUR, "linestyle": "--", "linewidth": 2.0}
         axes[0].axhline(points[-1].loss, label=layer_name(final, final), **look)
-    _legend_below(figure, axes[0])
+    legend_below(figure, axes[0])
     return figure
 
 
@@ -104,7 +104,7 @@ def speed_vs_agreement(report: Report) -> Figure | None:
     x = "tokens/s relative to full depth (bars: quartiles)"
     label(left, "Agreement with full depth", x, "share of equal tokens (bars: 95 % interval)")
     label(right, "Full model's perplexity of the text", x, "perplexity")
-    _legend_below(figure, right)
+    legend_below(figure, right)
     return figure
 
 
@@ -187,7 +187,7 @@ def _name_thresholds(
         )
 
 
-def _legend_below(figure: Figure, axes: Axes) -> None:
+def legend_below(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside lower center", ncols=min(len(handles), 7), fontsize=11, frameon=False

@@ -34,19 +34,19 @@ def write_report(report: Report, directory: str | Path) -> list[Path]:
     directory = Path(directory)
     text = json.dumps(report_to_dict(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     directory.mkdir(parents=True, exist_ok=True)
-    written = [_replace_text(directory / "report.json", text)]
+    written = [replace_text(directory / "report.json", text)]
     for name, draw in {**PLOTS, "sample_text.png": sample_figure}.items():
         figure = draw(report)
         if figure is None:
             (directory / name).unlink(missing_ok=True)
         else:
-            written.append(_replace(directory / name, partial(figure.savefig, format="png")))
+            written.append(replace(directory / name, partial(figure.savefig, format="png")))
     if report.samples:
-        written.append(_replace_text(directory / "sample_text.html", sample_html(report)))
+        written.append(replace_text(directory / "sample_text.html", sample_html(report)))
     else:
         (directory / "sample_text.html").unlink(missing_ok=True)
     images = tuple(name for name in CAPTIONS if directory / name in written)
-    written.append(_replace_text(directory / "report.md", to_markdown(report, images)))
+    written.append(replace_text(directory / "report.md", to_markdown(report, images)))
     return written
 
 
@@ -64,11 +64,11 @@ def read_report(path: str | Path) -> Report:
         raise DataError(f"{path}: must be JSON ({error}); evaluate again") from error
 
 
-def _replace_text(path: Path, text: str) -> Path:
-    return _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+def replace_text(path: Path, text: str) -> Path:
+    return replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> Path:
+def replace(path: Path, write: Callable[[Path], object]) -> Path:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(temporary)

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""quickstart.sh and env.sh around the Python that they run, which a stub stands for."""
+"""The quickstarts and env.sh around the Python that they run, which a stub stands for."""
 
 import os
 import subprocess
@@ -16,14 +16,16 @@ echo "$*" >>"$here/calls"
 [ -e "$here/fail" ] && grep -q "$(basename "$1" .py)" "$here/fail" && exit 7
 for word in "$@"; do
     case "$word" in
-    output_path=* | exp_manager.exp_dir=* | output_prefix=*) place="${word#*=}" ;;
+    output_path=* | exp_manager.exp_dir=* | output_prefix=* | output=*) place="${word#*=}" ;;
     name=*) name="${word#*=}" ;;
     esac
 done
 case "$1" in
 *convert*) touch "$place" ;;
 *preprocess*) touch "$place.json" ;;
-*tuning.py) mkdir -p "$place/$name/checkpoints" && touch "$place/$name/checkpoints/$name.nemo" ;;
+*train_tokenizer.py) mkdir -p "$place" ;;
+*tuning.py | *ee_pretraining.py)
+    mkdir -p "$place/$name/checkpoints" && touch "$place/$name/checkpoints/$name.nemo" ;;
 *steps*) echo 100 ;;
 esac
 """
@@ -78,6 +80,38 @@ def test_quickstart_refuses_other_options_in_the_same_directory(tmp_path, venv):
     other = quickstart(tmp_path, "--layers [5,20]")
     assert other.returncode == 2
     assert "was begun with --minutes 10 --layers [5,10]" in other.stderr and "--work" in other.stderr
+
+
+def pretraining(tmp_path: Path, *options: str) -> subprocess.CompletedProcess:
+    command = f"bash scripts/quickstart_pretraining.sh --work {tmp_path / 'work'} {' '.join(options)}"
+    return bash(command, tmp_path / "venv")
+
+
+def test_pretraining_quickstart_goes_on_where_a_stage_failed(tmp_path, venv):
+    (venv / "bin" / "fail").write_text("quickstart_steps compare_pretraining")
+    assert pretraining(tmp_path).returncode == 7
+    assert not (tmp_path / "work" / "steps").exists(), "what failed counts as not done"
+    (venv / "bin" / "fail").write_text("compare_pretraining")
+    assert pretraining(tmp_path).returncode == 7
+    (venv / "bin" / "fail").unlink()
+    done = pretraining(tmp_path)
+    assert done.returncode == 0 and "report.md" in done.stdout, done.stderr
+    calls = (venv / "bin" / "calls").read_text().splitlines()
+    runs = {name: [call for call in calls if f"name={name} " in call] for name in ("with_exits", "plain")}
+    assert [len(of_run) for of_run in runs.values()] == [1, 1]
+    steps = "trainer.max_steps=96 trainer.val_check_interval=12 "
+    assert all(steps in call for of_run in runs.values() for call in of_run), "8 validations, one at the end"
+    zero = " model.early_exit.training.loss_weights=[0,0,0]"
+    assert runs["plain"][0] == runs["with_exits"][0].replace("name=with_exits", "name=plain") + zero
+
+
+def test_pretraining_quickstart_refuses_what_it_does_not_know(tmp_path, venv):
+    assert pretraining(tmp_path, "--minutes 3").returncode == 0
+    other = pretraining(tmp_path)
+    assert other.returncode == 2 and "was begun with --minutes 3" in other.stderr
+    for options in ("--minutes 0", "--minutes", "--layers [3]"):
+        refused = pretraining(tmp_path, options)
+        assert refused.returncode == 2 and refused.stderr.startswith("error: ")
 
 
 def test_env_leaves_foreign_files_and_the_calling_shell_alone(tmp_path):
