@@ -15,7 +15,7 @@ from torch import Tensor
 from nemo_ee.megatron.exit_loss import ExitLossResult
 from nemo_ee.megatron.gpt import EarlyExitGPTModel
 from nemo_ee.megatron.prediction import Prediction, Rows
-from nemo_ee.megatron.token_layout import by_position
+from nemo_ee.megatron.token_layout import by_position, whole_tokens
 from nemo_ee.models.exit_metrics import ExitMeans, ExitMetrics
 
 
@@ -57,13 +57,15 @@ class TrainingMetrics(ExitMetrics):
             yield
             return
 
-        def observe(_module: torch.nn.Module, _args: tuple, output: tuple) -> None:
-            with torch.no_grad():
-                logits = output[0].detach().flatten(0, 1)
+        def observe(_module: torch.nn.Module, args: tuple, _output: tuple) -> None:
+            # Again, in float32 as the exits' statistics: logits in half precision have many equal maxima.
+            weight, parallel = self.gpt.output_weight(), self.gpt.config.sequence_parallel
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+                state = whole_tokens(args[0].detach(), parallel).to(dtype)
                 rows = Rows.of_output_layer(self.gpt)
-                logits = logits.masked_fill(
-                    torch.arange(logits.shape[1], device=logits.device) >= rows.emittable, float("-inf")
-                )
+                logits = torch.nn.functional.linear(state, weight.to(dtype))
+                logits[:, rows.emittable :] = float("-inf")
                 found = Prediction.from_logits(logits, rows)
                 self._best[0, index] = found.tokens
                 self._masks[index] = counted = by_position(mask)

@@ -170,6 +170,10 @@ def compare(text, plain, workers, layout: Layout, cases: dict[str, Case]) -> Non
             assert gap < GRADIENT_TOLERANCE, (name, where, gap)
             gap, where = largest_gap(rank[name].final, expected.final)
             assert gap < WEIGHT_TOLERANCE, (name, where, gap)
+        statistics = {key: value for key, value in expected.logged.items() if key.startswith("val_")}
+        assert len(statistics) >= 6
+        logged = {key: found[0][name].logged[key] for key in statistics}
+        assert logged == pytest.approx(statistics, rel=1e-4), name
         same_copies([rank[name].copies for rank in found], layout)
 
 
