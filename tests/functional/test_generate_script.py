@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = dict(block=True, mlp=True, linear=True, projection="shortlist", shortlist_size=100)
@@ -71,6 +72,7 @@ def in_process(directory, overrides):
     config = GenerateConfig.from_dict({**values, "precision": trainer["precision"]})
     settings = OmegaConf.create({"trainer": trainer, "model": {"precision": config.precision}})
     generate(config, EarlyExitTrainerBuilder(settings).create_trainer())
+    torch.distributed.barrier()  # rank 0 writes the file
     return read(Path(config.output_file)) if config.output_file else None
 
 
