@@ -32,3 +32,10 @@ def pytest_collection_modifyitems(config, items):
 def workers():
     """``workers(n).run(fn, *args)`` calls fn in n gloo ranks; see tests.support.distributed."""
     return distributed.Workers
+
+
+@pytest.fixture(autouse=True)
+def _scripts_meet_at_a_port_of_their_own():
+    """Trainers in this process leave the port they listen at in the environment, which scripts inherit."""
+    yield
+    os.environ.pop("MASTER_PORT", None)

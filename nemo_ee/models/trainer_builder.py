@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.models.grad_scaler import EarlyExitGradScaler
 from nemo_ee.models.strategy import EarlyExitDDPStrategy
+from nemo_ee.runtime.port import choose_master_port
 
 
 class EarlyExitTrainerBuilder(MegatronTrainerBuilder):
@@ -51,6 +52,7 @@ class EarlyExitTrainerBuilder(MegatronTrainerBuilder):
             ):
                 self.cfg.exp_manager.log_tflops_per_sec_per_gpu = False
         OmegaConf.resolve(self.cfg)
+        choose_master_port()
         return super().create_trainer(callbacks)
 
 
