@@ -1,7 +1,7 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Adds, removes and moves exits of a full `.nemo`; exits that stay keep their weights.
 
-    python scripts/edit_early_exits.py gpt_model_file=model.nemo output_path=edited.nemo 'layers=[3,6,9]' '+moves.8=9'
+python scripts/edit_early_exits.py gpt_model_file=model.nemo output_path=edited.nemo 'layers=[3,6,9]' '+moves.8=9'
 """
 
 import hydra

@@ -361,9 +361,13 @@ _FACTORIES = (
     "arange as_tensor empty empty_like eye full full_like linspace ones ones_like "
     "rand rand_like randint randn randn_like randperm tensor zeros zeros_like"
 ).split()
-_TENSOR_TYPES = [
-    f"{kind}Tensor" for kind in ("BFloat16", "Bool", "Byte", "Double", "Float", "Half", "Int", "Long")
-]
+_TENSOR_TYPES = [f"{kind}Tensor" for kind in "BFloat16 Bool Byte Double Float Half Int Long".split()]
+
+
+def _no_class(_original):
+    return type("Never", (), {})  # NeMo only asks whether an optimizer is one
+
+
 _COMMON = "nemo.collections.nlp.modules.common.megatron"
 _OVERRIDES = "nemo.collections.nlp.parts.nlp_overrides"
 _APEX_IMPORT = "imported from Apex, used without asking whether the import worked"
@@ -469,10 +473,7 @@ PATCHES: tuple[Patch, ...] = (
         _from("nemo.core.optim.mcore_optim", "McoreDistributedOptimizer"),
         missing=True,
     ),
-    # Only asked whether an optimizer is one.
-    Patch(
-        _OVERRIDES, "MegatronDistributedFusedAdam", NEMO, _APEX_IMPORT, lambda _: type("N", (), {}), missing=True
-    ),
+    Patch(_OVERRIDES, "MegatronDistributedFusedAdam", NEMO, _APEX_IMPORT, _no_class, missing=True),
     Patch(f"{_COMMON}.utils", "listify_model", NEMO, _APEX_IMPORT, _listify_model, missing=True),
     Patch(
         f"{_COMMON}.utils", "FusedLayerNorm", NEMO, _APEX_IMPORT, _from("torch.nn", "LayerNorm"), missing=True

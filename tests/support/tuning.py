@@ -249,7 +249,9 @@ def whole_exits(gpt: Any) -> dict[str, torch.Tensor]:
     group = parallel_state.get_tensor_model_parallel_group()
     world = parallel_state.get_tensor_model_parallel_world_size()
     whole = {}
-    kept = gpt.exits.state_dict()  # lookups that a projection derives have rows of padding, which depend on TP
+    kept = (
+        gpt.exits.state_dict()
+    )  # lookups that a projection derives have rows of padding, which depend on TP
     buffers = [(name, buffer) for name, buffer in gpt.exits.named_buffers() if name in kept]
     for name, tensor in [*gpt.exits.named_parameters(), *buffers]:
         value = tensor.detach().clone().contiguous()

@@ -156,7 +156,13 @@ FAULTY = {
         "positive",
         "number of steps",
     ),
-    "curriculum": ({"training__curriculum": "rotate"}, "training.curriculum", "rotate", "one of", "rotational"),
+    "curriculum": (
+        {"training__curriculum": "rotate"},
+        "training.curriculum",
+        "rotate",
+        "one of",
+        "rotational",
+    ),
     "curriculum without steps": (
         {"training__curriculum": "gradual"},
         "training.curriculum_steps",
@@ -164,7 +170,13 @@ FAULTY = {
         "gradual",
         "number of steps",
     ),
-    "negative factor": ({"training__initial_factor": -1}, "training.initial_factor", "-1", "negative", "0 or"),
+    "negative factor": (
+        {"training__initial_factor": -1},
+        "training.initial_factor",
+        "-1",
+        "negative",
+        "0 or",
+    ),
     "no period": ({"training__curriculum_period": 0}, "training.curriculum_period", "0", "positive", "null"),
     "all layers dropped": (
         {"training__layer_dropout": {"max_rate": 1.0}},

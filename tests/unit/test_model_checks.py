@@ -326,12 +326,16 @@ def test_speed_ups_that_need_more_than_a_cpu_are_turned_off():
     assert adapt_to_machine(made) == []
 
 
-PRETRAINING = dict(early_exit__init="random", early_exit__head=dict(mlp=False, linear=False, projection="tied"))
+PRETRAINING = dict(
+    early_exit__init="random", early_exit__head=dict(mlp=False, linear=False, projection="tied")
+)
 SOUND_PRETRAINING = {
     "plain": {},
     "O2": dict(megatron_amp_O2=True, optim__name="mcore_distributed_optim"),
     "recomputed": dict(activations_checkpoint_granularity="full"),
-    "filled": dict(pipeline_model_parallel_size=4, early_exit__training=dict(bubble_filling=dict(warmup=True))),
+    "filled": dict(
+        pipeline_model_parallel_size=4, early_exit__training=dict(bubble_filling=dict(warmup=True))
+    ),
 }
 UNSOUND_PRETRAINING = {
     "no exits": (dict(early_exit=None), "model.early_exit"),
