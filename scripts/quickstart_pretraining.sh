@@ -32,16 +32,8 @@ while [ $# -gt 0 ]; do
     esac
 done
 [[ "$minutes" =~ ^[1-9][0-9]*$ ]] || { echo "error: --minutes $minutes: must be a whole number of at least 1" >&2; exit 2; }
-settings="--minutes $minutes"
-mkdir -p "$work"
-if [ -s "$work/settings" ] && [ "$(cat "$work/settings")" != "$settings" ]; then
-    echo "error: --work $work: was begun with $(cat "$work/settings"), not with $settings;" \
-        "give these again to go on, or name another directory with --work" >&2
-    exit 2
-fi
-echo "$settings" >"$work/settings"
-started=$(date +%s)
-stage() { printf '\n=== %s (%d min %02d s since the start)\n' "$1" $((($(date +%s) - started) / 60)) $((($(date +%s) - started) % 60)); }
+source scripts/stages.sh
+begin "$work" "--minutes $minutes"
 
 stage "1/9 Python environment"
 source scripts/env.sh

@@ -60,3 +60,15 @@ class ExitMetrics:
         values = (sums[:, :5] / sums[:, 5:].clamp_min(1)).tolist()
         seen = (sums[:, 5] > 0).tolist()
         return {n: ExitMeans(*values[row]) for n, row in self.rows.items() if seen[row]}
+
+
+def validation_values(means: dict[int, ExitMeans]) -> dict[str, float]:
+    """What validation logs of every exit: `val_<what>/<exit>` -> value; agreement where the final exit is known."""
+    values = {}
+    for n, mean in means.items():
+        name = f"exit_{n}" if n else "final"
+        values[f"val_loss/{name}"] = mean.loss
+        values[f"val_confidence/{name}"] = mean.confidence
+        if n and 0 in means:
+            values[f"val_agreement/{name}"] = mean.agreement
+    return values

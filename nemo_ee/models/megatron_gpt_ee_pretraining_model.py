@@ -16,7 +16,6 @@ from nemo_ee.checkpoint import archive
 from nemo_ee.config import TuningConfig
 from nemo_ee.core.bubbles import COOLDOWN, FULL
 from nemo_ee.core.loss_schedule import layer_dropout_rate, loss_weights
-from nemo_ee.data.token_counts import token_counts
 from nemo_ee.megatron import exit_init
 from nemo_ee.megatron.bubble_schedule import Links
 from nemo_ee.megatron.deferred_loss import ExitTargets
@@ -24,7 +23,9 @@ from nemo_ee.megatron.exit_loss import ExitLossResult
 from nemo_ee.megatron.layer_dropout import LayerDropout
 from nemo_ee.megatron.tied_weight import tie_output_weights
 from nemo_ee.models.bubble_filling_mixin import BubbleFillingMixin
-from nemo_ee.models.checks import check_model, check_pretraining
+from nemo_ee.models.checks import check_model, check_pretraining, read_early_exit
+from nemo_ee.models.exit_metrics import validation_values
+from nemo_ee.models.first_weights_mixin import FirstWeightsMixin
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
 from nemo_ee.models.training_data_mixin import TrainingDataMixin
 from nemo_ee.models.training_metrics import TrainingMetrics
@@ -54,7 +55,9 @@ DESCRIPTION = (
 """Keys that describe the model: with `restore_from_path` they come from the checkpoint."""
 
 
-class MegatronGPTEEPretrainingModel(BubbleFillingMixin, TrainingDataMixin, MegatronGPTEarlyExitModel):
+class MegatronGPTEEPretrainingModel(
+    BubbleFillingMixin, TrainingDataMixin, FirstWeightsMixin, MegatronGPTEarlyExitModel
+):
     """`MegatronGPTModel` whose exits are trained together with it, through Megatron's own schedules.
 
     The objective is L_final + sum over exits of w_i(t) L_i, each L the mean cross-entropy per token of a
@@ -68,7 +71,6 @@ class MegatronGPTEEPretrainingModel(BubbleFillingMixin, TrainingDataMixin, Megat
     def __init__(self, cfg: DictConfig, trainer: Trainer):
         check_pretraining(cfg)
         super().__init__(cfg, trainer)
-        self.exits_initialised = False
         self.training_config = self.early_exit.training
         self.objective = TuningConfig(
             ce_weight=1.0,
@@ -119,9 +121,7 @@ class MegatronGPTEEPretrainingModel(BubbleFillingMixin, TrainingDataMixin, Megat
 
     def module_arguments(self) -> dict:
         """Of `EarlyExitGPTModel`, beyond what every model with exits gives it."""
-        return dict(
-            trains_backbone=True, pre_exit=self.cfg.early_exit.get("training", {}).get("pre_exit", False)
-        )
+        return dict(trains_backbone=True, pre_exit=read_early_exit(self.cfg).training.pre_exit)
 
     # --- optimization -------------------------------------------------------------------------------------
 
@@ -283,49 +283,16 @@ class MegatronGPTEEPretrainingModel(BubbleFillingMixin, TrainingDataMixin, Megat
         loss = super().on_validation_epoch_end()
         means = self.metrics.means(torch.stack(self._validation_sums).sum(0))
         self._validation_sums.clear()
-        for n, mean in means.items():
-            name = f"exit_{n}" if n else "final"
-            values = {"loss": mean.loss, "confidence": mean.confidence}
-            if n:
-                values["agreement"] = mean.agreement
-            for what, value in values.items():
-                self.log(f"val_{what}/{name}", value, rank_zero_only=True, batch_size=1)
+        for name, value in validation_values(means).items():
+            self.log(name, value, rank_zero_only=True, batch_size=1)
         return loss
 
     # --- first weights ------------------------------------------------------------------------------------
 
     def setup(self, stage: str | None = None) -> None:
-        """NeMo's set-up; then, for a fit that starts anew, the exits' first weights."""
+        """As every model's whose exits are trained; then frees what only their first weights came from."""
         super().setup(stage)
-        if stage == "fit" and not self.exits_initialised and not self.trainer.ckpt_path:
-            self.initialise_exits()
         self.gpt.drop_frozen_copy()
-
-    def initialise_exits(self) -> None:
-        """Random projections and translators, or for `init: copy` projections copied from the output weight.
-
-        Blocks, MLPs and norms have megatron-core's first weights, or copies of the checkpoint's.
-        """
-        config, std = self.early_exit, self.cfg.get("init_method_std", 0.02)
-        shortlist = None
-        if config.head.projection == "shortlist":
-            counts = token_counts(
-                self.cfg.data.data_prefix, self.true_vocab_size, self.cfg.data.get("splits_string")
-            )
-            shortlist = torch.topk(counts, config.head.shortlist_size).indices
-        seed = self.cfg.get("seed", 1234)
-        if config.init == "random":
-            exit_init.initialise_projections(self.gpt, shortlist, std, seed)
-            exit_init.initialise_randomly(self.gpt, std, seed)
-        else:
-            exit_init.initialise_projections(self.gpt, shortlist, None)
-            exit_init.start_branches_at_zero(self.gpt)
-        self.exits_initialised = True
-
-    def state_to_restore(self, with_exits: bool):
-        """What restoring reads from a full checkpoint; notes whether exits come with it."""
-        self.exits_initialised = with_exits
-        return super().state_to_restore(with_exits)
 
     def copies_to_restore(self):
         """What fresh exits copy from the backbone's checkpoint."""

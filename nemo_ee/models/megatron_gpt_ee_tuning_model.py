@@ -15,7 +15,6 @@ from torch.utils.data import default_collate
 
 from nemo_ee.checkpoint.keys import is_exit
 from nemo_ee.config import HeadConfig
-from nemo_ee.data.token_counts import token_counts
 from nemo_ee.errors import CheckpointError
 from nemo_ee.megatron import exit_init
 from nemo_ee.megatron.gpt import StageStates
@@ -23,7 +22,8 @@ from nemo_ee.megatron.heads import trainable_parameters
 from nemo_ee.megatron.projection import ExitProjection
 from nemo_ee.megatron.tuning_step import MicroBatch, exit_step, run_backbone
 from nemo_ee.models.checks import check_model, check_tuning, read_early_exit
-from nemo_ee.models.exit_metrics import ExitMetrics
+from nemo_ee.models.exit_metrics import ExitMetrics, validation_values
+from nemo_ee.models.first_weights_mixin import FirstWeightsMixin
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
 from nemo_ee.models.training_data_mixin import TrainingDataMixin
 
@@ -31,7 +31,7 @@ BASE_KEY = "nemo_ee_base"
 """In a checkpoint written while tuning: name and content hash of its base."""
 
 
-class MegatronGPTEETuningModel(TrainingDataMixin, MegatronGPTEarlyExitModel):
+class MegatronGPTEETuningModel(TrainingDataMixin, FirstWeightsMixin, MegatronGPTEarlyExitModel):
     """Tunes exits on a frozen backbone.
 
     The backbone is kept in the compute dtype (`precision`), the exits and their optimizer states in float32.
@@ -47,7 +47,6 @@ class MegatronGPTEETuningModel(TrainingDataMixin, MegatronGPTEarlyExitModel):
     def __init__(self, cfg: DictConfig, trainer: Trainer):
         check_tuning(cfg)
         super().__init__(cfg, trainer)
-        self.exits_initialised = False
         self.compute_dtype = self.torch_dtype if self.torch_dtype != torch.float32 else None
         self.teacher_projection = ExitProjection(
             self.transformer_config,
@@ -233,13 +232,8 @@ class MegatronGPTEETuningModel(TrainingDataMixin, MegatronGPTEarlyExitModel):
         """Logs loss [nats per token], agreement with the final exit and mean confidence of every exit."""
         means = self.metrics.means(torch.stack(self.validation_step_outputs).sum(0))
         self.validation_step_outputs.clear()
-        for n, mean in means.items():
-            name = f"exit_{n}" if n else "final"
-            values = {"loss": mean.loss, "confidence": mean.confidence}
-            if n and 0 in means:
-                values["agreement"] = mean.agreement
-            for what, value in values.items():
-                self.log(f"val_{what}/{name}", value, rank_zero_only=True, batch_size=1)
+        for name, value in validation_values(means).items():
+            self.log(name, value, rank_zero_only=True, batch_size=1)
         loss = self.objective(means)
         self.log("val_loss", loss, prog_bar=True, rank_zero_only=True, batch_size=1)
         consumed = float(self.compute_consumed_samples(self.trainer.global_step - self.init_global_step))
@@ -247,31 +241,6 @@ class MegatronGPTEETuningModel(TrainingDataMixin, MegatronGPTEarlyExitModel):
         return loss
 
     # --- data and first weights ---------------------------------------------------------------------------
-
-    def setup(self, stage: str | None = None) -> None:
-        """NeMo's set-up; then, for a fit that does not resume, the exits' first weights."""
-        super().setup(stage)
-        if stage == "fit" and not self.exits_initialised and not self.trainer.ckpt_path:
-            self.initialise_exits()
-
-    def initialise_exits(self) -> None:
-        """Sets the exits' first weights as `early_exit.init` says; copied weights came with the base."""
-        config, std = self.early_exit, self.cfg.get("init_method_std", 0.02)
-        shortlist = None
-        if config.head.projection == "shortlist":
-            counts = token_counts(
-                self.cfg.data.data_prefix, self.true_vocab_size, self.cfg.data.get("splits_string")
-            )
-            shortlist = torch.topk(counts, config.head.shortlist_size).indices
-        seed = self.cfg.get("seed", 1234)
-        exit_init.initialise_projections(self.gpt, shortlist, std if config.init == "random" else None, seed)
-        if config.init == "random":
-            exit_init.initialise_randomly(self.gpt, std, seed)
-        elif config.init == "copy":
-            exit_init.start_branches_at_zero(self.gpt)
-        else:
-            self.fit_translators()
-        self.exits_initialised = True
 
     def fit_translators(self) -> None:
         """Ridge regression on the last `ridge.tokens` tokens of the training samples."""
@@ -300,11 +269,6 @@ class MegatronGPTEETuningModel(TrainingDataMixin, MegatronGPTEarlyExitModel):
     def sharded_state_dict(self, prefix: str = "") -> ShardedStateDict:
         """The exits only: what tuning changes is what its checkpoints hold."""
         return self.gpt.exits.sharded_state_dict(f"{prefix}model.exits.")
-
-    def state_to_restore(self, with_exits: bool) -> ShardedStateDict:
-        """What restoring reads from a full checkpoint; notes whether exits come with it."""
-        self.exits_initialised = with_exits
-        return super().state_to_restore(with_exits)
 
     def copies_to_restore(self) -> ShardedStateDict:
         """What fresh exits copy from the backbone's checkpoint."""

@@ -12,7 +12,7 @@ from tests.distributed.test_pretraining_parallel import BEFORE, section
 from tests.support.distributed import WorkerError
 from tests.support.pretraining import Case, Recorder, pretraining_config, whole_parameters
 from tests.support.tiny_gpt import fill
-from tests.support.tuning import Layout, tuning_trainer, write_text
+from tests.support.tuning import Layout, resume_in, tuning_trainer, write_text
 
 STEPS, EVERY, KILLED_AT = 6, 2, 3
 """Steps of a run, steps between checkpoints, and the step after which one rank is killed."""
@@ -42,8 +42,6 @@ CASES = {
 def run(prefixes: dict, folder: str, case: Case, layout: Layout, kill_at: int | None) -> dict:
     """One start of the training script, as far as it gets."""
     from lightning.pytorch.callbacks import Callback
-    from nemo.utils.exp_manager import exp_manager
-    from omegaconf import OmegaConf
 
     class Kill(Callback):
         def on_train_batch_end(self, trainer, *_):
@@ -51,24 +49,7 @@ def run(prefixes: dict, folder: str, case: Case, layout: Layout, kill_at: int | 
                 os.kill(os.getpid(), signal.SIGKILL)
 
     trainer = tuning_trainer(layout, STEPS, val_check_interval=EVERY, callbacks=[Kill()])
-    settings = dict(
-        explicit_log_dir=folder,
-        create_tensorboard_logger=False,
-        create_checkpoint_callback=True,
-        resume_if_exists=True,
-        resume_ignore_no_checkpoint=True,
-        use_datetime_version=False,
-        log_tflops_per_sec_per_gpu=False,
-        checkpoint_callback_params=dict(
-            monitor="val_loss",
-            mode="min",
-            save_top_k=1,
-            save_last=True,
-            save_nemo_on_train_end=False,
-            filename="training--{val_loss:.3f}-{step}-{consumed_samples}",
-        ),
-    )
-    exp_manager(trainer, OmegaConf.create(settings))
+    resume_in(folder, trainer)
     model = Recorder()(pretraining_config(prefixes, case, layout), trainer)
     fill(model)
     model.exits_initialised = not case.initialise

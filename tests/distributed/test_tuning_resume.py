@@ -14,6 +14,7 @@ from tests.support.tuning import (
     backbone_hash,
     outcome_of,
     prepared,
+    resume_in,
     tuning_trainer,
     write_text,
 )
@@ -49,8 +50,6 @@ CASES = {
 def run(prefixes: dict, folder: str, case: Case, layout: Layout, kill_at: int | None):
     """One start of the training script, as far as it gets."""
     from lightning.pytorch.callbacks import Callback
-    from nemo.utils.exp_manager import exp_manager
-    from omegaconf import OmegaConf
 
     class Kill(Callback):
         def on_train_batch_end(self, trainer, *_):
@@ -59,24 +58,7 @@ def run(prefixes: dict, folder: str, case: Case, layout: Layout, kill_at: int | 
                 os._exit(9)
 
     trainer = tuning_trainer(layout, STEPS, val_check_interval=EVERY, callbacks=[Kill()])
-    settings = dict(
-        explicit_log_dir=folder,
-        create_tensorboard_logger=False,
-        create_checkpoint_callback=True,
-        resume_if_exists=True,
-        resume_ignore_no_checkpoint=True,
-        use_datetime_version=False,
-        log_tflops_per_sec_per_gpu=False,
-        checkpoint_callback_params=dict(
-            monitor="val_loss",
-            mode="min",
-            save_top_k=1,
-            save_last=True,
-            save_nemo_on_train_end=False,
-            filename="tuning--{val_loss:.3f}-{step}-{consumed_samples}",
-        ),
-    )
-    exp_manager(trainer, OmegaConf.create(settings))
+    resume_in(folder, trainer)
     model = prepared(prefixes, case, layout, trainer, torch.float32)
     before = backbone_hash(model)
     trainer.fit(model)

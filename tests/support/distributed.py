@@ -33,7 +33,6 @@ import os
 import pickle
 import random
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -43,6 +42,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from nemo_ee.runtime.port import free_port
 
 GRACE_SECONDS = 2.0
 """How long the other ranks may go on after the first one failed, so that their tracebacks are seen too."""
@@ -102,7 +103,7 @@ def run_distributed(
     """
     start_server()
     with tempfile.TemporaryDirectory(prefix="nemo_ee_workers_") as folder:
-        job = _Job(Path(folder), world_size, _free_port())
+        job = _Job(Path(folder), world_size, free_port())
         (job.folder / "call").write_bytes(pickle.dumps((fn, args, kwargs)))
         (job.folder / "work").mkdir()
         processes = [_context.Process(target=_rank_main, args=(job, rank)) for rank in range(world_size)]
@@ -178,12 +179,6 @@ class _Job:
             if log.strip():
                 lines.append(f"last output of rank {rank}:\n{log[-LOG_TAIL_CHARACTERS:]}")
         return "\n".join(lines)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def _wait(job: _Job, processes: list, timeout: float) -> str | None:

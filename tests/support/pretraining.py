@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.support.tiny_gpt import fill, tiny_model_config
-from tests.support.tuning import OPTIMIZER, SEQUENCE, Layout, tuning_trainer
+from tests.support.tuning import OPTIMIZER, SEQUENCE, Layout, data_section, tuning_trainer
 
 
 @dataclass(frozen=True)
@@ -62,26 +62,13 @@ class Outcome:
 
 def pretraining_config(prefixes: dict, case: Case, layout: Layout) -> Any:
     """A complete model section for `MegatronGPTEEPretrainingModel`."""
-    data = dict(
-        data_prefix=prefixes,
-        data_impl="mmap",
-        splits_string=None,
-        seq_length=SEQUENCE,
-        num_workers=0,
-        dataloader_type="single",
-        index_mapping_dir=None,
-        eod_mask_loss=True,  # numbers of counting tokens differ between micro-batches
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        validation_drop_last=True,
-    )
     overrides = dict(
         micro_batch_size=2,
         global_batch_size=8,
         encoder_seq_length=SEQUENCE,
         make_vocab_size_divisible_by=52,  # 201 tokens: padding alike at every TP, as the final exit counts it
         optim=OPTIMIZER,
-        data=data,
+        data=data_section(prefixes),
         **layout.overrides(),
     )
     config = tiny_model_config(tp=layout.tp, pp=layout.pp, **{**overrides, **case.overrides})

@@ -113,9 +113,9 @@ def write_text(folder: Path, documents: int = 60, vocabulary: int = VOCABULARY) 
     return {**prefixes, "test": None}
 
 
-def tuning_config(prefixes: dict, case: Case, layout: Layout) -> Any:
-    """A complete model section for `MegatronGPTEETuningModel`."""
-    data = dict(
+def data_section(prefixes: dict) -> dict[str, Any]:
+    """The `data` section of a run."""
+    return dict(
         data_prefix=prefixes,
         data_impl="mmap",
         splits_string=None,
@@ -128,12 +128,41 @@ def tuning_config(prefixes: dict, case: Case, layout: Layout) -> Any:
         reset_attention_mask=False,
         validation_drop_last=True,
     )
+
+
+def resume_in(folder: str, trainer: Any) -> None:
+    """NeMo's exp_manager: checkpoints in a folder, and going on from the last one there."""
+    from nemo.utils.exp_manager import exp_manager
+    from omegaconf import OmegaConf
+
+    settings = dict(
+        explicit_log_dir=folder,
+        create_tensorboard_logger=False,
+        create_checkpoint_callback=True,
+        resume_if_exists=True,
+        resume_ignore_no_checkpoint=True,
+        use_datetime_version=False,
+        log_tflops_per_sec_per_gpu=False,
+        checkpoint_callback_params=dict(
+            monitor="val_loss",
+            mode="min",
+            save_top_k=1,
+            save_last=True,
+            save_nemo_on_train_end=False,
+            filename="run--{val_loss:.3f}-{step}-{consumed_samples}",
+        ),
+    )
+    exp_manager(trainer, OmegaConf.create(settings))
+
+
+def tuning_config(prefixes: dict, case: Case, layout: Layout) -> Any:
+    """A complete model section for `MegatronGPTEETuningModel`."""
     overrides = dict(
         micro_batch_size=2,
         global_batch_size=8,
         make_vocab_size_divisible_by=7,  # 201 tokens: other padding at every TP
         optim=OPTIMIZER,
-        data=data,
+        data=data_section(prefixes),
         **layout.overrides(),
     )
     for key, value in case.overrides.items():

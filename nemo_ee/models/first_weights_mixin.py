@@ -1,0 +1,48 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""First weights of exits that are about to be trained, with their backbone or on top of a frozen one."""
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+
+from nemo_ee.data.token_counts import token_counts
+from nemo_ee.megatron import exit_init
+
+
+class FirstWeightsMixin:
+    """To be put before the NeMo model class.
+
+    Attributes:
+        exits_initialised: the exits have come with a checkpoint, or have their first weights.
+    """
+
+    exits_initialised: bool = False
+
+    def setup(self, stage: str | None = None) -> None:
+        """NeMo's set-up; then, for a fit that does not resume, the exits' first weights."""
+        super().setup(stage)
+        if stage == "fit" and not self.exits_initialised and not self.trainer.ckpt_path:
+            self.initialise_exits()
+
+    def initialise_exits(self) -> None:
+        """Sets the exits' first weights as `early_exit.init` says; copied weights came with the checkpoint."""
+        config, std = self.early_exit, self.cfg.get("init_method_std", 0.02)
+        shortlist = None
+        if config.head.projection == "shortlist":
+            counts = token_counts(
+                self.cfg.data.data_prefix, self.true_vocab_size, self.cfg.data.get("splits_string")
+            )
+            shortlist = torch.topk(counts, config.head.shortlist_size).indices
+        seed = self.cfg.get("seed", 1234)
+        exit_init.initialise_projections(self.gpt, shortlist, std if config.init == "random" else None, seed)
+        if config.init == "random":
+            exit_init.initialise_randomly(self.gpt, std, seed)
+        elif config.init == "copy":
+            exit_init.start_branches_at_zero(self.gpt)
+        else:
+            self.fit_translators()
+        self.exits_initialised = True
+
+    def state_to_restore(self, with_exits: bool) -> ShardedStateDict:
+        """What restoring reads from a full checkpoint; notes whether exits come with it."""
+        self.exits_initialised = with_exits
+        return super().state_to_restore(with_exits)
