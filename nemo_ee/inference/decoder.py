@@ -1,272 +1,293 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Decoding with early exits and an exact KV cache: a token that goes on takes those that left early along.
 
-The layers are cut into segments at the exits in use. `filled[k][b]` counts the tokens of sequence b that went
-through segment k; it falls with k. The tokens between `filled[k + 1][b]` and `filled[k][b]` are *pending* at
-exit k: they left there or before, and their hidden states are kept. A token that goes past exit k takes them
-along in one batched pass, which fills their keys and values. So every layer sees every token at most once,
+The layers are cut into segments at the exits in use. `filled[k][row]` counts the tokens of a sequence that went
+through segment k; it falls with k. The tokens between `filled[k + 1][row]` and `filled[k][row]` are *pending*
+at exit k: they left there or before, and their hidden states are kept. A token that goes past exit k takes
+them along in one batched pass, which fills their keys and values. So every layer sees every token at most once,
 and a token that reaches a layer finds there the keys of all tokens before it: outputs equal those of an
-uncached forward.
+uncached forward. Two other policies exist for comparison, see `KV_POLICIES`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from nemo_ee.core.confidence import is_sure
-from nemo_ee.megatron.decode import CachedLayer, PackedTokens, PositionTable
-from nemo_ee.megatron.gpt import EarlyExitGPTModel
-from nemo_ee.megatron.heads import ExitHead
-from nemo_ee.megatron.prediction import Prediction, Rows
+from nemo_ee.inference.exit_point import ExitPoint, Trail
+from nemo_ee.inference.step import Step
+from nemo_ee.megatron.confidence_rules import CONFIDENCE_RULES
+from nemo_ee.megatron.decode import PackedTokens
+from nemo_ee.megatron.decoding_model import DecodingModel
+from nemo_ee.megatron.prediction import Prediction
 
-
-@dataclass(frozen=True)
-class Step:
-    """What one step predicts for its N sequences; the same on all tensor-parallel ranks.
-
-    Attributes:
-        exit_layers: [N] the exit that each prediction comes from; `num_layers` for the final one.
-        confidences: [N] probability of the exit's most probable emittable token.
-        parts: predictions of the exits that answered, each with the indices (within N) that it answers for.
-    """
-
-    exit_layers: list[int]
-    confidences: list[float]
-    parts: list[tuple[list[int], Prediction]]
-
-    def greedy_tokens(self) -> Tensor:
-        """[N], the most probable token of each prediction."""
-        return self._join([prediction.tokens for _, prediction in self.parts])
-
-    def vocabulary_shard(self, shard_size: int) -> Tensor:
-        """Logits [N, Vp/TP] of this rank's share of the vocabulary, see `Prediction.vocabulary_shard`."""
-        return self._join([prediction.vocabulary_shard(shard_size) for _, prediction in self.parts])
-
-    def _join(self, pieces: list[Tensor]) -> Tensor:
-        if len(pieces) == 1 and len(self.parts[0][0]) == len(self.exit_layers):
-            return pieces[0]
-        rows = torch.tensor([i for indices, _ in self.parts for i in indices], device=pieces[0].device)
-        joined = torch.cat([piece.to(pieces[0].dtype) for piece in pieces])
-        return joined[rows.argsort()]
-
-
-class ExitPoint:
-    """One exit in use: its head, threshold, and the hidden states that wait there.
-
-    Args:
-        head: the exit's modules.
-        threshold: leave if the confidence is strictly above it.
-        batch_size: sequences.
-        max_length: positions.
-        hidden: [..., H], an example of a hidden state.
-        output_weight: of the backbone, for a tied projection.
-    """
-
-    def __init__(
-        self,
-        head: ExitHead,
-        threshold: float,
-        batch_size: int,
-        max_length: int,
-        hidden: Tensor,
-        output_weight: Tensor,
-    ):
-        self.head, self.layer, self.threshold = head, head.layer, threshold
-        self.dtype = compute_dtype(next(head.parameters(), output_weight))
-        self.output_weight, self.rows = output_weight, Rows.of_exit(head.projection)
-        self.hidden = hidden.new_zeros(batch_size, max_length, hidden.shape[-1])
-        self.block = None
-        if head.block is not None:
-            self.block = CachedLayer(head.block, batch_size, max_length, self.dtype, hidden.device)
-
-    def keep(self, index: Tensor) -> None:
-        """Keeps only some sequences, in that order."""
-        self.hidden = self.hidden[index]
-        if self.block is not None:
-            self.block.keep(index)
-
-    def store(self, x: Tensor, packed: PackedTokens) -> None:
-        """Remembers the tokens' hidden states [T, 1, H]."""
-        if packed.single:
-            self.hidden[packed.sequences[0], packed.starts[0] : packed.length] = x[:, 0]
-        else:
-            self.hidden[packed.token_sequences, packed.positions] = x[:, 0]
-
-    def pending(self, packed: PackedTokens) -> Tensor:
-        """The hidden states [T, 1, H] of the tokens of a pack."""
-        if packed.single:
-            return self.hidden[packed.sequences[0], packed.starts[0] : packed.length, None]
-        return self.hidden[packed.token_sequences, packed.positions, None]
-
-    def enter_block(self, x: Tensor, packed: PackedTokens) -> Tensor:
-        """The head's block, if it has one, on all tokens of a pack (its keys must be complete)."""
-        return x if self.block is None else self.block(x.to(self.dtype), packed)
-
-    def predict(self, x: Tensor) -> Prediction:
-        """The head from its MLP on: [N, 1, H], the last token of each sequence."""
-        head, x = self.head, x.to(self.dtype)
-        logits = head.projection.local_logits(head.readout(x)[:, 0], self.output_weight)
-        return Prediction.from_logits(logits, self.rows)
+KV_POLICIES = ("catch_up", "recompute", "state_copy")
+"""What happens to keys and values of tokens that left early. `catch_up`: filled when a later token goes on.
+`recompute`: the tokens are run again from the first layer, with every new token until one goes all the way
+(EE-LLM, arXiv:2312.04916, section 4.1); the same outputs, more work. `state_copy`: the exit's hidden state
+stands in for those of all deeper layers (CALM, arXiv:2207.07061, section 3.4); an approximation."""
 
 
 class EarlyExitDecoder:
-    """State of a batch of sequences that are continued token by token; see the module's text.
+    """Sequences that are continued token by token, each in a row of the caches; see the module's text.
 
-    Must run under `torch.no_grad` or `torch.inference_mode`, in eval mode, with sequence parallelism off. All
-    tensor-parallel ranks make the same calls and take the same exits.
+    Must run under `torch.no_grad` or `torch.inference_mode`. All tensor-parallel ranks make the same calls and
+    take the same exits.
 
     Args:
-        gpt: the whole model, on one pipeline stage.
-        exits: exit layers in use and their thresholds. An exit at 1.0 is never evaluated.
-        batch_size: sequences, B.
-        max_length: positions to reserve.
-        max_pending: a token that would leave more than this many tokens of its sequence pending at an exit
-            goes through all layers instead; None sets no limit.
+        model: the whole model, on one pipeline stage.
+        exit_layers: where the layers are cut, ascending: exits that any sequence may use.
+        rows: sequences that fit.
+        max_length: positions to reserve per sequence.
+        kv_policy: see `KV_POLICIES`.
+        confidence: name of the rule by which exits are sure, see `CONFIDENCE_RULES`.
+
+    Attributes:
+        filled: [segments][sequences] tokens that went through each segment.
+        layers_run: [sequences] passes of one token through one layer so far, without exits' own blocks.
     """
 
     def __init__(
         self,
-        gpt: EarlyExitGPTModel,
-        exits: dict[int, float],
-        batch_size: int,
+        model: DecodingModel,
+        exit_layers: Sequence[int],
+        rows: int,
         max_length: int,
-        max_pending: int | None = None,
+        kv_policy: str = "catch_up",
+        confidence: str = "max_probability",
     ):
-        self.gpt, self.max_pending, self.batch_size = gpt, max_pending, batch_size
-        self.final_layer = gpt.config.num_layers
-        self.weight = gpt.output_weight()
-        self.rows = Rows.of_output_layer(gpt)
-        device, dtype = self.weight.device, compute_dtype(self.weight)
-        self.table = PositionTable(gpt, max_length, dtype, device)
-        in_use = {n: t for n, t in sorted(exits.items()) if t < 1.0}
-        hidden = self._embed(torch.zeros(1, dtype=torch.long, device=device), self.table.positions[:1])
-        self.exits = [
-            ExitPoint(gpt.exits[str(n)], t, batch_size, max_length, hidden, self.weight)  # type: ignore[arg-type]
-            for n, t in in_use.items()
+        assert kv_policy in KV_POLICIES, kv_policy
+        self.model, self.policy, self.rows = model, kv_policy, rows
+        self.final_layer = model.final_layer
+        self.table = model.table(max_length)
+        self.rule = CONFIDENCE_RULES[confidence]
+        self.exits = [ExitPoint(model, n, self.rule, rows, max_length) for n in exit_layers]
+        layers = model.cached_layers(rows, max_length)
+        edges = [0, *exit_layers, self.final_layer]
+        self.segments = [
+            [layers[n + 1] for n in range(low, high)] for low, high in zip(edges[:-1], edges[1:], strict=True)
         ]
-        edges = [0, *in_use, self.final_layer]
-        layers = [CachedLayer(x, batch_size, max_length, dtype, device) for x in gpt.decoder.layers]
-        self.segments = [layers[low:high] for low, high in zip(edges[:-1], edges[1:], strict=True)]
-        self.filled = [[0] * batch_size for _ in self.segments]
+        self.filled: list[list[int]] = [[] for _ in self.segments]
+        self.layers_run: list[int] = []
+        self.history = None
+        if kv_policy == "recompute":
+            self.history = torch.zeros(rows, max_length, dtype=torch.long, device=model.device)
+
+    @property
+    def size(self) -> int:
+        """Sequences in the caches: rows 0 to size - 1."""
+        return len(self.filled[0])
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each sequence that have been fed."""
         return self.filled[0]
 
-    def pending(self, exit_index: int, sequence: int) -> int:
+    def pending(self, exit_index: int, row: int) -> int:
         """How many tokens of a sequence wait at the exit of that index (in order of depth)."""
-        return self.filled[exit_index][sequence] - self.filled[exit_index + 1][sequence]
+        return self.filled[exit_index][row] - self.filled[exit_index + 1][row]
 
-    def keep(self, sequences: list[int]) -> None:
-        """Drops all sequences but these, which become sequences 0, 1, …. Copies the caches."""
-        index = torch.tensor(sequences, device=self.weight.device)
-        for layer in (layer for segment in self.segments for layer in segment):
-            layer.keep(index)
-        for point in self.exits:
-            point.keep(index)
-        self.filled = [[counts[b] for b in sequences] for counts in self.filled]
-        self.batch_size = len(sequences)
+    def drop(self, rows: Sequence[int]) -> list[int]:
+        """Removes sequences; the last ones move into the gaps.
 
-    def prefill(self, prompts: list[list[int]], all_positions: bool = False) -> Step:
-        """Feeds every sequence's prompt through all layers; predictions come from the final exit.
+        Returns:
+            Which of the old rows each new row holds.
+        """
+        order, gone = list(range(self.size)), set(rows)
+        while gone:
+            row = min(gone)
+            while order and order[-1] in gone:
+                gone.discard(order.pop())
+            if row in gone:
+                gone.discard(row)
+                self._move(order[-1], row)
+                order[row] = order.pop()
+        self.filled = [[counts[row] for row in order] for counts in self.filled]
+        self.layers_run = [self.layers_run[row] for row in order]
+        return order
+
+    def _move(self, source: int, target: int) -> None:
+        for k, segment in enumerate(self.segments):
+            for layer in segment:
+                layer.move(source, target, self.filled[k][source])
+        for k, point in enumerate(self.exits):
+            point.move(source, target, self.filled[k][source])
+        if self.history is not None:
+            self.history[target] = self.history[source]
+
+    def roll_back(self, row: int, length: int) -> None:
+        """Forgets a sequence's tokens from position `length` on."""
+        for counts in self.filled:
+            counts[row] = min(counts[row], length)
+
+    def prefill(self, prompts: Sequence[Sequence[int]], all_positions: bool = False) -> Step:
+        """Adds sequences behind those that are there, and feeds their prompts through all layers.
 
         Args:
-            prompts: B non-empty lists of token ids.
-            all_positions: predict after every token of the prompts, not only after each one's last: N is then
-                the number of all tokens, sequence after sequence.
+            prompts: non-empty token ids; at most as many as there are free rows.
+            all_positions: predict after every token of the prompts, not only after each one's last: the step's
+                predictions are then those of all tokens, sequence after sequence.
+
+        Returns:
+            The final exit's predictions.
         """
-        assert self.lengths == [0] * self.batch_size, "prefill comes first"
-        device = self.weight.device
-        sequences, counts = list(range(self.batch_size)), [len(prompt) for prompt in prompts]
-        packed = PackedTokens(self.table, self.batch_size, sequences, [0] * self.batch_size, counts)
-        tokens = torch.tensor([t for prompt in prompts for t in prompt], device=device)
-        x = self._embed(tokens, packed.positions)
+        first, counts = self.size, [len(prompt) for prompt in prompts]
+        assert first + len(prompts) <= self.rows, "no free rows"
+        rows = list(range(first, first + len(prompts)))
+        packed = PackedTokens(self.table, rows, [0] * len(rows), counts)
+        tokens = torch.tensor([t for prompt in prompts for t in prompt], device=self.model.device)
+        self._remember(tokens, packed)
+        x = self.model.embed(tokens, packed.positions)
         for k, segment in enumerate(self.segments):
             for layer in segment:
                 x = layer(x, packed)
             if k < len(self.exits):
                 self.exits[k].enter_block(x, packed)
-            self.filled[k] = list(counts)
-        prediction = self._predict_final(x if all_positions else x[packed.last])
-        rows = len(prediction.tokens)
-        return Step(
-            [self.final_layer] * rows, prediction.confidence.tolist(), [(list(range(rows)), prediction)]
-        )
+            self.filled[k] += counts
+        self.layers_run += [count * self.final_layer for count in counts]
+        prediction = self.model.output.predict(x if all_positions else x[packed.last])
+        return Step.of_final(prediction, self.final_layer)
 
     def step(
-        self, tokens: Tensor, sequences: list[int] | None = None, may_exit: list[bool] | None = None
+        self,
+        tokens: Tensor,
+        thresholds: Sequence[Sequence[float]],
+        rows: Sequence[int] | None = None,
+        max_pending: Sequence[int | None] | None = None,
+        hold: Sequence[bool] | None = None,
     ) -> Step:
         """Feeds one token to each of N sequences and predicts the next.
 
         Args:
             tokens: [N].
-            sequences: which sequences, ascending; None means all.
-            may_exit: [N] False sends a token through all layers; None lets all exit.
+            thresholds: [N][exits] leave at a confidence strictly above it; 1.0 does not ask the exit.
+            rows: which sequences, ascending; None means all.
+            max_pending: [N] no token leaves at an exit where more than this many of its sequence would then be
+                pending; None sets no limit.
+            hold: [N] a token that leaves at no exit waits at the last one, unanswered, for `flush`; None holds
+                none.
         """
-        where = list(range(self.batch_size)) if sequences is None else sequences
-        may = [True] * len(where) if may_exit is None else may_exit
-        starts = [self.lengths[b] for b in where]
-        packed = PackedTokens(self.table, self.batch_size, where, starts, [1] * len(where))
-        x = self._embed(tokens, packed.positions)
-        exit_layers, confidences = [self.final_layer] * len(where), [0.0] * len(where)
-        parts: list[tuple[list[int], Prediction]] = []
+        where = list(range(self.size)) if rows is None else list(rows)
+        limits = [None] * len(where) if max_pending is None else max_pending
+        packed, x = self._feed(tokens, where)
+        answer = Step.unanswered(len(where))
+        trail = Trail(len(where), self.model.hidden) if self.rule.looks_back else None
         here = list(range(len(where)))  # indices into `where` of the sequences that are still going on
-        for k, segment in enumerate(self.segments):
-            for layer in segment:
-                x = layer(x, packed)
-            for b, start, count in zip(packed.sequences, packed.starts, packed.counts, strict=True):
-                self.filled[k][b] = start + count
-            if k == len(self.exits):
-                break
-            point = self.exits[k]
-            point.store(x, packed)
+        for k, point in enumerate(self.exits):
+            x = self._run_segment(k, x, packed)
             inside = point.enter_block(x, packed)
-            asked = [may[i] and self._room(k, where[i]) for i in here]
+            asked = [
+                j
+                for j, i in enumerate(here)
+                if thresholds[i][k] < 1.0 and _has_room(self.pending(k, where[i]), limits[i])
+            ]
             leaving: list[int] = []
-            if any(asked):
-                prediction = point.predict(inside[packed.last])
-                sure = prediction.confidence.tolist()
-                leaving = [j for j, out in enumerate(is_sure(sure, point.threshold)) if out and asked[j]]
+            if asked:
+                last = _rows_of(packed.last, asked if len(asked) < len(here) else None, x.device)
+                indices = [here[j] for j in asked]
+                prediction, sure = point.predict(x[last], inside[last], indices, trail)
+                out = [n for n, i in enumerate(indices) if sure[n] > thresholds[i][k]]
+                leaving = [indices[n] for n in out]
                 if leaving:
-                    parts.append(([here[j] for j in leaving], prediction.select(leaving)))
-                for j in leaving:
-                    exit_layers[here[j]], confidences[here[j]] = point.layer, sure[j]
-            here = [i for j, i in enumerate(here) if j not in leaving]
-            if not here:
-                return Step(exit_layers, confidences, parts)
-            going = [where[i] for i in here]
-            begin = [self.filled[k + 1][b] for b in going]
-            packed = PackedTokens(
-                self.table,
-                self.batch_size,
-                going,
-                begin,
-                [self.filled[k][b] - s for b, s in zip(going, begin, strict=True)],
-            )
-            x = point.pending(packed)
-        prediction = self._predict_final(x[packed.last])
-        for i, value in zip(here, prediction.confidence.tolist(), strict=True):
-            confidences[i] = value
-        parts.append((here, prediction))
-        return Step(exit_layers, confidences, parts)
+                    answer.add(point.layer, leaving, prediction.select(out), [sure[n] for n in out])
+                    if self.policy == "state_copy":
+                        self._copy_states(k, [where[i] for i in leaving])
+            last_exit = k + 1 == len(self.exits)
+            staying = [i for i in here if i not in leaving and not (last_exit and hold and hold[i])]
+            if not staying:
+                return answer
+            going = [where[i] for i in staying]
+            if len(staying) < len(here) or self._starts(k, going) != packed.starts:
+                packed = self._pending_pack(k, going)
+                x = point.pending(packed)
+            here = staying
+        x = self._run_segment(len(self.exits), x, packed)
+        prediction = self.model.output.predict(x[packed.last])
+        answer.add(self.final_layer, here, prediction, prediction.confidence.tolist())
+        return answer
 
-    def _room(self, k: int, sequence: int) -> bool:
-        return self.max_pending is None or self.pending(k, sequence) <= self.max_pending
+    def flush(self, rows: Sequence[int]) -> tuple[Prediction, list[int]]:
+        """Runs all pending tokens of some sequences, ascending, through all layers.
 
-    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        return self.gpt.embedding(input_ids=tokens[None], position_ids=positions[None])
+        Returns:
+            The final exit's predictions after each token that had not been through all layers, sequence after
+            sequence, and how many these are of each, one at least.
+        """
+        for k, point in enumerate(self.exits):
+            some = [row for row in rows if self.pending(k, row)]
+            if some:
+                packed = self._pending_pack(k, some)
+                x = self._run_segment(k + 1, point.pending(packed), packed)
+                if k + 1 < len(self.exits):
+                    self.exits[k + 1].enter_block(x, packed)
+        assert packed.rows == list(rows), "every sequence must have pending tokens"
+        return self.model.output.predict(x), packed.counts
 
-    def _predict_final(self, x: Tensor) -> Prediction:
-        if self.gpt.decoder.final_layernorm is not None:
-            x = self.gpt.decoder.final_layernorm(x)
-        logits = torch.nn.functional.linear(x[:, 0].to(self.weight.dtype), self.weight)
-        logits[:, self.rows.emittable :] = float("-inf")
-        return Prediction.from_logits(logits, self.rows)
+    def _feed(self, tokens: Tensor, rows: list[int]) -> tuple[PackedTokens, Tensor]:
+        """The pack that enters the first layer and its states [T, H]: one token of each sequence, or all that
+        are to be recomputed."""
+        recomputes = self.history is not None
+        starts = [(self.filled[-1] if recomputes else self.lengths)[row] for row in rows]
+        counts = [self.lengths[row] + 1 - start for row, start in zip(rows, starts, strict=True)]
+        packed = PackedTokens(self.table, rows, starts, counts)
+        if recomputes:
+            lengths = torch.tensor([self.lengths[row] for row in rows], device=tokens.device)
+            self.history[torch.tensor(rows, device=tokens.device), lengths] = tokens
+            tokens = self._history_of(packed)
+        return packed, self.model.embed(tokens, packed.positions)
+
+    def _pending_pack(self, k: int, rows: list[int]) -> PackedTokens:
+        """The tokens that wait at exit k."""
+        starts = self._starts(k, rows)
+        counts = [self.filled[k][row] - start for row, start in zip(rows, starts, strict=True)]
+        return PackedTokens(self.table, rows, starts, counts)
+
+    def _starts(self, k: int, rows: list[int]) -> list[int]:
+        """Where the tokens begin that go on from exit k: recomputed ones are all that have not been everywhere."""
+        behind = self.filled[-1] if self.policy == "recompute" else self.filled[k + 1]
+        return [behind[row] for row in rows]
+
+    def _run_segment(self, k: int, x: Tensor, packed: PackedTokens) -> Tensor:
+        for layer in self.segments[k]:
+            x = layer(x, packed)
+        for row, start, count in zip(packed.rows, packed.starts, packed.counts, strict=True):
+            self.filled[k][row] = start + count
+            self.layers_run[row] += count * len(self.segments[k])
+        if k < len(self.exits):
+            self.exits[k].store(x, packed)
+        return x
+
+    def _copy_states(self, k: int, rows: list[int]) -> None:
+        """Fills deeper layers' keys and values of the tokens pending at exit k from their states there."""
+        packed = self._pending_pack(k, rows)
+        x = self.exits[k].pending(packed)
+        for j in range(k + 1, len(self.segments)):
+            for layer in self.segments[j]:
+                layer.fill(x, packed)
+            if j < len(self.exits):
+                self.exits[j].enter_block(x, packed)
+            for row in rows:
+                self.filled[j][row] = self.filled[k][row]
+
+    def _remember(self, tokens: Tensor, packed: PackedTokens) -> None:
+        if self.history is not None:
+            for row, part in zip(packed.rows, tokens.split(packed.counts), strict=True):
+                self.history[row, : len(part)] = part
+
+    def _history_of(self, packed: PackedTokens) -> Tensor:
+        """Token ids [T] of a pack."""
+        if packed.single:
+            return self.history[packed.rows[0], packed.positions]
+        return self.history[packed.token_rows, packed.positions]
 
 
-def compute_dtype(weight: Tensor) -> torch.dtype:
-    """What a matrix product with this weight returns: autocast's dtype where autocast is on, else its own."""
-    kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+def _has_room(pending: int, limit: int | None) -> bool:
+    return limit is None or pending <= limit
+
+
+def _rows_of(last: Tensor | slice, some: list[int] | None, device: torch.device) -> Tensor | slice:
+    """Where the last tokens of some sequences of a pack are; None means all."""
+    if some is None:
+        return last
+    index = torch.tensor(some, device=device)
+    return index + last.start if isinstance(last, slice) else last[index]

@@ -11,12 +11,15 @@ from nemo.utils import logging
 
 from nemo_ee.errors import GenerationError
 from nemo_ee.inference.decoder import EarlyExitDecoder
-from nemo_ee.inference.loop import continue_prompts, vocabulary_logits
 from nemo_ee.inference.output import to_output, to_prompt_logprobs
 from nemo_ee.inference.prompts import tokenize_prompts
 from nemo_ee.inference.request import GenerationRequest, parse_request
+from nemo_ee.inference.sequence import Sequence
+from nemo_ee.inference.session import DecodingSession
 from nemo_ee.inference.stopping import StopRule
+from nemo_ee.megatron.decoding_model import DecodingModel
 from nemo_ee.megatron.sequence_parallel import sequence_parallel_off
+from nemo_ee.megatron.vocab_parallel import gather_columns
 
 T = TypeVar("T")
 
@@ -48,12 +51,13 @@ def generate(
     check_model_can_generate(model)
     tokenizer, limit = model.tokenizer, position_limit(model.cfg)
 
-    def read() -> tuple[GenerationRequest, list[list[int]]]:
+    def read() -> tuple[GenerationRequest, list[list[int]], list[int]]:
         request = parse_request(length_params, sampling_params, early_exit, model.early_exit)
         add_bos = request.sampling.add_BOS and not request.sampling.compute_logprob
-        return request, tokenize_prompts(inputs, tokenizer, add_bos, limit)
+        prompts = tokenize_prompts(inputs, tokenizer, add_bos, limit)
+        return request, prompts, seeds(len(prompts), generator)
 
-    request, prompts = on_first_rank(read)
+    request, prompts, drawn = on_first_rank(read)
     with generating(model):
         if request.sampling.compute_logprob:
             return _prompt_logprobs(model, prompts)
@@ -62,13 +66,45 @@ def generate(
                 f"length_params.max_length={request.max_length}: cut at the model's {limit} positions"
             )
         stop = StopRule(tokenizer, request.sampling.end_strings)
-        results = continue_prompts(model.gpt, prompts, request, stop, stop.eos, limit, generator)
+        results = [
+            Sequence(prompt, request, stop, stop.eos, min(request.max_length, limit + 1 - len(prompt)), seed)
+            for prompt, seed in zip(prompts, drawn, strict=True)
+        ]
+        if request.max_length > 0:
+            continue_sequences(DecodingModel(model.gpt), results)
     return to_output(results, tokenizer)
 
 
+def continue_sequences(model: DecodingModel, sequences: list[Sequence]) -> None:
+    """Generates until all are finished; they are one batch.
+
+    Args:
+        model: the whole model.
+        sequences: not begun, with the same exits.
+    """
+    exits = [n for n, threshold in sorted(sequences[0].request.exits.items()) if threshold < 1.0]
+    longest = max(len(s.prompt) + s.limit - 1 for s in sequences)
+    session = DecodingSession(model, exits, len(sequences), longest)
+    session.add(sequences)
+    while session.running:
+        session.step()
+
+
+def seeds(count: int, generator: torch.Generator | None) -> list[int]:
+    """A seed for each sequence's own random numbers.
+
+    Args:
+        count: sequences.
+        generator: on any device; None takes torch's default.
+    """
+    device = "cpu" if generator is None else generator.device
+    return torch.randint(2**62, (count,), generator=generator, device=device).tolist()
+
+
 def _prompt_logprobs(model: Any, prompts: list[list[int]]) -> dict[str, Any]:
-    decoder = EarlyExitDecoder(model.gpt, {}, len(prompts), max(map(len, prompts)))
-    logits = vocabulary_logits(model.gpt, decoder.prefill(prompts, all_positions=True))
+    decoder = EarlyExitDecoder(DecodingModel(model.gpt), [], len(prompts), max(map(len, prompts)))
+    shard = decoder.prefill(prompts, all_positions=True).vocabulary_shard(len(model.gpt.output_weight()))
+    logits = gather_columns(shard)[:, : model.gpt.true_vocab_size]
     log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     return to_prompt_logprobs(prompts, log_probs.split([len(prompt) for prompt in prompts]), model.tokenizer)
 

@@ -7,17 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_ee.inference.loop import Continuation
+from nemo_ee.inference.sequence import Sequence as Generated
 
 SPECIAL_TOKENS = ("pad_token", "eos_token", "bos_token", "cls_token", "unk_token", "sep_token", "mask_token")
 
 
-def to_output(results: Sequence[Continuation], tokenizer: Any) -> dict[str, Any]:
+def to_output(results: Sequence[Generated], tokenizer: Any) -> dict[str, Any]:
     """NeMo's dictionary for generated text.
 
     `sentences`, `tokens`, `token_ids` and `offsets` cover prompt and continuation, each sentence up to its
     own end. `logprob` and `full_logprob` are None, or per sentence [n] and [n, V] for the n generated tokens.
-    `early_exit` has per sentence the `exit_layers` and `confidences` of the n generated tokens.
+    `early_exit` has per sentence the `exit_layers` and `confidences` of the n generated tokens, and the fields
+    of `SequenceStatistics`.
     """
     ids = [result.prompt + result.tokens for result in results]
     output = text_fields(ids, tokenizer)
@@ -25,7 +26,8 @@ def to_output(results: Sequence[Continuation], tokenizer: Any) -> dict[str, Any]
     output["logprob"] = [torch.stack(r.logprobs) for r in results] if with_probs else None
     output["full_logprob"] = [torch.stack(r.full_logprobs) for r in results] if with_probs else None
     output["early_exit"] = [
-        {"exit_layers": result.exit_layers, "confidences": result.confidences} for result in results
+        {"exit_layers": result.exit_layers, "confidences": result.confidences, **vars(result.statistics)}
+        for result in results
     ]
     return output
 

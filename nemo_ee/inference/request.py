@@ -61,11 +61,13 @@ class ExitOptions:
             exits.
         exits: exit layers in use, ascending.
         max_pending: tokens in a row that may leave at an exit before one must go through all layers.
+        lossless: exits only draft; the full model verifies every token, and the text is the full model's.
     """
 
     threshold: float | tuple[float, ...] | None = None
     exits: tuple[int, ...] | None = None
     max_pending: int | None = None
+    lossless: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ class GenerationRequest:
         min_length: tokens before EOS may come.
         sampling: how tokens are chosen.
         exits: exit layer -> threshold; empty generates at full depth.
-        max_pending: see `EarlyExitDecoder`.
+        max_pending: see `EarlyExitDecoder.step`.
+        lossless: see `ExitOptions`.
     """
 
     max_length: int = 30
@@ -85,6 +88,7 @@ class GenerationRequest:
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     exits: dict[int, float] = field(default_factory=dict)
     max_pending: int | None = None
+    lossless: bool = False
 
 
 NOT_OURS = {"compute_attention_mask", "early_exit"}
@@ -103,7 +107,7 @@ def parse_request(
         length_params: NeMo's `max_length` and `min_length`; None for NeMo's defaults.
         sampling_params: NeMo's sampling parameters, any subset; None for NeMo's defaults. May hold
             `early_exit`.
-        early_exit: `threshold`, `exits` and `max_pending`, each optional; False for full depth. Goes before
+        early_exit: fields of `ExitOptions`, each optional; False for full depth. Goes before
             `sampling_params["early_exit"]`, which goes before the model's `early_exit.inference`.
         config: the model's.
 
@@ -125,16 +129,18 @@ def parse_request(
         ]
     if options is not None:
         faults += _sampling_faults(options)
-    exits, max_pending = parse_exits(early_exit, config, faults)
+    exits, others = parse_exits(early_exit, config, faults)
     if faults:
         raise ConfigError(*faults)
-    return GenerationRequest(lengths.max_length, lengths.min_length, options, exits, max_pending)
+    return GenerationRequest(
+        lengths.max_length, lengths.min_length, options, exits, others.max_pending, bool(others.lossless)
+    )
 
 
 def parse_exits(
     early_exit: Mapping | bool | None, config: EarlyExitConfig, faults: list[Fault]
-) -> tuple[dict[int, float], int | None]:
-    """Exit layer -> threshold, and the cap on pending tokens; appends to `faults`.
+) -> tuple[dict[int, float], ExitOptions]:
+    """Exit layer -> threshold, and all options; appends to `faults`.
 
     Args:
         early_exit: as for `parse_request`.
@@ -142,16 +148,16 @@ def parse_exits(
         faults: receives what is wrong.
     """
     if early_exit is False:
-        return {}, None
+        return {}, ExitOptions()
     if early_exit is None or early_exit is True:
         early_exit = {}
     if not isinstance(early_exit, Mapping):
         faults.append(Fault("early_exit", early_exit, "must be a mapping or false", "give threshold, exits"))
-        return {}, None
+        return {}, ExitOptions()
     before = len(faults)
     options = build_config(ExitOptions, _given(early_exit), "early_exit", faults)
     if options is None:
-        return {}, None
+        return {}, ExitOptions()
     usual = config.layers if config.inference.exits is None else config.inference.exits
     layers = usual if options.exits is None else options.exits
     if not set(layers) <= set(config.layers):
@@ -167,12 +173,12 @@ def parse_exits(
         rule = "must be a whole number, 0 or more"
         faults.append(Fault("early_exit.max_pending", options.max_pending, rule, "or null: no limit"))
     if len(faults) > before:
-        return {}, None
+        return {}, ExitOptions()
     if isinstance(options.threshold, tuple):
-        return dict(zip(layers, options.threshold, strict=True)), options.max_pending
+        return dict(zip(layers, options.threshold, strict=True)), options
     if options.threshold is not None:
-        return dict.fromkeys(layers, options.threshold), options.max_pending
-    return _default_thresholds(layers, usual, config, faults), options.max_pending
+        return dict.fromkeys(layers, options.threshold), options
+    return _default_thresholds(layers, usual, config, faults), options
 
 
 def _default_thresholds(

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""Drawing the next token from logits over the vocabulary."""
+"""From logits over the vocabulary to the next token."""
 
 from collections.abc import Sequence
 
@@ -10,27 +10,37 @@ from torch import Tensor
 from nemo_ee.inference.request import SamplingOptions
 
 
-def sample_tokens(
-    logits: Tensor,
-    options: SamplingOptions,
-    texts: Sequence[Sequence[int]],
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """One token per sequence, [N].
+def token_distribution(logits: Tensor, options: SamplingOptions, texts: Sequence[Sequence[int]]) -> Tensor:
+    """The probabilities that tokens are drawn from, [N, V] in float32 or wider.
 
     Args:
         logits: [N, V]; -inf for what cannot be emitted.
-        options: how to choose.
+        options: temperature, penalty, top-k and top-p; for greedy choices the distribution is one token.
         texts: N lists of the token ids so far, for the repetition penalty.
-        generator: source of randomness, on the logits' device; None takes torch's default.
     """
     if options.use_greedy:
-        return logits.argmax(-1)
+        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(torch.float32)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / options.temperature
     if options.repetition_penalty != 1.0:
         logits = penalise(logits, texts, options.repetition_penalty)
     logits = top_k_logits(logits, top_k=min(options.top_k, logits.shape[-1]), top_p=options.top_p)
-    return torch.multinomial(logits.softmax(-1), num_samples=1, generator=generator).view(-1)
+    return logits.softmax(-1)
+
+
+def draw(probabilities: Tensor, uniforms: Sequence[float]) -> Tensor:
+    """One token of each distribution, [N], by inversion.
+
+    The same numbers give the same tokens on every tensor-parallel rank, and a sequence's token depends on its
+    own number only.
+
+    Args:
+        probabilities: [N, V]; sums need not be 1.
+        uniforms: [N] within [0, 1).
+    """
+    cumulative = probabilities.to(torch.float64).cumsum(-1)
+    target = cumulative.new_tensor(uniforms)[:, None] * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    return tokens.clamp_max(probabilities.shape[-1] - 1)
 
 
 def penalise(logits: Tensor, texts: Sequence[Sequence[int]], penalty: float) -> Tensor:

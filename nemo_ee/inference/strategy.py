@@ -10,11 +10,13 @@ from nemo.collections.nlp.modules.common.text_generation_strategy import GPTMode
 from torch import Tensor
 
 from nemo_ee.errors import ConfigError, Fault, GenerationError
-from nemo_ee.inference.decoder import EarlyExitDecoder, Step
+from nemo_ee.inference.decoder import EarlyExitDecoder
 from nemo_ee.inference.generate import check_model_can_generate, generating, position_limit
 from nemo_ee.inference.prompts import tokenize_prompts
 from nemo_ee.inference.request import parse_exits
+from nemo_ee.inference.step import Step
 from nemo_ee.inference.stopping import StopRule
+from nemo_ee.megatron.decoding_model import DecodingModel
 
 
 class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
@@ -32,7 +34,7 @@ class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
         model: a `MegatronGPTEarlyExitModel` on one pipeline stage.
         threshold: as `early_exit.threshold` of `model.generate`.
         exits: exit layers in use; None for the model's default.
-        max_pending: see `EarlyExitDecoder`.
+        max_pending: see `EarlyExitDecoder.step`.
 
     Raises:
         ConfigError: options that break a rule.
@@ -49,9 +51,11 @@ class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
         check_model_can_generate(model)
         faults: list[Fault] = []
         options = {"threshold": threshold, "exits": exits, "max_pending": max_pending}
-        self.exits, self.max_pending = parse_exits(options, model.early_exit, faults)
+        exits, others = parse_exits(options, model.early_exit, faults)
         if faults:
             raise ConfigError(*faults)
+        self.exits = {n: threshold for n, threshold in exits.items() if threshold < 1.0}
+        self.max_pending = others.max_pending
         super().__init__(model)
         self.prompt_logits = True
         self._prompt_lengths: list[int] | None = None
@@ -127,14 +131,16 @@ class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
         shard = len(gpt.output_weight())
         with generating(self.model, torch.no_grad):
             if self.decoder is None:
-                self.decoder = EarlyExitDecoder(gpt, self.exits, len(tokens), maxlen, self.max_pending)
+                self.decoder = EarlyExitDecoder(DecodingModel(gpt), list(self.exits), len(tokens), maxlen)
                 rows = list(range(len(tokens)))
                 step = self.decoder.prefill(tokens[:, :length].tolist(), all_positions=self.prompt_logits)
                 logits = step.vocabulary_shard(shard).view(len(tokens), -1, shard)
             else:
                 rows = [b for b, done in enumerate(self.done) if not done]
-                free = [length > self.lengths[b] for b in rows]
-                step = self.decoder.step(tokens[rows, length - 1], rows, free)
+                never, usual = [1.0] * len(self.exits), list(self.exits.values())
+                thresholds = [usual if length > self.lengths[b] else never for b in rows]
+                limits = [self.max_pending] * len(rows)
+                step = self.decoder.step(tokens[rows, length - 1], thresholds, rows, limits)
                 logits = step.vocabulary_shard(shard)[:, None]
         if len(rows) < len(tokens):
             whole = logits.new_zeros(len(tokens), 1, shard)

@@ -1,8 +1,9 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Transformer layers with a KV cache, on packed tokens of several sequences at different positions.
 
-Suffixes: T packed tokens, N sequences in the pack, Q most tokens of one sequence in the pack, L keys looked
-at, G query groups and R queries per group of this tensor-parallel rank, D head size.
+Every sequence has a row of the caches. Suffixes: T packed tokens, N sequences in the pack, Q most tokens of
+one sequence in the pack, L keys looked at, H hidden size, G query groups and R queries per group of this
+tensor-parallel rank, D head size.
 """
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from nemo_ee.megatron.gpt import EarlyExitGPTModel
+from nemo_ee.megatron.lean_layer import LayerMathematics
 
 
 class PositionTable:
@@ -47,8 +49,7 @@ class PackedTokens:
 
     Args:
         table: shared positions.
-        batch_size: sequences that the caches hold.
-        sequences: the N sequences, ascending.
+        rows: the N sequences' rows of the caches, ascending.
         starts: position of each sequence's first new token; its keys before that are in the cache.
         counts: new tokens per sequence, each at least 1.
 
@@ -58,21 +59,15 @@ class PackedTokens:
         cos, sin: [T, 1, 1, rotary size], or None.
     """
 
-    def __init__(
-        self,
-        table: PositionTable,
-        batch_size: int,
-        sequences: list[int],
-        starts: list[int],
-        counts: list[int],
-    ):
-        self.sequences, self.starts, self.counts = sequences, starts, counts
-        self.whole_batch = len(sequences) == batch_size
-        self.single = len(sequences) == 1
+    def __init__(self, table: PositionTable, rows: list[int], starts: list[int], counts: list[int]):
+        self.rows, self.starts, self.counts = rows, starts, counts
+        self.first_rows = rows[-1] == len(rows) - 1
+        self.single = len(rows) == 1
         self.width = max(counts)
         self.length = max(start + count for start, count in zip(starts, counts, strict=True))
         self.from_scratch = max(starts) == 0
         self._mask: tuple[int, Tensor | None] | None = None
+        self._row_masks: dict[tuple[int, int, int], Tensor | None] = {}
         device = table.positions.device
         self.last: Tensor | slice
         if self.single:
@@ -80,15 +75,17 @@ class PackedTokens:
             self.positions = table.positions[span]
             self.last = slice(self.width - 1, self.width)
         else:
-            layout = torch.tensor([sequences, starts, counts], device=device)
-            self.sequence_index = layout[0]
+            layout = torch.tensor([rows, starts, counts], device=device)
+            self.row_index = layout[0]
             ends = layout[2].cumsum(0)
             row = torch.repeat_interleave(layout[2], output_size=sum(counts))
             offset = table.positions.new_tensor(range(sum(counts))) - (ends - layout[2])[row]
             span = self.positions = layout[1][row] + offset
-            self.token_sequences = layout[0][row]
+            self.token_rows = layout[0][row]
             self.slots = row * self.width + offset
-            self.last = slice(0, len(sequences)) if self.width == 1 else ends - 1
+            self.last = slice(0, len(rows)) if self.width == 1 else ends - 1
+        # One sequence at a time where padding or copying keys would cost more than the calls.
+        self.by_row = device.type == "cpu" and not self.single and (self.width > 1 or not self.first_rows)
         self.cos = None if table.cos is None else table.cos[span]
         self.sin = None if table.sin is None else table.sin[span]
 
@@ -105,19 +102,31 @@ class PackedTokens:
         if self.single:
             query = self.positions[None]
         else:
-            query = self.positions.new_zeros(len(self.sequences) * self.width)
+            query = self.positions.new_zeros(len(self.rows) * self.width)
             query[self.slots] = self.positions
-            query = query.view(len(self.sequences), self.width)
+            query = query.view(len(self.rows), self.width)
         keys = torch.arange(self.length, device=query.device)
         return (keys <= query[:, :, None]).repeat(1, repeats, 1)[:, None]
+
+    def row_mask(self, start: int, count: int, repeats: int) -> Tensor | None:
+        """[R x count, start + count], True where a key is visible to one sequence's tokens; None if all are."""
+        key = start, count, repeats
+        if key not in self._row_masks:
+            mask = None
+            if count > 1:
+                device = self.positions.device
+                query = torch.arange(start, start + count, device=device)[:, None]
+                mask = (torch.arange(start + count, device=device) <= query).repeat(repeats, 1)
+            self._row_masks[key] = mask
+        return self._row_masks[key]
 
     def pad(self, packed: Tensor) -> Tensor:
         """[T, ...] -> [N, Q, ...], zeros where a sequence has fewer tokens."""
         if self.single or self.width == 1:
-            return packed.view(len(self.sequences), self.width, *packed.shape[1:])
-        padded = packed.new_zeros(len(self.sequences) * self.width, *packed.shape[1:])
+            return packed.view(len(self.rows), self.width, *packed.shape[1:])
+        padded = packed.new_zeros(len(self.rows) * self.width, *packed.shape[1:])
         padded[self.slots] = packed
-        return padded.view(len(self.sequences), self.width, *packed.shape[1:])
+        return padded.view(len(self.rows), self.width, *packed.shape[1:])
 
     def unpad(self, padded: Tensor) -> Tensor:
         """[N, Q, ...] -> [T, ...], the inverse of `pad`."""
@@ -126,11 +135,12 @@ class PackedTokens:
 
 
 class CachedLayer:
-    """A transformer layer of the model together with the keys and values of the tokens that went through it.
+    """A transformer layer together with the keys and values of the tokens that went through it.
 
     Args:
-        layer: local or Transformer Engine modules; sequence parallelism must be off.
-        batch_size: sequences.
+        layer: the modules, for their shapes; sequence parallelism must be off.
+        mathematics: what it computes around attention.
+        rows: sequences that fit.
         max_length: positions.
         dtype: of keys and values.
         device: where they are.
@@ -142,91 +152,119 @@ class CachedLayer:
     def __init__(
         self,
         layer: TransformerLayer,
-        batch_size: int,
+        mathematics: LayerMathematics,
+        rows: int,
         max_length: int,
         dtype: torch.dtype,
         device: torch.device,
     ):
         check_attention(layer.config)
         attention = layer.self_attention
-        self.layer = layer
+        self.mathematics = mathematics
         self.groups = attention.num_query_groups_per_partition
         self.repeats = attention.num_attention_heads_per_partition // self.groups
+        self.scale = layer.config.softmax_scale
+        self.interleaved = layer.config.rotary_interleaved
         no_rope = getattr(layer.config, "no_rope_freq", None)
         self.rotary = not (no_rope and no_rope[layer.layer_number - 1])
-        shape = (batch_size, self.groups, max_length, attention.hidden_size_per_attention_head)
+        shape = (2, rows, self.groups, max_length, attention.hidden_size_per_attention_head)
         # Zeros, not garbage: a masked key has weight 0, and 0 times a NaN is a NaN.
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.cache = torch.zeros(shape, dtype=dtype, device=device)
 
-    def keep(self, index: Tensor) -> None:
-        """Keeps only some sequences, in that order."""
-        self.keys, self.values = self.keys[index], self.values[index]
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copies the first `length` keys and values of one row to another."""
+        self.cache[:, target, :, :length] = self.cache[:, source, :, :length]
 
     def __call__(self, x: Tensor, packed: PackedTokens) -> Tensor:
-        """Writes the tokens' keys and values and returns the layer's output, [T, 1, H] -> [T, 1, H].
+        """Writes the tokens' keys and values and returns the layer's output, [T, H] -> [T, H].
 
-        Collectives: those of the layer's own modules (two all-reduces of [T, 1, H] where TP > 1).
+        Collectives: two all-reduces of [T, H] where TP > 1.
         """
-        layer = self.layer
-        query, key, value = layer.self_attention.get_query_key_value_tensors(layer.input_layernorm(x))
+        return self.mathematics.finish(x, self._attend(self._project(x, packed), packed))
+
+    def fill(self, x: Tensor, packed: PackedTokens) -> None:
+        """Writes the tokens' keys and values as if [T, H] were the layer's input."""
+        self._project(x, packed)
+
+    def _project(self, x: Tensor, packed: PackedTokens) -> Tensor:
+        """Queries [T, G, R, D]; keys and values go into the cache."""
+        qkv = self.mathematics.project(x)
+        turned = qkv[:, :, :-1]
         if packed.cos is not None and self.rotary:
-            query = rotate(query, packed, layer.config)
-            key = rotate(key, packed, layer.config)
-        self._write(key, value, packed)
-        out, bias = layer.self_attention.linear_proj(self._attend(query, packed))
-        x = x + (out if bias is None else out + bias)
-        out, bias = layer.mlp(layer.pre_mlp_layernorm(x))
-        return x + (out if bias is None else out + bias)
-
-    def _write(self, key: Tensor, value: Tensor, packed: PackedTokens) -> None:
+            turned = rotate(turned, packed.cos, packed.sin, self.interleaved)
+        key, value = turned[:, :, -1], qkv[:, :, -1]  # [T, G, D]
         if packed.single:
-            sequence, span = packed.sequences[0], slice(packed.starts[0], packed.length)
-            self.keys[sequence, :, span] = key[:, 0].transpose(0, 1)
-            self.values[sequence, :, span] = value[:, 0].transpose(0, 1)
+            row, span = packed.rows[0], slice(packed.starts[0], packed.length)
+            self.cache[0, row, :, span] = key.transpose(0, 1)
+            self.cache[1, row, :, span] = value.transpose(0, 1)
         else:
-            self.keys[packed.token_sequences, :, packed.positions] = key[:, 0]
-            self.values[packed.token_sequences, :, packed.positions] = value[:, 0]
-
-    def _read(self, cache: Tensor, packed: PackedTokens) -> Tensor:
-        """[N, G, L, D]: a view, but for a part of the batch."""
-        if packed.whole_batch:
-            return cache[:, :, : packed.length]
-        if packed.single:
-            return cache[packed.sequences[0] : packed.sequences[0] + 1, :, : packed.length]
-        return cache[:, :, : packed.length][packed.sequence_index]
+            self.cache[0, packed.token_rows, :, packed.positions] = key
+            self.cache[1, packed.token_rows, :, packed.positions] = value
+        return turned[:, :, :-1]
 
     def _attend(self, query: Tensor, packed: PackedTokens) -> Tensor:
-        """[T, 1, heads, D] -> [T, 1, heads x D]."""
-        keys, values = self._read(self.keys, packed), self._read(self.values, packed)
-        scale = self.layer.config.softmax_scale
-        q = packed.pad(query[:, 0])  # [N, Q, heads, D]
-        sequences, width, heads, size = q.shape
+        """[T, G, R, D] -> [T, G x R x D]."""
+        if packed.by_row:
+            parts = query.split(packed.counts)
+            rows = zip(parts, packed.rows, packed.starts, strict=True)
+            return torch.cat([self._attend_row(part, row, start, packed) for part, row, start in rows])
+        if packed.single:
+            return self._attend_row(query, packed.rows[0], packed.starts[0], packed)
+        keys, values = (self._read(part, packed) for part in self.cache)
+        q = packed.pad(query)  # [N, Q, G, R, D]
+        sequences, width = q.shape[:2]
         if packed.from_scratch and width > 1:
             # Padding comes after a sequence's own tokens, so none of these sees it.
-            out = scaled_dot_product_attention(
-                q.transpose(1, 2), keys, values, is_causal=True, scale=scale, enable_gqa=self.repeats > 1
-            ).transpose(1, 2)
+            out = self._attend_causally(q, keys, values)
         else:
-            # The heads that share keys become one longer query, so that no backend repeats the keys.
-            q = q.view(sequences, width, self.groups, self.repeats, size).permute(0, 2, 3, 1, 4)
-            q = q.reshape(sequences, self.groups, self.repeats * width, size)
-            mask = packed.mask(self.repeats)
-            out = scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
-            out = out.view(sequences, self.groups, self.repeats, width, size).permute(0, 3, 1, 2, 4)
-        return packed.unpad(out.reshape(sequences, width, heads * size))[:, None]
+            out = self._attend_grouped(q, keys, values, packed.mask(self.repeats))
+        return packed.unpad(out.reshape(sequences, width, -1))
+
+    def _attend_row(self, query: Tensor, row: int, start: int, packed: PackedTokens) -> Tensor:
+        """Of one sequence: [Q, G, R, D] -> [Q, G x R x D]."""
+        count = len(query)
+        keys, values = self.cache[:, row : row + 1, :, : start + count]
+        if start == 0 and count > 1:
+            out = self._attend_causally(query[None], keys, values)
+        else:
+            out = self._attend_grouped(query[None], keys, values, packed.row_mask(start, count, self.repeats))
+        return out.reshape(count, -1)
+
+    def _attend_causally(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Of texts from their first token: q [N, Q, G, R, D] -> [N, Q, heads, D]."""
+        heads = q.flatten(2, 3).transpose(1, 2)
+        gqa = self.repeats > 1
+        return scaled_dot_product_attention(
+            heads, keys, values, is_causal=True, scale=self.scale, enable_gqa=gqa
+        ).transpose(1, 2)
+
+    def _attend_grouped(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """The heads that share keys as one longer query, so that no backend repeats the keys.
+
+        q [N, Q, G, R, D] -> [N, Q, G, R, D].
+        """
+        sequences, width, groups, repeats, size = q.shape
+        q = q.permute(0, 2, 3, 1, 4).reshape(sequences, groups, repeats * width, size)
+        out = scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=self.scale)
+        return out.view(sequences, groups, repeats, width, size).permute(0, 3, 1, 2, 4)
+
+    def _read(self, cache: Tensor, packed: PackedTokens) -> Tensor:
+        """[N, G, L, D]: a view, but for a part of the rows."""
+        if packed.first_rows:
+            return cache[: len(packed.rows), :, : packed.length]
+        return cache[:, :, : packed.length][packed.row_index]
 
 
-def rotate(x: Tensor, packed: PackedTokens, config: TransformerConfig) -> Tensor:
-    """Rotary position embedding of [T, 1, heads, D], as megatron-core's `apply_rotary_pos_emb`."""
-    size = packed.cos.shape[-1]
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotary position embedding of [T, G, n, D] by [T, 1, 1, size], as `apply_rotary_pos_emb` of megatron-core."""
+    size = cos.shape[-1]
     turned, rest = x[..., :size], x[..., size:]
-    if config.rotary_interleaved:
+    if interleaved:
         half = torch.stack((-turned[..., 1::2], turned[..., ::2]), dim=-1).flatten(-2)
     else:
         first, second = turned.chunk(2, dim=-1)
         half = torch.cat((-second, first), dim=-1)
-    turned = turned * packed.cos + half * packed.sin
+    turned = turned * cos + half * sin
     return turned if not rest.shape[-1] else torch.cat((turned, rest), dim=-1)
 
 

@@ -13,17 +13,25 @@ PROMPTS = [[7, 8, 9, 20, 33], [41], [100, 7, 55, 56, 57, 58, 59, 60, 12, 13, 90,
 STEPS = 36
 
 
-def decode(gpt, prompts, steps, exits, max_pending=None):
-    """Greedy tokens, exit layers and confidences of a batch, by the decoder."""
+def make_decoder(gpt, exits, rows, max_length, **options):
+    """A decoder that cuts at the exits that may be taken."""
     from nemo_ee.inference.decoder import EarlyExitDecoder
+    from nemo_ee.megatron.decoding_model import DecodingModel
 
+    used = [n for n, threshold in sorted(exits.items()) if threshold < 1.0]
+    return EarlyExitDecoder(DecodingModel(gpt), used, rows, max_length, **options)
+
+
+def decode(gpt, prompts, steps, exits, max_pending=None, **options):
+    """Greedy tokens, exit layers and confidences of a batch, by the decoder."""
     with torch.inference_mode():
-        decoder = EarlyExitDecoder(gpt, exits, len(prompts), max(map(len, prompts)) + steps, max_pending)
+        decoder = make_decoder(gpt, exits, len(prompts), max(map(len, prompts)) + steps, **options)
         step, out = decoder.prefill(prompts), []
+        thresholds = [[exits[point.layer] for point in decoder.exits]] * len(prompts)
         for _ in range(steps):
             tokens = step.greedy_tokens()
             out.append((tokens.tolist(), step.exit_layers, step.confidences))
-            step = decoder.step(tokens)
+            step = decoder.step(tokens, thresholds, max_pending=[max_pending] * len(prompts))
     return [tuple([part[k][row] for part in out] for k in range(3)) for row in range(len(prompts))], decoder
 
 
@@ -105,34 +113,102 @@ def test_a_cap_on_pending_tokens_forces_full_passes(one, cap):
 
 
 def test_dropping_sequences_leaves_the_others_unchanged(one):
-    from nemo_ee.inference.decoder import EarlyExitDecoder
-
-    exits = {1: 0.7, 4: 0.5}
-    expected = [generate_uncached(one, prompt, 20, exits).tokens for prompt in PROMPTS]
+    exits, steps = {1: 0.7, 4: 0.5}, 20
+    expected = [generate_uncached(one, prompt, steps, exits).tokens for prompt in PROMPTS]
     with torch.inference_mode():
-        decoder = EarlyExitDecoder(one, exits, 3, 64)
-        live, texts, step = [0, 1, 2], [[], [], []], None
+        decoder = make_decoder(one, exits, 3, 64)
+        live, texts = [0, 1, 2], [[], [], []]
         step = decoder.prefill(PROMPTS)
-        for n in range(20):
+        for n in range(steps):
             tokens = step.greedy_tokens()
             for sequence, token in zip(live, tokens.tolist(), strict=True):
                 texts[sequence].append(token)
-            if n == 6:
-                live, tokens = [0, 2], tokens[[0, 2]]
-                decoder.keep([0, 2])
-            step = decoder.step(tokens)
-    assert texts == [expected[0], expected[1][:7], expected[2]]
+            if n in (6, 12):
+                order = decoder.drop([0])
+                live, tokens = [live[row] for row in order], tokens[order]
+            step = decoder.step(tokens, [[0.7, 0.5]] * len(live))
+    assert texts == [expected[0][:7], expected[1], expected[2][:13]] and live == [1]
+
+
+def test_sequences_that_join_later_are_not_disturbed_and_do_not_disturb(one):
+    exits, steps = {1: 0.7, 4: 0.5}, 12
+    expected = [generate_uncached(one, prompt, steps, exits).tokens for prompt in PROMPTS]
+    texts = [[], [], []]
+    with torch.inference_mode():
+        decoder = make_decoder(one, exits, 3, 64)
+        tokens = decoder.prefill(PROMPTS[:1]).greedy_tokens()
+        for n in range(steps):
+            for text, token in zip(texts, tokens.tolist(), strict=False):
+                text.append(token)
+            tokens = decoder.step(tokens, [[0.7, 0.5]] * decoder.size).greedy_tokens()
+            if n == 4:
+                tokens = torch.cat([tokens, decoder.prefill(PROMPTS[1:]).greedy_tokens()])
+    assert texts[0] == expected[0]
+    assert texts[1:] == [tokens[: steps - 5] for tokens in expected[1:]]
 
 
 def test_tokens_that_may_not_exit_go_through_all_layers(one):
-    from nemo_ee.inference.decoder import EarlyExitDecoder
-
     with torch.inference_mode():
-        decoder = EarlyExitDecoder(one, {1: 0.0}, 2, 64)
+        decoder = make_decoder(one, {1: 0.0}, 2, 64)
         decoder.prefill([[5, 6], [7, 8]])
-        step = decoder.step(torch.tensor([9, 10]), may_exit=[False, True])
+        step = decoder.step(torch.tensor([9, 10]), [[1.0], [0.0]])
     assert step.exit_layers == [8, 1]
     assert [decoder.pending(0, b) for b in range(2)] == [0, 1]
+
+
+@pytest.mark.parametrize("max_pending", [None, 2])
+def test_recomputation_gives_the_same_and_runs_more_layers(one, max_pending):
+    exits = {1: 0.6, 4: 0.5}
+    caught_up, lean = decode(one, PROMPTS, 24, exits, max_pending)
+    recomputed, busy = decode(one, PROMPTS, 24, exits, max_pending, kv_policy="recompute")
+    for mine, other in zip(caught_up, recomputed, strict=True):
+        assert mine[:2] == other[:2] and mine[2] == pytest.approx(other[2], rel=1e-9)
+    assert all(more > less for more, less in zip(busy.layers_run, lean.layers_run, strict=True))
+
+
+def test_copied_states_are_those_of_an_uncached_forward_with_the_exits_state_in_deeper_layers(one):
+    exits, steps = {3: 0.6}, 24
+    (result,), decoder = decode(one, PROMPTS[:1], steps, exits, kv_policy="state_copy")
+    assert set(result[1]) == {3, 8} and decoder.pending(0, 0) == 0
+    (together, *_), _ = decode(one, PROMPTS, steps, exits, kv_policy="state_copy")
+    assert result[:2] == together[:2]
+    assert result[0] != generate_uncached(one, PROMPTS[0], steps, exits).tokens, "it approximates"
+    assert tuple(result[:2]) == generate_with_copied_states(one, PROMPTS[0], steps, 3, 0.6)
+
+
+def generate_with_copied_states(gpt, prompt, steps, layer, threshold):
+    """Tokens and exit layers; every text is run whole, tokens that left keeping their state above `layer`."""
+    text, layers, left = list(prompt), [], set()
+
+    def keep_states(_module, args, kwargs, output):
+        x = kwargs["hidden_states"]
+        out = output[0].clone()
+        for position in left:
+            out[position] = x[position]
+        return (out, *output[1:])
+
+    hooks = [
+        block.register_forward_hook(keep_states, with_kwargs=True)
+        for block in gpt.decoder.layers
+        if block.layer_number > layer
+    ]
+    with torch.no_grad():
+        for step in range(steps):
+            states = gpt.forward_states(torch.tensor([text]), torch.arange(len(text))[None], None)
+            head = gpt.exits[str(layer)]
+            state = head(states.exits[layer], None, states.rotary_pos_emb)[-1]
+            sure, row = head.projection.local_logits(state, gpt.output_weight())[0].softmax(-1).max(-1)
+            if step and sure > threshold:
+                left.add(len(text) - 1)
+                token, exit_layer = head.projection.tokens_of(row).item(), layer
+            else:
+                logits = states.output[-1, 0] @ gpt.output_weight().T
+                token, exit_layer = logits[: gpt.true_vocab_size].argmax().item(), 8
+            text.append(token)
+            layers.append(exit_layer)
+    for hook in hooks:
+        hook.remove()
+    return text[len(prompt) :], layers
 
 
 @pytest.mark.parametrize(

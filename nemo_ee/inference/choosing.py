@@ -1,0 +1,100 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""How sequences choose their tokens from predictions: greedily or by drawing, with what NeMo's parameters ask.
+
+Suffixes: n predictions, V vocabulary.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence as Several
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_ee.inference.request import SamplingOptions
+from nemo_ee.inference.sampling import token_distribution
+from nemo_ee.inference.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a token is to be chosen.
+
+    Attributes:
+        options: of its sequence.
+        eos: EOS token id.
+        too_short: EOS may not come yet.
+        text: token ids before it; only for a repetition penalty, else empty.
+    """
+
+    options: SamplingOptions
+    eos: int
+    too_short: bool
+    text: list[int]
+
+    @classmethod
+    def after(cls, sequence: Sequence, drafts: int | None = None) -> "Place":
+        """Behind a sequence's tokens and some of its drafts; None means all."""
+        options, count = sequence.request.sampling, len(sequence.drafts) if drafts is None else drafts
+        too_short = len(sequence.tokens) + count < sequence.request.min_length
+        text: list[int] = []
+        if not options.use_greedy and options.repetition_penalty != 1.0:
+            text = sequence.prompt + sequence.tokens + [draft.token for draft in sequence.drafts[:count]]
+        return cls(options, sequence.eos, too_short, text)
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the most probable token is not all that is asked for."""
+        return not self.options.use_greedy or self.too_short or self.options.all_probs
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What n predictions say, for their places.
+
+    Attributes:
+        greedy: [n] token ids of greedy places; arbitrary elsewhere.
+        distributions: [n, V] to draw from; None if all places are greedy.
+        log_probs: [n, V] of the prediction itself, nats; None if no place wants it.
+    """
+
+    greedy: list[int]
+    distributions: Tensor | None = None
+    log_probs: Tensor | None = None
+
+
+def choices(places: Several[Place], tokens: Tensor, logits: Callable[[], Tensor]) -> Choices:
+    """Choices for n places.
+
+    Args:
+        places: n.
+        tokens: [n] the most probable tokens.
+        logits: gives [n, V]; called only if a place needs it, alike on all tensor-parallel ranks.
+    """
+    if not any(place.needs_logits for place in places):
+        return Choices(tokens.tolist())
+    raw = logits()
+    log_probs = None
+    if any(place.options.all_probs for place in places):
+        log_probs = raw.to(torch.promote_types(raw.dtype, torch.float32)).log_softmax(-1)
+    allowed = raw.clone()
+    for i, place in enumerate(places):
+        if place.too_short:
+            allowed[i, place.eos] = float("-inf")
+    if all(place.options.use_greedy for place in places):
+        return Choices(allowed.argmax(-1).tolist(), None, log_probs)
+    return Choices(allowed.argmax(-1).tolist(), _distributions(places, allowed), log_probs)
+
+
+def _distributions(places: Several[Place], logits: Tensor) -> Tensor:
+    """[n, V]; places of the same options are computed together."""
+    groups: dict[SamplingOptions, list[int]] = {}
+    for i, place in enumerate(places):
+        groups.setdefault(place.options, []).append(i)
+    out = logits.new_zeros(logits.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
+    for options, members in groups.items():
+        index = torch.tensor(members, device=logits.device)
+        out[index] = token_distribution(logits[index], options, [places[i].text for i in members]).to(
+            out.dtype
+        )
+    return out

@@ -1,0 +1,91 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""One exit of a decoder: its head, and the hidden states that wait there.
+
+Suffixes: T tokens of a pack, N sequences, H hidden size.
+"""
+
+import torch
+from torch import Tensor
+
+from nemo_ee.megatron.confidence_rules import ConfidenceRule, ExitEvidence
+from nemo_ee.megatron.decode import PackedTokens
+from nemo_ee.megatron.decoding_model import DecodingModel
+from nemo_ee.megatron.prediction import Prediction
+
+
+class Trail:
+    """What the exits before said about the tokens of one step, for rules that look back.
+
+    Args:
+        count: N.
+        hidden: an example of a hidden state.
+    """
+
+    def __init__(self, count: int, hidden: Tensor):
+        self.hidden = hidden.new_zeros(count, hidden.shape[-1])
+        self.tokens = torch.full((count,), -1, device=hidden.device)
+        self.agreeing = torch.zeros(count, dtype=torch.long, device=hidden.device)
+
+    def evidence(self, prediction: Prediction, hidden: Tensor, indices: list[int]) -> ExitEvidence:
+        """Of the tokens with these indices; then remembers them."""
+        index = torch.tensor(indices, device=hidden.device)
+        same = self.tokens[index] == prediction.tokens
+        agreeing = torch.where(same, self.agreeing[index], 0) + 1
+        evidence = ExitEvidence(prediction, hidden, self.hidden[index], agreeing)
+        self.hidden[index], self.tokens[index], self.agreeing[index] = hidden, prediction.tokens, agreeing
+        return evidence
+
+
+class ExitPoint:
+    """One exit in use.
+
+    Args:
+        model: that it belongs to.
+        layer: its layer.
+        rule: how sure it is.
+        rows: sequences that fit.
+        max_length: positions.
+    """
+
+    def __init__(self, model: DecodingModel, layer: int, rule: ConfidenceRule, rows: int, max_length: int):
+        self.head, self.layer, self.rule = model.heads[layer], layer, rule
+        self.block = model.cached_block(layer, rows, max_length)
+        self.hidden = model.hidden.new_zeros(rows, max_length, model.hidden.shape[-1])
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copies what waits in one row to another."""
+        self.hidden[target, :length] = self.hidden[source, :length]
+        if self.block is not None:
+            self.block.move(source, target, length)
+
+    def store(self, x: Tensor, packed: PackedTokens) -> None:
+        """Remembers the tokens' hidden states [T, H]."""
+        if packed.single:
+            self.hidden[packed.rows[0], packed.starts[0] : packed.length] = x
+        else:
+            self.hidden[packed.token_rows, packed.positions] = x
+
+    def pending(self, packed: PackedTokens) -> Tensor:
+        """The hidden states [T, H] of the tokens of a pack."""
+        if packed.single:
+            return self.hidden[packed.rows[0], packed.starts[0] : packed.length]
+        return self.hidden[packed.token_rows, packed.positions]
+
+    def enter_block(self, x: Tensor, packed: PackedTokens) -> Tensor:
+        """The head's block, if it has one, on all tokens of a pack (its keys must be complete)."""
+        return x if self.block is None else self.block(x.to(self.head.dtype), packed)
+
+    def predict(
+        self, x: Tensor, inside: Tensor, indices: list[int], trail: Trail | None
+    ) -> tuple[Prediction, list[float]]:
+        """The head's prediction and how sure it is, for the tokens with these indices in the step.
+
+        Args:
+            x: [N, H] the hidden states.
+            inside: [N, H] behind the block.
+            indices: N of the step's tokens.
+            trail: of the step, for rules that look back.
+        """
+        prediction = self.head.predict(inside)
+        evidence = ExitEvidence(prediction, x) if trail is None else trail.evidence(prediction, x, indices)
+        return prediction, self.rule.confidence(evidence).tolist()

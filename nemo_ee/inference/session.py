@@ -1,0 +1,209 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""A batch of sequences that decode together; they come and go between steps."""
+
+from collections.abc import Callable
+from collections.abc import Sequence as Several
+
+import torch
+from torch import Tensor
+
+from nemo_ee.inference.choosing import Choices, Place, choices
+from nemo_ee.inference.decoder import EarlyExitDecoder
+from nemo_ee.inference.lossless import LosslessRounds
+from nemo_ee.inference.sampling import draw
+from nemo_ee.inference.sequence import Draft, Sequence
+from nemo_ee.inference.step import Step
+from nemo_ee.inference.verification import accept_drafts, agreeing_prefix
+from nemo_ee.megatron.decoding_model import DecodingModel
+from nemo_ee.megatron.vocab_parallel import gather_columns
+
+
+class DecodingSession:
+    """Continues sequences, each right behind its own end and with exits of its own.
+
+    Prompts run through all layers and the first token of each comes from the final exit. A sequence's greedy
+    tokens do not depend on its neighbours; sampled ones neither, as each draws from its own seed. All
+    tensor-parallel ranks make the same calls and get the same tokens. Use it under `generating`, from one
+    thread.
+
+    Args:
+        model: the whole model, on one pipeline stage.
+        exit_layers: exits that any sequence may use, ascending.
+        slots: sequences at a time.
+        max_length: positions per sequence: prompt and generated tokens but the last.
+        kv_policy: see `EarlyExitDecoder`; lossless sequences need catch_up.
+        confidence: see `EarlyExitDecoder`.
+
+    Attributes:
+        running: the sequences, in the order of the decoder's rows.
+    """
+
+    def __init__(
+        self,
+        model: DecodingModel,
+        exit_layers: Several[int],
+        slots: int,
+        max_length: int,
+        kv_policy: str = "catch_up",
+        confidence: str = "max_probability",
+    ):
+        self.slots, self.max_length = slots, max_length
+        self.running: list[Sequence] = []
+        self._model, self._layers = model, list(exit_layers)
+        self._shard = len(model.gpt.output_weight())
+        self._decoder = EarlyExitDecoder(model, exit_layers, slots, max_length, kv_policy, confidence)
+        self._rounds = LosslessRounds(model, exit_layers)
+
+    @property
+    def free(self) -> int:
+        """Sequences that can be added."""
+        return self.slots - len(self.running)
+
+    def add(self, sequences: Several[Sequence]) -> list[Sequence]:
+        """Feeds prompts and chooses their first tokens.
+
+        Args:
+            sequences: at most `free`, each of a limit of at least 1 that fits `max_length`.
+
+        Returns:
+            Those that are finished; they are not in the session.
+        """
+        assert len(sequences) <= self.free, "no free slot"
+        assert all(len(s.prompt) + s.limit - 1 <= self.max_length for s in sequences), "too long"
+        self.running += sequences
+        step = self._decoder.prefill([s.prompt for s in sequences])
+        self._take(step, list(sequences), [False] * len(sequences))
+        return self._retire()
+
+    def step(self) -> list[Sequence]:
+        """Decodes: every sequence gets a token, but for lossless ones whose drafts are not verified yet.
+
+        Returns:
+            Those that are finished; they have left the session.
+        """
+        rounds, lossless = self._rounds, [s for s in self.running if self._drafts(s)]
+        if lossless:
+            rounds.begin(len(lossless))
+        rows = [row for row, s in enumerate(self.running) if s not in rounds.waiting]
+        going = [self.running[row] for row in rows]
+        hold = [rounds.active and self._drafts(s) for s in going]
+        if going:
+            thresholds = [self._thresholds(s, held) for s, held in zip(going, hold, strict=True)]
+            tokens = torch.tensor([s.last_token for s in going], device=self._model.device)
+            limits = [None if held else s.request.max_pending for s, held in zip(going, hold, strict=True)]
+            step = self._decoder.step(tokens, thresholds, rows, limits, hold)
+            rounds.note_drafting([t for t, held in zip(thresholds, hold, strict=True) if held])
+            self._take(step, going, hold)
+        if rounds.active and all(s in rounds.waiting for s in lossless):
+            self._verify(lossless)
+        return self._retire()
+
+    def remove(self, sequence: Sequence) -> None:
+        """Ends a sequence before its time."""
+        sequence.finish_reason = "cancelled"
+        self._retire()
+
+    def _drafts(self, sequence: Sequence) -> bool:
+        """Whether exits only draft for this sequence."""
+        return sequence.request.lossless and min(sequence.request.exits.values(), default=1.0) < 1.0
+
+    def _thresholds(self, sequence: Sequence, held: bool) -> list[float]:
+        """Of every exit, for the sequence's next token; 1.0 does not ask."""
+        if self._drafts(sequence) and not (held and len(sequence.drafts) < self._rounds.length):
+            return [1.0] * len(self._layers)
+        return [sequence.request.exits.get(n, 1.0) for n in self._layers]
+
+    def _take(self, step: Step, sequences: list[Sequence], hold: list[bool]) -> None:
+        """Gives a step's answers to its sequences: as final tokens, or as drafts where they are held."""
+        self._rounds.waiting.update(s for i, s in enumerate(sequences) if i not in step.answered)
+        answered = [sequences[i] for i in step.answered]
+        if not answered:
+            return
+        found = self._choices(
+            [Place.after(s) for s in answered],
+            step.greedy_tokens(),
+            lambda: step.vocabulary_shard(self._shard),
+        )
+        tokens = self._draw(found, answered)
+        for n, (i, sequence, token) in enumerate(zip(step.answered, answered, tokens, strict=True)):
+            layer, confidence = step.exit_layers[i], step.confidences[i]
+            if not hold[i]:
+                self._commit(sequence, token, layer, confidence, found, n)
+                continue
+            drawn_from = None if sequence.request.sampling.use_greedy else found.distributions[n]
+            sequence.drafts.append(Draft(token, layer, confidence, drawn_from))
+            if sequence.ends_with_drafts():
+                self._rounds.waiting.add(sequence)
+
+    def _verify(self, sequences: list[Sequence]) -> None:
+        """Ends a round: the full model accepts drafts, and says what comes behind them."""
+        rows = [self.running.index(s) for s in sequences]
+        prediction, counts = self._decoder.flush(rows)
+        places = [Place.after(s, j) for s, n in zip(sequences, counts, strict=True) for j in range(n)]
+        found = self._choices(places, prediction.tokens, lambda: prediction.vocabulary_shard(self._shard))
+        confidences = prediction.confidence.tolist()
+        first, committed, accepted, rejected = 0, 0, 0, 0
+        for sequence, row, count in zip(sequences, rows, counts, strict=True):
+            drafts, greedy = sequence.drafts, found.greedy[first : first + count]
+            following: int | None
+            if sequence.request.sampling.use_greedy:
+                good = agreeing_prefix(drafts, greedy)
+                following = greedy[good] if good < count else None
+            else:
+                span = found.distributions[first : first + count]
+                good, following = accept_drafts(drafts, span, sequence.random)
+            sequence.drafts = []
+            self._decoder.roll_back(row, self._decoder.lengths[row] - count + good + 1)
+            before = len(sequence.tokens)
+            for n, draft in enumerate(drafts[:good]):
+                if not self._commit(
+                    sequence, draft.token, draft.exit_layer, draft.confidence, found, first + n
+                ):
+                    break
+            if sequence.finish_reason is None and following is not None:
+                n = first + good
+                self._commit(sequence, following, self._model.final_layer, confidences[n], found, n)
+            committed += len(sequence.tokens) - before
+            accepted += good
+            rejected += good < len(drafts)
+            sequence.statistics.drafts += len(drafts)
+            sequence.statistics.accepted += good
+            first += count
+        self._rounds.end(committed, accepted, rejected, sum(counts), len(sequences))
+
+    def _commit(
+        self, sequence: Sequence, token: int, layer: int, confidence: float, found: Choices, n: int
+    ) -> bool:
+        """Adds a final token, chosen from the n-th prediction; returns whether the sequence goes on."""
+        if sequence.request.sampling.all_probs:
+            sequence.logprobs.append(found.log_probs[n, token])
+            sequence.full_logprobs.append(found.log_probs[n])
+        return sequence.commit(token, layer, confidence)
+
+    def _choices(self, places: list[Place], tokens: Tensor, shard: Callable[[], Tensor]) -> Choices:
+        """Collectives: at TP > 1, for anything but plain greedy decoding, an all-gather of [n, Vp/TP]."""
+        vocabulary = self._model.gpt.true_vocab_size
+        return choices(places, tokens, lambda: gather_columns(shard())[:, :vocabulary])
+
+    def _draw(self, found: Choices, sequences: list[Sequence]) -> list[int]:
+        """A token for each sequence."""
+        sampled = [i for i, s in enumerate(sequences) if not s.request.sampling.use_greedy]
+        tokens = list(found.greedy)
+        if sampled:
+            index = torch.tensor(sampled, device=self._model.device)
+            uniforms = [sequences[i].random.random() for i in sampled]
+            for i, token in zip(sampled, draw(found.distributions[index], uniforms).tolist(), strict=True):
+                tokens[i] = token
+        return tokens
+
+    def _retire(self) -> list[Sequence]:
+        """Drops finished sequences and their rows; returns them."""
+        for sequence, layers in zip(self.running, self._decoder.layers_run, strict=True):
+            sequence.statistics.layers_run = layers
+        rows = [row for row, s in enumerate(self.running) if s.finish_reason is not None]
+        if not rows:
+            return []
+        finished = [self.running[row] for row in rows]
+        self._rounds.waiting.difference_update(finished)
+        self.running = [self.running[row] for row in self._decoder.drop(rows)]
+        return finished

@@ -1,0 +1,101 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""A model as decoding reads it: functions of its weights, taken once and shared by any number of decoders."""
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from nemo_ee.megatron.decode import CachedLayer, PositionTable
+from nemo_ee.megatron.gpt import EarlyExitGPTModel
+from nemo_ee.megatron.lean_head import LeanHead, LeanOutput
+from nemo_ee.megatron.lean_layer import LeanLayer, layer_mathematics
+
+
+class DecodingModel:
+    """The layers, heads and output of a model on one pipeline stage or of one stage of several.
+
+    Weights of another dtype than the computation's, and 8-bit ones, are copies made here; a model that is
+    trained further needs a new one. Build it under `generating`, which sets autocast.
+
+    Args:
+        gpt: in eval mode, sequence parallelism off.
+        weights: see `nemo_ee.megatron.lean_weights.WEIGHT_KINDS`.
+
+    Attributes:
+        layers: global 1-based layer number -> mathematics, ascending.
+        heads: exit layer -> head, all of this stage.
+        output: the final exit; None on stages before the last.
+        dtype: of the backbone's computation.
+        device: of its weights.
+        hidden: [0, H], an empty example of a hidden state.
+    """
+
+    def __init__(self, gpt: EarlyExitGPTModel, weights: str = "native"):
+        self.gpt = gpt
+        some = gpt.decoder.layers[0].self_attention.linear_proj.weight
+        self.device, self.dtype = some.device, compute_dtype(some)
+        output_weight = gpt.output_weight()
+        self.layers = {
+            layer.layer_number: layer_mathematics(layer, self.dtype, weights) for layer in gpt.decoder.layers
+        }
+        self.heads = {}
+        self.blocks = {}
+        for n in gpt.exit_layers:
+            head = gpt.exits[str(n)]
+            dtype = compute_dtype(next(head.parameters(), output_weight))
+            self.heads[n] = LeanHead(head, output_weight, dtype, weights)
+            if head.block is not None:
+                self.blocks[n] = layer_mathematics(head.block, dtype, weights)
+        self.output = LeanOutput(gpt, self.dtype, weights) if gpt.post_process else None
+        self.final_layer = gpt.config.num_layers
+        self.hidden = torch.empty(0, gpt.config.hidden_size, dtype=self._hidden_dtype(), device=self.device)
+        self._embedding = None
+        plain = parallel_state.get_tensor_model_parallel_world_size() == 1
+        wide = gpt.config.fp32_residual_connection
+        if gpt.pre_process and plain and not wide and not gpt.embedding.add_position_embedding:
+            self._embedding = gpt.embedding.word_embeddings.weight.detach()
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """[T] token ids and positions -> [T, H]. Collectives: an all-reduce of [T, H] where TP > 1."""
+        if self._embedding is not None:
+            return self._embedding[tokens]
+        return self.gpt.embedding(input_ids=tokens[None], position_ids=positions[None])[:, 0]
+
+    def table(self, max_length: int) -> PositionTable:
+        """Positions for decoders of that length."""
+        return PositionTable(self.gpt, max_length, self.dtype, self.device)
+
+    def cached_layers(self, rows: int, max_length: int) -> dict[int, CachedLayer]:
+        """The layers with caches of their own."""
+        modules = {layer.layer_number: layer for layer in self.gpt.decoder.layers}
+        return {
+            n: CachedLayer(modules[n], mathematics, rows, max_length, self.dtype, self.device)
+            for n, mathematics in self.layers.items()
+        }
+
+    def cached_block(self, n: int, rows: int, max_length: int) -> CachedLayer | None:
+        """The block of the exit on layer n with a cache of its own, if that exit has one."""
+        if n not in self.blocks:
+            return None
+        block = self.gpt.exits[str(n)].block
+        dtype = self.heads[n].dtype
+        return CachedLayer(block, self.blocks[n], rows, max_length, dtype, self.device)
+
+    def layer_bytes(self, n: int) -> int:
+        """Of weights that a pass through layer n reads; 0 where its modules do not tell."""
+        layer = self.layers[n]
+        if not isinstance(layer, LeanLayer):
+            return 0
+        return sum(part.bytes for part in (layer.qkv, layer.out, layer.mlp.up, layer.mlp.down))
+
+    def _hidden_dtype(self) -> torch.dtype:
+        if self.gpt.config.fp32_residual_connection:
+            return torch.float32
+        weight = self.gpt.decoder.layers[0].self_attention.linear_proj.weight
+        return weight.dtype
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """What a matrix product with this weight returns: autocast's dtype where autocast is on, else its own."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype

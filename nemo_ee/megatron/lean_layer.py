@@ -1,0 +1,193 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""What a transformer layer computes around attention, from its weights alone or through its modules.
+
+Suffixes: T tokens, H hidden size, G query groups and R queries per group of this tensor-parallel rank,
+D head size.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+from torch.nn.functional import gelu, silu
+
+from nemo_ee.megatron.lean_weights import LeanNorm, is_lean_norm, lean_linear, sum_over_ranks
+
+
+class LayerMathematics(Protocol):
+    """A layer in two halves, before and after attention."""
+
+    def project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values: [T, H] -> [T, G, R + 2, D], each group's queries, its key, its value."""
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The layer's output [T, H] from its input [T, H] and attention's output [T, G x R x D]."""
+
+
+class LeanMLP:
+    """An MLP, gated or not.
+
+    Args:
+        mlp: megatron-core's, of torch modules.
+        dtype: to compute in.
+        weights: see `WEIGHT_KINDS`.
+    """
+
+    def __init__(self, mlp: MLP, dtype: torch.dtype, weights: str):
+        config, up, down = mlp.config, mlp.linear_fc1, mlp.linear_fc2
+        self.world = config.tensor_model_parallel_size
+        self.up = lean_linear(up.weight, up.bias, dtype, weights)
+        self.bias = down.bias if self.world > 1 else None
+        self.down = lean_linear(down.weight, None if self.world > 1 else down.bias, dtype, weights)
+        self.gated, self.activation = config.gated_linear_unit, config.activation_func
+        if config.bias_activation_fusion and self.activation is gelu:
+            self.activation = _tanh_gelu  # what the fused kernel computes
+
+    def inside(self, x: Tensor) -> Tensor:
+        """[T, H] -> [T, F/TP], what the second matrix reads."""
+        x = self.up(x)
+        if not self.gated:
+            return self.activation(x)
+        gate, value = x.chunk(2, dim=-1)
+        return self.activation(gate) * value
+
+    def onto(self, residual: Tensor, x: Tensor) -> Tensor:
+        """residual + MLP(x), [T, H]. Collectives: an all-reduce of [T, H] where TP > 1."""
+        return add_down(self.down, self.bias, residual, self.inside(x), self.world)
+
+
+class LeanLayer:
+    """A layer as functions of its weights, which are not copied if they have the dtype.
+
+    Args:
+        layer: of plain torch modules, see `is_lean`.
+        dtype: to compute in.
+        weights: see `WEIGHT_KINDS`.
+    """
+
+    def __init__(self, layer: TransformerLayer, dtype: torch.dtype, weights: str = "native"):
+        attention = layer.self_attention
+        self.dtype, self.world = dtype, layer.config.tensor_model_parallel_size
+        self.groups = attention.num_query_groups_per_partition
+        self.head_size = attention.hidden_size_per_attention_head
+        self.norm = LeanNorm.of(layer.input_layernorm)
+        qkv, out = attention.linear_qkv, attention.linear_proj
+        self.qkv = lean_linear(qkv.weight, qkv.bias, dtype, weights)
+        self.bias = out.bias if self.world > 1 else None
+        self.out = lean_linear(out.weight, None if self.world > 1 else out.bias, dtype, weights)
+        self.mlp_norm = LeanNorm.of(layer.pre_mlp_layernorm)
+        self.mlp = LeanMLP(layer.mlp, dtype, weights)
+        self.head_norms = None
+        if attention.q_layernorm is not None and not isinstance(attention.q_layernorm, IdentityOp):
+            self.head_norms = [LeanNorm.of(n) for n in (attention.q_layernorm, attention.k_layernorm)]
+
+    def project(self, x: Tensor) -> Tensor:
+        """See `LayerMathematics`."""
+        qkv = self.qkv(normed(self.norm, x, self.dtype)).view(len(x), self.groups, -1, self.head_size)
+        if self.head_norms is not None:
+            query, key, value = qkv.split([qkv.shape[2] - 2, 1, 1], dim=2)
+            qkv = torch.cat([self.head_norms[0](query), self.head_norms[1](key), value], dim=2)
+        return qkv
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """See `LayerMathematics`. Collectives: two all-reduces of [T, H] where TP > 1."""
+        x = add_down(self.out, self.bias, x, attended, self.world)
+        return self.mlp.onto(x, normed(self.mlp_norm, x, self.dtype))
+
+
+class ModuleLayer:
+    """A layer through its own modules, whatever they are: slower.
+
+    Args:
+        layer: sequence parallelism must be off.
+    """
+
+    def __init__(self, layer: TransformerLayer):
+        self.layer = layer
+        self.groups = layer.self_attention.num_query_groups_per_partition
+
+    def project(self, x: Tensor) -> Tensor:
+        """See `LayerMathematics`."""
+        layer = self.layer
+        query, key, value = layer.self_attention.get_query_key_value_tensors(
+            layer.input_layernorm(x[:, None])
+        )
+        parts = (
+            query.view(len(x), self.groups, -1, query.shape[-1]),
+            key[:, 0, :, None],
+            value[:, 0, :, None],
+        )
+        return torch.cat(parts, dim=2)
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """See `LayerMathematics`. Collectives: those of the modules."""
+        layer, x = self.layer, x[:, None]
+        out, bias = layer.self_attention.linear_proj(attended[:, None])
+        x = x + (out if bias is None else out + bias)
+        out, bias = layer.mlp(layer.pre_mlp_layernorm(x))
+        return (x + (out if bias is None else out + bias))[:, 0]
+
+
+def is_lean(layer: TransformerLayer) -> bool:
+    """Whether `LeanLayer` knows all modules of the layer."""
+    attention = layer.self_attention
+    return (
+        type(attention) is SelfAttention
+        and type(attention.linear_qkv) is ColumnParallelLinear
+        and type(attention.linear_proj) is RowParallelLinear
+        and is_lean_norm(layer.input_layernorm)
+        and is_lean_norm(layer.pre_mlp_layernorm)
+        and all(
+            norm is None or isinstance(norm, IdentityOp) or is_lean_norm(norm)
+            for norm in (attention.q_layernorm, attention.k_layernorm)
+        )
+        and is_lean_mlp(layer.mlp)
+    )
+
+
+def is_lean_mlp(mlp: Any) -> bool:
+    """Whether `LeanMLP` knows the modules and the activation of an MLP."""
+    return (
+        type(mlp) is MLP
+        and type(mlp.linear_fc1) is ColumnParallelLinear
+        and type(mlp.linear_fc2) is RowParallelLinear
+        and (not mlp.config.bias_activation_fusion or mlp.config.activation_func in (gelu, silu))
+    )
+
+
+def layer_mathematics(layer: TransformerLayer, dtype: torch.dtype, weights: str) -> LayerMathematics:
+    """The layer's weights as functions where we know its modules, else the modules themselves.
+
+    Raises:
+        NotImplementedError: other than native weights for modules that we do not know.
+    """
+    if is_lean(layer):
+        return LeanLayer(layer, dtype, weights)
+    if weights != "native":
+        raise NotImplementedError(
+            f"weights={weights}: only layers of torch modules can change theirs; use native weights"
+        )
+    return ModuleLayer(layer)
+
+
+def normed(norm: LeanNorm, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The norm in the input's dtype, then in the one to compute in."""
+    x = norm(x)
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def add_down(down: Any, bias: Tensor | None, residual: Tensor, x: Tensor, world: int) -> Tensor:
+    """residual + the sum over tensor-parallel ranks of x W^T + bias. Collectives: see `sum_over_ranks`."""
+    if world == 1:
+        return down.onto(residual, x)
+    out = sum_over_ranks(down(x), world)
+    return residual + (out if bias is None else out + bias)
+
+
+def _tanh_gelu(x: Tensor) -> Tensor:
+    return gelu(x, approximate="tanh")

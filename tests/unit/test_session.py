@@ -1,0 +1,271 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Sessions: sequences of different requests that decode together, and lossless decoding."""
+
+import random
+
+import pytest
+import torch
+
+from tests.support.tiny_gpt import HEADS, tiny_model, tiny_model_config
+from tests.support.uncached import generate_uncached
+
+PROMPTS = [[7, 8, 9, 20, 33], [41], [100, 7, 55, 56, 57, 58, 59, 60, 12, 13, 90, 3], [5, 6], [199, 3, 3]]
+STEPS = 24
+LAYERS = [1, 3, 4]
+EOS = 0
+
+
+@pytest.fixture(scope="module")
+def gpt():
+    head = HEADS["block, MLP, linear, untied"]
+    config = tiny_model_config(head=head, exits=LAYERS, share_embeddings_and_output_weights=False)
+    return tiny_model(config, dtype=torch.float64).gpt
+
+
+def sequence(prompt, exits, lossless=False, limit=STEPS, seed=0, stop=lambda tokens: False, **sampling):
+    from nemo_ee.inference.request import GenerationRequest, SamplingOptions
+    from nemo_ee.inference.sequence import Sequence
+
+    options = SamplingOptions(use_greedy=not sampling, **sampling)
+    request = GenerationRequest(max_length=limit, sampling=options, exits=exits, lossless=lossless)
+    return Sequence(list(prompt), request, stop, EOS, limit, seed)
+
+
+def run(gpt, sequences, slots=None, layers=LAYERS):
+    """Decodes all; later ones join as earlier ones leave."""
+    from nemo_ee.inference.session import DecodingSession
+    from nemo_ee.megatron.decoding_model import DecodingModel
+
+    waiting, finished = list(sequences), []
+    with torch.inference_mode():
+        session = DecodingSession(DecodingModel(gpt), layers, slots or len(sequences), 64)
+        while waiting or session.running:
+            batch, waiting = waiting[: session.free], waiting[session.free :]
+            finished += session.add(batch) if batch else []
+            finished += session.step() if session.running else []
+    assert {id(s) for s in finished} == {id(s) for s in sequences}
+    assert all(s.finish_reason in ("stop", "length") for s in finished)
+    return session
+
+
+def test_each_sequence_has_its_own_exits_and_thresholds_whoever_decodes_beside_it(gpt):
+    """Two slots for five sequences, so that they join and leave at different times."""
+    exits = [{1: 0.7, 4: 0.5}, {}, {3: 0.4}, {1: 0.9, 3: 0.6, 4: 0.6}, {4: 0.3}]
+    sequences = [
+        sequence(prompt, each, limit=STEPS - 3 * i)
+        for i, (prompt, each) in enumerate(zip(PROMPTS, exits, strict=True))
+    ]
+    run(gpt, sequences, slots=2)
+    for s, each in zip(sequences, exits, strict=True):
+        reference = generate_uncached(gpt, s.prompt, s.limit, each)
+        assert (s.tokens, s.exit_layers) == (reference.tokens, reference.exit_layers)
+        assert s.confidences == pytest.approx(reference.confidences, rel=1e-9)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.2, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("exits", [[1], [3, 4], LAYERS], ids=str)
+def test_lossless_greedy_is_the_full_models(gpt, exits, threshold):
+    alone, together = (
+        [sequence(p, dict.fromkeys(exits, threshold), True) for p in PROMPTS] for _ in range(2)
+    )
+    for s in alone:
+        run(gpt, [s])
+    run(gpt, together)
+    for one, many in zip(alone, together, strict=True):
+        expected = generate_uncached(gpt, one.prompt, STEPS, {}).tokens
+        assert one.tokens == many.tokens == expected
+    drafts = sum(s.statistics.drafts for s in alone)
+    accepted = sum(s.statistics.accepted for s in alone)
+    assert (drafts > 0) == (threshold < 1.0) and accepted <= drafts
+    if threshold == 0.0 and 1 not in exits:
+        assert 0 < accepted < drafts, "drafts are accepted and rejected"
+
+
+def test_lossless_greedy_where_most_drafts_are_right(gpt):
+    """Layers above the first exit that add little, so that drafts come in long rows."""
+    head = HEADS["norm, tied"]
+    config = tiny_model_config(head=head, exits=[2, 4], share_embeddings_and_output_weights=True)
+    agreeable = tiny_model(config, dtype=torch.float64).gpt
+    with torch.no_grad():
+        for name, parameter in agreeable.decoder.layers[2:].named_parameters():
+            if "linear_proj." in name or "linear_fc2." in name:
+                parameter *= 0.1
+        for n in agreeable.exits:
+            agreeable.exits[n].norm.weight.copy_(agreeable.decoder.final_layernorm.weight)
+    sequences = [sequence(p, {2: 0.3, 4: 0.1}, True) for p in PROMPTS]
+    run(agreeable, sequences, layers=[2, 4])
+    for s in sequences:
+        assert s.tokens == generate_uncached(agreeable, s.prompt, STEPS, {}).tokens
+    drafts = sum(s.statistics.drafts for s in sequences)
+    accepted = sum(s.statistics.accepted for s in sequences)
+    assert accepted > 0.6 * STEPS * len(PROMPTS) and accepted < drafts
+    assert {2, 4, 8} <= {layer for s in sequences for layer in s.exit_layers}
+
+
+def test_lossless_sequences_beside_others_disturb_nobody(gpt):
+    exits = {1: 0.4, 4: 0.4}
+    sequences = [sequence(p, exits, lossless=i % 2 == 0) for i, p in enumerate(PROMPTS)]
+    run(gpt, sequences, slots=3)
+    for s in sequences:
+        expected = generate_uncached(gpt, s.prompt, STEPS, {} if s.request.lossless else exits)
+        assert s.tokens == expected.tokens
+
+
+def test_a_stop_among_drafts_ends_a_sequence_there(gpt):
+    full = generate_uncached(gpt, PROMPTS[0], STEPS, {}).tokens
+    for end in sorted(set(full)):
+        s = sequence(PROMPTS[0], {1: 0.0}, True, stop=lambda tokens, end=end: tokens[-1] == end)
+        run(gpt, [s])
+        assert s.tokens == full[: full.index(end) + 1]
+        assert s.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 7])
+def test_a_limit_within_drafts(gpt, limit):
+    s = sequence(PROMPTS[0], {1: 0.0, 3: 0.0}, True, limit=limit)
+    run(gpt, [s])
+    assert s.tokens == generate_uncached(gpt, PROMPTS[0], limit, {}).tokens
+    assert s.finish_reason == "length"
+
+
+def test_removing_a_sequence_in_the_middle_of_a_round(gpt):
+    from nemo_ee.inference.session import DecodingSession
+    from nemo_ee.megatron.decoding_model import DecodingModel
+
+    sequences = [sequence(p, {1: 0.0}, True) for p in PROMPTS[:3]]
+    with torch.inference_mode():
+        session = DecodingSession(DecodingModel(gpt), LAYERS, 3, 64)
+        session.add(sequences)
+        session.step()
+        session.remove(sequences[0])
+        assert sequences[0].finish_reason == "cancelled" and session.free == 1
+        while session.running:
+            session.step()
+    for s in sequences[1:]:
+        assert s.tokens == generate_uncached(gpt, s.prompt, STEPS, {}).tokens
+
+
+def test_sampled_tokens_depend_on_the_seed_alone(gpt):
+    exits, options = {1: 0.5, 4: 0.5}, dict(temperature=1.5, top_k=20)
+    for lossless in (False, True):
+        alone = [sequence(p, exits, lossless, seed=i, **options) for i, p in enumerate(PROMPTS)]
+        together = [sequence(p, exits, lossless, seed=i, **options) for i, p in enumerate(PROMPTS)]
+        for s in alone:
+            run(gpt, [s])
+        run(gpt, together, slots=5)
+        if not lossless:  # rounds, and with them random numbers, depend on who drafts together
+            assert [s.tokens for s in alone] == [s.tokens for s in together]
+        again = [sequence(p, exits, lossless, seed=i, **options) for i, p in enumerate(PROMPTS)]
+        run(gpt, again, slots=5)
+        assert [s.tokens for s in again] == [s.tokens for s in together]
+        other = sequence(PROMPTS[0], exits, lossless, seed=99, **options)
+        run(gpt, [other])
+        assert other.tokens != alone[0].tokens
+
+
+def test_accepting_keeps_the_distribution():
+    """Empirical frequencies of the first token against the full model's, chi-square at 1e-6."""
+    from scipy.stats import chi2
+
+    from nemo_ee.inference.sampling import draw
+    from nemo_ee.inference.sequence import Draft
+    from nemo_ee.inference.verification import accept_drafts
+
+    generator, rng, size, trials = torch.Generator().manual_seed(5), random.Random(11), 7, 20_000
+    p, q = (torch.rand(2, size, generator=generator, dtype=torch.float64) ** 3).unbind()
+    p[2] = q[4] = 0.0
+    p, q = p / p.sum(), q / q.sum()
+    counts, wrong = torch.zeros(size), torch.zeros(size)
+    for _ in range(trials):
+        token = int(draw(q[None], [rng.random()]))
+        good, following = accept_drafts([Draft(token, 1, 0.5, q)], p[None], rng)
+        counts[token if good else following] += 1
+        wrong[token] += 1
+    possible = p > 0
+    assert not counts[~possible].any()
+
+    def statistic(observed):
+        expected = trials * p[possible]
+        return float((((observed[possible] - expected) ** 2) / expected).sum())
+
+    limit = chi2.isf(1e-6, int(possible.sum()) - 1)
+    assert statistic(counts) < limit < statistic(wrong), "and the test sees a wrong distribution"
+
+
+@pytest.mark.parametrize("top_k", [0, 4])
+def test_lossless_sampling_has_the_full_models_distribution(gpt, top_k):
+    """Pairs of tokens behind a prompt, against the exact joint distribution of the full model."""
+    from scipy.stats import chi2
+
+    trials, exits, limit = 3000, {1: 0.0, 3: 0.0}, 3
+    options = dict(temperature=0.35, top_k=top_k)
+    batch = [sequence(PROMPTS[0], exits, True, limit=limit, seed=i, **options) for i in range(trials)]
+    run(gpt, batch, slots=500)
+    pairs = [tuple(s.tokens[:2]) for s in batch]
+    expected = joint_of_two(gpt, PROMPTS[0], **options)
+    common = {pair: p for pair, p in expected.items() if p * trials >= 5}
+    rest = 1 - sum(common.values())
+    observed = {pair: pairs.count(pair) for pair in common}
+    terms = [(observed[pair] - p * trials) ** 2 / (p * trials) for pair, p in common.items()]
+    others = trials - sum(observed.values())
+    terms.append((others - rest * trials) ** 2 / (rest * trials) if rest * trials >= 5 else 0.0)
+    assert len(common) > 5
+    assert sum(terms) < chi2.isf(1e-6, len(terms) - 1)
+    assert all(pair in expected for pair in pairs), "never a token that the full model cannot emit"
+    assert sum(s.statistics.drafts for s in batch) > trials // 2
+
+
+def joint_of_two(gpt, prompt, temperature, top_k):
+    """Probability of every pair of tokens behind a prompt."""
+
+    def following(text):
+        states = gpt.forward_states(torch.tensor([text]), torch.arange(len(text))[None], None)
+        logits = (states.output[-1, 0] @ gpt.output_weight().T)[: gpt.true_vocab_size] / temperature
+        if top_k:
+            logits[logits < logits.topk(top_k).values[-1]] = float("-inf")
+        return logits.softmax(-1)
+
+    out = {}
+    with torch.no_grad():
+        for first, p in enumerate(following(prompt).tolist()):
+            if p > 1e-5:
+                for second, p2 in enumerate(following([*prompt, first]).tolist()):
+                    if p2 > 0:
+                        out[first, second] = p * p2
+    return out
+
+
+class TestDraftLength:
+    def costs(self):
+        from nemo_ee.inference.draft_length import PassCosts
+
+        return PassCosts(shallow=1.0, heads=0.2, deep=3.0)
+
+    def run(self, chance, tokens=4000):
+        """Cost per token against full depth where each draft is accepted with that chance."""
+        from nemo_ee.inference.draft_length import DraftLength
+
+        costs, rng, length = self.costs(), random.Random(3), None
+        chooser, made, spent = DraftLength(costs), 0, 0.0
+        while made < tokens:
+            length = chooser.next(1)
+            if not length:
+                made, spent = made + 1, spent + costs.full_depth(1)
+                continue
+            good = 0
+            while good < length and rng.random() < chance:
+                good += 1
+            cost = length * costs.draft(1) + costs.shallow_pass(1) + costs.verify(length + 1)
+            chooser.observe(cost, good + 1, good, int(good < length), 1)
+            made, spent = made + good + 1, spent + cost
+        return spent / made / costs.full_depth(1), length
+
+    def test_it_pays_where_drafts_are_right_and_costs_little_where_they_are_wrong(self):
+        right, length = self.run(0.95)
+        assert right < 0.65 and length >= 4
+        assert self.run(0.0)[0] < 1.05
+        assert self.run(0.4)[0] < 1.05
+
+    def test_more_accepted_drafts_are_never_slower(self):
+        costs = [self.run(chance)[0] for chance in (0.0, 0.5, 0.8, 0.95, 1.0)]
+        assert costs[-1] < costs[-2] < costs[-3] and max(costs) < 1.05
