@@ -171,10 +171,12 @@ class InferenceConfig:
         threshold: leave at an exit whose confidence is strictly above it. One number, or one per exit layer.
             1.0 never exits.
         exits: the exit layers in use; null means all.
+        confidence: the rule by which exits are sure, one of `nemo_ee.megatron.confidence_rules`.
     """
 
     threshold: float | tuple[float, ...] = 0.8
     exits: tuple[int, ...] | None = None
+    confidence: str = "max_probability"
 
 
 @dataclass(frozen=True)

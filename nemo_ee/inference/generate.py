@@ -71,7 +71,7 @@ def generate(
             for prompt, seed in zip(prompts, drawn, strict=True)
         ]
         if request.max_length > 0:
-            continue_sequences(DecodingModel(model.gpt), results)
+            continue_sequences(model.decoding_model(), results)
     return to_output(results, tokenizer)
 
 
@@ -80,11 +80,12 @@ def continue_sequences(model: DecodingModel, sequences: list[Sequence]) -> None:
 
     Args:
         model: the whole model.
-        sequences: not begun, with the same exits.
+        sequences: not begun, of the same request.
     """
-    exits = [n for n, threshold in sorted(sequences[0].request.exits.items()) if threshold < 1.0]
+    request = sequences[0].request
+    exits = [n for n, threshold in sorted(request.exits.items()) if threshold < 1.0]
     longest = max(len(s.prompt) + s.limit - 1 for s in sequences)
-    session = DecodingSession(model, exits, len(sequences), longest)
+    session = DecodingSession(model, exits, len(sequences), longest, request.kv_policy, request.confidence)
     session.add(sequences)
     while session.running:
         session.step()
@@ -102,7 +103,7 @@ def seeds(count: int, generator: torch.Generator | None) -> list[int]:
 
 
 def _prompt_logprobs(model: Any, prompts: list[list[int]]) -> dict[str, Any]:
-    decoder = EarlyExitDecoder(DecodingModel(model.gpt), [], len(prompts), max(map(len, prompts)))
+    decoder = EarlyExitDecoder(model.decoding_model(), [], len(prompts), max(map(len, prompts)))
     shard = decoder.prefill(prompts, all_positions=True).vocabulary_shard(len(model.gpt.output_weight()))
     logits = gather_columns(shard)[:, : model.gpt.true_vocab_size]
     log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

@@ -7,7 +7,9 @@ from typing import Any
 
 from nemo_ee.config import EarlyExitConfig, check_thresholds
 from nemo_ee.errors import ConfigError, Fault
-from nemo_ee.schema import build_config
+from nemo_ee.inference.decoder import KV_POLICIES
+from nemo_ee.megatron.confidence_rules import CONFIDENCE_RULES
+from nemo_ee.schema import build_config, one_of
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,16 @@ class ExitOptions:
         exits: exit layers in use, ascending.
         max_pending: tokens in a row that may leave at an exit before one must go through all layers.
         lossless: exits only draft; the full model verifies every token, and the text is the full model's.
+        confidence: the rule by which exits are sure: a name in `CONFIDENCE_RULES`.
+        kv_policy: see `nemo_ee.inference.decoder.KV_POLICIES`.
     """
 
     threshold: float | tuple[float, ...] | None = None
     exits: tuple[int, ...] | None = None
     max_pending: int | None = None
     lossless: bool | None = None
+    confidence: str | None = None
+    kv_policy: str = "catch_up"
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,8 @@ class GenerationRequest:
         exits: exit layer -> threshold; empty generates at full depth.
         max_pending: see `EarlyExitDecoder.step`.
         lossless: see `ExitOptions`.
+        confidence: see `ExitOptions`.
+        kv_policy: see `ExitOptions`.
     """
 
     max_length: int = 30
@@ -89,6 +97,8 @@ class GenerationRequest:
     exits: dict[int, float] = field(default_factory=dict)
     max_pending: int | None = None
     lossless: bool = False
+    confidence: str = "max_probability"
+    kv_policy: str = "catch_up"
 
 
 NOT_OURS = {"compute_attention_mask", "early_exit"}
@@ -133,7 +143,14 @@ def parse_request(
     if faults:
         raise ConfigError(*faults)
     return GenerationRequest(
-        lengths.max_length, lengths.min_length, options, exits, others.max_pending, bool(others.lossless)
+        lengths.max_length,
+        lengths.min_length,
+        options,
+        exits,
+        others.max_pending,
+        bool(others.lossless),
+        others.confidence or config.inference.confidence,
+        others.kv_policy,
     )
 
 
@@ -172,6 +189,7 @@ def parse_exits(
     if options.max_pending is not None and options.max_pending < 0:
         rule = "must be a whole number, 0 or more"
         faults.append(Fault("early_exit.max_pending", options.max_pending, rule, "or null: no limit"))
+    faults += _decoding_faults(options, config)
     if len(faults) > before:
         return {}, ExitOptions()
     if isinstance(options.threshold, tuple):
@@ -179,6 +197,27 @@ def parse_exits(
     if options.threshold is not None:
         return dict.fromkeys(layers, options.threshold), options
     return _default_thresholds(layers, usual, config, faults), options
+
+
+def _decoding_faults(options: ExitOptions, config: EarlyExitConfig) -> list[Fault]:
+    faults, rules = [], tuple(CONFIDENCE_RULES)
+    if options.confidence is not None and options.confidence not in rules:
+        faults.append(one_of("early_exit.confidence", options.confidence, rules))
+    elif options.confidence is None and config.inference.confidence not in rules:
+        faults.append(one_of("model.early_exit.inference.confidence", config.inference.confidence, rules))
+    if options.kv_policy not in KV_POLICIES:
+        faults.append(one_of("early_exit.kv_policy", options.kv_policy, KV_POLICIES))
+    elif options.lossless and options.kv_policy != "catch_up":
+        rule = "lossless decoding verifies what waits at exits, which only catch_up keeps"
+        faults.append(
+            Fault("early_exit.kv_policy", options.kv_policy, rule, "use catch_up, or lossless=false")
+        )
+    if options.lossless and options.max_pending is not None:
+        rule = "lossless decoding chooses by itself how many tokens wait"
+        faults.append(
+            Fault("early_exit.max_pending", options.max_pending, rule, "use null, or lossless=false")
+        )
+    return faults
 
 
 def _default_thresholds(

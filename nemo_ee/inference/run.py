@@ -37,6 +37,7 @@ def run(config: GenerateConfig, trainer: Any) -> None:
     prompts = config.read_prompts()
     check(config, trainer.world_size)
     model = restore(config, trainer)
+    model.prepare_decoding(config.weights)
     first = trainer.global_rank == 0
     colour = config.color == "always" or (
         config.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ

@@ -22,7 +22,8 @@ class DecodingSession:
     """Continues sequences, each right behind its own end and with exits of its own.
 
     Prompts run through all layers and the first token of each comes from the final exit. A sequence's greedy
-    tokens do not depend on its neighbours; sampled ones neither, as each draws from its own seed. All
+    tokens do not depend on its neighbours; sampled ones neither, as each draws from its own seed, unless it is
+    lossless: how many drafts a round has, and so which random number is for what, depends on all in it. All
     tensor-parallel ranks make the same calls and get the same tokens. Use it under `generating`, from one
     thread.
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.inference.request import ExitOptions
-from nemo_ee.schema import build_config
+from nemo_ee.megatron.lean_weights import WEIGHT_KINDS
+from nemo_ee.schema import build_config, one_of
 
 MISSING = "???"
 """How OmegaConf writes a mandatory value that was not given."""
@@ -62,6 +63,7 @@ class GenerateConfig:
         seed: of sampling.
         output_file: a JSONL file to write, one line per prompt; null for none.
         color: mark exits by colour: `always`, `never`, or `auto` (in a terminal).
+        weights: how decoding holds them: `native`, or `int8` (CPU).
         tensor_model_parallel_size: processes that share the model.
         megatron_amp_O2: keep weights in the trainer's precision rather than in float32.
         precision: of the computation: 32, bf16 or 16.
@@ -78,6 +80,7 @@ class GenerateConfig:
     seed: int = 1234
     output_file: str | None = None
     color: str = "auto"
+    weights: str = "native"
     tensor_model_parallel_size: int = 1
     megatron_amp_O2: bool = False
     precision: str | int = 32
@@ -127,8 +130,7 @@ class GenerateConfig:
         lengths = {"max_length": options.tokens_to_generate, "min_length": options.min_tokens_to_generate}
         names = ("top_k", "top_p", "temperature", "add_BOS", "repetition_penalty", "end_strings")
         sampling = {"use_greedy": options.greedy, **{name: getattr(options, name) for name in names}}
-        exits = {"threshold": self.early_exit.threshold, "exits": self.early_exit.exits}
-        exits["max_pending"] = self.early_exit.max_pending  # type: ignore[assignment]
+        exits = dict(vars(self.early_exit))
         return {"length_params": lengths, "sampling_params": sampling, "early_exit": exits}
 
 
@@ -143,6 +145,8 @@ def _faults(config: GenerateConfig) -> list[Fault]:
         )
     if config.color not in COLOURS:
         faults.append(Fault("color", config.color, f"not one of {', '.join(COLOURS)}", "use auto"))
+    if config.weights not in WEIGHT_KINDS:
+        faults.append(one_of("weights", config.weights, WEIGHT_KINDS))
     for name in ("batch_size", "tensor_model_parallel_size"):
         if getattr(config, name) < 1:
             faults.append(Fault(name, getattr(config, name), "must be positive", "use 1 or more"))

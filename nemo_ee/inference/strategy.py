@@ -16,7 +16,6 @@ from nemo_ee.inference.prompts import tokenize_prompts
 from nemo_ee.inference.request import parse_exits
 from nemo_ee.inference.step import Step
 from nemo_ee.inference.stopping import StopRule
-from nemo_ee.megatron.decoding_model import DecodingModel
 
 
 class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
@@ -35,6 +34,7 @@ class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
         threshold: as `early_exit.threshold` of `model.generate`.
         exits: exit layers in use; None for the model's default.
         max_pending: see `EarlyExitDecoder.step`.
+        confidence: the rule by which exits are sure; None for the model's default.
 
     Raises:
         ConfigError: options that break a rule.
@@ -47,15 +47,22 @@ class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
         threshold: float | list[float] | None = None,
         exits: list[int] | None = None,
         max_pending: int | None = None,
+        confidence: str | None = None,
     ):
         check_model_can_generate(model)
         faults: list[Fault] = []
-        options = {"threshold": threshold, "exits": exits, "max_pending": max_pending}
+        options = {
+            "threshold": threshold,
+            "exits": exits,
+            "max_pending": max_pending,
+            "confidence": confidence,
+        }
         exits, others = parse_exits(options, model.early_exit, faults)
         if faults:
             raise ConfigError(*faults)
         self.exits = {n: threshold for n, threshold in exits.items() if threshold < 1.0}
         self.max_pending = others.max_pending
+        self.confidence = others.confidence or model.early_exit.inference.confidence
         super().__init__(model)
         self.prompt_logits = True
         self._prompt_lengths: list[int] | None = None
@@ -131,7 +138,13 @@ class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
         shard = len(gpt.output_weight())
         with generating(self.model, torch.no_grad):
             if self.decoder is None:
-                self.decoder = EarlyExitDecoder(DecodingModel(gpt), list(self.exits), len(tokens), maxlen)
+                self.decoder = EarlyExitDecoder(
+                    self.model.decoding_model(),
+                    list(self.exits),
+                    len(tokens),
+                    maxlen,
+                    confidence=self.confidence,
+                )
                 rows = list(range(len(tokens)))
                 step = self.decoder.prefill(tokens[:, :length].tolist(), all_positions=self.prompt_logits)
                 logits = step.vocabulary_shard(shard).view(len(tokens), -1, shard)

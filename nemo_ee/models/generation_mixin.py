@@ -15,14 +15,18 @@ from nemo.collections.nlp.modules.common.text_generation_utils import (
 from nemo.utils import logging
 
 from nemo_ee.errors import ConfigError, Fault
-from nemo_ee.inference.generate import generate
+from nemo_ee.inference.generate import check_model_can_generate, generate, generating
 from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
+from nemo_ee.megatron.decoding_model import DecodingModel
+from nemo_ee.megatron.lean_weights import WEIGHT_KINDS
+from nemo_ee.schema import one_of
 
 
 class GenerationMixin:
     """Generation with early exits, through NeMo's own signature. Mix it in before `MegatronGPTModel`."""
 
     _looked_for_untuned_exits = False
+    _decoding_model: DecodingModel | None = None
 
     def generate(
         self,
@@ -48,16 +52,18 @@ class GenerationMixin:
             strategy: generate with NeMo's loop and this strategy, e.g.
                 `EarlyExitTextGenerationStrategy(model)`, or `GPTModelTextGenerationStrategy(model)` for full
                 depth on any pipeline.
-            early_exit: `threshold` (a number, or one per exit in use), `exits` (layers in use) and
-                `max_pending`; False for full depth. Defaults are those of `model.early_exit.inference`. The
-                same mapping may come as `sampling_params["early_exit"]`.
+            early_exit: any of the fields of `nemo_ee.inference.request.ExitOptions`: `threshold` (a number, or
+                one per exit in use), `exits` (layers in use), `max_pending`, `lossless`, `confidence`,
+                `kv_policy`; False for full depth. Defaults are those of `model.early_exit.inference`. The same
+                mapping may come as `sampling_params["early_exit"]`.
             generator: source of randomness for sampling on the model's device; the same seed gives the same
                 tokens.
 
         Returns:
             NeMo's `OutputType` (`sentences`, `tokens`, `logprob`, `full_logprob`, `token_ids`, `offsets`) and
             `early_exit`: per sentence `{"exit_layers": [int], "confidences": [float]}` of its generated
-            tokens; `num_layers` stands for the final exit.
+            tokens (`num_layers` stands for the final exit), and `layers_run` (passes of one token through one
+            layer), `drafts` and `accepted` (of lossless decoding).
 
         Raises:
             ConfigError: parameters that break a rule.
@@ -86,6 +92,35 @@ class GenerationMixin:
         sampling = {**get_default_sampling_params(), **(sampling_params or {})}
         with kept_microbatches():
             return super().generate(inputs, lengths, sampling, strategy=strategy)  # type: ignore[misc]
+
+    def prepare_decoding(self, weights: str = "native") -> None:
+        """Reads the weights for decoding once, for all calls of `generate` until `release_decoding`.
+
+        Otherwise every call reads them: at once where they have the dtype that is computed in, as copies where
+        not. Weights that change in between (training, loading) need another call.
+
+        Args:
+            weights: `native`, or `int8` for 8-bit integers with a scale per output feature: faster where
+                reading weights is what decoding waits for, at a small loss of quality.
+
+        Raises:
+            ConfigError: unknown weights.
+            NotImplementedError: weights that this model or device cannot have.
+        """
+        if weights not in WEIGHT_KINDS:
+            raise ConfigError(one_of("weights", weights, WEIGHT_KINDS))
+        check_model_can_generate(self)
+        self.start_distributed()
+        with generating(self):
+            self._decoding_model = DecodingModel(self.gpt, weights)
+
+    def release_decoding(self) -> None:
+        """Forgets what `prepare_decoding` has read."""
+        self._decoding_model = None
+
+    def decoding_model(self) -> DecodingModel:
+        """What `prepare_decoding` has read, or the weights as they are now. Call it under `generating`."""
+        return DecodingModel(self.gpt) if self._decoding_model is None else self._decoding_model
 
     def warn_of_untuned_exits(self) -> None:
         """Warns once of exits whose own projection is all zeros; only the first call looks."""

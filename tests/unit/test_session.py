@@ -98,7 +98,7 @@ def test_lossless_greedy_where_most_drafts_are_right(gpt):
         assert s.tokens == generate_uncached(agreeable, s.prompt, STEPS, {}).tokens
     drafts = sum(s.statistics.drafts for s in sequences)
     accepted = sum(s.statistics.accepted for s in sequences)
-    assert accepted > 0.6 * STEPS * len(PROMPTS) and accepted < drafts
+    assert 0.4 * STEPS * len(PROMPTS) < accepted < drafts
     assert {2, 4, 8} <= {layer for s in sequences for layer in s.exit_layers}
 
 
