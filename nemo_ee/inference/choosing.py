@@ -12,8 +12,12 @@ import torch
 from torch import Tensor
 
 from nemo_ee.inference.request import SamplingOptions
-from nemo_ee.inference.sampling import token_distribution
+from nemo_ee.inference.sampling import draw, token_distribution
 from nemo_ee.inference.sequence import Sequence
+from nemo_ee.inference.step import Step
+from nemo_ee.megatron.gpt import EarlyExitGPTModel
+from nemo_ee.megatron.prediction import Prediction
+from nemo_ee.megatron.vocab_parallel import gather_columns
 
 
 @dataclass(frozen=True)
@@ -63,27 +67,56 @@ class Choices:
     log_probs: Tensor | None = None
 
 
-def choices(places: Several[Place], tokens: Tensor, logits: Callable[[], Tensor]) -> Choices:
-    """Choices for n places.
+class Chooser:
+    """Turns predictions of a model into choices.
 
     Args:
-        places: n.
-        tokens: [n] the most probable tokens.
-        logits: gives [n, V]; called only if a place needs it, alike on all tensor-parallel ranks.
+        gpt: the model, or its stage that predicts.
     """
-    if not any(place.needs_logits for place in places):
-        return Choices(tokens.tolist())
-    raw = logits()
-    log_probs = None
-    if any(place.options.all_probs for place in places):
-        log_probs = raw.to(torch.promote_types(raw.dtype, torch.float32)).log_softmax(-1)
-    allowed = raw.clone()
-    for i, place in enumerate(places):
-        if place.too_short:
-            allowed[i, place.eos] = float("-inf")
-    if all(place.options.use_greedy for place in places):
-        return Choices(allowed.argmax(-1).tolist(), None, log_probs)
-    return Choices(allowed.argmax(-1).tolist(), _distributions(places, allowed), log_probs)
+
+    def __init__(self, gpt: EarlyExitGPTModel):
+        self.shard = gpt.vocab_size // gpt.config.tensor_model_parallel_size
+        self.vocabulary = gpt.true_vocab_size
+
+    def of_step(self, step: Step, sequences: Several[Sequence]) -> Choices:
+        """For the n sequences that a step answers. Collectives: see `of_prediction`."""
+        places = [Place.after(s) for s in sequences]
+        return self._choices(places, step.greedy_tokens(), lambda: step.vocabulary_shard(self.shard))
+
+    def of_prediction(self, prediction: Prediction, places: Several[Place]) -> Choices:
+        """For n places.
+
+        Collectives: at TP > 1, for anything but plain greedy decoding, an all-gather of [n, Vp/TP].
+        """
+        return self._choices(places, prediction.tokens, lambda: prediction.vocabulary_shard(self.shard))
+
+    def _choices(self, places: Several[Place], tokens: Tensor, shard: Callable[[], Tensor]) -> Choices:
+        if not any(place.needs_logits for place in places):
+            return Choices(tokens.tolist())
+        raw = gather_columns(shard())[:, : self.vocabulary]
+        log_probs = None
+        if any(place.options.all_probs for place in places):
+            log_probs = raw.to(torch.promote_types(raw.dtype, torch.float32)).log_softmax(-1)
+        allowed = raw.clone()
+        for i, place in enumerate(places):
+            if place.too_short:
+                allowed[i, place.eos] = float("-inf")
+        greedy = allowed.argmax(-1).tolist()
+        if all(place.options.use_greedy for place in places):
+            return Choices(greedy, None, log_probs)
+        return Choices(greedy, _distributions(places, allowed), log_probs)
+
+
+def draw_tokens(found: Choices, sequences: Several[Sequence]) -> list[int]:
+    """The next token of each of n sequences: the greedy one, or drawn with the sequence's own number."""
+    tokens = list(found.greedy)
+    sampled = [i for i, s in enumerate(sequences) if not s.request.sampling.use_greedy]
+    if sampled:
+        uniforms = [sequences[i].random("draw").random() for i in sampled]
+        drawn = draw(found.distributions[torch.tensor(sampled, device=found.distributions.device)], uniforms)
+        for i, token in zip(sampled, drawn.tolist(), strict=True):
+            tokens[i] = token
+    return tokens
 
 
 def _distributions(places: Several[Place], logits: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""One call from prompts to NeMo's output, on all tensor-parallel ranks."""
+"""One call from prompts to NeMo's output, on all ranks of a model."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -12,11 +12,13 @@ from nemo.utils import logging
 from nemo_ee.errors import GenerationError
 from nemo_ee.inference.decoder import EarlyExitDecoder
 from nemo_ee.inference.output import to_output, to_prompt_logprobs
+from nemo_ee.inference.pipeline_session import PipelineGroups, PipelineSession, serve
 from nemo_ee.inference.prompts import tokenize_prompts
 from nemo_ee.inference.request import GenerationRequest, parse_request
 from nemo_ee.inference.sequence import Sequence
 from nemo_ee.inference.session import DecodingSession
 from nemo_ee.inference.stopping import StopRule
+from nemo_ee.megatron.confidence_rules import CONFIDENCE_RULES
 from nemo_ee.megatron.decoding_model import DecodingModel
 from nemo_ee.megatron.sequence_parallel import sequence_parallel_off
 from nemo_ee.megatron.vocab_parallel import gather_columns
@@ -34,7 +36,7 @@ def generate(
 ) -> dict[str, Any]:
     """Generates with early exits; see `GenerationMixin.generate`.
 
-    Every tensor-parallel rank calls it; the prompts and parameters of the first one count.
+    Every rank of the model calls it; the prompts and parameters of the first one count.
 
     Args:
         model: a `MegatronGPTEarlyExitModel`.
@@ -59,6 +61,7 @@ def generate(
 
     request, prompts, drawn = on_first_rank(read)
     with generating(model):
+        check_pipeline_can(request)
         if request.sampling.compute_logprob:
             return _prompt_logprobs(model, prompts)
         if max(map(len, prompts)) + request.max_length > limit + 1:
@@ -71,7 +74,10 @@ def generate(
             for prompt, seed in zip(prompts, drawn, strict=True)
         ]
         if request.max_length > 0:
-            continue_sequences(model.decoding_model(), results)
+            if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+                continue_sequences(model.decoding_model(), results)
+            else:
+                continue_over_stages(model.pipeline_groups(), model.decoding_model(), results)
     return to_output(results, tokenizer)
 
 
@@ -82,13 +88,42 @@ def continue_sequences(model: DecodingModel, sequences: list[Sequence]) -> None:
         model: the whole model.
         sequences: not begun, of the same request.
     """
-    request = sequences[0].request
-    exits = [n for n, threshold in sorted(request.exits.items()) if threshold < 1.0]
-    longest = max(len(s.prompt) + s.limit - 1 for s in sequences)
+    request, (exits, longest) = sequences[0].request, _extent(sequences)
     session = DecodingSession(model, exits, len(sequences), longest, request.kv_policy, request.confidence)
     session.add(sequences)
     while session.running:
         session.step()
+
+
+def continue_over_stages(groups: PipelineGroups, model: DecodingModel, sequences: list[Sequence]) -> None:
+    """`continue_sequences` over a pipeline; all its ranks call it, and their sequences are alike afterwards.
+
+    Args:
+        groups: of the pipeline.
+        model: this stage.
+        sequences: not begun, of the same request.
+    """
+    exits, longest = _extent(sequences)
+    size = exits, len(sequences), longest, sequences[0].request.confidence
+    if parallel_state.is_pipeline_first_stage():
+        session = PipelineSession(groups, model, *size)
+        session.add(sequences)
+        while session.running:
+            session.step()
+        session.end()
+    else:
+        serve(groups, model, *size)
+    names = ("tokens", "exit_layers", "confidences", "finish_reason")
+    found = on_first_rank(lambda: [[getattr(s, name) for name in names] for s in sequences])
+    for sequence, values in zip(sequences, found, strict=True):
+        for name, value in zip(names, values, strict=True):
+            setattr(sequence, name, value)
+
+
+def _extent(sequences: list[Sequence]) -> tuple[list[int], int]:
+    """The exits that can be taken, and the positions that are needed."""
+    exits = [n for n, threshold in sorted(sequences[0].request.exits.items()) if threshold < 1.0]
+    return exits, max(len(s.prompt) + s.limit - 1 for s in sequences)
 
 
 def seeds(count: int, generator: torch.Generator | None) -> list[int]:
@@ -111,17 +146,50 @@ def _prompt_logprobs(model: Any, prompts: list[list[int]]) -> dict[str, Any]:
 
 
 def check_model_can_generate(model: Any) -> None:
-    """Raises GenerationError for a pipeline of several stages, or a backbone without its final exit."""
-    stages = model.cfg.get("pipeline_model_parallel_size", 1)
-    if stages > 1:
+    """Raises GenerationError for a virtual pipeline, or a backbone without its final exit."""
+    if model.cfg.get("virtual_pipeline_model_parallel_size") is not None:
         raise GenerationError(
-            f"model.pipeline_model_parallel_size={stages}: early exits need all layers on one stage; "
-            "restore the checkpoint with pipeline_model_parallel_size=1, or generate at full depth with "
-            "strategy=GPTModelTextGenerationStrategy(model)"
+            "model.virtual_pipeline_model_parallel_size: decoding needs each stage's layers in a row; restore the "
+            "checkpoint with virtual_pipeline_model_parallel_size=null"
         )
     if model.gpt.truncated:
         raise GenerationError(
             "the model lacks the layers above its last exit; restore it as MegatronGPTEarlyExitModel"
+        )
+
+
+def check_one_stage(model: Any) -> None:
+    """Raises GenerationError for a pipeline of several stages."""
+    stages = model.cfg.get("pipeline_model_parallel_size", 1)
+    if stages > 1:
+        raise GenerationError(
+            f"model.pipeline_model_parallel_size={stages}: NeMo's loop with early exits needs all layers on one "
+            "stage; call model.generate without a strategy, or restore with pipeline_model_parallel_size=1"
+        )
+
+
+def check_pipeline_can(request: GenerationRequest) -> None:
+    """Raises GenerationError for what several pipeline stages cannot do.
+
+    Raises:
+        GenerationError: naming the parameter and the alternative.
+    """
+    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        return
+    rule = CONFIDENCE_RULES[request.confidence]
+    refused = {
+        "early_exit.lossless=true": request.lossless,
+        f"early_exit.max_pending={request.max_pending}": request.max_pending is not None,
+        f"early_exit.kv_policy={request.kv_policy}": request.kv_policy != "catch_up",
+        f"early_exit.confidence={request.confidence}": rule.looks_back,
+        "sampling_params.all_probs=true": request.sampling.all_probs,
+        "sampling_params.compute_logprob=true": request.sampling.compute_logprob,
+    }
+    names = [name for name, given in refused.items() if given]
+    if names:
+        raise GenerationError(
+            f"{', '.join(names)}: not over several pipeline stages; leave it out, or restore the model with "
+            "pipeline_model_parallel_size=1 (and a larger tensor_model_parallel_size)"
         )
 
 
@@ -149,7 +217,7 @@ def generating(model: Any, no_gradients: Callable = torch.inference_mode) -> Ite
             stack.enter_context(no_gradients())
             stack.enter_context(sequence_parallel_off(gpt))
             if config.enable_autocast:
-                device = gpt.output_weight().device.type
+                device = next(gpt.parameters()).device.type
                 stack.enter_context(torch.autocast(device, dtype=config.autocast_dtype))
             yield
     finally:
@@ -158,20 +226,20 @@ def generating(model: Any, no_gradients: Callable = torch.inference_mode) -> Ite
 
 
 def on_first_rank(read: Callable[[], T]) -> T:
-    """Calls `read` on the first tensor-parallel rank; all get its result, or raise its error.
+    """Calls `read` on the model's first rank; all its ranks get the result, or raise its error.
 
-    Collectives: at TP > 1 a broadcast over the tensor-parallel group.
+    Collectives: where tensor- or pipeline-parallel sizes exceed 1, a broadcast over both groups' product.
     """
-    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+    group = parallel_state.get_model_parallel_group()
+    if group.size() == 1:
         return read()
     outcome: list[Any] = [None, None]
-    if parallel_state.get_tensor_model_parallel_rank() == 0:
+    source = parallel_state.get_model_parallel_src_rank()
+    if torch.distributed.get_rank() == source:
         try:
             outcome[0] = read()
         except Exception as error:
             outcome[1] = error
-    source = parallel_state.get_tensor_model_parallel_src_rank()
-    group = parallel_state.get_tensor_model_parallel_group()
     torch.distributed.broadcast_object_list(outcome, source, group=group)
     if outcome[1] is not None:
         raise outcome[1]

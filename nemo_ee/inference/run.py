@@ -62,9 +62,10 @@ def check(config: GenerateConfig, processes: int) -> None:
     Raises:
         ConfigError, CheckpointError: see `run`.
     """
-    size = config.tensor_model_parallel_size
+    tensor, stages = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    size = tensor * stages
     if processes != size:
-        rule = f"the model runs on tensor_model_parallel_size={size} processes"
+        rule = f"the model runs on {tensor} x {stages} processes (tensor- x pipeline_model_parallel_size)"
         raise ConfigError(Fault("trainer.devices", processes, rule, f"set trainer.devices={size}"))
     if config.output_file is not None and not Path(config.output_file).absolute().parent.is_dir():
         rule = "its directory does not exist"
@@ -88,7 +89,7 @@ def restore(config: GenerateConfig, trainer: Any) -> MegatronGPTEarlyExitModel:
     changes = {
         "precision": trainer.precision,
         "tensor_model_parallel_size": config.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": 1,
+        "pipeline_model_parallel_size": config.pipeline_model_parallel_size,
         "num_layers_in_first_pipeline_stage": None,
         "num_layers_in_last_pipeline_stage": None,
         "virtual_pipeline_model_parallel_size": None,
@@ -118,7 +119,7 @@ def generate(model: Any, config: GenerateConfig, prompts: list[str]) -> Iterator
     inputs = [[{"role": "user", "content": text}] for text in prompts] if config.chat else prompts
     tokenizer, add_bos = model.tokenizer, config.inference.add_BOS
     on_first_rank(lambda: tokenize_prompts(inputs, tokenizer, add_bos, position_limit(model.cfg)))
-    generator = torch.Generator(device=model.gpt.output_weight().device).manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
     arguments = config.generate_arguments()
     for start in range(0, len(prompts), config.batch_size):
         batch = inputs[start : start + config.batch_size]

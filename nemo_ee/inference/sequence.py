@@ -80,8 +80,17 @@ class Sequence:
     finish_reason: str | None = None
     statistics: SequenceStatistics = field(default_factory=SequenceStatistics)
 
-    def __post_init__(self) -> None:
-        self.random = random.Random(self.seed)
+    def random(self, purpose: str) -> random.Random:
+        """Random numbers for a purpose at the place of the next token (or draft).
+
+        A function of the seed, the place and the purpose alone, so that any process can draw a token.
+        """
+        place = len(self.tokens) + len(self.drafts)
+        return random.Random(f"{self.seed}/{place}/{purpose}")
+
+    def twin(self) -> "Sequence":
+        """The same request, not begun, for another process that only chooses tokens; it never ends by itself."""
+        return Sequence(self.prompt, self.request, _never, self.eos, self.limit, self.seed)
 
     @property
     def last_token(self) -> int:
@@ -103,3 +112,7 @@ class Sequence:
         """Whether the drafts, if they are right, end the sequence."""
         tokens = self.tokens + [draft.token for draft in self.drafts]
         return len(tokens) >= self.limit or self.stop(tokens)
+
+
+def _never(_tokens: Tokens[int]) -> bool:
+    return False

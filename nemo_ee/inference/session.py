@@ -1,21 +1,17 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """A batch of sequences that decode together; they come and go between steps."""
 
-from collections.abc import Callable
 from collections.abc import Sequence as Several
 
 import torch
-from torch import Tensor
 
-from nemo_ee.inference.choosing import Choices, Place, choices
+from nemo_ee.inference.choosing import Choices, Chooser, Place, draw_tokens
 from nemo_ee.inference.decoder import EarlyExitDecoder
 from nemo_ee.inference.lossless import LosslessRounds
-from nemo_ee.inference.sampling import draw
 from nemo_ee.inference.sequence import Draft, Sequence
 from nemo_ee.inference.step import Step
 from nemo_ee.inference.verification import accept_drafts, agreeing_prefix
 from nemo_ee.megatron.decoding_model import DecodingModel
-from nemo_ee.megatron.vocab_parallel import gather_columns
 
 
 class DecodingSession:
@@ -51,7 +47,7 @@ class DecodingSession:
         self.slots, self.max_length = slots, max_length
         self.running: list[Sequence] = []
         self._model, self._layers = model, list(exit_layers)
-        self._shard = len(model.gpt.output_weight())
+        self._chooser = Chooser(model.gpt)
         self._decoder = EarlyExitDecoder(model, exit_layers, slots, max_length, kv_policy, confidence)
         self._rounds = LosslessRounds(model, exit_layers)
 
@@ -120,12 +116,8 @@ class DecodingSession:
         answered = [sequences[i] for i in step.answered]
         if not answered:
             return
-        found = self._choices(
-            [Place.after(s) for s in answered],
-            step.greedy_tokens(),
-            lambda: step.vocabulary_shard(self._shard),
-        )
-        tokens = self._draw(found, answered)
+        found = self._chooser.of_step(step, answered)
+        tokens = draw_tokens(found, answered)
         for n, (i, sequence, token) in enumerate(zip(step.answered, answered, tokens, strict=True)):
             layer, confidence = step.exit_layers[i], step.confidences[i]
             if not hold[i]:
@@ -141,19 +133,19 @@ class DecodingSession:
         rows = [self.running.index(s) for s in sequences]
         prediction, counts = self._decoder.flush(rows)
         places = [Place.after(s, j) for s, n in zip(sequences, counts, strict=True) for j in range(n)]
-        found = self._choices(places, prediction.tokens, lambda: prediction.vocabulary_shard(self._shard))
+        found = self._chooser.of_prediction(prediction, places)
         confidences = prediction.confidence.tolist()
         first, committed, accepted, rejected = 0, 0, 0, 0
         for sequence, row, count in zip(sequences, rows, counts, strict=True):
             drafts, greedy = sequence.drafts, found.greedy[first : first + count]
+            sequence.drafts = []
             following: int | None
             if sequence.request.sampling.use_greedy:
                 good = agreeing_prefix(drafts, greedy)
                 following = greedy[good] if good < count else None
             else:
                 span = found.distributions[first : first + count]
-                good, following = accept_drafts(drafts, span, sequence.random)
-            sequence.drafts = []
+                good, following = accept_drafts(drafts, span, sequence.random("verify"))
             self._decoder.roll_back(row, self._decoder.lengths[row] - count + good + 1)
             before = len(sequence.tokens)
             for n, draft in enumerate(drafts[:good]):
@@ -180,22 +172,6 @@ class DecodingSession:
             sequence.logprobs.append(found.log_probs[n, token])
             sequence.full_logprobs.append(found.log_probs[n])
         return sequence.commit(token, layer, confidence)
-
-    def _choices(self, places: list[Place], tokens: Tensor, shard: Callable[[], Tensor]) -> Choices:
-        """Collectives: at TP > 1, for anything but plain greedy decoding, an all-gather of [n, Vp/TP]."""
-        vocabulary = self._model.gpt.true_vocab_size
-        return choices(places, tokens, lambda: gather_columns(shard())[:, :vocabulary])
-
-    def _draw(self, found: Choices, sequences: list[Sequence]) -> list[int]:
-        """A token for each sequence."""
-        sampled = [i for i, s in enumerate(sequences) if not s.request.sampling.use_greedy]
-        tokens = list(found.greedy)
-        if sampled:
-            index = torch.tensor(sampled, device=self._model.device)
-            uniforms = [sequences[i].random.random() for i in sampled]
-            for i, token in zip(sampled, draw(found.distributions[index], uniforms).tolist(), strict=True):
-                tokens[i] = token
-        return tokens
 
     def _retire(self) -> list[Sequence]:
         """Drops finished sequences and their rows; returns them."""

@@ -64,7 +64,8 @@ class GenerateConfig:
         output_file: a JSONL file to write, one line per prompt; null for none.
         color: mark exits by colour: `always`, `never`, or `auto` (in a terminal).
         weights: how decoding holds them: `native`, or `int8` (CPU).
-        tensor_model_parallel_size: processes that share the model.
+        tensor_model_parallel_size: processes that share each layer.
+        pipeline_model_parallel_size: stages of layers; trainer.devices is the product of both sizes.
         megatron_amp_O2: keep weights in the trainer's precision rather than in float32.
         precision: of the computation: 32, bf16 or 16.
     """
@@ -82,6 +83,7 @@ class GenerateConfig:
     color: str = "auto"
     weights: str = "native"
     tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
     megatron_amp_O2: bool = False
     precision: str | int = 32
 
@@ -147,7 +149,7 @@ def _faults(config: GenerateConfig) -> list[Fault]:
         faults.append(Fault("color", config.color, f"not one of {', '.join(COLOURS)}", "use auto"))
     if config.weights not in WEIGHT_KINDS:
         faults.append(one_of("weights", config.weights, WEIGHT_KINDS))
-    for name in ("batch_size", "tensor_model_parallel_size"):
+    for name in ("batch_size", "tensor_model_parallel_size", "pipeline_model_parallel_size"):
         if getattr(config, name) < 1:
             faults.append(Fault(name, getattr(config, name), "must be positive", "use 1 or more"))
     return faults

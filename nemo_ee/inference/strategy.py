@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nemo_ee.errors import ConfigError, Fault, GenerationError
 from nemo_ee.inference.decoder import EarlyExitDecoder
-from nemo_ee.inference.generate import check_model_can_generate, generating, position_limit
+from nemo_ee.inference.generate import check_model_can_generate, check_one_stage, generating, position_limit
 from nemo_ee.inference.prompts import tokenize_prompts
 from nemo_ee.inference.request import parse_exits
 from nemo_ee.inference.step import Step
@@ -50,6 +50,7 @@ class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
         confidence: str | None = None,
     ):
         check_model_can_generate(model)
+        check_one_stage(model)
         faults: list[Fault] = []
         options = {
             "threshold": threshold,

@@ -42,6 +42,7 @@ class DecodingModel:
         self.blocks = {}
         for n in gpt.exit_layers:
             head = gpt.exits[str(n)]
+            assert output_weight is not None, "a stage with exits has an output weight or a copy of it"
             dtype = compute_dtype(next(head.parameters(), output_weight))
             self.heads[n] = LeanHead(head, output_weight, dtype, weights)
             if head.block is not None:

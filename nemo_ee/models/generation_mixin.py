@@ -16,6 +16,7 @@ from nemo.utils import logging
 
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.inference.generate import check_model_can_generate, generate, generating
+from nemo_ee.inference.pipeline_session import PipelineGroups
 from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
 from nemo_ee.megatron.decoding_model import DecodingModel
 from nemo_ee.megatron.lean_weights import WEIGHT_KINDS
@@ -27,6 +28,7 @@ class GenerationMixin:
 
     _looked_for_untuned_exits = False
     _decoding_model: DecodingModel | None = None
+    _pipeline_groups: PipelineGroups | None = None
 
     def generate(
         self,
@@ -121,6 +123,12 @@ class GenerationMixin:
     def decoding_model(self) -> DecodingModel:
         """What `prepare_decoding` has read, or the weights as they are now. Call it under `generating`."""
         return DecodingModel(self.gpt) if self._decoding_model is None else self._decoding_model
+
+    def pipeline_groups(self) -> PipelineGroups:
+        """Groups for decoding over pipeline stages. The first call is collective over all ranks of the job."""
+        if self._pipeline_groups is None:
+            self._pipeline_groups = PipelineGroups.make()
+        return self._pipeline_groups
 
     def warn_of_untuned_exits(self) -> None:
         """Warns once of exits whose own projection is all zeros; only the first call looks."""

@@ -86,16 +86,17 @@ def refused(tp, inputs):
 
 
 def pipeline(pp):
-    """The error of this stage, and the tokens that NeMo's own strategy generates."""
+    """The error of this stage for NeMo's loop with exits, and the tokens that NeMo's own strategy generates."""
     from nemo.collections.nlp.modules.common.text_generation_strategy import GPTModelTextGenerationStrategy
 
     from nemo_ee.errors import GenerationError
+    from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
     from tests.support.tiny_gpt import tiny_model, tiny_model_config
 
     config = tiny_model_config(head=HEADS["MLP, untied"], pp=pp, share_embeddings_and_output_weights=False)
     model = tiny_model(config, pp, torch.float32)
     with pytest.raises(GenerationError) as caught:
-        model.generate(TEXTS, dict(max_length=4))
+        EarlyExitTextGenerationStrategy(model)
     output = model.generate(
         TEXTS[:1], dict(max_length=8), NEMO, strategy=GPTModelTextGenerationStrategy(model)
     )

@@ -1,0 +1,140 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Messages between the stages of a pipeline that decodes: hidden states forward, chosen tokens back to the first.
+
+Messages travel through gloo from host memory, whatever device computes: their sizes vary, a receiver need not
+know them, and a few tokens' hidden states are small. A thread receives, so that a stage works while messages
+arrive; when it falls behind by `QUEUE` messages its neighbour waits.
+"""
+
+import pickle
+import queue
+import threading
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+QUEUE = 32
+"""Messages that wait at a stage at most."""
+UNSENT = 8
+"""Messages that a stage sends ahead at most."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """What one stage tells another.
+
+    Attributes:
+        content: anything that pickles.
+        hidden: [T, H] on the host, or None.
+    """
+
+    content: Any
+    hidden: Tensor | None = None
+
+
+class Sender:
+    """Sends messages to one rank, in order.
+
+    Args:
+        rank: global.
+        group: of gloo, used for nothing else.
+    """
+
+    def __init__(self, rank: int, group: torch.distributed.ProcessGroup):
+        self.rank, self.group = rank, group
+        self._unsent: deque[list[Any]] = deque()
+
+    def send(self, content: Any, hidden: Tensor | None = None) -> None:
+        """Sends; waits only while `UNSENT` messages are on their way.
+
+        Args:
+            content: anything that pickles.
+            hidden: [T, H] on any device.
+        """
+        shape = None if hidden is None else (tuple(hidden.shape), hidden.dtype)
+        packed = pickle.dumps((content, shape))
+        parts = [torch.from_numpy(np.frombuffer(packed, dtype=np.uint8).copy())]
+        if hidden is not None:
+            parts.append(hidden.detach().cpu().contiguous().view(torch.uint8).flatten())
+        body = torch.cat(parts)
+        header = torch.tensor([len(packed), len(body)])
+        works = [torch.distributed.isend(x, self.rank, group=self.group) for x in (header, body)]
+        self._unsent.append([works, header, body])  # buffers must outlive their sending
+        while len(self._unsent) > UNSENT:
+            self._wait_for_oldest()
+
+    def flush(self) -> None:
+        """Waits until all messages are received."""
+        while self._unsent:
+            self._wait_for_oldest()
+
+    def _wait_for_oldest(self) -> None:
+        for work in self._unsent.popleft()[0]:
+            work.wait()
+
+
+class Receiver:
+    """Receives messages from several ranks in a thread of its own, until one says that it is the last.
+
+    Args:
+        ranks: global; messages of one rank come in its order.
+        group: of gloo, used for nothing else.
+    """
+
+    LAST = "last"
+
+    def __init__(self, ranks: list[int], group: torch.distributed.ProcessGroup):
+        self._arrived: queue.Queue[Message | BaseException] = queue.Queue(QUEUE)
+        self._threads = [
+            threading.Thread(target=self._listen, args=(rank, group), daemon=True) for rank in ranks
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _listen(self, rank: int, group: torch.distributed.ProcessGroup) -> None:
+        try:
+            while True:
+                header = torch.empty(2, dtype=torch.long)
+                torch.distributed.recv(header, rank, group=group)
+                packed, total = header.tolist()
+                body = torch.empty(total, dtype=torch.uint8)
+                torch.distributed.recv(body, rank, group=group)
+                content, shape = pickle.loads(body[:packed].numpy().tobytes())
+                hidden = None
+                if shape is not None:
+                    hidden = body[packed:].clone().view(shape[1]).view(shape[0])
+                if content == self.LAST:
+                    return
+                self._arrived.put(Message(content, hidden))
+        except BaseException as error:  # a peer is gone; whoever waits must know
+            self._arrived.put(error)
+
+    def get(self) -> Message:
+        """The next message; waits for it.
+
+        Raises:
+            RuntimeError: a peer is gone.
+        """
+        return self._checked(self._arrived.get())
+
+    def get_if_any(self) -> Message | None:
+        """The next message, if there is one."""
+        try:
+            return self._checked(self._arrived.get_nowait())
+        except queue.Empty:
+            return None
+
+    def join(self) -> None:
+        """Waits until every rank has said its last."""
+        for thread in self._threads:
+            thread.join()
+
+    @staticmethod
+    def _checked(item: Message | BaseException) -> Message:
+        if isinstance(item, BaseException):
+            raise RuntimeError("a stage of the decoding pipeline is gone") from item
+        return item

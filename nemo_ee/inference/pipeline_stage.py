@@ -1,0 +1,203 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""One stage of a pipeline that decodes: its layers, its exits, its part of the KV cache."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nemo_ee.inference.choosing import Chooser, draw_tokens
+from nemo_ee.inference.sequence import Sequence
+from nemo_ee.inference.step import Step
+from nemo_ee.megatron.confidence_rules import CONFIDENCE_RULES, ExitEvidence
+from nemo_ee.megatron.decode import PackedTokens
+from nemo_ee.megatron.decoding_model import DecodingModel
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A token that an exit of some stage has chosen for a sequence.
+
+    Attributes:
+        key: of the sequence.
+        token: its id.
+        exit_layer: `num_layers` for the final exit.
+        confidence: of the exit.
+    """
+
+    key: int
+    token: int
+    exit_layer: int
+    confidence: float
+
+
+@dataclass
+class Tokens:
+    """New tokens on their way through the stages; those of one sequence are contiguous.
+
+    Attributes:
+        keys: of the N sequences.
+        starts: [N] position of each one's first new token.
+        ids: [N] lists of token ids.
+        undecided: [N] whether the token behind the last of these is still to be chosen.
+        may_exit: [N] whether early exits may choose it (a prompt's may not).
+    """
+
+    keys: list[int]
+    starts: list[int]
+    ids: list[list[int]]
+    undecided: list[bool]
+    may_exit: list[bool]
+
+
+@dataclass
+class Stage:
+    """Runs tokens through this stage's layers; see `PipelineSession`.
+
+    Every stage keeps its own account of the sequences: their rows, requests and tokens, and can therefore
+    choose tokens, drawn ones included, just as the first stage would.
+
+    Args:
+        model: of this stage.
+        exit_layers: exits that any sequence may use.
+        slots: sequences at a time.
+        max_length: positions.
+        confidence: name of the rule.
+    """
+
+    model: DecodingModel
+    exit_layers: list[int]
+    slots: int
+    max_length: int
+    confidence: str
+    sequences: dict[int, Sequence] = field(default_factory=dict)
+    rows: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        model = self.model
+        self.rule = CONFIDENCE_RULES[self.confidence]
+        self.table = model.table(self.max_length)
+        self.layers = model.cached_layers(self.slots, self.max_length)
+        mine = [n for n in self.exit_layers if n in model.heads]
+        self.blocks = {n: model.cached_block(n, self.slots, self.max_length) for n in mine}
+        self.chooser = Chooser(model.gpt)
+        self.free_rows = list(range(self.slots))[::-1]
+
+    def open(self, key: int, sequence: Sequence) -> None:
+        """Gives a sequence a row of the caches."""
+        self.sequences[key], self.rows[key] = sequence, self.free_rows.pop()
+
+    def close(self, key: int) -> None:
+        """Frees a sequence's row."""
+        del self.sequences[key]
+        self.free_rows.append(self.rows.pop(key))
+
+    def run(self, tokens: Tokens, hidden: Tensor | None) -> tuple[Tensor, list[Answer]]:
+        """Runs new tokens through the layers and asks exits for those that are undecided.
+
+        `tokens.undecided` becomes False where an exit here has chosen; the KV cache is filled for all. On the
+        last stage the final exit chooses for the rest.
+
+        Args:
+            tokens: of sequences that are open.
+            hidden: [T, H] in the order of `tokens`; None on the first stage.
+
+        Returns:
+            [T, H] for the next stage, in the same order, and this stage's answers.
+        """
+        order = sorted(range(len(tokens.keys)), key=lambda i: self.rows[tokens.keys[i]])
+        counts = [len(tokens.ids[i]) for i in order]
+        packed = PackedTokens(
+            self.table, [self.rows[tokens.keys[i]] for i in order], [tokens.starts[i] for i in order], counts
+        )
+        self._note(tokens)
+        if hidden is None:
+            ids = torch.tensor([t for i in order for t in tokens.ids[i]], device=self.model.device)
+            x = self.model.embed(ids, packed.positions)
+        else:
+            parts = hidden.to(self.model.device).split([len(ids) for ids in tokens.ids])
+            x = torch.cat([parts[i] for i in order])
+        answers: list[Answer] = []
+        for n, layer in self.layers.items():
+            x = layer(x, packed)
+            if n in self.blocks:
+                block = self.blocks[n]
+                inside = x if block is None else block(x.to(self.model.heads[n].dtype), packed)
+                answers += self._ask(n, x[packed.last], inside[packed.last], tokens, order)
+        if self.model.output is not None:
+            answers += self._ask(None, x[packed.last], x[packed.last], tokens, order)
+        if order != sorted(order):
+            parts = x.split(counts)
+            x = torch.cat([parts[order.index(i)] for i in range(len(order))])
+        return x, answers
+
+    def _note(self, tokens: Tokens) -> None:
+        """Keeps account of tokens that were generated; the first of a sequence is its prompt."""
+        for key, start, ids in zip(tokens.keys, tokens.starts, tokens.ids, strict=True):
+            sequence = self.sequences[key]
+            known = start - len(sequence.prompt)
+            if known >= 0:
+                sequence.tokens[known:] = ids
+
+    def _ask(
+        self, n: int | None, x: Tensor, inside: Tensor, tokens: Tokens, order: list[int]
+    ) -> list[Answer]:
+        """What the exit on layer n, or the final exit, says about the last tokens [N, H] in rows' order."""
+        asked = [
+            j
+            for j, i in enumerate(order)
+            if tokens.undecided[i]
+            and (n is None or tokens.may_exit[i] and self._threshold(tokens, i, n) < 1.0)
+        ]
+        if not asked:
+            return []
+        index = torch.tensor(asked, device=x.device)
+        if n is None:
+            prediction = self.model.output.predict(x[index])
+            sure = prediction.confidence.tolist()
+            leaving = list(range(len(asked)))
+        else:
+            prediction = self.model.heads[n].predict(inside[index])
+            sure = self.rule.confidence(ExitEvidence(prediction, x[index])).tolist()
+            leaving = [m for m, j in enumerate(asked) if sure[m] > self._threshold(tokens, order[j], n)]
+        if not leaving:
+            return []
+        members = [order[asked[m]] for m in leaving]
+        keys = [tokens.keys[i] for i in members]
+        step = Step.of_final(prediction.select(leaving), self.model.final_layer)
+        sequences = [self.sequences[key] for key in keys]
+        chosen = draw_tokens(self.chooser.of_step(step, sequences), sequences)
+        for i in members:
+            tokens.undecided[i] = False
+        layer = self.model.final_layer if n is None else n
+        return [
+            Answer(key, token, layer, sure[m]) for key, token, m in zip(keys, chosen, leaving, strict=True)
+        ]
+
+    def _threshold(self, tokens: Tokens, i: int, n: int) -> float:
+        return self.sequences[tokens.keys[i]].request.exits.get(n, 1.0)
+
+
+def merge(several: list[tuple[Tokens, Tensor]]) -> tuple[Tokens, Tensor]:
+    """Tokens that came one after the other as one pass; a sequence may come more than once."""
+    if len(several) == 1:
+        return several[0]
+    places: dict[int, int] = {}
+    merged, parts = Tokens([], [], [], [], []), []
+    for tokens, hidden in several:
+        pieces = hidden.split([len(ids) for ids in tokens.ids])
+        for i, key in enumerate(tokens.keys):
+            if key not in places:
+                places[key] = len(merged.keys)
+                merged.keys.append(key)
+                merged.starts.append(tokens.starts[i])
+                merged.ids.append(list(tokens.ids[i]))
+                merged.undecided.append(tokens.undecided[i])
+                merged.may_exit.append(tokens.may_exit[i])
+                parts.append([pieces[i]])
+            else:
+                at = places[key]
+                merged.ids[at] += tokens.ids[i]
+                merged.undecided[at], merged.may_exit[at] = tokens.undecided[i], tokens.may_exit[i]
+                parts[at].append(pieces[i])
+    return merged, torch.cat([piece for each in parts for piece in each])

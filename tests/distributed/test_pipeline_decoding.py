@@ -1,0 +1,102 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Decoding over pipeline stages gives the tokens of one process, whoever decides and whenever it arrives."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from tests.support.tiny_gpt import HEADS
+
+TEXTS = ["w1 w2 w3", "w9 w10 w11 w12 w13 w14 w15", "w40", "w7 w7", "w100 w3 w55 w2"]
+EXITS = [1, 4, 6]
+"""The first stage's, one on the last layer of a stage, one of the second half."""
+WAYS = {
+    "mixed": (dict(threshold=[0.7, 0.5, 0.6]), dict(add_BOS=False), dict(max_length=16)),
+    "always the first": (dict(threshold=0.0), dict(add_BOS=False), dict(max_length=12)),
+    "full depth": (False, dict(add_BOS=False), dict(max_length=8)),
+    "some exits, margin": (
+        dict(threshold=0.3, exits=[4, 6], confidence="margin"),
+        dict(add_BOS=False),
+        dict(max_length=12),
+    ),
+    "late end": (dict(threshold=0.5), dict(add_BOS=False), dict(max_length=16, min_length=9)),
+    "sampled": (
+        dict(threshold=0.5),
+        dict(add_BOS=False, use_greedy=False, temperature=1.3, top_k=30, repetition_penalty=1.2),
+        dict(max_length=12),
+    ),
+}
+
+
+def generate(tp, pp, head):
+    """Every way's output on this rank; only the model's first rank has prompts and parameters."""
+    from tests.support.tiny_gpt import tiny_model, tiny_model_config
+
+    config = tiny_model_config(
+        head=HEADS[head], exits=EXITS, tp=tp, pp=pp, share_embeddings_and_output_weights=False
+    )
+    model = tiny_model(config, tp * pp, torch.float64)
+    first, out = torch.distributed.get_rank() == 0, {}
+    for name, (early_exit, sampling, lengths) in WAYS.items():
+        generator = torch.Generator().manual_seed(3)
+        given = (TEXTS, lengths, sampling) if first else (None, None, None)
+        out[name] = model.generate(*given, early_exit=early_exit if first else None, generator=generator)
+    ending = out["mixed"]["token_ids"][0][-4]
+    word = f"w{ending - 6}"
+    out["end string"] = model.generate(
+        TEXTS, dict(max_length=16), dict(add_BOS=False, end_strings=[word]), early_exit=WAYS["mixed"][0]
+    )
+    return out
+
+
+def refusals(pp):
+    """What this stage is told of parameters that need one stage."""
+    from nemo_ee.errors import GenerationError
+    from tests.support.tiny_gpt import tiny_model, tiny_model_config
+
+    model, messages = tiny_model(tiny_model_config(exits=EXITS, pp=pp), pp), []
+    for early_exit, sampling in (
+        (dict(lossless=True), {}),
+        (dict(max_pending=3), {}),
+        (dict(kv_policy="recompute"), {}),
+        (dict(confidence="patience"), {}),
+        ({}, dict(all_probs=True)),
+        ({}, dict(compute_logprob=True)),
+    ):
+        with pytest.raises(GenerationError) as caught:
+            model.generate(TEXTS, dict(max_length=4), sampling, early_exit=early_exit)
+        messages.append(str(caught.value))
+    return messages
+
+
+@pytest.mark.parametrize(
+    "tp, pp, head",
+    [
+        (1, 2, "block, shortlist"),
+        (1, 4, "MLP, untied"),
+        (2, 2, "linear, shortlist"),
+        pytest.param(1, 4, "block, MLP, linear, untied", marks=pytest.mark.slow),
+        pytest.param(2, 4, "norm, tied", marks=pytest.mark.slow),
+    ],
+)
+def test_the_tokens_are_those_of_one_process(workers, tp, pp, head):
+    (single,) = workers(1).run(generate, 1, 1, head)
+    used = Counter(n for row in single["mixed"]["early_exit"] for n in row["exit_layers"])
+    assert len(used) >= 3, used
+    assert single["end string"]["token_ids"] != single["mixed"]["token_ids"], "the end string was met"
+    for rank in workers(tp * pp).run(generate, tp, pp, head):
+        for name, expected in single.items():
+            found = rank[name]
+            assert found["token_ids"] == expected["token_ids"], name
+            assert found["sentences"] == expected["sentences"]
+            for mine, theirs in zip(found["early_exit"], expected["early_exit"], strict=True):
+                assert mine["exit_layers"] == theirs["exit_layers"], name
+                assert mine["confidences"] == pytest.approx(theirs["confidences"], rel=1e-9)
+
+
+def test_what_needs_one_stage_is_refused_on_every_stage(workers):
+    for messages in workers(2).run(refusals, 2):
+        names = ("lossless", "max_pending", "recompute", "patience", "all_probs", "compute_logprob")
+        for message, name in zip(messages, names, strict=True):
+            assert name in message and "pipeline_model_parallel_size=1" in message
