@@ -12,10 +12,9 @@ from torch import Tensor
 
 from nemo_ee.config import HeadConfig
 from nemo_ee.core.confidence import confidence, is_sure, summarise_rows
-from nemo_ee.megatron.exit_loss import max_over_ranks, reduce_over_ranks
 from nemo_ee.megatron.gpt import EarlyExitGPTModel, StageStates
-from nemo_ee.megatron.prediction import log_sum_over_ranks
 from nemo_ee.megatron.projection import ExitProjection
+from nemo_ee.megatron.vocab_parallel import log_sum_over_ranks, max_over_ranks, reduce_over_ranks
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ together, so that besides the teacher's at most one exit's logits of one chunk e
 T tokens, C tokens of a chunk, H hidden size, R rows of this rank.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from nemo_ee.config import TuningConfig
 from nemo_ee.core.confidence import best_row, confidence
 from nemo_ee.megatron.projection import ExitProjection
-from nemo_ee.megatron.vocab_parallel import max_over_ranks, reduce_over_ranks
+from nemo_ee.megatron.vocab_parallel import max_over_ranks, reduce_over_ranks, sum_over_ranks
 
 
 @dataclass
@@ -78,8 +79,9 @@ def exit_losses(
     A_t being the cross-entropy against the final exit's most probable token and u_t being 1 or the exit's
     detached confidence. The tied output weight is differentiated too where it requires a gradient.
 
-    Collectives: per chunk and exit a few all-reduces of [C] over the tensor-parallel group, and for a
-    shortlist with a teacher one of [C, rows]; none where TP is 1.
+    Collectives: per chunk and exit three small all-reduces over the tensor-parallel group, of maxima, rows
+    and sums of [C]; for a shortlist one of [H] with gradients, one of [C, rows] with a teacher; none where TP
+    is 1.
 
     Args:
         exits: exit layer -> its state and projection.
@@ -103,9 +105,12 @@ def exit_losses(
     with torch.no_grad():
         for start in range(0, len(labels), objective.loss_chunk_tokens):
             chunk = slice(start, start + objective.loss_chunk_tokens)
-            final = _Distribution.teacher(teacher, chunk, output_weight) if teacher else None
-            if final is not None:
-                final.add_stats(result.stats[0], labels[chunk], mask[chunk])
+            final = None
+            if teacher is not None:
+                final = _Distribution(
+                    teacher.state[chunk], teacher.projection, output_weight, [labels[chunk]]
+                )
+                final.add_stats(result.stats[0], mask[chunk])
                 result.best_tokens[0][chunk] = final.best_token
             for n, item in exits.items():
                 _one_exit(
@@ -115,39 +120,69 @@ def exit_losses(
 
 
 class _Distribution:
-    """Softmax over sharded rows of one chunk: logits [C, R] in float32, log-normaliser and maximum [C]."""
+    """Softmax over sharded rows of one chunk, and what it makes of labels and of a target distribution.
 
-    def __init__(self, state: Tensor, projection: ExitProjection, tied_weight: Tensor):
+    Collectives: three all-reduces, one of maxima, one of rows, one of sums.
+
+    Args:
+        state: [C, H].
+        projection: what projects it.
+        tied_weight: the backbone's output weight, for a tied projection.
+        labels: tensors [C] of tokens whose cross-entropies are wanted.
+        target: [C, R] probabilities of the same rows, if the divergence from it is wanted.
+
+    Attributes:
+        logits: [C, R] in float32 or wider.
+        probabilities: [C, R].
+        best: [C] the highest logit of a token that can be emitted.
+        best_token: [C] that token.
+        log_normaliser: [C].
+        held: per tensor of labels, this rank's (token, column) indices of those that it holds.
+        cross_entropies: per tensor of labels, [C] in nats.
+        divergence: [C] KL(target, this) in nats; None without a target.
+    """
+
+    def __init__(
+        self,
+        state: Tensor,
+        projection: ExitProjection,
+        tied_weight: Tensor | None,
+        labels: Sequence[Tensor],
+        target: Tensor | None = None,
+    ):
         self.projection = projection
         logits = projection.local_logits(state, tied_weight)
         self.logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         best, row = best_row(self.logits, projection.emittable_rows())
-        self.best, rows = max_over_ranks(best, row + projection.first_row)
+        self.best, rows, highest = max_over_ranks(best, row + projection.first_row, self.logits.amax(-1))
         self.best_token = projection.tokens_of(rows)
-        highest = reduce_over_ranks(self.logits.amax(-1), torch.distributed.ReduceOp.MAX)
-        self.unnormalised = (self.logits - highest[:, None]).exp_()
-        total = reduce_over_ranks(self.unnormalised.sum(-1))
+        self.held = [projection.held(projection.rows_of(tokens)) for tokens in labels]
+        parts = [self._held_logits(*held) for held in self.held]
+        if target is not None:
+            log_ratio = target.clamp_min(1e-30).log() - self.logits.clamp_min(-1e30)
+            parts.append((target * log_ratio).sum(-1))
+            del log_ratio
+        exponentials = (self.logits - highest[:, None]).exp_()
+        total, *sums = sum_over_ranks(exponentials.sum(-1), *parts)
         self.log_normaliser = highest + total.log()
-        self.probabilities = self.unnormalised.div_(total[:, None])
+        self.probabilities = exponentials.div_(total[:, None])
+        self.cross_entropies = [self.log_normaliser - logit for logit in sums[: len(labels)]]
+        self.divergence = None if target is None else sums[-1] + self.log_normaliser
 
-    @classmethod
-    def teacher(cls, teacher: Teacher, chunk: slice, output_weight: Tensor) -> "_Distribution":
-        return cls(teacher.state[chunk], teacher.projection, output_weight)
+    def _held_logits(self, tokens: Tensor, columns: Tensor) -> Tensor:
+        """[C] logits at these (token, column) indices, 0 for tokens without one."""
+        logits = self.logits.new_zeros(len(self.logits))
+        logits[tokens] = self.logits[tokens, columns]
+        return logits
 
     @property
     def confidence(self) -> Tensor:
         """[C], the highest probability of a token that can be emitted."""
         return confidence(self.best, self.log_normaliser)
 
-    def cross_entropy(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """CE [C] in nats, and this rank's (token, column) indices of the labels that it holds."""
-        held, columns = self.projection.held(self.projection.rows_of(labels))
-        logit = self.logits.new_zeros(len(labels))
-        logit[held] = self.logits[held, columns]
-        return self.log_normaliser - reduce_over_ranks(logit), held, columns
-
-    def add_stats(self, stats: Tensor, labels: Tensor, mask: Tensor) -> None:
-        ce, *_ = self.cross_entropy(labels)
+    def add_stats(self, stats: Tensor, mask: Tensor) -> None:
+        """Adds the final exit's sums (see `ExitLossResult`), of the first labels."""
+        ce = self.cross_entropies[0]
         stats += torch.stack([ce @ mask, mask.new_zeros(()), mask.sum(), self.confidence @ mask, ce @ mask])
 
     def on_rows_of(self, projection: ExitProjection) -> Tensor:
@@ -180,15 +215,13 @@ def _one_exit(
 ) -> None:
     """One chunk of one exit; adds to `result`."""
     state, projection = item.state[chunk], item.projection
-    mine = _Distribution(state, projection, output_weight)
-    ce, held, columns = mine.cross_entropy(labels)
-    kl, hard, target, best = torch.zeros_like(ce), torch.zeros_like(ce), None, None
+    wanted, target = [labels], None
     if final is not None:
-        target = final.on_rows_of(projection)
-        log_ratio = target.clamp_min(1e-30).log() - mine.logits.clamp_min(-1e30)
-        kl = reduce_over_ranks((target * log_ratio).sum(-1)) + mine.log_normaliser
-        del log_ratio
-        hard, *best = mine.cross_entropy(final.best_token)
+        wanted, target = [labels, final.best_token], final.on_rows_of(projection)
+    mine = _Distribution(state, projection, output_weight, wanted, target)
+    ce = mine.cross_entropies[0]
+    kl = torch.zeros_like(ce) if final is None else mine.divergence
+    hard = torch.zeros_like(ce) if final is None else mine.cross_entropies[1]
     confidence = mine.confidence
     agreement = torch.zeros_like(ce) if final is None else (mine.best_token == final.best_token).to(ce.dtype)
     token_weight = mask * confidence if objective.token_weighting == "confidence" else mask
@@ -201,11 +234,11 @@ def _one_exit(
         return
     gradient = mine.probabilities * (objective.ce_weight + objective.kl_weight + objective.argmax_weight)
     if objective.ce_weight:
-        gradient[held, columns] -= objective.ce_weight
+        gradient[mine.held[0]] -= objective.ce_weight
     if objective.kl_weight:
         gradient.sub_(target, alpha=objective.kl_weight)
     if objective.argmax_weight:
-        gradient[best[0], best[1]] -= objective.argmax_weight
+        gradient[mine.held[1]] -= objective.argmax_weight
     gradient *= (token_weight * (item.weight * scale))[:, None]
     rows = gradient[:, : projection.rows_per_rank].to(state.dtype)
     weight = output_weight if projection.weight is None else projection.weight

@@ -64,10 +64,10 @@ class Prediction:
 
     @classmethod
     def from_logits(cls, logits: Tensor, rows: Rows) -> "Prediction":
-        """Collectives: where TP > 1, four all-reduces of [N] over the tensor-parallel group."""
+        """Collectives: where TP > 1, three all-reduces of [N] over the tensor-parallel group."""
         summary = summarise_rows(logits, rows.emittable)
-        best, row = max_over_ranks(summary.best, summary.row + rows.first)
-        normaliser = log_sum_over_ranks(summary.log_sum)
+        best, row, top = max_over_ranks(summary.best, summary.row + rows.first, summary.log_sum)
+        normaliser = log_sum_over_ranks(summary.log_sum, top)
         tokens = row if rows.tokens is None else rows.tokens[row]
         return cls(rows, logits, tokens, confidence(best, normaliser))
 

@@ -18,23 +18,38 @@ def reduce_over_ranks(
     return tensor
 
 
-def max_over_ranks(values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Maximum of values [N] over all ranks, and its (lowest) row [N]. Collectives: two all-reduces of [N]."""
+def sum_over_ranks(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Sums of tensors [N] over all ranks. Collectives: one all-reduce of all together."""
     if parallel_state.get_tensor_model_parallel_world_size() == 1:
-        return values, rows
-    highest = reduce_over_ranks(values.clone(), torch.distributed.ReduceOp.MAX)
-    rows = rows.masked_fill(values < highest, torch.iinfo(rows.dtype).max)
-    return highest, reduce_over_ranks(rows, torch.distributed.ReduceOp.MIN)
+        return tensors
+    return reduce_over_ranks(torch.stack(tensors)).unbind()
 
 
-def log_sum_over_ranks(log_sum: Tensor) -> Tensor:
+def max_over_ranks(values: Tensor, rows: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Maximum of values [N] over all ranks, its (lowest) row [N], and maxima of other tensors [N].
+
+    Collectives: one all-reduce of all maxima together, one of the rows.
+    """
+    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+        return values, rows, *others
+    maxima = reduce_over_ranks(torch.stack([values, *others]), torch.distributed.ReduceOp.MAX).unbind()
+    rows = rows.masked_fill(values < maxima[0], torch.iinfo(rows.dtype).max)
+    return maxima[0], reduce_over_ranks(rows, torch.distributed.ReduceOp.MIN), *maxima[1:]
+
+
+def log_sum_over_ranks(log_sum: Tensor, top: Tensor | None = None) -> Tensor:
     """log sum exp over all ranks' rows, from each rank's own [N], finite on one rank at least.
 
-    Collectives: two all-reduces of [N].
+    Collectives: one all-reduce of [N], and a second one without `top`.
+
+    Args:
+        log_sum: [N] of this rank.
+        top: [N] its maximum over all ranks, where that is known.
     """
     if parallel_state.get_tensor_model_parallel_world_size() == 1:
         return log_sum
-    top = reduce_over_ranks(log_sum.clone(), torch.distributed.ReduceOp.MAX)
+    if top is None:
+        top = reduce_over_ranks(log_sum.clone(), torch.distributed.ReduceOp.MAX)
     return top + reduce_over_ranks((log_sum - top).exp()).log()
 
 

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from nemo_ee.config import EarlyExitConfig, parse_early_exit
 from nemo_ee.core.bubbles import most_fills
 from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.models.batch_checks import RAMP_UP, document_faults, ramp_up_faults
 
 NOT_ON_THIS_MACHINE = {
     "gradient_accumulation_fusion": "Apex",
@@ -144,6 +145,8 @@ def _layout_faults(cfg: DictConfig, world_size: int):
         yield Fault(
             "model.global_batch_size", batch, rule, f"use e.g. {micro * dp * max(1, batch // (micro * dp))}"
         )
+    elif micro and batch:
+        yield from ramp_up_faults(cfg, dp)
 
 
 def _split_faults(cfg: DictConfig, layers: int):
@@ -225,6 +228,9 @@ def check_tuning(cfg: DictConfig) -> None:
         rule = "a backbone without backward keeps no activations to recompute"
         key = "model.activations_checkpoint_granularity"
         faults.append(Fault(key, cfg.activations_checkpoint_granularity, rule, "set it to null"))
+    if ramp := cfg.get("rampup_batch_size"):
+        faults.append(Fault(RAMP_UP, ramp, "tuning has batches of one size", "set it to null"))
+    faults += document_faults(cfg)
     if (data := cfg.get("data")) is not None:
         length, limit = data.seq_length, cfg.encoder_seq_length
         if length > limit:
@@ -275,12 +281,15 @@ def check_pretraining(cfg: DictConfig) -> None:
         rule = "agreement with the final exit is counted over micro-batches of one size"
         faults.append(Fault("model.data.validation_drop_last", False, rule, "set it to true"))
     filling, stages = early_exit.training.bubble_filling, cfg.get("pipeline_model_parallel_size", 1)
+    key = "model.early_exit.training.bubble_filling"
     if filling.enabled and not most_fills(stages, filling.backward_ratio):
-        key, remedy = "model.early_exit.training.bubble_filling", "set warmup and cooldown to false"
+        remedy = "set warmup and cooldown to false"
         rule = f"bubbles of pipeline_model_parallel_size={stages} have no room for a micro-batch"
         faults.append(Fault(key, "on", rule, remedy))
     if filling.enabled and cfg.get("rampup_batch_size"):
         rule = "bubble filling needs a constant number of micro-batches"
-        faults.append(Fault("model.rampup_batch_size", cfg.rampup_batch_size, rule, "set it to null"))
+        remedy = f"set it to null, or {key}'s warmup and cooldown to false"
+        faults.append(Fault(RAMP_UP, cfg.rampup_batch_size, rule, remedy))
+    faults += document_faults(cfg)
     if faults:
         raise ConfigError(*faults)

@@ -27,6 +27,7 @@ from nemo_ee.models.checks import check_model, check_pretraining, read_early_exi
 from nemo_ee.models.exit_metrics import validation_values
 from nemo_ee.models.first_weights_mixin import FirstWeightsMixin
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
+from nemo_ee.models.rampup_batch_size_mixin import RampupBatchSizeMixin
 from nemo_ee.models.training_data_mixin import TrainingDataMixin
 from nemo_ee.models.training_metrics import TrainingMetrics
 
@@ -56,7 +57,7 @@ DESCRIPTION = (
 
 
 class MegatronGPTEEPretrainingModel(
-    BubbleFillingMixin, TrainingDataMixin, FirstWeightsMixin, MegatronGPTEarlyExitModel
+    BubbleFillingMixin, RampupBatchSizeMixin, TrainingDataMixin, FirstWeightsMixin, MegatronGPTEarlyExitModel
 ):
     """`MegatronGPTModel` whose exits are trained together with it, through Megatron's own schedules.
 
@@ -147,6 +148,7 @@ class MegatronGPTEEPretrainingModel(
 
     def fwd_bwd_step(self, dataloader_iter: Iterator, forward_only: bool, first_val_step: bool | None = None):
         """One global batch, as NeMo's; collects the exits' statistics on the way."""
+        self.choose_batch_size(training=not forward_only)
         self.metrics.start(self.device_of_batches, observe=forward_only or self.logs_this_step)
         self._next_micro_batch = 0
         if self.links is not None and not forward_only:

@@ -32,6 +32,13 @@ CASES = {
         ),
         Layout(pp=3, first=1, last=2),
     ),
+    "batches grow": (  # by the step: 2, 2, 4, 6, 6, 6 samples; it is resumed at the third
+        Case(
+            section("MLP, untied", [2, 6], schedule="cosine", schedule_steps=5),
+            dict(micro_batch_size=1, global_batch_size=6, rampup_batch_size=[2, 2, 8]),
+        ),
+        Layout(),
+    ),
     "SP": (
         Case(section("block, MLP, linear, untied", [3], schedule="linear", schedule_steps=5)),
         Layout(tp=2, sp=True),

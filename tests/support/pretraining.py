@@ -1,18 +1,14 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""Pre-training runs of the tiny model in any layout, and their plainest reference.
+"""Pre-training runs of the tiny model in any layout, and of their reference, `tests.support.plain_objective`.
 
-The reference is one process that adds the losses up as the objective is written and calls backward once per
-global batch: no deferred losses, no schedule, no chunks. Weights depend on names alone; float64, but for the
-final exit's loss, which megatron-core computes in float32.
+Weights depend on names alone; float64, but for the final exit's loss, which megatron-core computes in float32.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from tests.support.tiny_gpt import fill, tiny_model_config
 from tests.support.tuning import OPTIMIZER, SEQUENCE, Layout, data_section, tuning_trainer
@@ -30,6 +26,7 @@ class Case:
         own_schedule: run nemo_ee's schedule also where no bubbles are filled.
         loss_scale: of half precision, imitated; gradients are divided by it before they are returned.
         without_targets: NeMo's own step function runs, so the module is a plain GPT.
+        micro_batches: of every step, for the reference; None takes Megatron's number.
     """
 
     early_exit: dict[str, Any]
@@ -39,6 +36,7 @@ class Case:
     own_schedule: bool = False
     loss_scale: float = 1.0
     without_targets: bool = False
+    micro_batches: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -49,6 +47,7 @@ class Outcome:
         gradients: of the first step, before clipping: global name -> the whole parameter's gradient.
         final: global name -> whole parameter after the last step.
         losses: the final exit's loss of every step.
+        statistics: what every step logged under names that begin with `train_`.
         logged: what the trainer logged at the end.
         copies: this stage's copies of the output weight after each step.
     """
@@ -56,6 +55,7 @@ class Outcome:
     gradients: dict[str, torch.Tensor]
     final: dict[str, torch.Tensor]
     losses: list[float]
+    statistics: list[dict[str, float]]
     logged: dict[str, float]
     copies: list[torch.Tensor]
 
@@ -96,20 +96,22 @@ def pretrain_one(
     whole_gradients: bool = True,
 ) -> Outcome:
     """One run through Trainer.fit."""
+    from tests.support.plain_objective import PlainObjective
+
     trainer = tuning_trainer(layout, case.steps, gradient_clip_val=0.5)
     if dtype == torch.float64:
         torch.cuda.FloatTensor = torch.DoubleTensor  # NeMo's clipping asserts float32 gradients
     config = pretraining_config(prefixes, case, layout)
     if plain:
         config.activations_checkpoint_granularity = None
-    model = (Plain() if plain else Recorder())(config, trainer)
+    model = (PlainObjective() if plain else Recorder())(config, trainer)
     model.to(dtype)
     for part in model.gpt.modules():
         if getattr(part, "config", None) is not None:
             part.config.params_dtype = part.config.pipeline_dtype = dtype
     fill(model)
     model.exits_initialised = not case.initialise
-    model.keep_gradients = whole_gradients
+    model.keep_gradients, model.counts = whole_gradients, case.micro_batches
     if case.own_schedule:
         from nemo_ee.megatron.bubble_schedule import Links
 
@@ -130,13 +132,14 @@ def pretrain_one(
         {name: gradient / scale for name, gradient in model.first_gradients.items()},
         whole_parameters(model.gpt),
         model.seen_losses,
+        model.statistics,
         {key: float(value) for key, value in trainer.logged_metrics.items()},
         model.copies,
     )
 
 
 def Recorder() -> type:  # noqa: N802  (a class, made late: importing NeMo takes long)
-    """`MegatronGPTEEPretrainingModel` that keeps gradients and losses."""
+    """`MegatronGPTEEPretrainingModel` that keeps gradients, losses and training statistics."""
     from nemo_ee.models.megatron_gpt_ee_pretraining_model import MegatronGPTEEPretrainingModel
 
     class Recording(MegatronGPTEEPretrainingModel):
@@ -144,6 +147,7 @@ def Recorder() -> type:  # noqa: N802  (a class, made late: importing NeMo takes
             super().__init__(cfg, trainer)
             self.first_gradients: dict[str, torch.Tensor] = {}
             self.seen_losses: list[float] = []
+            self.statistics: list[dict[str, float]] = []
             self.copies: list[torch.Tensor] = []
             self.keep_gradients = True
 
@@ -151,7 +155,13 @@ def Recorder() -> type:  # noqa: N802  (a class, made late: importing NeMo takes
             if self.keep_gradients and not self.first_gradients:
                 self.first_gradients = whole_parameters(self.gpt, gradients=True)
 
+        def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+            super().log(name, value, *args, **kwargs)
+            if name.startswith("train_"):
+                self.statistics[-1][name] = float(value)
+
         def training_step(self, dataloader_iter: Any) -> Any:
+            self.statistics.append({})
             loss = super().training_step(dataloader_iter)
             self.seen_losses.append(float(loss))
             return loss
@@ -162,57 +172,6 @@ def Recorder() -> type:  # noqa: N802  (a class, made late: importing NeMo takes
                 self.copies.append(self.gpt.output_weight().detach().clone())
 
     return Recording
-
-
-def Plain() -> type:  # noqa: N802
-    """The reference, in one process."""
-
-    class PlainObjective(Recorder()):
-        def fwd_bwd_step(
-            self, dataloader_iter: Iterator, forward_only: bool, first_val_step: Any = None
-        ) -> Any:
-            if forward_only:
-                return super().fwd_bwd_step(dataloader_iter, forward_only, first_val_step)
-            from megatron.core.num_microbatches_calculator import get_num_microbatches
-
-            count, total, finals = get_num_microbatches(), 0.0, []
-            for index in range(count):
-                batch = self.get_batch(dataloader_iter, False)
-                final, exits = self.losses_of(batch, index)
-                weights = self.loss_weights_now()
-                total = total + final + sum(weights[n] * loss for n, loss in exits.items())
-                finals.append(final.detach())
-            (total / count).backward()
-            return torch.stack(finals).mean()
-
-        def losses_of(self, batch: dict, index: int) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-            gpt = self.gpt
-            gpt.layer_dropout = self.layer_dropout(index)
-            mask = batch["loss_mask"].double()
-            with gpt.capture() as states:
-                losses = gpt(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-            rotary = gpt._preprocess(batch["tokens"], batch["position_ids"])[1]
-            found = {}
-            for n in gpt.exit_layers:
-                head = gpt.exits[str(n)]
-                state = head(states[n], None, rotary)
-                projection = head.projection
-                weight = gpt.output_weight() if projection.kind == "tied" else projection.weight
-                logits = F.linear(state, weight[: projection.num_kept])
-                labels = projection.rows_of(batch["labels"]).t()
-                emittable = projection.num_kept
-                if projection.kind == "shortlist":
-                    bucket = state @ projection.bucket_weight + projection.bucket_bias
-                    logits = torch.cat([logits, bucket[..., None]], -1)
-                    labels = labels.masked_fill(labels >= emittable, emittable)
-                log = F.log_softmax(logits, -1)
-                ce = -log.gather(-1, labels[..., None])[..., 0]
-                if self.training_config.token_weighting == "confidence":
-                    ce = ce * log[..., :emittable].exp().amax(-1).detach()
-                found[n] = (ce * mask.t()).sum() / mask.sum()
-            return (losses * mask).sum() / mask.sum(), found
-
-    return PlainObjective
 
 
 def whole_parameters(gpt: Any, gradients: bool = False) -> dict[str, torch.Tensor]:

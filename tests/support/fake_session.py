@@ -1,0 +1,106 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""A decoding session without a model: its tokens, exits and confidences are functions of the prompt."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+EXIT_LAYERS = (2, 4, 8)
+FIRST_WORD, WORDS = 6, 195
+"""Token ids of `tests.support.tiny_gpt`'s tokenizer that are plain words."""
+
+
+def token_of(prompt: list[int], position: int) -> int:
+    """The token at that place of the continuation."""
+    return FIRST_WORD + (sum(prompt) * 31 + len(prompt) * 17 + position * position * 7) % WORDS
+
+
+def layer_of(prompt: list[int], position: int) -> int:
+    """Its exit layer; the first comes from the final one."""
+    return EXIT_LAYERS[-1] if position == 0 else EXIT_LAYERS[(sum(prompt) + position) % 3]
+
+
+def confidence_of(prompt: list[int], position: int) -> float:
+    """Its exit's confidence."""
+    return ((sum(prompt) + 13 * position) % 100) / 100
+
+
+class FakeSession:
+    """Has the methods of `nemo_ee.inference.session.DecodingSession`, and notes how they are called.
+
+    Args:
+        slots: sequences at a time.
+        token: chooses tokens; by default `token_of`.
+        step_seconds: how long every step takes.
+        per_step: tokens that a sequence gets in a step, as in lossless decoding.
+
+    Attributes:
+        added: numbers of sequences, and of their prompt tokens, of every `add`.
+        removed: sequences that were cancelled.
+        fail: raised by the next `add` or `step`.
+    """
+
+    def __init__(
+        self,
+        slots: int = 4,
+        token: Callable[[list[int], int], int] = token_of,
+        step_seconds: float = 0.0,
+        per_step: int = 1,
+    ):
+        self.slots, self.token, self.step_seconds, self.per_step = slots, token, step_seconds, per_step
+        self.running: list = []
+        self.added: list[tuple[int, int]] = []
+        self.removed: list = []
+        self.steps = 0
+        self.fail: Exception | None = None
+
+    @property
+    def free(self) -> int:
+        return self.slots - len(self.running)
+
+    def add(self, sequences: list) -> list:
+        assert len(sequences) <= self.free
+        self.added.append((len(sequences), sum(len(s.prompt) for s in sequences)))
+        self.running += sequences
+        self._raise()
+        for sequence in sequences:
+            sequence.statistics.layers_run += len(sequence.prompt) * EXIT_LAYERS[-1]
+            self._next(sequence)
+        return self._retire()
+
+    def step(self) -> list:
+        self.steps += 1
+        time.sleep(self.step_seconds)
+        self._raise()
+        for sequence in self.running:
+            for _ in range(self.per_step):
+                if sequence.finish_reason is None:
+                    self._next(sequence)
+        return self._retire()
+
+    def remove(self, sequence) -> None:
+        self.removed.append(sequence)
+        sequence.finish_reason = "cancelled"
+        self._retire()
+
+    def _next(self, sequence) -> None:
+        place, prompt = len(sequence.tokens), sequence.prompt
+        layer = layer_of(prompt, place)
+        sequence.statistics.layers_run += layer if place else 0
+        sequence.commit(self.token(prompt, place), layer, confidence_of(prompt, place))
+
+    def _retire(self) -> list:
+        finished = [s for s in self.running if s.finish_reason is not None]
+        self.running = [s for s in self.running if s.finish_reason is None]
+        return finished
+
+    def _raise(self) -> None:
+        if self.fail is not None:
+            error, self.fail = self.fail, None
+            raise error
+
+    @contextmanager
+    def opened(self) -> Iterator["FakeSession"]:
+        """For `Engine`: the same object as a new session, empty."""
+        self.running = []
+        yield self
