@@ -102,8 +102,9 @@ class GenerationMixin:
         not. Weights that change in between (training, loading) need another call.
 
         Args:
-            weights: `native`, or `int8` for 8-bit integers with a scale per output feature: faster where
-                reading weights is what decoding waits for, at a small loss of quality.
+            weights: `native`; `packed`, a second copy that makes passes of a few tokens faster (CPU); or `int8`,
+                8-bit integers with a scale per output feature, faster where decoding waits for weights to be
+                read, at a small loss of quality (CPU).
 
         Raises:
             ConfigError: unknown weights.

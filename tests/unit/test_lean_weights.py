@@ -1,0 +1,110 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Weights as functions: packed and 8-bit ones against the matrix product, and whole models with them."""
+
+import pytest
+import torch
+
+from tests.support.tiny_gpt import HEADS, tiny_model, tiny_model_config
+from tests.unit.test_decode import PROMPTS
+
+COUNTS = [1, 2, 3, 5, 16, 17, 64, 65]
+
+
+@pytest.fixture(scope="module")
+def weight():
+    return torch.randn(48, 64, generator=torch.Generator().manual_seed(0)) / 8
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("count", COUNTS)
+def test_packed_weights_give_the_product(weight, count, with_bias):
+    from nemo_ee.megatron.lean_weights import lean_linear
+
+    generator = torch.Generator().manual_seed(count)
+    bias = torch.randn(48, generator=generator) if with_bias else None
+    x, residual = torch.randn(count, 64, generator=generator), torch.randn(count, 48, generator=generator)
+    expected = x @ weight.t() + (0 if bias is None else bias)
+    for kind in ("native", "packed"):
+        layer, kept = lean_linear(weight, bias, torch.float32, kind), residual.clone()
+        assert torch.allclose(layer(x), expected, atol=1e-5)
+        assert torch.allclose(layer.onto(residual, x), residual + expected, atol=1e-5)
+        assert residual.equal(kept), "inputs stay as they are"
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_eight_bits_err_by_their_rounding(weight, count):
+    from nemo_ee.megatron.lean_weights import INT8_TOKENS, lean_linear
+
+    x = torch.randn(count, 64, generator=torch.Generator().manual_seed(count))
+    layer, exact = lean_linear(weight, None, torch.float32, "int8"), x @ weight.t()
+    assert layer.bytes * 4 == lean_linear(weight, None, torch.float32).bytes
+    difference = (layer(x) - exact).abs()
+    if count > INT8_TOKENS:
+        assert difference.max() < 1e-5
+        return
+    # Half a step per weight at most; x, scales and sums are rounded to bfloat16 (2^-8).
+    steps = weight.abs().amax(1) / 127
+    bound = x.abs().sum(1)[:, None] * steps * 0.52 + 2**-7 * (x.abs() @ weight.abs().t())
+    assert (difference <= bound).all() and difference.max() > 1e-4
+
+
+def test_what_a_kind_cannot_do_is_refused(weight):
+    from nemo_ee.megatron.lean_weights import lean_linear
+
+    with pytest.raises(NotImplementedError, match="weights=packed"):
+        lean_linear(weight, None, torch.bfloat16, "packed")
+    with pytest.raises(NotImplementedError, match="weights=int8"):
+        lean_linear(weight.to("meta"), None, torch.float32, "int8")
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = tiny_model_config(
+        head=HEADS["block, MLP, linear, untied"], share_embeddings_and_output_weights=False
+    )
+    return tiny_model(config)
+
+
+def generated(model, **early_exit):
+    ids = torch.zeros(len(PROMPTS), 12, dtype=torch.long)
+    for row, prompt in zip(ids, PROMPTS, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt)
+    lengths = torch.tensor([len(prompt) for prompt in PROMPTS])
+    return model.generate((ids, lengths), dict(max_length=24), dict(add_BOS=False), early_exit=early_exit)
+
+
+@pytest.mark.parametrize("early_exit", [dict(threshold=0.5), dict(threshold=0.5, lossless=True)], ids=str)
+def test_a_model_decodes_with_packed_and_eight_bit_weights(model, early_exit):
+    native = generated(model, **early_exit)["token_ids"]
+    try:
+        model.prepare_decoding("packed")
+        assert generated(model, **early_exit)["token_ids"] == native
+        model.prepare_decoding("int8")
+        coarse = generated(model, **early_exit)["token_ids"]
+    finally:
+        model.release_decoding()
+    assert coarse != native and [len(row) for row in coarse] == [len(row) for row in native]
+    same = sum(
+        a == b for one, other in zip(coarse, native, strict=True) for a, b in zip(one, other, strict=True)
+    )
+    assert same > 0.4 * sum(map(len, native))
+    assert generated(model, **early_exit)["token_ids"] == native
+
+
+def test_prepared_weights_stay_until_they_are_released(model):
+    from nemo_ee.errors import ConfigError
+
+    before = generated(model, threshold=1.0)["token_ids"]
+    model.prepare_decoding("packed")
+    weight = model.gpt.decoder.layers[3].mlp.linear_fc2.weight
+    kept = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight.mul_(-1)
+        model.release_decoding()
+        assert generated(model, threshold=1.0)["token_ids"] != before
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)
+    with pytest.raises(ConfigError, match="did you mean int8"):
+        model.prepare_decoding("int4")
