@@ -90,7 +90,7 @@ class EvaluationConfig:
             ConfigError: listing every unknown key, missing value and value that breaks its rule.
         """
         faults: list[Fault] = []
-        config = build_config(cls, _given(values), "", faults)
+        config = build_config(cls, given(values), "", faults)
         if config is not None:
             faults += _check_counts("data", config.data, ("sequences", "seq_length", "batch_size"))
             faults += _check_sweep(config.generation)
@@ -99,9 +99,10 @@ class EvaluationConfig:
         return config
 
 
-def _given(values: Mapping) -> dict:
+def given(values: Mapping) -> dict:
+    """Nested values without those that are `MISSING`."""
     return {
-        key: _given(value) if isinstance(value, Mapping) else value
+        key: given(value) if isinstance(value, Mapping) else value
         for key, value in values.items()
         if value != MISSING
     }

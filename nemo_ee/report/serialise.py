@@ -18,7 +18,7 @@ def report_to_dict(report: Report) -> dict:
     Raises:
         DataError: a number is not finite; JSON has no such number. The message names the field.
     """
-    return _to_plain(report, "report")
+    return to_plain(report, "report")
 
 
 def report_from_dict(values: Mapping) -> Report:
@@ -35,16 +35,25 @@ def report_from_dict(values: Mapping) -> Report:
     return _from_plain(Report, values, "report")
 
 
-def _to_plain(value: Any, where: str) -> Any:
+def to_plain(value: Any, where: str) -> Any:
+    """Records, mappings and tuples to dictionaries and lists with string keys, ready for ``json.dump``.
+
+    Args:
+        value: e.g. a dataclass of such values.
+        where: its name, for messages.
+
+    Raises:
+        DataError: a number is not finite.
+    """
     if dataclasses.is_dataclass(value):
         fields = dataclasses.fields(value)
         return {
-            field.name: _to_plain(getattr(value, field.name), f"{where}.{field.name}") for field in fields
+            field.name: to_plain(getattr(value, field.name), f"{where}.{field.name}") for field in fields
         }
     if isinstance(value, Mapping):
-        return {str(key): _to_plain(item, f"{where}.{key}") for key, item in value.items()}
+        return {str(key): to_plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, tuple):
-        return [_to_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+        return [to_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
         raise DataError(
             f"{where}={value}: must be a finite number; look for the cause in the model or the text"

@@ -1,0 +1,69 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""What the exits of a model say about every token of documents, as arrays."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from nemo_ee.calibration.documents import Documents
+from nemo_ee.core.exit_decisions import TokenScores
+from nemo_ee.evaluation.teacher_forced import TextScores, score_text
+from nemo_ee.inference.generate import generating
+
+Score = Callable[[Tensor, Tensor], TextScores]
+"""Tokens and the tokens that follow them, [B, S] each, to scores."""
+
+
+def score_with(model: Any) -> Score:
+    """`score_text` of a `MegatronGPTEarlyExitModel`, on its device, with what generation switches off."""
+    device = model.gpt.output_weight().device
+
+    def score(tokens: Tensor, labels: Tensor) -> TextScores:
+        with generating(model):
+            return score_text(model.gpt, tokens.to(device), labels.to(device))
+
+    return score
+
+
+def score_documents(
+    score: Score,
+    documents: Documents,
+    layers: Sequence[int],
+    num_layers: int,
+    batch_size: int,
+    advance: Callable[[int], Any] = lambda count: None,
+) -> TokenScores:
+    """Scores every predicted token of every document.
+
+    Args:
+        score: of the model.
+        documents: D of them.
+        layers: exits in use, ascending.
+        num_layers: of the model.
+        batch_size: documents at a time.
+        advance: called after every batch with its number of documents.
+
+    Returns:
+        Tokens in the order of documents, and of their positions within each.
+    """
+    sizes = documents.sizes
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    confidences = np.empty((len(layers), starts[-1]))
+    disagrees = np.empty((len(layers), starts[-1]), dtype=bool)
+    for numbers, ids in documents.batches(batch_size):
+        scores = score(ids[:, :-1], ids[:, 1:])
+        final = scores.final.tokens.cpu().numpy()
+        for index, layer in enumerate(layers):
+            sure, tokens = (
+                t.cpu().numpy() for t in (scores.exits[layer].confidences, scores.exits[layer].tokens)
+            )
+            for row, number in enumerate(numbers):
+                place, size = slice(starts[number], starts[number + 1]), sizes[number]
+                confidences[index, place] = sure[row, :size]
+                disagrees[index, place] = tokens[row, :size] != final[row, :size]
+        advance(len(numbers))
+    return TokenScores(
+        tuple(layers), num_layers, confidences, disagrees, np.repeat(np.arange(len(sizes)), sizes)
+    )

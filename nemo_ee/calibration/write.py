@@ -1,0 +1,41 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Writing a calibration's report."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+from nemo_ee.calibration.markdown import to_markdown
+from nemo_ee.calibration.plots import plots
+from nemo_ee.calibration.schema import CalibrationReport
+from nemo_ee.report.serialise import to_plain
+from nemo_ee.report.write import replace, replace_text
+
+
+def write_report(report: CalibrationReport, directory: str | Path) -> list[Path]:
+    """Writes ``calibration.json``, the plots and ``calibration.md``, each in one step.
+
+    Plots of exits that this report does not have are removed.
+
+    Args:
+        report: what was found.
+        directory: created if missing.
+
+    Returns:
+        The files written.
+
+    Raises:
+        DataError: a number is not finite; nothing is written.
+    """
+    directory = Path(directory)
+    text = json.dumps(to_plain(report, "calibration"), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    directory.mkdir(parents=True, exist_ok=True)
+    written = [replace_text(directory / "calibration.json", text)]
+    drawn = plots(report)
+    for old in (*directory.glob("reliability_exit_*.png"), *directory.glob("path_*.png")):
+        if old.name not in drawn:
+            old.unlink()
+    for name, (_, draw) in drawn.items():
+        written.append(replace(directory / name, partial(draw().savefig, format="png")))
+    images = {name: caption for name, (caption, _) in drawn.items()}
+    return [*written, replace_text(directory / "calibration.md", to_markdown(report, images))]
