@@ -1,0 +1,271 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""The page of decoding.py."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from decoding_passes import FINAL
+from decoding_plot import plot
+from decoding_results import (
+    agreement,
+    decoding_rates,
+    first_milliseconds,
+    over_passes,
+    pass_times,
+    perplexity,
+    ratio,
+    roofline,
+    segments_of,
+    speculation,
+    way_of,
+    whole_rates,
+)
+from decoding_ways import EXITS, FULL, HUGGING_FACE, INT8, LOSSLESS, NEMO
+
+from nemo_ee.report.schema import Spread
+from nemo_ee.report.statistics import spread
+
+MIB, GB = 2**20, 1e9
+WHOLE_MODEL = (FULL, HUGGING_FACE, NEMO)
+"""Ways whose every step reads all weights once, as the roofline has it."""
+
+
+def write_page(rows: Sequence[dict], directory: Path) -> str:
+    """Writes decoding.md and .png; returns the page.
+
+    Args:
+        rows: of decoding.json, in the order of the page.
+        directory: where to.
+    """
+    page = _page(rows)
+    plot(rows).savefig(directory / "decoding.png", format="png")
+    (directory / "decoding.md").write_text(page)
+    return page
+
+
+def _page(rows: Sequence[dict]) -> str:
+    first = rows[0]
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    commands = "\n\n".join(dict.fromkeys(f"`{row['command']}`" for row in rows))
+    devices = "; ".join(dict.fromkeys(row["device"] for row in rows))
+    loads = sorted(float(row["load"]) for row in rows)
+    precision = "float32" if first["settings"]["precision"] == "32" else "bf16"
+    exits = " and ".join(map(str, first["exits"]))
+    cells = "\n\n".join(f"### {row['name'].capitalize()}\n\n{_cell(row)}" for row in rows)
+    return f"""# Decoding speed
+
+{commands}
+
+Commit {commits}. {devices}, torch {first["torch"]}; load averages from {loads[0]:.1f} to {loads[-1]:.1f} at
+the end of cells. {rows[-1]["date"]}; {sum(row["seconds"] for row in rows) / 60:.0f} minutes in all.
+{precision}, greedy, {first["settings"]["new_tokens"]} new tokens per prompt (EOS is kept from coming), exits
+at layers {exits} of {first["layers"]}.
+
+All ways run in one process on the same weights and take turns, starting with another one in each repetition;
+each repetition has other prompts. Medians (quartiles); ratios are taken within repetitions. *Tokens/s* counts
+from the first token on, *whole call* from the call's beginning; *first token* is when a way's stopping
+condition is first asked (with Hugging Face's assistant that is after a round of drafts; its *tokens/s* counts
+from plain Hugging Face's first token). The *roofline* is a step that only reads all weights, and the cache, at the
+bandwidth measured beside the cell. *Agreement* is that with full depth on full depth's own text: of exits at
+every token that they could say, of other ways up to the first token of a text that is not full depth's.
+*Perplexity* is the full model's, of what was generated. *Memory* is the weights that a way uses and the most
+memory beyond that in its first call (on a CPU resident memory, on a GPU what torch's allocator gave out).
+
+## Targets
+
+{_targets(rows)}
+
+![Speed at batch 1, speed against full depth, time over passes, lossless](decoding.png)
+
+## Cells
+
+NeMo's loop, 8-bit weights and Hugging Face's assistant run at batch 1 only, where prompts are many tokens in
+all only one threshold. *Memory* of int8 includes the making of its weights.
+
+{cells}
+
+## Early exit: time over passes
+
+Seconds after the first token over the sum of the passes that were run: every segment's (the layers between
+exits) for that many sequences and tokens, and every head's that was asked; each at its own measured time, as
+below. The rest is embedding, choosing tokens, bookkeeping, and text.
+
+{_passes_table(rows)}
+
+## Lossless: where it wins
+
+A round brings 1 + a j tokens, where the full model looks at j drafts and confirms a share a of them. With the
+times of an average round's passes that predicts the speed-up over full depth, and the acceptance from which
+on there is one.
+
+{_lossless(rows)}
+
+## Time of each pass
+
+Milliseconds, {first["name"]}, half of the new tokens generated; for several tokens of one sequence at once.
+
+{_pass_times(first)}
+
+## Roofline
+
+Bandwidth in GB/s, the best of several readings in every repetition, with as many threads as decoding
+has; the highest counts.
+
+{_roofline(rows)}
+"""
+
+
+def _cell(row: dict) -> str:
+    full, other = way_of(row, FULL), way_of(row, HUGGING_FACE)
+    lines = []
+    for way in row["ways"]:
+        rate = spread(list(decoding_rates(row, way).values()))
+        lines.append(
+            [
+                way["name"],
+                _spread(rate, 1),
+                f"{spread(list(whole_rates(row, way).values())).median:.1f}",
+                _spread(first_milliseconds(way), 0),
+                _spread(ratio(row, way, other), 2),
+                _spread(ratio(row, way, full), 2),
+                f"{rate.median / roofline(row):.2f}" if way["kind"] in WHOLE_MODEL else "",
+                f"{agreement(way):.3f}",
+                f"{perplexity(way):.2f}",
+                "" if way["peak"] is None else f"{(way['parameters'] + way['peak']) / MIB:,.0f}",
+            ]
+        )
+    header = ["way", "tokens/s", "whole call", "first token, ms", "x Hugging Face", "x full depth"]
+    header += ["of the roofline", "agreement", "perplexity", "memory, MiB"]
+    judged = way_of(row, FULL)["quality"]["tokens"]
+    calls = sorted({len(way["calls"]) for way in row["ways"]})
+    repeats = " or ".join(dict.fromkeys(map(str, (calls[0], calls[-1]))))
+    note = f"Prompts: {row['prompts']}. {repeats} repetitions. Quality on {judged} tokens."
+    return f"{_table(header, lines)}\n\n{note} {_ties(row)}{_left_out(row)}"
+
+
+def _ties(row: dict) -> str:
+    left = {way["name"]: way["quality"]["gaps"] for way in row["ways"] if way["kind"] not in (EXITS, INT8)}
+    left = {name: gaps for name, gaps in left.items() if gaps}
+    if not left:
+        return "All ways at full depth generated the same tokens."
+    each = "; ".join(
+        f"{name} {len(gaps)} (gap at most {max(map(abs, gaps)):.1g})" for name, gaps in left.items()
+    )
+    return f"Texts that leave full depth's at a near-tie of two logits (within {row['epsilon']:g}): {each}."
+
+
+def _left_out(row: dict) -> str:
+    return "".join(f" Left out: {name}: {reason}." for name, reason in row["left_out"].items())
+
+
+def _targets(rows: Sequence[dict]) -> str:
+    lines = []
+    for row in (row for row in rows if row["batch"] == 1):
+        full = way_of(row, FULL)
+        faster = ratio(row, full, way_of(row, HUGGING_FACE))
+        lines.append([f"full depth x Hugging Face, {row['name']}", ">= 1.20", *_held(faster, 1.2, True)])
+        share = spread([rate / roofline(row) for rate in decoding_rates(row, full).values()])
+        lines.append([f"full depth of the roofline, {row['name']}", ">= 0.75", *_held(share, 0.75, True)])
+    for kind, what, target, at_least in (
+        (EXITS, "early exit's time over its passes", 1.1, False),
+        (LOSSLESS, "lossless x full depth", 0.95, True),
+    ):
+        found = [
+            (over_passes(row, way) if kind == EXITS else ratio(row, way, way_of(row, FULL)), row, way)
+            for row in rows
+            for way in row["ways"]
+            if way["kind"] == kind
+        ]
+        if found:
+            worst, row, way = (min if at_least else max)(found, key=lambda each: each[0].median)
+            name = f"{what}, worst: {row['name']}, threshold {way['threshold']:g}"
+            sign = ">=" if at_least else "<="
+            lines.append([name, f"{sign} {target:.2f}", *_held(worst, target, at_least)])
+    return _table(["", "target", "measured", "held"], lines)
+
+
+def _held(value: Spread | None, target: float, at_least: bool) -> list[str]:
+    if value is None:
+        return ["not measured", ""]
+    return [_spread(value, 2), "yes" if (value.median >= target) == at_least else "**no**"]
+
+
+def _passes_table(rows: Sequence[dict]) -> str:
+    lines = []
+    for row in rows:
+        for way in row["ways"]:
+            if (value := over_passes(row, way)) is not None:
+                lines.append([row["name"], way["name"], _spread(value, 3), _visits(row, way)])
+    return _table(["cell", "way", "time / passes", "passes of a sequence per token"], lines)
+
+
+def _visits(row: dict, way: dict) -> str:
+    """How many passes of a sequence through each segment there were per generated token."""
+    count = row["settings"]["new_tokens"]
+    tokens = sum(row["batch"] * (count - call["first_tokens"]) for call in way["calls"])
+    visits: dict[str, int] = {}
+    for call in way["calls"]:
+        for part, sequences, _, often in call["passes"]:
+            visits[part] = visits.get(part, 0) + sequences * often
+    return ", ".join(
+        f"{part} {n / tokens:.2f}" for part, n in sorted(visits.items()) if part.startswith("layers")
+    )
+
+
+def _lossless(rows: Sequence[dict]) -> str:
+    lines = []
+    for row in rows:
+        for way in (way for way in row["ways"] if way["kind"] == LOSSLESS):
+            found = speculation(row, way)
+            measured = _spread(ratio(row, way, way_of(row, FULL)), 2)
+            values = ["", "", "", "no drafts"]
+            if found is not None:
+                values = [f"{found.drafts:.2f}", f"{found.acceptance:.2f}", f"{found.break_even:.2f}"]
+                values.append(f"{found.speedup:.2f}")
+            lines.append([row["name"], f"{way['threshold']:g}", *values, measured])
+    header = [
+        "cell",
+        "threshold",
+        "drafts per round",
+        "acceptance",
+        "needed",
+        "predicted speed-up",
+        "measured",
+    ]
+    return _table(header, lines) if lines else "Not measured."
+
+
+def _pass_times(row: dict) -> str:
+    times = pass_times(row).seconds
+    widths = [1, 2, 4, 8, 16]
+    parts = [*segments_of(row), *(f"exit {n}" for n in row["exits"]), FINAL]
+    lines = []
+    for part in parts:
+        cells = {each.tokens: s for each, s in times.items() if each.part == part and each.sequences == 1}
+        lines.append([part, *(f"{1000 * cells[m]:.2f}" if m in cells else "" for m in widths)])
+    return _table(["pass", *(f"{m} tokens" if m > 1 else "1 token" for m in widths)], lines)
+
+
+def _roofline(rows: Sequence[dict]) -> str:
+    kinds = list(rows[0]["bandwidth"])
+    lines = [
+        [
+            row["name"],
+            *(f"{row['bandwidth'][kind] / GB:.1f}" for kind in kinds),
+            f"{row['weight_bytes'] / MIB:.1f}",
+            f"{row['cache_bytes'] / MIB:.2f}",
+            f"{roofline(row):.1f}",
+        ]
+        for row in rows
+    ]
+    header = ["cell", *kinds, "weights, MiB", "cache of a sequence, MiB", "roofline, tokens/s"]
+    return _table(header, lines)
+
+
+def _spread(s: Spread | None, digits: int) -> str:
+    return "" if s is None else f"{s.median:.{digits}f} ({s.q25:.{digits}f} to {s.q75:.{digits}f})"
+
+
+def _table(header: list[str], lines: list[list[str]]) -> str:
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *lines])

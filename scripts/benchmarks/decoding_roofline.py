@@ -1,0 +1,53 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""How fast decoding could be if it did nothing but read: bytes per token, and this machine's bandwidth."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from decoding_passes import timed
+
+COLUMNS, READINGS = 4096, 3
+
+
+class Bandwidth:
+    """Reads memory in three ways, with torch's threads, and remembers the fastest readings.
+
+    Args:
+        size: bytes of the float32 buffer; that of the weights, so that caches help as much as they do there.
+        device: where it is.
+
+    Attributes:
+        best: bytes per second of a matrix-vector product, a sum, and a copy (which reads and writes).
+    """
+
+    def __init__(self, size: int, device: torch.device):
+        buffer = torch.ones(max(1, size // (4 * COLUMNS)), COLUMNS, device=device)
+        vector, other = torch.ones(COLUMNS, device=device), torch.zeros_like(buffer)
+        read = 4 * buffer.numel()
+        self._kinds: dict[str, tuple[int, Callable[[], Any]]] = {
+            "matrix-vector product": (read, lambda: torch.mv(buffer, vector)),
+            "sum": (read, buffer.sum),
+            "copy": (2 * read, lambda: other.copy_(buffer)),
+        }
+        self.best = dict.fromkeys(self._kinds, 0.0)
+
+    def read(self) -> None:
+        """Takes readings of each kind."""
+        for _ in range(READINGS):
+            for kind, (moved, run) in self._kinds.items():
+                self.best[kind] = max(self.best[kind], moved / timed(run)[1])
+
+
+def weight_bytes(gpt: Any) -> int:
+    """Of all weights that a token at full depth meets: the layers, the final norm and the output layer."""
+    output = gpt.output_weight()
+    layers = sum(weight.numel() * weight.element_size() for weight in gpt.decoder.parameters())
+    return layers + output.numel() * output.element_size()
+
+
+def cache_bytes(gpt: Any, length: int) -> int:
+    """Of the keys and values that a sequence's next token meets after `length` tokens."""
+    config = gpt.config
+    per_layer = 2 * config.num_query_groups * config.kv_channels * length
+    return config.num_layers * per_layer * gpt.output_weight().element_size()
