@@ -42,6 +42,11 @@ class LosslessRounds:
             self.length = self._lengths.next(sequences)
             self.active, self._cost = self.length > 0, 0.0
 
+    def abandon(self) -> None:
+        """Forgets a round whose sequences were all removed."""
+        self.active = False
+        self.waiting.clear()
+
     def note_drafting(self, thresholds: list[list[float]]) -> None:
         """Counts a pass to the last exit, of the sequences with these thresholds."""
         if thresholds:

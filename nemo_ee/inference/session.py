@@ -81,6 +81,8 @@ class DecodingSession:
         rounds, lossless = self._rounds, [s for s in self.running if self._drafts(s)]
         if lossless:
             rounds.begin(len(lossless))
+        else:
+            rounds.abandon()
         rows = [row for row, s in enumerate(self.running) if s not in rounds.waiting]
         going = [self.running[row] for row in rows]
         hold = [rounds.active and self._drafts(s) for s in going]

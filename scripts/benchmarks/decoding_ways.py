@@ -24,6 +24,7 @@ from nemo_ee.inference.stopping import END_OF_SEQUENCE, StopRule
 from nemo_ee.megatron.decoding_model import DecodingModel
 
 FULL, EXITS, LOSSLESS, INT8 = "full depth", "early exit", "lossless", "int8"
+PACKED, PACKED_LOSSLESS = "full depth, packed", "lossless, packed"
 NEMO, HUGGING_FACE, ASSISTED = "NeMo", "Hugging Face", "Hugging Face, assistant_early_exit"
 SAMPLING = {"use_greedy": True, "add_BOS": False, "end_strings": [END_OF_SEQUENCE]}
 Tokens = list[list[int]]
@@ -106,25 +107,29 @@ class Ours:
 
 
 class OurWeights:
-    """Ours at full depth, with weights in another format, which are made in the first call and kept.
+    """Ours with weights in another format, which are made in the first call and kept.
 
     Args:
         model: a `MegatronGPTEarlyExitModel`.
         weights: see `nemo_ee.megatron.lean_weights.WEIGHT_KINDS`.
+        early_exit: as for `model.generate`.
     """
 
-    def __init__(self, model: Any, weights: str):
-        self.model, self.weights = model, weights
+    def __init__(self, model: Any, weights: str, early_exit: dict | bool = False):
+        self.model, self.weights, self.early_exit = model, weights, early_exit
         self._decoding: DecodingModel | None = None
 
     def __call__(self, prompts: Tokens, count: int, clock: Clock) -> Tokens:
-        request = parse_request(lengths(count), SAMPLING, False, self.model.early_exit)
+        request = parse_request(lengths(count), SAMPLING, self.early_exit, self.model.early_exit)
         stop = StopRule(self.model.tokenizer, SAMPLING["end_strings"])
         with generating(self.model), marked(clock):
             if self._decoding is None:
                 self._decoding = DecodingModel(self.model.gpt, self.weights)
             sequences = [Continued(prompt, request, stop, stop.eos, count) for prompt in prompts]
             continue_sequences(self._decoding, sequences)
+        for sequence in sequences:
+            clock.drafts += sequence.statistics.drafts
+            clock.accepted += sequence.statistics.accepted
         return [sequence.tokens for sequence in sequences]
 
 
@@ -218,10 +223,18 @@ def all_ways(model: Any, other: Any, thresholds: Sequence[float], assistant_earl
     exits = list(model.early_exit.layers)
     with_exits = size(model.gpt)
     plain = with_exits - size(model.gpt.exits)
-    ways = [Way(FULL, None, Ours(model, False), plain), Way(INT8, None, OurWeights(model, "int8"), plain)]
+    ways = [
+        Way(FULL, None, Ours(model, False), plain),
+        Way(PACKED, None, OurWeights(model, "packed"), 2 * plain),
+        Way(INT8, None, OurWeights(model, "int8"), plain),
+    ]
     for kind, more in ((EXITS, {}), (LOSSLESS, {"lossless": True})):
         options = ({"threshold": threshold, "exits": exits, **more} for threshold in thresholds)
         ways += [Way(kind, each["threshold"], Ours(model, each), with_exits) for each in options]
+        if kind == LOSSLESS:
+            middle = sorted(thresholds)[len(thresholds) // 2]
+            packed = {"threshold": middle, "exits": exits, **more}
+            ways.append(Way(PACKED_LOSSLESS, middle, OurWeights(model, "packed", packed), 2 * with_exits))
     return [
         *ways,
         Way(NEMO, None, NeMo(model), plain),

@@ -145,6 +145,30 @@ def test_removing_a_sequence_in_the_middle_of_a_round(gpt):
         assert s.tokens == generate_uncached(gpt, s.prompt, STEPS, {}).tokens
 
 
+def test_removing_all_that_draft_in_the_middle_of_a_round(gpt):
+    from nemo_ee.inference.session import DecodingSession
+    from nemo_ee.megatron.decoding_model import DecodingModel
+
+    exits = {1: 0.2, 4: 0.2}
+    gone, other, later = (
+        sequence(PROMPTS[0], exits, True),
+        sequence(PROMPTS[1], exits),
+        sequence(PROMPTS[2], exits, True),
+    )
+    with torch.inference_mode():
+        session = DecodingSession(DecodingModel(gpt), LAYERS, 3, 64)
+        session.add([gone, other])
+        while not gone.drafts:
+            session.step()
+        session.remove(gone)
+        session.step()
+        session.add([later])
+        while session.running:
+            session.step()
+    assert other.tokens == generate_uncached(gpt, other.prompt, STEPS, exits).tokens
+    assert later.tokens == generate_uncached(gpt, later.prompt, STEPS, {}).tokens
+
+
 def test_sampled_tokens_depend_on_the_seed_alone(gpt):
     exits, options = {1: 0.5, 4: 0.5}, dict(temperature=1.5, top_k=20)
     for lossless in (False, True):
