@@ -41,7 +41,20 @@ class PositionTable:
             # The module caches what it returns; a cached inference tensor would break the next training step.
             with torch.inference_mode(False), torch.no_grad():
                 angles = gpt.rotary_pos_emb(max_length).to(device)
-            self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)
+            self.cos, self.sin = (
+                angles.cos().to(dtype),
+                signed(angles.sin(), gpt.config.rotary_interleaved).to(dtype),
+            )
+
+
+def signed(sin: Tensor, interleaved: bool) -> Tensor:
+    """Sines with the sign that each factor of a rotated pair has, so that rotating swaps halves and no more."""
+    sin = sin.clone()
+    if interleaved:
+        sin[..., ::2] *= -1
+    else:
+        sin[..., : sin.shape[-1] // 2] *= -1
+    return sin
 
 
 class PackedTokens:
@@ -56,7 +69,6 @@ class PackedTokens:
     Attributes:
         positions: [T].
         last: [N] index within T of each sequence's last token, or a slice where that is a view.
-        cos, sin: [T, 1, 1, rotary size], or None.
     """
 
     def __init__(self, table: PositionTable, rows: list[int], starts: list[int], counts: list[int]):
@@ -68,6 +80,7 @@ class PackedTokens:
         self.from_scratch = max(starts) == 0
         self._mask: tuple[int, Tensor | None] | None = None
         self._row_masks: dict[tuple[int, int, int], Tensor | None] = {}
+        self._rotations: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
         device = table.positions.device
         self.last: Tensor | slice
         if self.single:
@@ -86,8 +99,22 @@ class PackedTokens:
             self.last = slice(0, len(rows)) if self.width == 1 else ends - 1
         # One sequence at a time where padding or copying keys would cost more than the calls.
         self.by_row = device.type == "cpu" and not self.single and (self.width > 1 or not self.first_rows)
-        self.cos = None if table.cos is None else table.cos[span]
-        self.sin = None if table.sin is None else table.sin[span]
+        self._table, self._span = table, span
+
+    def rotate(self, qkv: Tensor, interleaved: bool) -> Tensor:
+        """Rotary position embedding of queries and keys, [T, G, R + 2, D]; values stay. Nothing without RoPE."""
+        table = self._table
+        if table.cos is None:
+            return qkv
+        key, size = (qkv.shape[2], qkv.dtype), table.cos.shape[-1]
+        if key not in self._rotations:
+            cos, sin = table.cos[self._span], table.sin[self._span]
+            shape = (len(cos), 1, *qkv.shape[2:])
+            factors = qkv.new_ones(shape), qkv.new_zeros(shape)
+            factors[0][:, :, :-1, :size] = cos
+            factors[1][:, :, :-1, :size] = sin
+            self._rotations[key] = factors
+        return rotate(qkv, *self._rotations[key], size, interleaved)
 
     def mask(self, repeats: int) -> Tensor | None:
         """[N, 1, R x Q, L], True where a key is visible; None if all are. R is `repeats`."""
@@ -189,18 +216,14 @@ class CachedLayer:
     def _project(self, x: Tensor, packed: PackedTokens) -> Tensor:
         """Queries [T, G, R, D]; keys and values go into the cache."""
         qkv = self.mathematics.project(x)
-        turned = qkv[:, :, :-1]
-        if packed.cos is not None and self.rotary:
-            turned = rotate(turned, packed.cos, packed.sin, self.interleaved)
-        key, value = turned[:, :, -1], qkv[:, :, -1]  # [T, G, D]
+        if self.rotary:
+            qkv = packed.rotate(qkv, self.interleaved)
+        new = qkv[:, :, -2:]  # [T, G, 2, D]
         if packed.single:
-            row, span = packed.rows[0], slice(packed.starts[0], packed.length)
-            self.cache[0, row, :, span] = key.transpose(0, 1)
-            self.cache[1, row, :, span] = value.transpose(0, 1)
+            self.cache[:, packed.rows[0], :, packed.starts[0] : packed.length] = new.permute(2, 1, 0, 3)
         else:
-            self.cache[0, packed.token_rows, :, packed.positions] = key
-            self.cache[1, packed.token_rows, :, packed.positions] = value
-        return turned[:, :, :-1]
+            self.cache[:, packed.token_rows, :, packed.positions] = new.transpose(1, 2)
+        return qkv[:, :, :-2]
 
     def _attend(self, query: Tensor, packed: PackedTokens) -> Tensor:
         """[T, G, R, D] -> [T, G x R x D]."""
@@ -255,17 +278,25 @@ class CachedLayer:
         return cache[:, :, : packed.length][packed.row_index]
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Rotary position embedding of [T, G, n, D] by [T, 1, 1, size], as `apply_rotary_pos_emb` of megatron-core."""
-    size = cos.shape[-1]
-    turned, rest = x[..., :size], x[..., size:]
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, size: int, interleaved: bool) -> Tensor:
+    """Rotary position embedding of the first `size` features of x [T, G, n, D].
+
+    Args:
+        x: heads.
+        cos: [T, 1, n, D], 1 where nothing rotates.
+        sin: [T, 1, n, D], signed (see `signed`), 0 where nothing rotates.
+        size: features that rotate.
+        interleaved: pairs are neighbours, not halves.
+    """
+    turned = x[..., :size]
     if interleaved:
-        half = torch.stack((-turned[..., 1::2], turned[..., ::2]), dim=-1).flatten(-2)
+        swapped = torch.stack((turned[..., 1::2], turned[..., ::2]), dim=-1).flatten(-2)
     else:
         first, second = turned.chunk(2, dim=-1)
-        half = torch.cat((-second, first), dim=-1)
-    turned = turned * cos + half * sin
-    return turned if not rest.shape[-1] else torch.cat((turned, rest), dim=-1)
+        swapped = torch.cat((second, first), dim=-1)
+    if size < x.shape[-1]:
+        swapped = torch.cat((swapped, x[..., size:]), dim=-1)
+    return torch.addcmul(x * cos, swapped, sin)
 
 
 def check_attention(config: TransformerConfig) -> None:

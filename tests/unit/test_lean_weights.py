@@ -87,7 +87,7 @@ def test_a_model_decodes_with_packed_and_eight_bit_weights(model, early_exit):
     same = sum(
         a == b for one, other in zip(coarse, native, strict=True) for a, b in zip(one, other, strict=True)
     )
-    assert same > 0.4 * sum(map(len, native))
+    assert same > 0.3 * sum(map(len, native))
     assert generated(model, **early_exit)["token_ids"] == native
 
 
