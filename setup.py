@@ -42,11 +42,13 @@ setup(
     description="Early exits for NVIDIA NeMo GPT models: training, tuning of frozen checkpoints, generation",
     license="Apache-2.0",
     packages=find_packages(include=["nemo_ee", "nemo_ee.*"]),
+    package_data={"nemo_ee.server": ["page.html"]},
     python_requires=">=3.11,<3.13",
     install_requires=STACK + IMPORTED_BY_NEMO_NLP_UNDECLARED + OURS,
     extras_require={
         # Apex is not on PyPI: it comes with NeMo's containers or from https://github.com/NVIDIA/apex.
         "gpu": ["transformer-engine[pytorch]>=2.2,<2.6"],
-        "dev": ["pytest>=8", "ruff>=0.6", "mypy>=1.11"],
+        "server": ["fastapi>=0.115,<1", "uvicorn>=0.34,<1", "prometheus-client>=0.20,<1"],
+        "dev": ["pytest>=8", "ruff>=0.6", "mypy>=1.11", "openai>=2", "httpx>=0.27,<1", "psutil>=5.9"],
     },
 )

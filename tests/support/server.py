@@ -11,7 +11,7 @@ from typing import Any
 from nemo_ee.config import parse_early_exit
 from nemo_ee.server.engine import Engine
 from nemo_ee.server.metrics import Metrics
-from nemo_ee.server.serve import Server
+from nemo_ee.server.serve import Server, usual_request
 from nemo_ee.server.served_model import ServedModel, SharedTokenizer
 from nemo_ee.server.service import Service
 from nemo_ee.server.settings import ServerConfig
@@ -39,7 +39,8 @@ def served_model(config: ServerConfig, tokenizer: Any = None) -> ServedModel:
     """The fake session's model."""
     exits = parse_early_exit({"layers": list(EXIT_LAYERS[:-1])}, num_layers=EXIT_LAYERS[-1])
     shared = SharedTokenizer(tokenizer or tiny_tokenizer(), config.add_BOS)
-    return ServedModel(config.served_name, shared, exits, EXIT_LAYERS[-1], VOCABULARY)
+    usual = usual_request(config, exits)
+    return ServedModel(config.served_name, shared, exits, usual, EXIT_LAYERS[-1], VOCABULARY)
 
 
 def fake_service(session: FakeSession, tokenizer: Any = None, **settings: Any) -> Service:

@@ -25,6 +25,9 @@ RINGS = {
 }
 """What each inner ring may import beside the standard library. All other files are the outer ring."""
 
+SERVER = {"fastapi", "starlette", "uvicorn", "prometheus_client", "nemo_ee.server"}
+"""What only the server may import: the packages of an extra, and itself."""
+
 
 def python_files(*folders: str) -> list[Path]:
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
@@ -59,6 +62,13 @@ def test_imports_point_inward(ring):
     for path in members:
         names = imported_modules(path.read_text(), list(path.relative_to(ROOT).parts[:-1]))
         assert outside(names, RINGS[ring]) == set(), place(path)
+
+
+def test_everything_but_the_server_runs_without_its_packages():
+    for path in python_files("nemo_ee"):
+        names = imported_modules(path.read_text(), list(path.relative_to(ROOT).parts[:-1]))
+        inside = {name for name in names if any(f"{name}.".startswith(f"{module}.") for module in SERVER)}
+        assert not inside or place(path).startswith("nemo_ee/server/"), place(path)
 
 
 def test_the_package_imports_neither_scripts_nor_tests():

@@ -1,0 +1,77 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""An answer as server-sent events, while it is generated."""
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from nemo_ee.server.answer import Answer
+from nemo_ee.server.delta import Delta
+from nemo_ee.server.errors import ApiError, ClientGone
+from nemo_ee.server.reply import Reply
+
+DONE = b"data: [DONE]\n\n"
+HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class EventStream(Response):
+    """Sends chunks as tokens come.
+
+    Nothing is sent before the first token, so an error until then (a full queue, a timeout) has its own HTTP
+    status. One that comes later is the last event.
+
+    Args:
+        generation: gives the reply; see `nemo_ee.server.generation.generation`.
+        answer: its form.
+        include_usage: end with a chunk that tells the usage.
+    """
+
+    def __init__(self, generation: AbstractAsyncContextManager[Reply], answer: Answer, include_usage: bool):
+        super().__init__()
+        self._generation, self._answer, self._include_usage = generation, answer, include_usage
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Runs the request; see the class.
+
+        Raises:
+            ApiError, ClientGone, TimeoutError: before anything was sent.
+        """
+        started = False
+        try:
+            async with self._generation as reply:
+                first = await reply.take()
+                await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+                started = True
+                async for event in self._events(first, reply):
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.body", "body": DONE})
+        except ApiError as error:
+            if not started:
+                raise
+            await send({"type": "http.response.body", "body": _event(error.body())})
+        except (ClientGone, TimeoutError):
+            if not started:
+                raise  # otherwise the connection is closed: its reader is gone, or does not read
+
+    async def _events(self, new: dict[int, Delta], reply: Reply) -> AsyncIterator[bytes]:
+        for chunk in self._answer.opening():
+            yield _event(chunk)
+        while True:
+            yield b"".join(_event(self._answer.chunk(i, delta)) for i, delta in sorted(new.items()))
+            if reply.done:
+                break
+            new = await reply.take()
+        if self._include_usage:
+            yield _event(self._answer.usage_chunk())
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"

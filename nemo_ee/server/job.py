@@ -1,0 +1,59 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""One choice of a request on its way through the engine."""
+
+import time
+from dataclasses import dataclass, field
+
+from nemo_ee.server.delta import Delta
+from nemo_ee.server.plan import Choice
+from nemo_ee.server.reply import Reply
+
+
+@dataclass(eq=False)
+class Job:
+    """A sequence that waits or runs, and where its tokens go. The engine's thread alone changes it.
+
+    Attributes:
+        choice: its sequence and text.
+        reply: the request's.
+        index: of the choice in the request.
+        deadline: of the request, by `time.monotonic`.
+        accepted: when it was queued.
+        started: when it left the queue for a slot.
+        last_token: when its newest token came; None before the first.
+        cancelled: nobody waits for it any more; set by the request's coroutine.
+    """
+
+    choice: Choice
+    reply: Reply
+    index: int
+    deadline: float
+    accepted: float = field(default_factory=time.monotonic)
+    started: float | None = None
+    last_token: float | None = None
+    cancelled: bool = False
+    _fed: int = 0
+    _settled: int = 0
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of its prompt."""
+        return len(self.choice.sequence.prompt)
+
+    def advance(self) -> Delta | None:
+        """What the sequence's new tokens settle; None if that is nothing. Ends with `finish_reason`."""
+        sequence, text = self.choice.sequence, self.choice.text
+        pieces: list[str] = []
+        while self._fed < len(sequence.tokens) and not text.stopped:
+            pieces += text.feed(sequence.tokens[self._fed])
+            self._fed += 1
+        reason = "stop" if text.stopped else sequence.finish_reason
+        if reason is not None and not text.stopped:
+            pieces += text.close()
+            reason = "stop" if text.stopped else reason  # a stop string may come with the last character
+        if not pieces and reason is None:
+            return None
+        start, self._settled = self._settled, self._settled + len(pieces)
+        layers = sequence.exit_layers[start : self._settled]
+        values = sequence.confidences[start : self._settled]
+        return Delta(pieces, layers, values, reason, sequence.statistics if reason else None)

@@ -1,0 +1,191 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""A server's life: from checkpoints to requests, until a signal ends it."""
+
+import math
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import uvicorn
+from nemo.utils import logging
+
+from nemo_ee.checkpoint import adapter, archive
+from nemo_ee.config import EarlyExitConfig
+from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.inference.generate import generating, position_limit
+from nemo_ee.inference.request import GenerationRequest, parse_request
+from nemo_ee.inference.run import restore
+from nemo_ee.inference.session import DecodingSession
+from nemo_ee.inference.settings import GenerateConfig
+from nemo_ee.models.checks import read_early_exit
+from nemo_ee.server.app import create_app
+from nemo_ee.server.engine import Engine
+from nemo_ee.server.metrics import Metrics
+from nemo_ee.server.served_model import ServedModel, SharedTokenizer
+from nemo_ee.server.service import Service
+from nemo_ee.server.settings import ServerConfig, is_loopback
+
+SPARE_CONNECTIONS = 64
+"""Connections beyond those of all sequences that may run and wait: for /health, the page, refusals."""
+SENDING_SECONDS = 2
+"""Beyond `shutdown_grace_s`, for the last answers to be sent."""
+
+
+def serve(config: ServerConfig, trainer: Any) -> None:
+    """Restores the model and answers requests until SIGINT or SIGTERM.
+
+    Args:
+        config: what to serve, and limits.
+        trainer: of one process.
+
+    Raises:
+        ConfigError, CheckpointError: before the model is built; a missing BOS token behind it.
+    """
+    check(config)
+    source = GenerateConfig(
+        config.gpt_model_file, config.adapter_file, megatron_amp_O2=config.megatron_amp_O2
+    )
+    service = create_service(config, restore(source, trainer))
+    if not is_loopback(config.host):
+        logging.warning(f"host={config.host}: others reach this server, which asks nobody who they are")
+    try:
+        Server(service).run_until_signal()
+    finally:
+        service.engine.stop()
+
+
+def check(config: ServerConfig) -> None:
+    """What the settings and the files' configurations show to be wrong.
+
+    Raises:
+        ConfigError, CheckpointError: see `serve`.
+    """
+    check_address(config.host, config.port)
+    base = archive.read_config(config.gpt_model_file)
+    source = base if config.adapter_file is None else adapter.read_adapter_config(config.adapter_file)
+    usual_request(config, read_early_exit(source))
+    limit = position_limit(base)
+    if config.max_prompt_tokens + config.max_tokens > limit + 1:
+        total = config.max_prompt_tokens + config.max_tokens
+        rule = f"with max_prompt_tokens={config.max_prompt_tokens} they exceed the model's {limit} positions"
+        remedy = f"lower one of them by {total - limit - 1}"
+        raise ConfigError(Fault("max_tokens", config.max_tokens, rule, remedy))
+
+
+def check_address(host: str, port: int) -> None:
+    """Raises ConfigError for an address that is not this machine's, or taken."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+    except OSError as error:
+        rule = f"the server cannot listen there ({error})"
+        raise ConfigError(Fault("host:port", f"{host}:{port}", rule, "choose another")) from error
+
+
+def usual_request(config: ServerConfig, early_exit: EarlyExitConfig) -> GenerationRequest:
+    """What a request gets that says nothing.
+
+    Raises:
+        ConfigError: the server's `early_exit` does not fit the model's.
+    """
+    return parse_request(None, None, asdict(config.early_exit), early_exit)
+
+
+def create_service(config: ServerConfig, model: Any) -> Service:
+    """The model with an engine that has been started.
+
+    Args:
+        config: the server's.
+        model: a `MegatronGPTEarlyExitModel`.
+
+    Raises:
+        ConfigError: `add_BOS` without such a token.
+        GenerationError: a model that cannot be served.
+    """
+    if config.add_BOS and getattr(model.tokenizer, "bos_id", None) is None:
+        raise ConfigError(Fault("add_BOS", True, "the tokenizer has no BOS token", "set it to false"))
+    usual = usual_request(config, model.early_exit)
+    model.prepare_decoding(config.weights)
+    model.warn_of_untuned_exits()
+    metrics = Metrics()
+    longest = config.max_prompt_tokens + config.max_tokens - 1  # the last token is not fed
+    engine = Engine(
+        lambda: decoding_session(model, config.slots, longest, usual),
+        config.slots,
+        config.prefill_tokens,
+        config.queue_size,
+        metrics,
+    )
+    engine.start()
+    tokenizer = SharedTokenizer(model.tokenizer, config.add_BOS)
+    gpt = model.gpt
+    served = ServedModel(
+        config.served_name, tokenizer, model.early_exit, usual, gpt.config.num_layers, gpt.true_vocab_size
+    )
+    return Service(config, served, engine, metrics)
+
+
+@contextmanager
+def decoding_session(
+    model: Any, slots: int, longest: int, usual: GenerationRequest
+) -> Iterator[DecodingSession]:
+    """A session in which every exit of the model may be used.
+
+    Args:
+        model: a `MegatronGPTEarlyExitModel`.
+        slots: see `DecodingSession`.
+        longest: see `DecodingSession`.
+        usual: names the confidence rule and the KV policy.
+    """
+    with generating(model):
+        exits = list(model.early_exit.layers)
+        yield DecodingSession(
+            model.decoding_model(), exits, slots, longest, usual.kv_policy, usual.confidence
+        )
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, with a time limit for what is under way when it ends.
+
+    Args:
+        service: what it serves.
+    """
+
+    def __init__(self, service: Service):
+        config = service.config
+        super().__init__(
+            uvicorn.Config(
+                create_app(service),
+                host=config.host,
+                port=config.port,
+                http="h11",
+                ws="none",
+                lifespan="on",
+                access_log=False,
+                server_header=False,
+                limit_concurrency=config.slots + config.queue_size + SPARE_CONNECTIONS,
+                timeout_graceful_shutdown=math.ceil(config.shutdown_grace_s) + SENDING_SECONDS,
+            )
+        )
+        self._service = service
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        """Accepts nothing any more, lets requests go on for `shutdown_grace_s`, and ends."""
+        self._service.engine.drain(self._service.config.shutdown_grace_s)
+        await super().shutdown(sockets)
+
+    def run_until_signal(self) -> None:
+        """Serves until SIGINT or SIGTERM; uvicorn raises it again in the end, when it has been obeyed."""
+        handlers = {
+            number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            self.run()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)

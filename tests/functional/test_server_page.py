@@ -1,0 +1,146 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""The server's page in a real browser: text streams in, coloured by exit layer."""
+
+import pytest
+
+from tests.support.browser import missing, open_browser
+from tests.support.fake_session import FakeSession, confidence_of, layer_of, token_of
+from tests.support.server import fake_service, listening, tiny_tokenizer, until
+
+PROMPT = "w1 w2"
+TOKENS = "return [...document.querySelectorAll('#output .token')]"
+BACKGROUND = f"{TOKENS}.map(t => getComputedStyle(t).backgroundColor)"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if reason := missing():
+        pytest.skip(reason)
+    with open_browser() as opened:
+        yield opened
+
+
+@pytest.fixture
+def page(browser):
+    """The page of a server that takes 20 ms per token; gives browser, session and service."""
+    session = FakeSession(slots=2, step_seconds=0.02)
+    service = fake_service(session, max_tokens=200, early_exit={"threshold": 0.6})
+    with listening(service) as url:
+        browser.open(url)
+        browser.wait("return document.querySelectorAll('#legend li').length")
+        yield browser, session, service
+        browser.open("about:blank")
+
+
+def ids(text):
+    return tiny_tokenizer().text_to_ids(text)
+
+
+def finished(browser):
+    return browser.wait("return document.querySelector('#status').textContent")
+
+
+def test_text_streams_in_coloured_by_exit(page, tmp_path):
+    browser, _, _ = page
+    browser.type("#prompt", PROMPT)
+    browser.type("#max_tokens", "60")
+    browser.click("#generate")
+    early = len(browser.wait(f"{TOKENS}.map(t => t.title)"))
+    assert early < 60, "the first tokens show before the last are there"
+    assert browser.run("return document.querySelector('#output').getAttribute('aria-busy')") == "true"
+    assert "60 tokens" in finished(browser)
+    prompt = ids(PROMPT)
+    words = tiny_tokenizer().ids_to_tokens([token_of(prompt, i) for i in range(60)])
+    assert browser.run("return document.querySelector('#output').textContent") == "".join(
+        f" {w}" for w in words
+    )
+    layers = [layer_of(prompt, i) for i in range(60)]
+    titles = [
+        f"layer {layer} of 8, confidence {confidence_of(prompt, i):.2f}" for i, layer in enumerate(layers)
+    ]
+    assert browser.run(f"{TOKENS}.map(t => t.title)") == titles
+    colours = dict(zip(layers, browser.run(BACKGROUND), strict=True))
+    assert list(dict(sorted(colours.items())).values()) == [
+        "rgb(230, 159, 0)",
+        "rgb(86, 180, 233)",
+        "rgba(0, 0, 0, 0)",
+    ]
+    assert browser.run(BACKGROUND) == [colours[layer] for layer in layers]
+    legend = browser.run("return [...document.querySelectorAll('#legend li')].map(i => i.textContent)")
+    names = {2: "layer 2", 4: "layer 4", 8: "all 8 layers"}
+    counts = {n: layers.count(n) for n in names}
+    assert legend == [f"{names[n]}: {count} ({100 * count / 60:.0f} %)" for n, count in counts.items()]
+    swatch = "[...document.querySelectorAll('.swatch')].map(s => getComputedStyle(s).backgroundColor)"
+    assert browser.run(f"return {swatch}") == [colours[n] for n in (2, 4, 8)]
+    browser.click("#numbers")
+    after = browser.run(f"{TOKENS}.map(t => getComputedStyle(t, '::after').content)")
+    assert after == [f'"{layer}"' for layer in layers]
+    browser.screenshot(tmp_path / "page.png")
+    print(f"screenshot: {tmp_path / 'page.png'}")
+
+
+def test_controls_reach_the_request(page):
+    browser, session, _ = page
+    seen = []
+    session.token = lambda prompt, i: token_of(prompt, i)
+    add = session.add
+    session.add = lambda sequences: (seen.extend(sequences), add(sequences))[1]
+    browser.type("#prompt", PROMPT)
+    browser.type("#max_tokens", "3")
+    browser.type("#temperature", "0.5")
+    browser.type("#threshold", "0.9")
+    browser.click("#exits input[value='2']")
+    browser.click("#lossless")
+    browser.click("#generate")
+    finished(browser)
+    request = seen[0].request
+    assert (request.exits, request.lossless, seen[0].limit) == ({4: 0.9}, True, 3)
+    assert (request.sampling.use_greedy, request.sampling.temperature) == (False, 0.5)
+    browser.run("document.querySelector('#mode').value = 'chat'")
+    browser.click("#generate")
+    until(lambda: len(seen) == 2)
+    assert seen[1].prompt == ids(f"user {PROMPT} <eos> assistant")
+
+
+def test_stop_cancels(page):
+    browser, session, service = page
+    browser.type("#prompt", PROMPT)
+    browser.type("#max_tokens", "200")
+    browser.click("#generate")
+    browser.wait(f"{TOKENS}.length > 3")
+    browser.click("#stop")
+    assert finished(browser).endswith("stopped")
+    until(lambda: service.engine.running == 0)
+    assert len(session.removed) == 1 and session.steps < 150
+
+
+def test_errors_are_shown(page):
+    browser, session, _ = page
+    browser.type("#prompt", "w1 " * 50)
+    browser.click("#generate")
+    error = browser.wait("return document.querySelector('#error').textContent")
+    assert error == "prompt: 50 tokens exceed the server's 40; shorten it"
+    session.fail = RuntimeError("broken")
+    browser.type("#prompt", PROMPT)
+    browser.click("#generate")
+    text = "return document.querySelector('#error').textContent.includes('engine failed')"
+    assert browser.wait(text)
+
+
+def test_every_control_has_a_name(page):
+    browser, _, _ = page
+    names = {
+        "#prompt": "Prompt",
+        "#mode": "Prompt is",
+        "#max_tokens": "Tokens at most",
+        "#temperature": "Temperature (0 is greedy)",
+        "#threshold": "Threshold",
+        "#lossless": "Lossless",
+        "#exits input": "2",
+        "#generate": "Generate",
+        "#stop": "Stop",
+        "#numbers": "Show layers as numbers",
+        "#output": "Generated text",
+        "#legend": "Tokens by exit layer",
+    }
+    assert {selector: browser.accessible_name(selector) for selector in names} == names

@@ -1,0 +1,345 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""What a server makes of a request's body, and what it refuses, with the field and the reason."""
+
+import dataclasses
+import json
+import re
+import socket
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from nemo_ee.errors import ConfigError
+from nemo_ee.inference.request import ExitOptions
+from nemo_ee.server.errors import ApiError
+from nemo_ee.server.plan import make_plan
+from nemo_ee.server.protocol import ChatRequest, CompletionRequest, parse
+from nemo_ee.server.serve import check_address
+from nemo_ee.server.served_model import SharedTokenizer
+from nemo_ee.server.settings import ServerConfig, is_loopback
+from tests.support.server import served_model, server_config, tiny_tokenizer
+
+COMPLETION = {"model": "tiny", "prompt": "w1 w2"}
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "w5 w6"}]}
+
+
+def completion(**fields):
+    return parse(CompletionRequest, json.dumps({**COMPLETION, **fields}).encode())
+
+
+def chat(**fields):
+    return parse(ChatRequest, json.dumps({**CHAT, **fields}).encode())
+
+
+def plan(call, tokenizer=None, **settings):
+    config = server_config(**settings)
+    return make_plan(call, served_model(config, tokenizer), config)
+
+
+def refused(status, param, function, *args, **fields):
+    with pytest.raises(ApiError) as caught:
+        function(*args, **fields)
+    assert (caught.value.status, caught.value.param) == (status, param), caught.value
+    return caught.value.message
+
+
+@pytest.mark.parametrize(
+    "prompt, prompts",
+    [
+        ("w1 w2", ["w1 w2"]),
+        (["w1", "w2"], ["w1", "w2"]),
+        ([7, 8], [[7, 8]]),
+        ([[7, 8], [9]], [[7, 8], [9]]),
+    ],
+)
+def test_every_kind_of_prompt(prompt, prompts):
+    assert completion(prompt=prompt).prompt == prompts
+
+
+def test_defaults_are_openais():
+    call = completion()
+    assert (call.temperature, call.top_p, call.n, call.stream, call.stop, call.seed) == (
+        1.0,
+        1.0,
+        1,
+        False,
+        (),
+        None,
+    )
+    assert plan(call).choices[0].sequence.limit == 16
+    assert plan(chat()).choices[0].sequence.limit == 24, "the server's"
+    assert completion(temperature=None, stop=None, n=None) == call, "null is the default"
+
+
+@pytest.mark.parametrize(
+    "fields, param, reason",
+    [
+        (dict(prompt=None), "prompt", "Field required"),
+        (dict(model=None), "model", "Field required"),
+        (dict(prompt=[]), "prompt", "not empty"),
+        (dict(prompt=["w1", 7]), "prompt", "all be texts"),
+        (dict(prompt=[[]]), "prompt", "non-empty lists"),
+        (dict(prompt=[True]), "prompt", "all be texts"),
+        (dict(prompt="\ud800"), "prompt", "surrogate"),
+        (dict(prompt={"a": 1}), "prompt", "must be a text"),
+        (dict(max_tokens=0), "max_tokens", "max_tokens=0: .* greater than or equal to 1"),
+        (dict(max_tokens="5"), "max_tokens", "valid integer"),
+        (dict(max_tokens=1.5), "max_tokens", "valid integer"),
+        (dict(max_tokens=True), "max_tokens", "valid integer"),
+        (dict(temperature=-1), "temperature", "temperature=-1"),
+        (dict(temperature=2.1), "temperature", "less than or equal to 2"),
+        (dict(temperature="hot"), "temperature", "valid number"),
+        (dict(top_p=0), "top_p", "greater than 0"),
+        (dict(top_k=-1), "top_k", "greater than or equal"),
+        (dict(n=0), "n", "greater than or equal to 1"),
+        (dict(stop=[""]), "stop", "non-empty"),
+        (dict(stop=["a"] * 5), "stop", "at most 4"),
+        (dict(stop="a" * 257), "stop", "256 characters"),
+        (dict(stop=[1]), "stop", "non-empty text"),
+        (dict(seed=2**63), "seed", "less than"),
+        (dict(stream="yes"), "stream", "valid boolean"),
+        (dict(stream_options={"include_usage": True}), "stream_options", "only with stream=true"),
+        (dict(stream=True, stream_options={"usage": True}), "stream_options.usage", "not permitted"),
+        (dict(echo=1), "echo", "valid boolean"),
+        (dict(early_exit="fast"), "early_exit", "must be an object"),
+        (dict(max_token=5), "max_token", "unknown field; did you mean max_tokens"),
+        (dict(zzz=5), "zzz", "known fields: .*prompt"),
+        (dict(logit_bias={"5": 1}), "logit_bias", "not supported"),
+        (dict(logprobs=0), "logprobs", "not supported"),
+        (dict(logprobs=True), "logprobs", "confidences"),
+        (dict(best_of=3), "best_of", "choose among"),
+        (dict(suffix="w9"), "suffix", "not supported"),
+        (dict(presence_penalty=0.5), "presence_penalty", "not supported"),
+        (dict(tools=[{}]), "tools", "tools are not supported"),
+        (dict(messages=[]), "messages", "unknown field"),
+    ],
+    ids=str,
+)
+def test_impossible_completions_name_the_field(fields, param, reason):
+    message = refused(400, param, completion, **fields)
+    assert re.search(reason, message), message
+
+
+@pytest.mark.parametrize(
+    "fields, param, reason",
+    [
+        (dict(messages=[]), "messages", "at least 1"),
+        (
+            dict(messages=[{"role": "king", "content": "w1"}]),
+            "messages.0.role",
+            "'system', 'user' or 'assistant'",
+        ),
+        (dict(messages=[{"role": "user"}]), "messages.0.content", "Field required"),
+        (dict(messages=[{"role": "user", "content": 5}]), "messages.0.content", "must be a text"),
+        (
+            dict(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]),
+            "messages.0.content",
+            "images and audio are not supported",
+        ),
+        (
+            dict(messages=[{"role": "user", "content": "w1", "tool_calls": []}]),
+            "messages.0.tool_calls",
+            "permitted",
+        ),
+        (dict(max_tokens=3, max_completion_tokens=4), "max_tokens", "give one of them"),
+        (dict(tools=[{"type": "function"}]), "tools", "tools are not supported"),
+        (dict(functions=[{}], logit_bias={"1": 2}), "functions", "logit_bias: not supported"),
+        (dict(response_format={"type": "json_object"}), "response_format", "free text"),
+        (dict(prompt="w1"), "prompt", "unknown field"),
+    ],
+    ids=str,
+)
+def test_impossible_chats_name_the_field(fields, param, reason):
+    assert reason in refused(400, param, chat, **fields)
+
+
+def test_answers_stay_short_whatever_was_sent():
+    many = {f"f{n}": n for n in range(50_000)}
+    message = refused(400, "f0", completion, **many)
+    assert message.count("unknown field") == 5
+    assert len(refused(404, "model", plan, completion(model="x" * 100_000))) < 1100
+    messages = [{"role": "king", "content": "w1"}] * 1000
+    assert refused(400, "messages.0.role", chat, messages=messages).count("role") == 5
+    assert "more than 16 fields" in refused(400, "early_exit", completion, early_exit=many)
+
+
+@pytest.mark.parametrize(
+    "body, reason",
+    [
+        (b"", "no JSON"),
+        (b"{", "no JSON"),
+        (b"[1]", "must be a JSON object"),
+        (b'{"model": "tiny", "prompt": "w1", "temperature": NaN}', "NaN is no JSON number"),
+        (b'{"model": "\xff"}', "no JSON"),
+        (b"[" * 100_000, "no JSON"),
+        (b'{"n": ' + b"9" * 5000 + b"}", "no JSON"),
+    ],
+    ids=["empty", "cut", "list", "nan", "bytes", "deep", "long number"],
+)
+def test_bodies_that_are_no_request(body, reason):
+    assert reason in refused(400, None, parse, CompletionRequest, body)
+
+
+def test_fields_that_change_nothing_are_accepted():
+    harmless = dict(user="me", store=False, metadata={"a": "b"}, service_tier="auto", prompt_cache_key="k")
+    neutral = dict(
+        best_of=1, frequency_penalty=0, presence_penalty=0.0, logit_bias={}, suffix="", logprobs=None
+    )
+    assert completion(**harmless, **neutral) == completion()
+    neutral = dict(tools=[], tool_choice="none", response_format={"type": "text"}, logprobs=False)
+    assert chat(**neutral) == chat()
+
+
+def test_parts_of_a_message_are_joined():
+    parts = [{"type": "text", "text": "w5 "}, {"type": "text", "text": "w6"}]
+    assert chat(messages=[{"role": "user", "content": parts}]) == chat()
+
+
+def test_a_plan_has_n_choices_per_prompt_with_seeds_that_do_not_depend_on_other_prompts():
+    made = plan(completion(prompt=["w1", "w2 w3"], n=2, seed=-1, temperature=0, echo=True))
+    ids = tiny_tokenizer().text_to_ids
+    assert made.prompts == [ids("w1"), ids("w2 w3")] and made.echo == ["w1", "w2 w3"]
+    sequences = [choice.sequence for choice in made.choices]
+    assert [s.prompt for s in sequences] == [ids("w1")] * 2 + [ids("w2 w3")] * 2
+    assert [s.seed for s in sequences] == [2**64 - 1, 0] * 2
+    assert all(s.request.sampling.use_greedy for s in sequences)
+    seeds = {plan(completion()).choices[0].sequence.seed for _ in range(5)}
+    assert len(seeds) == 5, "without a seed every request has another"
+
+
+def test_sampling_and_exits_reach_the_request():
+    exits = dict(threshold=[0.5, 0.9], exits=[2, 4], max_pending=3)
+    request = (
+        plan(completion(temperature=0.5, top_p=0.9, top_k=7, early_exit=exits)).choices[0].sequence.request
+    )
+    sampling = request.sampling
+    assert (sampling.use_greedy, sampling.temperature, sampling.top_p, sampling.top_k) == (False, 0.5, 0.9, 7)
+    assert (request.exits, request.max_pending, request.lossless) == ({2: 0.5, 4: 0.9}, 3, False)
+
+
+def test_the_servers_exits_are_for_requests_that_do_not_say():
+    settings = dict(early_exit=dict(threshold=0.6, exits=[4], lossless=True))
+
+    def request(**fields):
+        return plan(completion(**fields), **settings).choices[0].sequence.request
+
+    assert request().exits == {4: 0.6} and request().lossless
+    assert request(early_exit=dict(exits=[2, 4])).exits == {2: 0.6, 4: 0.6}
+    assert request(early_exit=dict(threshold=0.9, lossless=False)).exits == {4: 0.9}
+    assert request(early_exit=True).exits == {4: 0.6}
+    assert request(early_exit=False).exits == {} and not request(early_exit=False).lossless
+    settings = dict(early_exit=dict(max_pending=3))
+    assert request().max_pending == 3 and request(early_exit=dict(lossless=True)).max_pending is None
+
+
+def test_all_requests_have_the_servers_rule_and_cache():
+    settings = dict(early_exit=dict(confidence="entropy", kv_policy="state_copy"))
+    request = plan(completion(early_exit=dict(confidence="entropy")), **settings).choices[0].sequence.request
+    assert (request.confidence, request.kv_policy) == ("entropy", "state_copy")
+    assert plan(completion(early_exit=False), **settings).choices[0].sequence.request.confidence == "entropy"
+    for fields in (dict(confidence="margin"), dict(kv_policy="recompute"), dict(lossless=True)):
+        param = "early_exit.confidence" if "confidence" in fields else "early_exit.kv_policy"
+        refused(400, param, plan, completion(early_exit=fields), **settings)
+
+
+@pytest.mark.parametrize(
+    "fields, status, param, reason",
+    [
+        (dict(model="other"), 404, "model", "this server has tiny"),
+        (dict(prompt=""), 400, "prompt", "no tokens"),
+        (dict(prompt=" ".join(["w1"] * 41)), 400, "prompt", "41 tokens exceed the server's 40"),
+        (dict(prompt=[201]), 400, "prompt", "0 to 200"),
+        (dict(prompt=[-1]), 400, "prompt", "token id -1"),
+        (dict(max_tokens=25), 400, "max_tokens", "exceeds the server's 24"),
+        (dict(n=5), 400, "n", "5 choices"),
+        (dict(prompt=["w1", "w2", "w3"], n=2), 400, "n", "6 choices"),
+        (dict(early_exit=dict(threshold=1.5)), 400, "early_exit.threshold", "early_exit.threshold=1.5"),
+        (dict(early_exit=dict(exits=[3])), 400, "early_exit.exits", "not all of the model's exits"),
+        (dict(early_exit=dict(treshold=0.5)), 400, "early_exit.treshold", "did you mean threshold"),
+        (dict(early_exit=dict(lossless="yes")), 400, "early_exit.lossless", "expected bool"),
+    ],
+    ids=str,
+)
+def test_what_the_model_cannot_do_is_refused(fields, status, param, reason):
+    assert reason in refused(status, param, plan, completion(**fields))
+
+
+def test_chats_need_a_template():
+    assert plan(chat()).prompts == [tiny_tokenizer().text_to_ids("user w5 w6 <eos> assistant")]
+    assert "no chat template" in refused(400, "messages", plan, chat(), tiny_tokenizer(chat=False))
+
+
+def test_special_tokens_as_stop_strings_end_by_their_id():
+    made = plan(completion(stop=["<bos>", "w9 w10"])).choices[0]
+    tokenizer = tiny_tokenizer()
+    assert made.sequence.stop([tokenizer.bos_id]) and made.sequence.stop([tokenizer.eos_id])
+    assert not made.sequence.stop(tokenizer.text_to_ids("w9 w10")), "the text stream looks for these"
+    pieces = [piece for token in tokenizer.text_to_ids("w8 w9 w10") for piece in made.text.feed(token)]
+    assert made.text.stopped and "".join(pieces) == " w8 "
+
+
+def test_bos_stands_before_texts_only():
+    tokenizer = tiny_tokenizer()
+    assert plan(completion(), add_BOS=True).prompts == [[tokenizer.bos_id, *tokenizer.text_to_ids("w1 w2")]]
+    assert plan(completion(prompt=[7, 8]), add_BOS=True).prompts == [[7, 8]]
+
+
+@pytest.mark.parametrize(
+    "settings, fault",
+    [
+        (dict(slots=0), "slots=0: must be positive"),
+        (dict(port=70000), "port=70000"),
+        (dict(request_timeout_s=0), "request_timeout_s=0.0"),
+        (dict(shutdown_grace_s=-1), "shutdown_grace_s=-1.0"),
+        (dict(queue_size=3, max_choices=4), "queue_size=3: a request may have max_choices=4"),
+        (dict(tensor_model_parallel_size=2), "megatron_gpt_ee_generate.py"),
+        (dict(weights="int4"), "weights=int4: not one of native"),
+        (dict(slotz=3), "did you mean slots"),
+        (dict(gpt_model_file="???"), "gpt_model_file=None: is required"),
+    ],
+    ids=str,
+)
+def test_settings_that_break_a_rule(settings, fault):
+    with pytest.raises(ConfigError) as caught:
+        server_config(**settings)
+    assert fault in str(caught.value)
+
+
+def test_names_that_are_answered():
+    def config(**settings):
+        return ServerConfig.from_dict({"gpt_model_file": "dir/tiny.nemo", **settings})
+
+    assert "localhost" in config().answered_hosts and "*" not in config().answered_hosts
+    assert config(host="0.0.0.0").answered_hosts == ("*",)
+    assert config(allowed_hosts=["ee.example"]).answered_hosts == ("ee.example",)
+    assert is_loopback("::1") and is_loopback("127.3.2.1") and not is_loopback("example.org")
+    assert config().served_name == "tiny" and config(adapter_file="a/exits.nemo").served_name == "exits"
+
+
+def test_decoding_is_the_tokenizers_own():
+    tokenizer = tiny_tokenizer()
+    shared = SharedTokenizer(tokenizer)
+    for ids in ([], [tokenizer.eos_id], [7, tokenizer.eos_id, 8, tokenizer.bos_id], [2, 150]):
+        assert shared.decode(ids) == tokenizer.ids_to_text(ids)
+
+
+def test_the_yaml_has_every_setting_with_its_default():
+    path = Path(__file__).parents[2] / "conf" / "megatron_gpt_ee_server.yaml"
+    values = OmegaConf.to_container(OmegaConf.load(path))
+    for section in ("defaults", "hydra", "trainer"):
+        del values[section]
+    assert set(values) == {field.name for field in dataclasses.fields(ServerConfig)} - {"precision"}
+    assert set(values["early_exit"]) == {field.name for field in dataclasses.fields(ExitOptions)}
+    assert ServerConfig.from_dict({**values, "gpt_model_file": "x"}) == ServerConfig("x")
+
+
+def test_an_address_that_cannot_be_listened_at():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"host:port=127.0.0.1:{port}: the server cannot listen there"):
+            check_address("127.0.0.1", port)
+    check_address("127.0.0.1", port)
+    check_address("127.0.0.1", 0)
+    with pytest.raises(ConfigError, match="host:port=192.0.2.1:0"):
+        check_address("192.0.2.1", 0)
