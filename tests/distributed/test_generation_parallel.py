@@ -46,6 +46,16 @@ def generate(tp, head, sequence_parallel=False):
     sampling = dict(use_greedy=False, add_BOS=False, top_k=20, top_p=0.9)
     generator = torch.Generator().manual_seed(3)  # alike on all ranks here, so that layouts can be compared
     out.append(model.generate(texts, dict(max_length=12), sampling, early_exit=early, generator=generator))
+    for threshold in (0.0, 0.5):
+        lossless = dict(threshold=threshold, lossless=True) if rank == 0 else None
+        out.append(model.generate(texts, dict(max_length=12), greedy, early_exit=lossless))
+        assert (
+            out[-1]["token_ids"]
+            == model.generate(texts, dict(max_length=12), greedy, early_exit=False)["token_ids"]
+        )
+    lossless = {**EARLY, "lossless": True} if rank == 0 else None
+    generator = torch.Generator().manual_seed(4)
+    out.append(model.generate(texts, dict(max_length=12), sampling, early_exit=lossless, generator=generator))
     out.append(model.generate(texts, dict(max_length=1), dict(compute_logprob=True)))
     strategy = EarlyExitTextGenerationStrategy(model, threshold=EARLY["threshold"])
     if sequence_parallel:

@@ -31,14 +31,14 @@ def sequence(prompt, exits, lossless=False, limit=STEPS, seed=0, stop=lambda tok
     return Sequence(list(prompt), request, stop, EOS, limit, seed)
 
 
-def run(gpt, sequences, slots=None, layers=LAYERS):
+def run(gpt, sequences, slots=None, layers=LAYERS, **options):
     """Decodes all; later ones join as earlier ones leave."""
     from nemo_ee.inference.session import DecodingSession
     from nemo_ee.megatron.decoding_model import DecodingModel
 
     waiting, finished = list(sequences), []
     with torch.inference_mode():
-        session = DecodingSession(DecodingModel(gpt), layers, slots or len(sequences), 64)
+        session = DecodingSession(DecodingModel(gpt), layers, slots or len(sequences), 64, **options)
         while waiting or session.running:
             batch, waiting = waiting[: session.free], waiting[session.free :]
             finished += session.add(batch) if batch else []
@@ -100,6 +100,45 @@ def test_lossless_greedy_where_most_drafts_are_right(gpt):
     accepted = sum(s.statistics.accepted for s in sequences)
     assert 0.4 * STEPS * len(PROMPTS) < accepted < drafts
     assert {2, 4, 8} <= {layer for s in sequences for layer in s.exit_layers}
+
+
+@pytest.mark.parametrize(
+    "trial", [*range(6), *(pytest.param(n, marks=pytest.mark.slow) for n in range(6, 60))]
+)
+def test_random_prompts_thresholds_and_exits(gpt, trial):
+    """Catch-up, recomputation and lossless decoding, alone and in batches, against uncached forwards."""
+    rng = random.Random(trial)
+    batch = rng.randint(2, 6)
+    prompts = [[rng.randrange(1, 200) for _ in range(rng.randint(1, 20))] for _ in range(batch)]
+
+    def some_exits():
+        return {n: rng.choice([0.0, 0.2, 0.5, 0.8, 1.0]) for n in LAYERS if rng.random() < 0.7}
+
+    exits, steps = [some_exits() for _ in prompts], 16
+    early = [sequence(p, e, limit=steps) for p, e in zip(prompts, exits, strict=True)]
+    lossless = [sequence(p, e, True, limit=steps) for p, e in zip(prompts, exits, strict=True)]
+    recomputed = [sequence(p, e, limit=steps) for p, e in zip(prompts, exits, strict=True)]
+    mixed = [*early, *lossless]
+    rng.shuffle(mixed)
+    run(gpt, mixed, slots=rng.randint(1, len(mixed)))
+    run(gpt, recomputed, kv_policy="recompute")
+    for i, prompt in enumerate(prompts):
+        reference = generate_uncached(gpt, prompt, steps, exits[i])
+        for s in (early[i], recomputed[i]):
+            assert (s.tokens, s.exit_layers) == (reference.tokens, reference.exit_layers)
+        assert lossless[i].tokens == generate_uncached(gpt, prompt, steps, {}).tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 8])
+def test_lossless_on_a_hundred_prompts(gpt, batch):
+    rng = random.Random(7)
+    prompts = [[rng.randrange(1, 200) for _ in range(rng.randint(1, 24))] for _ in range(100)]
+    expected = [generate_uncached(gpt, prompt, STEPS, {}).tokens for prompt in prompts]
+    for threshold in (0.0, 0.25, 0.5, 0.75, 1.0):
+        sequences = [sequence(p, dict.fromkeys(LAYERS, threshold), True) for p in prompts]
+        run(gpt, sequences, slots=batch)
+        assert [s.tokens for s in sequences] == expected
 
 
 def test_lossless_sequences_beside_others_disturb_nobody(gpt):
