@@ -28,8 +28,11 @@ from nemo_ee.server.served_model import ServedModel, SharedTokenizer
 from nemo_ee.server.service import Service
 from nemo_ee.server.settings import ServerConfig, is_loopback
 
-SPARE_CONNECTIONS = 64
-"""Connections beyond those of all sequences that may run and wait: for /health, the page, refusals."""
+SPARE_CONNECTIONS = 256
+"""Connections beyond those of all sequences that may run and wait: idle ones, for /health, the page, refusals."""
+KEEP_ALIVE_SECONDS = 30
+"""How long an idle connection is kept: longer than usual clients do (5 s in OpenAI's), which would otherwise send
+a request into a connection that is just being closed."""
 SENDING_SECONDS = 2
 """Beyond `shutdown_grace_s`, for the last answers to be sent."""
 
@@ -168,6 +171,7 @@ class Server(uvicorn.Server):
                 lifespan="on",
                 access_log=False,
                 server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 limit_concurrency=config.slots + config.queue_size + SPARE_CONNECTIONS,
                 timeout_graceful_shutdown=math.ceil(config.shutdown_grace_s) + SENDING_SECONDS,
             )

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""Generation at tensor-parallel sizes 2 and 4 equals one process; pipelines are refused."""
+"""Generation at tensor-parallel sizes 2 and 4 equals one process. Pipelines: test_pipeline_decoding.py."""
 
 import pytest
 import torch
@@ -155,8 +155,8 @@ def test_errors_reach_all_ranks(workers):
     assert first == second == "prompt 1: it has no tokens; give at least one, or set add_BOS=true"
 
 
-def test_pipelines_are_refused_and_nemos_strategy_serves_them(workers):
+def test_nemos_loop_with_exits_refuses_pipelines_and_nemos_strategy_serves_them(workers):
     results = workers(2).run(pipeline, 2)
     assert all("pipeline_model_parallel_size=2" in message for message, _ in results)
-    assert all("GPTModelTextGenerationStrategy" in message for message, _ in results)
+    assert all("call model.generate without a strategy" in message for message, _ in results)
     assert results[0][1] == results[1][1] and len(results[0][1]) == 11

@@ -64,7 +64,7 @@ class Clients:
             try:
                 await act(http, dice)
             except httpx.HTTPError as error:
-                self._note(False, "connection", repr(error))
+                self._note(False, "connection", [act.__name__, repr(error)])
 
     def _note(self, right: bool, kind: str, detail: Any) -> None:
         self.counts[kind] += 1
