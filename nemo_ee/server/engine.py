@@ -136,7 +136,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            while self._session_failed():
+            while self._try_session():
                 pass
         finally:
             self._enter("stopped" if self._stopping else "failed")
@@ -145,8 +145,8 @@ class Engine:
                 self._running, self._waiting = {}, deque()
             self._deliver([(job, _gone("stopping" if self._stopping else "failed")) for job in left])
 
-    def _session_failed(self) -> bool:
-        """Opens a session and works with it; whether it failed and another may be tried."""
+    def _try_session(self) -> bool:
+        """Opens a session and works with it; returns whether it failed and another is to be tried."""
         try:
             with self._open_session() as session:
                 self._enter("ok")
@@ -230,18 +230,20 @@ class Engine:
     def _collect(self, session: Session, jobs: Iterable[Job]) -> None:
         """Hands out what is new of some jobs; those that have ended are forgotten."""
         events: list[Event] = []
-        for job in jobs:
-            delta = job.advance()
-            if delta is None:
-                continue
-            events.append((job, delta))
-            if delta.finish_reason is not None:
-                sequence = job.choice.sequence
-                del self._running[sequence]
-                if sequence.finish_reason is None:  # a stop string, which the session does not know
-                    session.remove(sequence)
-            self._measure(job, delta)
-        self._deliver(events)
+        try:
+            for job in jobs:
+                delta = job.advance()
+                if delta is None:
+                    continue
+                events.append((job, delta))
+                if delta.finish_reason is not None:
+                    sequence = job.choice.sequence
+                    del self._running[sequence]
+                    if sequence.finish_reason is None:  # a stop string, which the session does not know
+                        session.remove(sequence)
+                self._measure(job, delta)
+        finally:
+            self._deliver(events)
 
     def _measure(self, job: Job, delta: Delta) -> None:
         now, count = time.monotonic(), len(delta.pieces)
