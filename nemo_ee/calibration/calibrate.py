@@ -15,7 +15,7 @@ from nemo_ee.calibration.reliability import measure_reliability
 from nemo_ee.calibration.schema import CalibrationReport, PathRecord, TextSplit
 from nemo_ee.calibration.scoring import score_documents, score_with
 from nemo_ee.calibration.settings import CalibrationConfig
-from nemo_ee.calibration.store import ThresholdStore
+from nemo_ee.calibration.store import ThresholdStore, check_folder
 from nemo_ee.calibration.write import write_report
 from nemo_ee.checkpoint import adapter, archive
 from nemo_ee.core.exit_decisions import TokenScores
@@ -56,9 +56,10 @@ def calibrate(config: CalibrationConfig, trainer: Any) -> tuple[CalibrationRepor
         ConfigError, CheckpointError: before the model is built, as far as the inputs show it.
         DataError: likewise; also if so few documents could not certify anything.
     """
-    layers = _exits_in_use(config)
+    layers = exits_in_use(config)
     others = {"gpt_model_file": config.gpt_model_file} if config.adapter_file else {}
     store = ThresholdStore(config.source, config.output_file, others, config.overwrite)
+    check_folder("report_dir", config.report_dir)
     data, requirement = (
         config.data,
         Requirement(config.target_agreement, config.delta, config.data.seq_length),
@@ -160,14 +161,23 @@ def _record(point: PathPoint, scores: TokenScores, delta: float) -> PathRecord:
     )
 
 
-def _exits_in_use(config: CalibrationConfig) -> tuple[int, ...]:
-    """The exits to calibrate, from what the files' own configurations say."""
+def exits_in_use(config: CalibrationConfig) -> tuple[int, ...]:
+    """The exits to calibrate, from what the files' own configurations say.
+
+    Raises:
+        CheckpointError: a file that cannot be read, or has no exits.
+        ConfigError: listing every setting that does not fit the files.
+    """
     base = archive.read_config(config.gpt_model_file)
     with_exits = base if config.adapter_file is None else adapter.read_adapter_config(config.adapter_file)
     early_exit = read_early_exit(with_exits)
     if not early_exit.layers:
         raise CheckpointError(f"{config.gpt_model_file}: has no exits to calibrate; set adapter_file")
-    faults = []
+    faults, usual = [], early_exit.inference.exits
+    layers = config.exits or (early_exit.layers if usual is None else usual)
+    if not layers:
+        rule = f"the checkpoint uses none of its exits {list(early_exit.layers)}"
+        faults.append(Fault("exits", None, rule, "name those to calibrate"))
     if config.exits is not None and not set(config.exits) <= set(early_exit.layers):
         rule = f"not all of the model's exits {list(early_exit.layers)}"
         faults.append(Fault("exits", list(config.exits), rule, "name exit layers that exist, or null"))
@@ -184,7 +194,7 @@ def _exits_in_use(config: CalibrationConfig) -> tuple[int, ...]:
         faults.append(Fault("data.seq_length", length, rule, f"use at most {limit}"))
     if faults:
         raise ConfigError(*faults)
-    return config.exits or early_exit.inference.exits or early_exit.layers
+    return layers
 
 
 def _restore(config: CalibrationConfig, trainer: Any) -> Any:

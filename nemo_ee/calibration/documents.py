@@ -10,6 +10,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 
 from nemo_ee.data.checks import check_indexed_dataset
+from nemo_ee.errors import DataError, Fault
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,9 @@ def read_documents(prefix: str, count: int, length: int, vocab_size: int, seed: 
     bounds = ends[dataset.document_indices]
     starts, stops = bounds[:-1], bounds[1:]
     usable = np.flatnonzero(stops - starts >= 2)
+    if not len(usable):
+        rule = "no document has two tokens, so none is predicted"
+        raise DataError(str(Fault("data.prefix", prefix, rule, "give longer documents")))
     chosen = np.random.default_rng(seed).permutation(usable)[:count]
     ids = file.token_ids()
     pieces = (ids[starts[n] : min(stops[n], starts[n] + length + 1)] for n in chosen)

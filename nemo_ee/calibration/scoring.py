@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nemo_ee.calibration.documents import Documents
 from nemo_ee.core.exit_decisions import TokenScores
+from nemo_ee.errors import DataError
 from nemo_ee.evaluation.teacher_forced import TextScores, score_text
 from nemo_ee.inference.generate import generating
 
@@ -47,6 +48,9 @@ def score_documents(
 
     Returns:
         Tokens in the order of documents, and of their positions within each.
+
+    Raises:
+        DataError: a confidence that is no number.
     """
     sizes = documents.sizes
     starts = np.concatenate([[0], np.cumsum(sizes)])
@@ -64,6 +68,12 @@ def score_documents(
                 confidences[index, place] = sure[row, :size]
                 disagrees[index, place] = tokens[row, :size] != final[row, :size]
         advance(len(numbers))
+    for layer, row in zip(layers, confidences, strict=True):
+        if broken := np.count_nonzero(~np.isfinite(row)):
+            rule = f"its confidence is not finite at {broken} of {len(row)} tokens"
+            raise DataError(
+                f"exit {layer}: {rule}; use a wider precision, or look at the checkpoint's weights"
+            )
     return TokenScores(
         tuple(layers), num_layers, confidences, disagrees, np.repeat(np.arange(len(sizes)), sizes)
     )

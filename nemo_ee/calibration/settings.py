@@ -106,6 +106,8 @@ def _faults(config: CalibrationConfig) -> list[Fault]:
     ):
         if value < 1:
             faults.append(Fault(key, value, "must be positive", "use 1 or more"))
+    if config.seed < 0:
+        faults.append(Fault("seed", config.seed, "must be 0 or more", "use e.g. 1234"))
     exits = config.exits
     if exits is not None and (not exits or list(exits) != sorted(set(exits))):
         rule = "must name exit layers in ascending order, each once"

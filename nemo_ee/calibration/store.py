@@ -37,6 +37,7 @@ class ThresholdStore:
         if self.output.exists() and not overwrite and not _same(self.output, self.source):
             remedy = "choose another, or set overwrite=true"
             raise ConfigError(Fault("output_file", output, "exists", remedy))
+        check_folder("output_file", str(self.output.parent))
         self._stamp = _stamp(self.source)
 
     def write(self, thresholds: Sequence[float], exits: Sequence[int] | None) -> Path:
@@ -71,6 +72,20 @@ class ThresholdStore:
                     OmegaConf.update(section, "early_exit.inference.exits", list(exits), force_add=True)
             OmegaConf.save(config, root / archive.CONFIG_NAME)
             return archive.write_archive(root, self.output)
+
+
+def check_folder(key: str, folder: str) -> None:
+    """Whether files can be written to a folder that may not exist yet; creates nothing.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    nearest = Path(folder).absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        rule = f"{nearest} is no directory that can be written to"
+        raise ConfigError(Fault(key, folder, rule, "choose another"))
 
 
 def _same(one: Path, other: Path) -> bool:

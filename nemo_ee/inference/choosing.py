@@ -26,13 +26,13 @@ class Place:
 
     Attributes:
         options: of its sequence.
-        eos: EOS token id.
+        eos: EOS token id, if there is one.
         too_short: EOS may not come yet.
         text: token ids before it; only for a repetition penalty, else empty.
     """
 
     options: SamplingOptions
-    eos: int
+    eos: int | None
     too_short: bool
     text: list[int]
 
@@ -40,7 +40,7 @@ class Place:
     def after(cls, sequence: Sequence, drafts: int | None = None) -> "Place":
         """Behind a sequence's tokens and some of its drafts; None means all."""
         options, count = sequence.request.sampling, len(sequence.drafts) if drafts is None else drafts
-        too_short = len(sequence.tokens) + count < sequence.request.min_length
+        too_short = sequence.eos is not None and len(sequence.tokens) + count < sequence.request.min_length
         text: list[int] = []
         if not options.use_greedy and options.repetition_penalty != 1.0:
             text = sequence.prompt + sequence.tokens + [draft.token for draft in sequence.drafts[:count]]

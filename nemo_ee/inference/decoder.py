@@ -10,16 +10,19 @@ uncached forward. Two other policies exist for comparison, see `KV_POLICIES`.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from nemo_ee.inference.exit_point import ExitPoint, Trail
+from nemo_ee.inference.segment_graphs import SegmentGraphs, capture_for
 from nemo_ee.inference.step import Step
 from nemo_ee.megatron.confidence_rules import CONFIDENCE_RULES
-from nemo_ee.megatron.decode import PackedTokens
+from nemo_ee.megatron.decode import CachedLayer, PackedTokens
 from nemo_ee.megatron.decoding_model import DecodingModel
 from nemo_ee.megatron.prediction import Prediction
+from nemo_ee.megatron.static_tokens import static_positions
 
 KV_POLICIES = ("catch_up", "recompute", "state_copy")
 """What happens to keys and values of tokens that left early. `catch_up`: filled when a later token goes on.
@@ -59,10 +62,13 @@ class EarlyExitDecoder:
         assert kv_policy in KV_POLICIES, kv_policy
         self.model, self.policy, self.rows = model, kv_policy, rows
         self.final_layer = model.final_layer
-        self.table = model.table(max_length)
+        capture = capture_for(model)
+        room = max_length if capture is None else static_positions(max_length)
+        self.table = model.table(room)
+        self.graphs = SegmentGraphs(capture, self.table, rows)
         self.rule = CONFIDENCE_RULES[confidence]
-        self.exits = [ExitPoint(model, n, self.rule, rows, max_length) for n in exit_layers]
-        layers = model.cached_layers(rows, max_length)
+        self.exits = [ExitPoint(model, n, self.rule, rows, room, self.graphs) for n in exit_layers]
+        layers = model.cached_layers(rows, room)
         edges = [0, *exit_layers, self.final_layer]
         self.segments = [
             [layers[n + 1] for n in range(low, high)] for low, high in zip(edges[:-1], edges[1:], strict=True)
@@ -154,7 +160,7 @@ class EarlyExitDecoder:
         thresholds: Sequence[Sequence[float]],
         rows: Sequence[int] | None = None,
         max_pending: Sequence[int | None] | None = None,
-        hold: Sequence[bool] | None = None,
+        hold: Sequence[int | None] | None = None,
     ) -> Step:
         """Feeds one token to each of N sequences and predicts the next.
 
@@ -164,8 +170,8 @@ class EarlyExitDecoder:
             rows: which sequences, ascending; None means all.
             max_pending: [N] no token leaves at an exit where more than this many of its sequence would then be
                 pending; None sets no limit.
-            hold: [N] a token that leaves at no exit waits at the last one, unanswered, for `flush`; None holds
-                none.
+            hold: [N] index of the exit at which the token waits, unanswered, for `flush` if it has not left by
+                then; None holds no token, or not this one.
         """
         where = list(range(self.size)) if rows is None else list(rows)
         limits = [None] * len(where) if max_pending is None else max_pending
@@ -192,8 +198,7 @@ class EarlyExitDecoder:
                     answer.add(point.layer, leaving, prediction.select(out), [sure[n] for n in out])
                     if self.policy == "state_copy":
                         self._copy_states(k, [where[i] for i in leaving])
-            last_exit = k + 1 == len(self.exits)
-            staying = [i for i in here if i not in leaving and not (last_exit and hold and hold[i])]
+            staying = [i for i in here if i not in leaving and not (hold and hold[i] == k)]
             if not staying:
                 return answer
             going = [where[i] for i in staying]
@@ -202,7 +207,7 @@ class EarlyExitDecoder:
                 x = point.pending(packed)
             here = staying
         x = self._run_segment(len(self.exits), x, packed)
-        prediction = self.model.output.predict(x[packed.last])
+        prediction = self.graphs.predict("final exit", self.model.output, x[packed.last])
         answer.add(self.final_layer, here, prediction, prediction.confidence.tolist())
         return answer
 
@@ -248,13 +253,12 @@ class EarlyExitDecoder:
         return [behind[row] for row in rows]
 
     def _run_segment(self, k: int, x: Tensor, packed: PackedTokens) -> Tensor:
-        for layer in self.segments[k]:
-            x = layer(x, packed)
+        point = self.exits[k] if k < len(self.exits) else None
+        part = partial(_through, self.segments[k], point)
+        x = self.graphs.run(f"segment {k + 1}", part, x, packed)
         for row, start, count in zip(packed.rows, packed.starts, packed.counts, strict=True):
             self.filled[k][row] = start + count
             self.layers_run[row] += count * len(self.segments[k])
-        if k < len(self.exits):
-            self.exits[k].store(x, packed)
         return x
 
     def _copy_states(self, k: int, rows: list[int]) -> None:
@@ -279,6 +283,15 @@ class EarlyExitDecoder:
         if packed.single:
             return self.history[packed.rows[0], packed.positions]
         return self.history[packed.token_rows, packed.positions]
+
+
+def _through(layers: list[CachedLayer], point: ExitPoint | None, x: Tensor, packed: PackedTokens) -> Tensor:
+    """The layers' output [T, H], which the exit behind them remembers."""
+    for layer in layers:
+        x = layer(x, packed)
+    if point is not None:
+        point.store(x, packed)
+    return x
 
 
 def _has_room(pending: int, limit: int | None) -> bool:

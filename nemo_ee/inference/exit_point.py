@@ -7,6 +7,7 @@ Suffixes: T tokens of a pack, N sequences, H hidden size.
 import torch
 from torch import Tensor
 
+from nemo_ee.inference.segment_graphs import SegmentGraphs
 from nemo_ee.megatron.confidence_rules import ConfidenceRule, ExitEvidence
 from nemo_ee.megatron.decode import PackedTokens
 from nemo_ee.megatron.decoding_model import DecodingModel
@@ -45,10 +46,19 @@ class ExitPoint:
         rule: how sure it is.
         rows: sequences that fit.
         max_length: positions.
+        graphs: run the block and the head.
     """
 
-    def __init__(self, model: DecodingModel, layer: int, rule: ConfidenceRule, rows: int, max_length: int):
-        self.head, self.layer, self.rule = model.heads[layer], layer, rule
+    def __init__(
+        self,
+        model: DecodingModel,
+        layer: int,
+        rule: ConfidenceRule,
+        rows: int,
+        max_length: int,
+        graphs: SegmentGraphs,
+    ):
+        self.head, self.layer, self.rule, self._graphs = model.heads[layer], layer, rule, graphs
         self.block = model.cached_block(layer, rows, max_length)
         self.hidden = model.hidden.new_zeros(rows, max_length, model.hidden.shape[-1])
 
@@ -73,7 +83,9 @@ class ExitPoint:
 
     def enter_block(self, x: Tensor, packed: PackedTokens) -> Tensor:
         """The head's block, if it has one, on all tokens of a pack (its keys must be complete)."""
-        return x if self.block is None else self.block(x.to(self.head.dtype), packed)
+        if self.block is None:
+            return x
+        return self._graphs.run(f"block of exit {self.layer}", self.block, x.to(self.head.dtype), packed)
 
     def predict(
         self, x: Tensor, inside: Tensor, indices: list[int], trail: Trail | None
@@ -86,6 +98,6 @@ class ExitPoint:
             indices: N of the step's tokens.
             trail: of the step, for rules that look back.
         """
-        prediction = self.head.predict(inside)
+        prediction = self._graphs.predict(f"exit {self.layer}", self.head, inside)
         evidence = ExitEvidence(prediction, x) if trail is None else trail.evidence(prediction, x, indices)
         return prediction, self.rule.confidence(evidence).tolist()

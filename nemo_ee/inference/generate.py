@@ -1,6 +1,7 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """One call from prompts to NeMo's output, on all ranks of a model."""
 
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from nemo.utils import logging
 from nemo_ee.errors import GenerationError
 from nemo_ee.inference.decoder import EarlyExitDecoder
 from nemo_ee.inference.output import to_output, to_prompt_logprobs
+from nemo_ee.inference.pipeline_channel import StageGone
 from nemo_ee.inference.pipeline_session import PipelineGroups, PipelineSession, serve
 from nemo_ee.inference.prompts import tokenize_prompts
 from nemo_ee.inference.request import GenerationRequest, parse_request
@@ -44,7 +46,8 @@ def generate(
         length_params: see `parse_request`.
         sampling_params: see `parse_request`.
         early_exit: see `parse_request`.
-        generator: source of randomness for sampling; None takes torch's default.
+        generator: source of randomness for sampling; None takes torch's default on the first rank. Greedy
+            decoding draws nothing from it.
 
     Raises:
         ConfigError: parameters that break a rule.
@@ -53,17 +56,20 @@ def generate(
     check_model_can_generate(model)
     tokenizer, limit = model.tokenizer, position_limit(model.cfg)
 
-    def read() -> tuple[GenerationRequest, list[list[int]], list[int]]:
+    def read() -> tuple[GenerationRequest, list[list[int]], list[int], list[str] | None]:
         request = parse_request(length_params, sampling_params, early_exit, model.early_exit)
-        add_bos = request.sampling.add_BOS and not request.sampling.compute_logprob
-        prompts = tokenize_prompts(inputs, tokenizer, add_bos, limit)
-        return request, prompts, seeds(len(prompts), generator)
+        sampling = request.sampling
+        prompts = tokenize_prompts(
+            inputs, tokenizer, sampling.add_BOS and not sampling.compute_logprob, limit
+        )
+        drawn = [0] * len(prompts) if sampling.use_greedy else seeds(len(prompts), generator)
+        return request, prompts, drawn, list(inputs) if isinstance(inputs[0], str) else None
 
-    request, prompts, drawn = on_first_rank(read)
+    request, prompts, drawn, texts = on_first_rank(read)
     with generating(model):
         check_pipeline_can(request)
         if request.sampling.compute_logprob:
-            return _prompt_logprobs(model, prompts)
+            return _prompt_logprobs(model, prompts, texts)
         if max(map(len, prompts)) + request.max_length > limit + 1:
             logging.warning(
                 f"length_params.max_length={request.max_length}: cut at the model's {limit} positions"
@@ -102,19 +108,33 @@ def continue_over_stages(groups: PipelineGroups, model: DecodingModel, sequences
         groups: of the pipeline.
         model: this stage.
         sequences: not begun, of the same request.
+
+    Raises:
+        RuntimeError: a stage has failed; on every rank.
     """
     exits, longest = _extent(sequences)
     size = exits, len(sequences), longest, sequences[0].request.confidence
-    if parallel_state.is_pipeline_first_stage():
-        session = PipelineSession(groups, model, *size)
-        session.add(sequences)
-        while session.running:
-            session.step()
-        session.end()
-    else:
-        serve(groups, model, *size)
-    names = ("tokens", "exit_layers", "confidences", "finish_reason")
-    found = on_first_rank(lambda: [[getattr(s, name) for name in names] for s in sequences])
+    names = ("tokens", "exit_layers", "confidences", "finish_reason", "statistics")
+    failure: Exception | None = None
+    try:
+        if parallel_state.is_pipeline_first_stage():
+            with PipelineSession(groups, model, *size) as session:
+                session.add(sequences)
+                while session.running:
+                    session.step()
+        else:
+            serve(groups, model, *size)
+    except StageGone:
+        raise
+    except Exception as error:  # of any stage; the first one knows of it, and tells all
+        failure = error
+
+    def results() -> list[list[Any]]:
+        if failure is not None:
+            raise failure
+        return [[getattr(s, name) for name in names] for s in sequences]
+
+    found = on_first_rank(results)
     for sequence, values in zip(sequences, found, strict=True):
         for name, value in zip(names, values, strict=True):
             setattr(sequence, name, value)
@@ -137,12 +157,13 @@ def seeds(count: int, generator: torch.Generator | None) -> list[int]:
     return torch.randint(2**62, (count,), generator=generator, device=device).tolist()
 
 
-def _prompt_logprobs(model: Any, prompts: list[list[int]]) -> dict[str, Any]:
+def _prompt_logprobs(model: Any, prompts: list[list[int]], texts: list[str] | None) -> dict[str, Any]:
     decoder = EarlyExitDecoder(model.decoding_model(), [], len(prompts), max(map(len, prompts)))
     shard = decoder.prefill(prompts, all_positions=True).vocabulary_shard(len(model.gpt.output_weight()))
     logits = gather_columns(shard)[:, : model.gpt.true_vocab_size]
     log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    return to_prompt_logprobs(prompts, log_probs.split([len(prompt) for prompt in prompts]), model.tokenizer)
+    rows = log_probs.split([len(prompt) for prompt in prompts])
+    return to_prompt_logprobs(prompts, rows, model.tokenizer, texts)
 
 
 def check_model_can_generate(model: Any) -> None:
@@ -239,8 +260,17 @@ def on_first_rank(read: Callable[[], T]) -> T:
         try:
             outcome[0] = read()
         except Exception as error:
-            outcome[1] = error
+            outcome[1] = _as_sent(error)
     torch.distributed.broadcast_object_list(outcome, source, group=group)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def _as_sent(error: Exception) -> Exception:
+    """The error, or its text where it holds what does not pickle: the other ranks wait for one or the other."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # of whatever the error holds
+        return GenerationError(f"{type(error).__name__}: {error}")
+    return error

@@ -33,7 +33,7 @@ def to_output(results: Sequence[Generated], tokenizer: Any) -> dict[str, Any]:
 
 
 def to_prompt_logprobs(
-    prompts: Sequence[list[int]], log_probs: Sequence[Tensor], tokenizer: Any
+    prompts: Sequence[list[int]], log_probs: Sequence[Tensor], tokenizer: Any, texts: list[str] | None = None
 ) -> dict[str, Any]:
     """NeMo's dictionary for `compute_logprob`: the prompts alone, of n tokens each, with their
     log-probabilities.
@@ -42,6 +42,7 @@ def to_prompt_logprobs(
         prompts: token ids.
         log_probs: [n, V] per prompt; row i predicts token i + 1.
         tokenizer: NeMo's.
+        texts: the prompts as they were given, for `sentences`; None decodes them.
 
     Returns:
         `logprob`, per prompt [n]: entry i is that of token i + 1, the last one that of the most probable
@@ -53,6 +54,8 @@ def to_prompt_logprobs(
         for prompt, rows in zip(prompts, log_probs, strict=True)
     ]
     output["full_logprob"] = list(log_probs)
+    if texts is not None:
+        output["sentences"] = texts
     return output
 
 
@@ -71,9 +74,17 @@ def text_fields(ids: list[list[int]], tokenizer: Any) -> dict[str, Any]:
 
 
 def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
-    """Each token's own text as the tokenizer stores it; bytes are decoded where the tokenizer tells how."""
+    """Each token's own text as the tokenizer stores it; bytes are decoded where the tokenizer tells how.
+
+    Added tokens are not stored as bytes and may have characters that stand for none, e.g. spaces.
+    """
     words = list(tokenizer.ids_to_tokens(list(ids)))
     decoder = getattr(getattr(tokenizer, "tokenizer", None), "byte_decoder", None)
     if decoder is None:
         return words
-    return [bytes(decoder[c] for c in word).decode("utf-8", errors="replace") for word in words]
+    return [
+        bytes(decoder[c] for c in word).decode("utf-8", errors="replace")
+        if all(c in decoder for c in word)
+        else word
+        for word in words
+    ]

@@ -3,7 +3,8 @@
 
 Messages travel through gloo from host memory, whatever device computes: their sizes vary, a receiver need not
 know them, and a few tokens' hidden states are small. A thread receives, so that a stage works while messages
-arrive; when it falls behind by `QUEUE` messages its neighbour waits.
+arrive; when it falls behind by `QUEUE` hidden states its neighbour waits. Nobody waits for the first stage to take
+answers: it may itself be waiting for a stage behind.
 """
 
 import pickle
@@ -15,12 +16,41 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 QUEUE = 32
-"""Messages that wait at a stage at most."""
+"""Hidden states that wait at a stage at most."""
 UNSENT = 8
 """Messages that a stage sends ahead at most."""
+
+
+@dataclass(frozen=True)
+class PipelineGroups:
+    """The gloo groups of this rank's pipeline, for messages only.
+
+    Attributes:
+        ranks: global, of its stages in their order.
+        along: for hidden states.
+        back: for answers.
+    """
+
+    ranks: list[int]
+    along: ProcessGroup
+    back: ProcessGroup
+
+    @classmethod
+    def make(cls) -> "PipelineGroups":
+        """Collective over all ranks of the job; once is enough."""
+        mine = torch.distributed.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
+        every: list[list[int]] = [[]] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(every, mine)
+        made = {
+            tuple(ranks): [torch.distributed.new_group(ranks, backend="gloo") for _ in range(2)]
+            for ranks in sorted({tuple(ranks) for ranks in every})
+        }
+        return cls(mine, *made[tuple(mine)])
 
 
 @dataclass(frozen=True)
@@ -36,6 +66,10 @@ class Message:
     hidden: Tensor | None = None
 
 
+class StageGone(RuntimeError):
+    """A stage of the pipeline does not answer any more."""
+
+
 class Sender:
     """Sends messages to one rank, in order.
 
@@ -44,7 +78,7 @@ class Sender:
         group: of gloo, used for nothing else.
     """
 
-    def __init__(self, rank: int, group: torch.distributed.ProcessGroup):
+    def __init__(self, rank: int, group: ProcessGroup):
         self.rank, self.group = rank, group
         self._unsent: deque[list[Any]] = deque()
 
@@ -54,6 +88,9 @@ class Sender:
         Args:
             content: anything that pickles.
             hidden: [T, H] on any device.
+
+        Raises:
+            StageGone: the peer is gone.
         """
         shape = None if hidden is None else (tuple(hidden.shape), hidden.dtype)
         packed = pickle.dumps((content, shape))
@@ -74,7 +111,10 @@ class Sender:
 
     def _wait_for_oldest(self) -> None:
         for work in self._unsent.popleft()[0]:
-            work.wait()
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise StageGone("a stage of the decoding pipeline is gone") from error
 
 
 class Receiver:
@@ -83,19 +123,20 @@ class Receiver:
     Args:
         ranks: global; messages of one rank come in its order.
         group: of gloo, used for nothing else.
+        most: messages that may wait here; 0 sets no limit.
     """
 
     LAST = "last"
 
-    def __init__(self, ranks: list[int], group: torch.distributed.ProcessGroup):
-        self._arrived: queue.Queue[Message | BaseException] = queue.Queue(QUEUE)
+    def __init__(self, ranks: list[int], group: ProcessGroup, most: int):
+        self._arrived: queue.Queue[Message | BaseException] = queue.Queue(most)
         self._threads = [
             threading.Thread(target=self._listen, args=(rank, group), daemon=True) for rank in ranks
         ]
         for thread in self._threads:
             thread.start()
 
-    def _listen(self, rank: int, group: torch.distributed.ProcessGroup) -> None:
+    def _listen(self, rank: int, group: ProcessGroup) -> None:
         try:
             while True:
                 header = torch.empty(2, dtype=torch.long)
@@ -117,7 +158,7 @@ class Receiver:
         """The next message; waits for it.
 
         Raises:
-            RuntimeError: a peer is gone.
+            StageGone: a peer is gone.
         """
         return self._checked(self._arrived.get())
 
@@ -136,5 +177,5 @@ class Receiver:
     @staticmethod
     def _checked(item: Message | BaseException) -> Message:
         if isinstance(item, BaseException):
-            raise RuntimeError("a stage of the decoding pipeline is gone") from item
+            raise StageGone("a stage of the decoding pipeline is gone") from item
         return item

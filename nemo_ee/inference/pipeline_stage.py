@@ -127,8 +127,8 @@ class Stage:
         if self.model.output is not None:
             answers += self._ask(None, x[packed.last], x[packed.last], tokens, order)
         if order != sorted(order):
-            parts = x.split(counts)
-            x = torch.cat([parts[order.index(i)] for i in range(len(order))])
+            parts = dict(zip(order, x.split(counts), strict=True))
+            x = torch.cat([parts[i] for i in range(len(order))])
         return x, answers
 
     def _note(self, tokens: Tokens) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from nemo.collections.common.tokenizers.chat_template_mixin import explode_chat_template_input, is_chat_input
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+from torch import Tensor
 
 from nemo_ee.errors import GenerationError
 
@@ -15,7 +16,7 @@ def tokenize_prompts(inputs: Any, tokenizer: Any, add_bos: bool, position_limit:
     """Token ids of every prompt.
 
     Args:
-        inputs: texts; or token ids and lengths as two tensors [B, S] and [B]; or a chat in NeMo's form (a
+        inputs: texts; or a tuple of two tensors, token ids [B, S] and lengths [B]; or a chat in NeMo's form (a
             list of turns, each `{"role": [...], "content": [...]}` with one entry per conversation); or one
             conversation, a list of `{"role": str, "content": str}`; or a list of conversations.
         tokenizer: NeMo's.
@@ -23,12 +24,11 @@ def tokenize_prompts(inputs: Any, tokenizer: Any, add_bos: bool, position_limit:
         position_limit: positions of the model.
 
     Raises:
-        GenerationError: inputs of another kind, an empty prompt, one beyond the position limit, a chat
-            without a template, a BOS that the tokenizer lacks.
+        GenerationError: inputs of another kind, an empty prompt, one beyond the position limit, token ids
+            that the tokenizer does not have, a chat without a template, a BOS that the tokenizer lacks.
     """
     if isinstance(inputs, tuple) and len(inputs) == 2 and all(isinstance(x, torch.Tensor) for x in inputs):
-        tokens, lengths = inputs
-        prompts = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+        prompts = _given_tokens(*inputs, tokenizer.vocab_size)
     elif not isinstance(inputs, list | tuple) or not inputs:
         raise GenerationError(
             f"inputs={inputs!r}: must be a non-empty list of prompts; wrap a single prompt in []"
@@ -36,13 +36,13 @@ def tokenize_prompts(inputs: Any, tokenizer: Any, add_bos: bool, position_limit:
     elif is_chat_input(inputs):
         prompts = [chat_tokens(tokenizer, turns) for turns in _conversations(inputs)]
     elif all(isinstance(x, str) for x in inputs):
-        prompts = [_text_tokens(tokenizer, text, add_bos) for text in inputs]
+        prompts = [_text_tokens(tokenizer, text, add_bos, i) for i, text in enumerate(inputs)]
     elif all(isinstance(x, list) and is_chat_input(x) for x in inputs):
         prompts = [chat_tokens(tokenizer, turns) for turns in inputs]
     else:
         kinds = sorted({type(x).__name__ for x in inputs})
         raise GenerationError(
-            f"inputs: a list of {', '.join(kinds)}; give texts, chats, or a pair of tensors"
+            f"inputs: a list of {', '.join(kinds)}; give texts, chats, or a tuple of two tensors"
         )
     for i, prompt in enumerate(prompts):
         if not prompt:
@@ -85,13 +85,43 @@ def require_chat_template(tokenizer: Any) -> None:
         )
 
 
-def _text_tokens(tokenizer: Any, text: str, add_bos: bool) -> list[int]:
+def _text_tokens(tokenizer: Any, text: str, add_bos: bool, i: int) -> list[int]:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise GenerationError(
+            f"prompt {i}: it is no valid Unicode ({error.reason}); leave that out"
+        ) from error
     if not add_bos:
         return tokenizer.text_to_ids(text)
     bos = getattr(tokenizer, "bos_id", None)
-    if bos is None:
+    if bos is None or bos < 0:  # SentencePiece says -1
         raise GenerationError("sampling_params.add_BOS=True: the tokenizer has no BOS token; set it to false")
     return [bos, *tokenizer.text_to_ids(text)]
+
+
+def _given_tokens(tokens: Tensor, lengths: Tensor, vocabulary: int) -> list[list[int]]:
+    """Each prompt of token ids [B, S] and lengths [B]."""
+    if tokens.dim() != 2 or lengths.shape != tokens.shape[:1] or not len(tokens):
+        raise GenerationError(
+            f"inputs: tensors of shapes {list(tokens.shape)} and {list(lengths.shape)}; give token ids [B, S] and "
+            "lengths [B], at least one prompt"
+        )
+    if any(x.is_floating_point() or x.is_complex() or x.dtype == torch.bool for x in (tokens, lengths)):
+        raise GenerationError(f"inputs: tensors of {tokens.dtype} and {lengths.dtype}; give whole numbers")
+    prompts = []
+    for i, (row, length) in enumerate(zip(tokens.tolist(), lengths.tolist(), strict=True)):
+        if not 0 <= length <= len(row):
+            raise GenerationError(
+                f"prompt {i}: its length is {length}; give 1 to the tensor's {len(row)} tokens"
+            )
+        outside = [token for token in row[:length] if not 0 <= token < vocabulary]
+        if outside:
+            raise GenerationError(
+                f"prompt {i}: token id {outside[0]} is not in the vocabulary; use 0 to {vocabulary - 1}"
+            )
+        prompts.append(row[:length])
+    return prompts
 
 
 def _conversations(turns: Sequence[dict]) -> list[list[dict[str, str]]]:
@@ -101,6 +131,7 @@ def _conversations(turns: Sequence[dict]) -> list[list[dict[str, str]]]:
             raise GenerationError(f"chat: turn {turn!r} must have role and content")
     if all(isinstance(turn["role"], str) for turn in turns):
         return [list(turns)]
-    if len({len(turn[key]) for turn in turns for key in ("role", "content")}) != 1:
+    columns = [turn[key] for turn in turns for key in ("role", "content")]
+    if not all(isinstance(column, list | tuple) for column in columns) or len({*map(len, columns)}) != 1:
         raise GenerationError("chat: every turn must list one role and one content per conversation")
     return list(explode_chat_template_input(list(turns)))

@@ -11,6 +11,9 @@ from nemo_ee.inference.decoder import KV_POLICIES
 from nemo_ee.megatron.confidence_rules import CONFIDENCE_RULES
 from nemo_ee.schema import build_config, one_of
 
+LOWEST_TEMPERATURE = 1e-6
+"""Below it logits divided by the temperature leave float32's range."""
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -18,7 +21,7 @@ class SamplingOptions:
 
     Attributes:
         use_greedy: take the most probable token; the next four are then ignored.
-        temperature: divides logits before sampling.
+        temperature: divides logits before sampling; at least `LOWEST_TEMPERATURE`.
         top_k: sample among the k most probable tokens; 0 for all.
         top_p: sample among the most probable tokens that together have this probability; 0 or 1 for all.
         repetition_penalty: logits of tokens that the text has already are divided by it where positive and
@@ -27,7 +30,9 @@ class SamplingOptions:
         add_BOS: put the tokenizer's BOS before each prompt.
         all_probs: also return the log-probabilities of the generated tokens and of the whole vocabulary.
         compute_logprob: return the log-probabilities of the prompts' own tokens, and generate nothing.
-        end_strings: a sequence ends when its generated text ends with one. `<|endoftext|>` stands for EOS.
+        end_strings: a sequence ends when its generated text ends with one. `<|endoftext|>` stands for EOS, which
+            always ends it. (NeMo compares a string that is one token by that token's id alone and so misses it
+            as a part of others.)
     """
 
     use_greedy: bool = True
@@ -125,12 +130,15 @@ def parse_request(
         ConfigError: listing every fault.
     """
     faults: list[Fault] = []
-    sampling = dict(sampling_params or {})
-    if early_exit is None:
-        early_exit = sampling.get("early_exit")
-    ours = {key: value for key, value in sampling.items() if key not in NOT_OURS}
-    lengths = build_config(LengthOptions, _given(length_params or {}), "length_params", faults)
-    options = build_config(SamplingOptions, _given(ours), "sampling_params", faults)
+    sampling = {} if sampling_params is None else sampling_params
+    if isinstance(sampling, Mapping):
+        if early_exit is None:
+            early_exit = sampling.get("early_exit")
+        sampling = {key: value for key, value in sampling.items() if key not in NOT_OURS}
+    lengths = build_config(
+        LengthOptions, _given({} if length_params is None else length_params), "length_params", faults
+    )
+    options = build_config(SamplingOptions, _given(sampling), "sampling_params", faults)
     if lengths is not None:
         faults += [
             Fault(f"length_params.{name}", value, "must be a whole number, 0 or more", "use e.g. 30")
@@ -235,8 +243,10 @@ def _default_thresholds(
     return {n: known[n] for n in layers}
 
 
-def _given(values: Mapping) -> dict[str, Any]:
-    """What is not null, in plain containers: lists may come as OmegaConf's."""
+def _given(values: Any) -> Any:
+    """What is not null, in plain containers: lists may come as OmegaConf's. What is no mapping stays as it is."""
+    if not isinstance(values, Mapping):
+        return values
     return {
         key: list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
         for key, value in values.items()
@@ -246,10 +256,15 @@ def _given(values: Mapping) -> dict[str, Any]:
 
 def _sampling_faults(options: SamplingOptions) -> list[Fault]:
     rules = {
-        "temperature": (options.temperature > 0, "must be above 0", "use 1.0; for greedy set use_greedy"),
+        "temperature": (
+            options.temperature >= LOWEST_TEMPERATURE,
+            f"must be at least {LOWEST_TEMPERATURE}",
+            "use 1.0, or decode greedily",
+        ),
         "top_k": (options.top_k >= 0, "must be a whole number, 0 or more", "use 0 for all tokens"),
         "top_p": (0 <= options.top_p <= 1, "lies within [0, 1]", "use 1.0 for all tokens"),
         "repetition_penalty": (options.repetition_penalty > 0, "must be above 0", "use 1.0 for none"),
+        "end_strings": ("" not in options.end_strings, "every text ends with an empty one", "leave that out"),
     }
     return [
         Fault(f"sampling_params.{name}", getattr(options, name), rule, remedy)

@@ -18,7 +18,7 @@ from nemo_ee.inference.display import DIM, RESET, marked, summary, token_pieces
 from nemo_ee.inference.generate import on_first_rank, position_limit
 from nemo_ee.inference.prompts import tokenize_prompts
 from nemo_ee.inference.request import parse_request
-from nemo_ee.inference.settings import GenerateConfig
+from nemo_ee.inference.settings import GenerateConfig, in_own_keys
 from nemo_ee.models.checks import read_early_exit
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
 
@@ -70,14 +70,16 @@ def check(config: GenerateConfig, processes: int) -> None:
     if config.output_file is not None and not Path(config.output_file).absolute().parent.is_dir():
         rule = "its directory does not exist"
         raise ConfigError(Fault("output_file", config.output_file, rule, "create it, or write elsewhere"))
+    if config.output_file is not None and Path(config.output_file).is_dir():
+        raise ConfigError(Fault("output_file", config.output_file, "is a directory", "name a file in it"))
     source = archive.read_config(config.gpt_model_file)
     if config.adapter_file is not None:
         source = adapter.read_adapter_config(config.adapter_file)
     early_exit = read_early_exit(source)
-    arguments = config.generate_arguments()
-    parse_request(
-        arguments["length_params"], arguments["sampling_params"], arguments["early_exit"], early_exit
-    )
+    try:
+        parse_request(**config.generate_arguments(), config=early_exit)
+    except ConfigError as error:
+        raise in_own_keys(error) from None
 
 
 def restore(config: GenerateConfig, trainer: Any) -> MegatronGPTEarlyExitModel:

@@ -7,7 +7,9 @@ import torch
 
 from nemo_ee.inference.choosing import Choices, Chooser, Place, draw_tokens
 from nemo_ee.inference.decoder import EarlyExitDecoder
-from nemo_ee.inference.lossless import LosslessRounds
+from nemo_ee.inference.drafting import DraftingPolicy
+from nemo_ee.inference.lossless import NEVER, LosslessRounds
+from nemo_ee.inference.pass_costs import pass_costs
 from nemo_ee.inference.sequence import Draft, Sequence
 from nemo_ee.inference.step import Step
 from nemo_ee.inference.verification import accept_drafts, agreeing_prefix
@@ -30,6 +32,7 @@ class DecodingSession:
         max_length: positions per sequence: prompt and generated tokens but the last.
         kv_policy: see `EarlyExitDecoder`; lossless sequences need catch_up.
         confidence: see `EarlyExitDecoder`.
+        drafting: of lossless sequences; None for one that knows what the model's passes cost.
 
     Attributes:
         running: the sequences, in the order of the decoder's rows.
@@ -43,13 +46,15 @@ class DecodingSession:
         max_length: int,
         kv_policy: str = "catch_up",
         confidence: str = "max_probability",
+        drafting: DraftingPolicy | None = None,
     ):
         self.slots, self.max_length = slots, max_length
         self.running: list[Sequence] = []
         self._model, self._layers = model, list(exit_layers)
         self._chooser = Chooser(model.gpt)
         self._decoder = EarlyExitDecoder(model, exit_layers, slots, max_length, kv_policy, confidence)
-        self._rounds = LosslessRounds(model, exit_layers)
+        policy = drafting or DraftingPolicy(pass_costs(model, exit_layers))
+        self._rounds = LosslessRounds(policy, exit_layers)
 
     @property
     def free(self) -> int:
@@ -78,41 +83,45 @@ class DecodingSession:
         Returns:
             Those that are finished; they have left the session.
         """
-        rounds, lossless = self._rounds, [s for s in self.running if self._drafts(s)]
+        rounds, lossless = self._rounds, [s for s in self.running if _drafts(s)]
         if lossless:
-            rounds.begin(len(lossless))
+            rounds.begin(lossless)
         else:
             rounds.abandon()
         rows = [row for row, s in enumerate(self.running) if s not in rounds.waiting]
-        going = [self.running[row] for row in rows]
-        hold = [rounds.active and self._drafts(s) for s in going]
-        if going:
-            thresholds = [self._thresholds(s, held) for s, held in zip(going, hold, strict=True)]
-            tokens = torch.tensor([s.last_token for s in going], device=self._model.device)
-            limits = [None if held else s.request.max_pending for s, held in zip(going, hold, strict=True)]
-            step = self._decoder.step(tokens, thresholds, rows, limits, hold)
-            rounds.note_drafting([t for t, held in zip(thresholds, hold, strict=True) if held])
-            self._take(step, going, hold)
-        if rounds.active and all(s in rounds.waiting for s in lossless):
+        if rows:
+            self._feed(rows)
+        if rounds.round is not None and all(s in rounds.waiting for s in lossless):
             self._verify(lossless)
         return self._retire()
+
+    def _feed(self, rows: list[int]) -> None:
+        """One token of each of some sequences, through the layers or no deeper than the round's exit."""
+        rounds, going = self._rounds, [self.running[row] for row in rows]
+        held = [rounds.round is not None and _drafts(s) for s in going]
+        thresholds = [rounds.thresholds(s) if _drafts(s) else self._thresholds(s) for s in going]
+        step = self._decoder.step(
+            torch.tensor([s.last_token for s in going], device=self._model.device),
+            thresholds,
+            rows,
+            max_pending=[None if h else s.request.max_pending for s, h in zip(going, held, strict=True)],
+            hold=[rounds.round.exit_index if h else None for h in held],
+        )
+        if any(held):
+            drafts = sum(held[i] for i in step.answered)
+            rounds.note_pass([t for t, h in zip(thresholds, held, strict=True) if h], drafts)
+        self._take(step, going, held)
 
     def remove(self, sequence: Sequence) -> None:
         """Ends a sequence before its time."""
         sequence.finish_reason = "cancelled"
         self._retire()
 
-    def _drafts(self, sequence: Sequence) -> bool:
-        """Whether exits only draft for this sequence."""
-        return sequence.request.lossless and min(sequence.request.exits.values(), default=1.0) < 1.0
+    def _thresholds(self, sequence: Sequence) -> list[float]:
+        """Of all exits, for a token that the first sure one answers."""
+        return [sequence.request.exits.get(n, NEVER) for n in self._layers]
 
-    def _thresholds(self, sequence: Sequence, held: bool) -> list[float]:
-        """Of every exit, for the sequence's next token; 1.0 does not ask."""
-        if self._drafts(sequence) and not (held and len(sequence.drafts) < self._rounds.length):
-            return [1.0] * len(self._layers)
-        return [sequence.request.exits.get(n, 1.0) for n in self._layers]
-
-    def _take(self, step: Step, sequences: list[Sequence], hold: list[bool]) -> None:
+    def _take(self, step: Step, sequences: list[Sequence], held: list[bool]) -> None:
         """Gives a step's answers to its sequences: as final tokens, or as drafts where they are held."""
         self._rounds.waiting.update(s for i, s in enumerate(sequences) if i not in step.answered)
         answered = [sequences[i] for i in step.answered]
@@ -122,7 +131,7 @@ class DecodingSession:
         tokens = draw_tokens(found, answered)
         for n, (i, sequence, token) in enumerate(zip(step.answered, answered, tokens, strict=True)):
             layer, confidence = step.exit_layers[i], step.confidences[i]
-            if not hold[i]:
+            if not held[i]:
                 self._commit(sequence, token, layer, confidence, found, n)
                 continue
             drawn_from = None if sequence.request.sampling.use_greedy else found.distributions[n]
@@ -137,7 +146,7 @@ class DecodingSession:
         places = [Place.after(s, j) for s, n in zip(sequences, counts, strict=True) for j in range(n)]
         found = self._chooser.of_prediction(prediction, places)
         confidences = prediction.confidence.tolist()
-        first, committed, accepted, rejected = 0, 0, 0, 0
+        first = 0
         for sequence, row, count in zip(sequences, rows, counts, strict=True):
             drafts, greedy = sequence.drafts, found.greedy[first : first + count]
             sequence.drafts = []
@@ -158,13 +167,11 @@ class DecodingSession:
             if sequence.finish_reason is None and following is not None:
                 n = first + good
                 self._commit(sequence, following, self._model.final_layer, confidences[n], found, n)
-            committed += len(sequence.tokens) - before
-            accepted += good
-            rejected += good < len(drafts)
+            self._rounds.note_verified(len(sequence.tokens) - before, good, good < len(drafts))
             sequence.statistics.drafts += len(drafts)
             sequence.statistics.accepted += good
             first += count
-        self._rounds.end(committed, accepted, rejected, sum(counts), len(sequences))
+        self._rounds.end(sum(counts), len(sequences))
 
     def _commit(
         self, sequence: Sequence, token: int, layer: int, confidence: float, found: Choices, n: int
@@ -186,3 +193,8 @@ class DecodingSession:
         self._rounds.waiting.difference_update(finished)
         self.running = [self.running[row] for row in self._decoder.drop(rows)]
         return finished
+
+
+def _drafts(sequence: Sequence) -> bool:
+    """Whether exits only draft for this sequence."""
+    return sequence.request.lossless and min(sequence.request.exits.values(), default=NEVER) < NEVER

@@ -3,7 +3,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,12 @@ from nemo_ee.inference.request import ExitOptions
 from nemo_ee.megatron.lean_weights import WEIGHT_KINDS
 from nemo_ee.schema import build_config, one_of
 
+OWN_NAMES = {
+    "max_length": "tokens_to_generate",
+    "min_length": "min_tokens_to_generate",
+    "use_greedy": "greedy",
+}
+"""What NeMo's YAML calls parameters that have another name in `generate`."""
 MISSING = "???"
 """How OmegaConf writes a mandatory value that was not given."""
 COLOURS = ("auto", "always", "never")
@@ -114,7 +120,8 @@ class GenerateConfig:
         assert self.prompts_file is not None, "checked on construction"
         path = Path(self.prompts_file)
         try:
-            lines = list(enumerate(path.read_text(encoding="utf-8").splitlines(), start=1))
+            # Not splitlines(): a JSON string may hold U+2028 and others that it takes for line ends.
+            lines = list(enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1))
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 Fault("prompts_file", path, f"cannot be read ({error})", "give a text file")
@@ -136,6 +143,18 @@ class GenerateConfig:
         return {"length_params": lengths, "sampling_params": sampling, "early_exit": exits}
 
 
+def in_own_keys(error: ConfigError) -> ConfigError:
+    """What `parse_request` found in `generate_arguments`, under the keys that the user wrote."""
+    return ConfigError(*(replace(fault, key=_own_key(fault.key)) for fault in error.faults))
+
+
+def _own_key(key: str) -> str:
+    section, _, name = key.partition(".")
+    if section not in ("length_params", "sampling_params"):
+        return key
+    return f"inference.{OWN_NAMES.get(name, name)}"
+
+
 def _faults(config: GenerateConfig) -> list[Fault]:
     faults = []
     if (config.prompts is None) == (config.prompts_file is None):
@@ -149,6 +168,8 @@ def _faults(config: GenerateConfig) -> list[Fault]:
         faults.append(Fault("color", config.color, f"not one of {', '.join(COLOURS)}", "use auto"))
     if config.weights not in WEIGHT_KINDS:
         faults.append(one_of("weights", config.weights, WEIGHT_KINDS))
+    if not -(2**63) <= config.seed < 2**63:
+        faults.append(Fault("seed", config.seed, "must fit in 64 bits", "use e.g. 1234"))
     for name in ("batch_size", "tensor_model_parallel_size", "pipeline_model_parallel_size"):
         if getattr(config, name) < 1:
             faults.append(Fault(name, getattr(config, name), "must be positive", "use 1 or more"))

@@ -4,6 +4,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from nemo_ee.inference.text import text_decoder
+
 END_OF_SEQUENCE = "<|endoftext|>"
 """The end string that stands for EOS, whatever the tokenizer calls it (NeMo's convention)."""
 TAIL_TOKENS = 16
@@ -13,27 +15,31 @@ TAIL_TOKENS = 16
 class StopRule:
     """Decides whether generated tokens end a sequence.
 
-    End strings that are one special token of the tokenizer are compared by id, others by decoding the tail of
-    what was generated; the prompt never counts.
+    End strings that are one special token of the tokenizer are compared by id, as its text may be empty, others
+    by decoding the tail of what was generated; the prompt never counts.
 
     Args:
         tokenizer: NeMo's.
         end_strings: see `SamplingOptions`.
 
     Attributes:
-        eos: EOS token id.
+        eos: EOS token id; None where the tokenizer has none.
         token_ids: tokens that end a sequence, EOS among them.
         texts: end strings to look for in decoded text.
     """
 
     def __init__(self, tokenizer: Any, end_strings: Sequence[str]):
-        self.tokenizer, self.eos = tokenizer, tokenizer.eos_id
-        self.token_ids, self.texts = {self.eos}, []
+        eos = tokenizer.eos_id
+        self.eos = None if eos is None or eos < 0 else eos  # SentencePiece says -1
+        self.token_ids, self.texts = {self.eos} - {None}, []
+        self._decode = text_decoder(tokenizer)
         for text in end_strings:
-            token = self.eos if text == END_OF_SEQUENCE else special_token_id(tokenizer, text)
+            if text == END_OF_SEQUENCE and self.eos is not None:
+                continue
+            token = special_token_id(tokenizer, text)
             if token is not None:
                 self.token_ids.add(token)
-            elif text:
+            if token is None or self._decode([token]):  # an ordinary word may also come as part of others
                 self.texts.append(text)
         self._tail = max((len(text.encode()) for text in self.texts), default=0) + TAIL_TOKENS
 
@@ -43,12 +49,12 @@ class StopRule:
             return True
         if not self.texts:
             return False
-        text = self.tokenizer.ids_to_text(list(generated[-self._tail :]))
+        text = self._decode(generated[-self._tail :])
         return any(text.endswith(end) for end in self.texts)
 
 
 def special_token_id(tokenizer: Any, text: str) -> int | None:
-    """The id of `text` if it is one token that never merges with its neighbours, else None."""
+    """The id of `text` if it is one token behind other text, else None (NeMo's rule)."""
     before = tokenizer.text_to_ids("<extra_id_1>")
     both = tokenizer.text_to_ids(f"<extra_id_1>{text}")
     return both[-1] if len(both) == len(before) + 1 and both[:-1] == before else None

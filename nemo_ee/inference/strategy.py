@@ -7,11 +7,19 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from nemo.collections.nlp.modules.common.text_generation_strategy import GPTModelTextGenerationStrategy
+from nemo.utils import logging
+from nemo.utils.nemo_logging import LogMode
 from torch import Tensor
 
 from nemo_ee.errors import ConfigError, Fault, GenerationError
 from nemo_ee.inference.decoder import EarlyExitDecoder
-from nemo_ee.inference.generate import check_model_can_generate, check_one_stage, generating, position_limit
+from nemo_ee.inference.generate import (
+    check_model_can_generate,
+    check_one_stage,
+    generating,
+    on_first_rank,
+    position_limit,
+)
 from nemo_ee.inference.prompts import tokenize_prompts
 from nemo_ee.inference.request import parse_exits
 from nemo_ee.inference.step import Step
@@ -71,29 +79,50 @@ class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
         self._stop_strings: list[str] = []
 
     def prepare(self, inputs: Any, sampling_params: Mapping | None) -> None:
-        """Tells what NeMo's loop does not: lengths of prompts given as tensors, and whether it reads the
-        logits of prompt tokens. `model.generate` calls it; without it prompts must be texts."""
-        self.prompt_logits = bool((sampling_params or {}).get("compute_logprob", False))
-        if isinstance(inputs, tuple):
-            tokenize_prompts(inputs, self.model.tokenizer, False, position_limit(self.model.cfg))
-            self._prompt_lengths = inputs[1].tolist()
+        """Tells what NeMo's loop does not: prompts' lengths, and whether it reads the logits of prompt tokens.
+        `model.generate` calls it on all ranks; without it prompts must be texts.
+
+        Raises:
+            ConfigError: log-probabilities that NeMo's loop does not give.
+            GenerationError: see `tokenize_prompts`; on every rank, where NeMo's loop would raise it on the first
+                and leave the others waiting.
+        """
+        sampling = sampling_params or {}
+        self.prompt_logits = bool(sampling.get("compute_logprob", False))
+        if sampling.get("all_probs", False) and not self.prompt_logits:
+            rule = "NeMo's loop has no probabilities of generated tokens"
+            raise ConfigError(
+                Fault("sampling_params.all_probs", True, rule, "call model.generate without a strategy")
+            )
+        add_bos = sampling.get("add_BOS", True) and not self.prompt_logits
+        self.model.start_distributed()
+        self._prompt_lengths = on_first_rank(
+            lambda: [len(prompt) for prompt in self._tokenize(inputs, add_bos)]
+        )
+
+    def _tokenize(self, inputs: Any, add_bos: bool) -> list[list[int]]:
+        return tokenize_prompts(inputs, self.model.tokenizer, add_bos, position_limit(self.model.cfg))
 
     def tokenize_batch(self, sentences: Any, max_len: int, add_BOS: bool) -> tuple[Tensor, Tensor]:
-        """Token ids [B, longest prompt + max_len], padded with EOS, and lengths [B].
+        """Token ids [B, longest prompt + max_len], clipped and padded with EOS, and lengths [B].
 
         Raises:
             GenerationError: see `tokenize_prompts`.
         """
-        tokenizer = self.model.tokenizer
-        prompts = tokenize_prompts(sentences, tokenizer, add_BOS, position_limit(self.model.cfg))
+        prompts, padding = self._tokenize(sentences, add_BOS), self.model.tokenizer.eos_id
         lengths = self._prompt_lengths = [len(prompt) for prompt in prompts]
-        width, device = max(lengths) + max_len, self.model.gpt.output_weight().device
-        padded = [prompt + [tokenizer.eos_id] * (width - len(prompt)) for prompt in prompts]
+        width, device = self.clip_max_len(max(lengths) + max_len), self.model.gpt.output_weight().device
+        padded = [prompt + [padding] * (width - len(prompt)) for prompt in prompts]
         return torch.tensor(padded, device=device), torch.tensor(lengths, device=device)
 
     def clip_max_len(self, maxlen: int) -> int:
-        """At most one token more than the model has positions."""
-        return min(maxlen, position_limit(self.model.cfg) + 1)
+        """At most one token more than the model has positions; warns of less than was asked for."""
+        limit = position_limit(self.model.cfg)
+        if maxlen > limit + 1:
+            logging.warning(
+                f"length_params.max_length: cut at the model's {limit} positions", mode=LogMode.ONCE
+            )
+        return min(maxlen, limit + 1)
 
     def init_batch(self, context_tokens: Tensor, context_length: int, compute_attention_mask: bool) -> None:
         """Starts a batch. Collectives: at TP > 1 a broadcast of the prompts' lengths [B]."""
@@ -125,7 +154,16 @@ class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
         context_length: int,
         compute_attention_mask: bool = True,
     ) -> tuple[list[Any], list[int]]:
-        """What `forward_step` needs: the text so far, its length, and the length to reserve."""
+        """What `forward_step` needs: the text so far, its length, and the length to reserve.
+
+        Raises:
+            GenerationError: prompts given as a tensor without room for what is generated.
+        """
+        if tokens.shape[1] < maxlen:
+            raise GenerationError(
+                f"inputs: token ids of shape {list(tokens.shape)}; NeMo's loop writes into them and needs "
+                f"{maxlen} columns here: pad them, or call model.generate without a strategy"
+            )
         shape = [1, micro_batch_size, self.model.cfg.hidden_size]
         return [tokens, context_length, maxlen], shape
 

@@ -24,7 +24,8 @@ def accept_drafts(drafts: Sequence[Draft], distributions: Tensor, random: Random
     """Accepts drafts such that every token has the full model's distribution.
 
     Draft i, drawn from q, is accepted with probability min(1, p(draft) / q(draft)); the first that is not is
-    replaced by a token drawn from max(p - q, 0), normalised. Behind the last draft a token is drawn from p.
+    replaced by a token drawn from max(p - q, 0), normalised, or from p where that is zero everywhere as p and q
+    differ by rounding alone. Behind the last draft a token is drawn from p.
 
     Args:
         drafts: n of them, with the distributions that they were drawn from.
@@ -39,7 +40,8 @@ def accept_drafts(drafts: Sequence[Draft], distributions: Tensor, random: Random
         # Strictly: a token that the full model never emits is never accepted.
         if random.random() * float(q[draft.token]) < float(p[draft.token]):
             continue
-        return i, int(draw((p - q).clamp_min(0)[None], [random.random()]))
+        rest = (p - q).clamp_min(0)
+        return i, int(draw((rest if rest.any() else p)[None], [random.random()]))
     if len(distributions) == len(drafts):
         return len(drafts), None
     return len(drafts), int(draw(distributions[-1:], [random.random()]))

@@ -67,19 +67,22 @@ class PackedTokens:
         counts: new tokens per sequence, each at least 1.
 
     Attributes:
+        sequences: N.
         positions: [T].
         last: [N] index within T of each sequence's last token, or a slice where that is a view.
     """
 
     def __init__(self, table: PositionTable, rows: list[int], starts: list[int], counts: list[int]):
         self.rows, self.starts, self.counts = rows, starts, counts
+        self.sequences = len(rows)
         self.first_rows = rows[-1] == len(rows) - 1
         self.single = len(rows) == 1
         self.width = max(counts)
         self.length = max(start + count for start, count in zip(starts, counts, strict=True))
         self.from_scratch = max(starts) == 0
-        self._mask: tuple[int, Tensor | None] | None = None
-        self._row_masks: dict[tuple[int, int, int], Tensor | None] = {}
+        self._sees_all = self.width == 1 and min(starts) + 1 == self.length
+        self._masks: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._row_masks: dict[tuple[int, int, int, torch.dtype], Tensor | None] = {}
         self._rotations: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
         device = table.positions.device
         self.last: Tensor | slice
@@ -90,13 +93,17 @@ class PackedTokens:
         else:
             layout = torch.tensor([rows, starts, counts], device=device)
             self.row_index = layout[0]
-            ends = layout[2].cumsum(0)
-            row = torch.repeat_interleave(layout[2], output_size=sum(counts))
-            offset = table.positions.new_tensor(range(sum(counts))) - (ends - layout[2])[row]
-            span = self.positions = layout[1][row] + offset
-            self.token_rows = layout[0][row]
-            self.slots = row * self.width + offset
-            self.last = slice(0, len(rows)) if self.width == 1 else ends - 1
+            if self.width == 1:
+                self.token_rows, self.positions = self.row_index, layout[1]
+                self.last = slice(0, len(rows))
+            else:
+                ends = layout[2].cumsum(0)
+                row = torch.repeat_interleave(layout[2], output_size=sum(counts))
+                offset = table.positions.new_tensor(range(sum(counts))) - (ends - layout[2])[row]
+                self.token_rows, self.positions = layout[0][row], layout[1][row] + offset
+                self.slots = row * self.width + offset
+                self.last = ends - 1
+            span = self.positions
         # One sequence at a time where padding or copying keys would cost more than the calls.
         self.by_row = device.type == "cpu" and not self.single and (self.width > 1 or not self.first_rows)
         self._table, self._span = table, span
@@ -116,44 +123,34 @@ class PackedTokens:
             self._rotations[key] = factors
         return rotate(qkv, *self._rotations[key], size, interleaved)
 
-    def mask(self, repeats: int) -> Tensor | None:
-        """[N, 1, R x Q, L], True where a key is visible; None if all are. R is `repeats`."""
-        if self._mask is None or self._mask[0] != repeats:
-            self._mask = repeats, self._build_mask(repeats)
-        return self._mask[1]
-
-    def _build_mask(self, repeats: int) -> Tensor | None:
-        ends = [start + count for start, count in zip(self.starts, self.counts, strict=True)]
-        if self.width == 1 and min(ends) == self.length:
+    def mask(self, repeats: int, dtype: torch.dtype) -> Tensor | None:
+        """[N, 1, R x Q, L] to add to scores, -inf where a key is not visible; None if all are. R is `repeats`."""
+        if self._sees_all:
             return None
-        if self.single:
-            query = self.positions[None]
-        else:
-            query = self.positions.new_zeros(len(self.rows) * self.width)
-            query[self.slots] = self.positions
-            query = query.view(len(self.rows), self.width)
-        keys = torch.arange(self.length, device=query.device)
-        return (keys <= query[:, :, None]).repeat(1, repeats, 1)[:, None]
+        if (repeats, dtype) not in self._masks:
+            keys = self._table.positions[: self.length]
+            visible = keys <= self.pad(self.positions)[:, :, None]
+            self._masks[repeats, dtype] = additive(visible.repeat(1, repeats, 1)[:, None], dtype)
+        return self._masks[repeats, dtype]
 
-    def row_mask(self, start: int, count: int, repeats: int) -> Tensor | None:
-        """[R x count, start + count], True where a key is visible to one sequence's tokens; None if all are."""
-        key = start, count, repeats
+    def row_mask(self, start: int, count: int, repeats: int, dtype: torch.dtype) -> Tensor | None:
+        """[R x count, start + count] of one sequence's tokens, as `mask`."""
+        key = start, count, repeats, dtype
         if key not in self._row_masks:
             mask = None
             if count > 1:
-                device = self.positions.device
-                query = torch.arange(start, start + count, device=device)[:, None]
-                mask = (torch.arange(start + count, device=device) <= query).repeat(repeats, 1)
+                keys = self._table.positions[: start + count]
+                mask = additive((keys <= keys[start:, None]).repeat(repeats, 1), dtype)
             self._row_masks[key] = mask
         return self._row_masks[key]
 
     def pad(self, packed: Tensor) -> Tensor:
         """[T, ...] -> [N, Q, ...], zeros where a sequence has fewer tokens."""
         if self.single or self.width == 1:
-            return packed.view(len(self.rows), self.width, *packed.shape[1:])
-        padded = packed.new_zeros(len(self.rows) * self.width, *packed.shape[1:])
+            return packed.view(self.sequences, self.width, *packed.shape[1:])
+        padded = packed.new_zeros(self.sequences * self.width, *packed.shape[1:])
         padded[self.slots] = packed
-        return padded.view(len(self.rows), self.width, *packed.shape[1:])
+        return padded.view(self.sequences, self.width, *packed.shape[1:])
 
     def unpad(self, padded: Tensor) -> Tensor:
         """[N, Q, ...] -> [T, ...], the inverse of `pad`."""
@@ -240,7 +237,7 @@ class CachedLayer:
             # Padding comes after a sequence's own tokens, so none of these sees it.
             out = self._attend_causally(q, keys, values)
         else:
-            out = self._attend_grouped(q, keys, values, packed.mask(self.repeats))
+            out = self._attend_grouped(q, keys, values, packed.mask(self.repeats, q.dtype))
         return packed.unpad(out.reshape(sequences, width, -1))
 
     def _attend_row(self, query: Tensor, row: int, start: int, packed: PackedTokens) -> Tensor:
@@ -250,7 +247,8 @@ class CachedLayer:
         if start == 0 and count > 1:
             out = self._attend_causally(query[None], keys, values)
         else:
-            out = self._attend_grouped(query[None], keys, values, packed.row_mask(start, count, self.repeats))
+            mask = packed.row_mask(start, count, self.repeats, query.dtype)
+            out = self._attend_grouped(query[None], keys, values, mask)
         return out.reshape(count, -1)
 
     def _attend_causally(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -274,8 +272,13 @@ class CachedLayer:
     def _read(self, cache: Tensor, packed: PackedTokens) -> Tensor:
         """[N, G, L, D]: a view, but for a part of the rows."""
         if packed.first_rows:
-            return cache[: len(packed.rows), :, : packed.length]
+            return cache[: packed.sequences, :, : packed.length]
         return cache[:, :, : packed.length][packed.row_index]
+
+
+def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as attention adds it to its scores: 0 where `visible`, -inf elsewhere."""
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, float("-inf"))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, size: int, interleaved: bool) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from nemo_ee.megatron.decode import CachedLayer, PositionTable
 from nemo_ee.megatron.gpt import EarlyExitGPTModel
 from nemo_ee.megatron.lean_head import LeanHead, LeanOutput
-from nemo_ee.megatron.lean_layer import LeanLayer, layer_mathematics
+from nemo_ee.megatron.lean_layer import layer_mathematics
 
 
 class DecodingModel:
@@ -20,8 +20,11 @@ class DecodingModel:
     Args:
         gpt: in eval mode, sequence parallelism off.
         weights: see `nemo_ee.megatron.lean_weights.WEIGHT_KINDS`.
+        cuda_graphs: decoders on a GPU may capture what they repeat as CUDA graphs.
 
     Attributes:
+        weights: as given.
+        cuda_graphs: as given.
         layers: global 1-based layer number -> mathematics, ascending.
         heads: exit layer -> head, all of this stage.
         output: the final exit; None on stages before the last.
@@ -30,8 +33,8 @@ class DecodingModel:
         hidden: [0, H], an empty example of a hidden state.
     """
 
-    def __init__(self, gpt: EarlyExitGPTModel, weights: str = "native"):
-        self.gpt = gpt
+    def __init__(self, gpt: EarlyExitGPTModel, weights: str = "native", cuda_graphs: bool = True):
+        self.gpt, self.weights, self.cuda_graphs = gpt, weights, cuda_graphs
         some = gpt.decoder.layers[0].self_attention.linear_proj.weight
         self.device, self.dtype = some.device, compute_dtype(some)
         output_weight = gpt.output_weight()
@@ -83,11 +86,8 @@ class DecodingModel:
         return CachedLayer(block, self.blocks[n], rows, max_length, dtype, self.device)
 
     def layer_bytes(self, n: int) -> int:
-        """Of weights that a pass through layer n reads; 0 where its modules do not tell."""
-        layer = self.layers[n]
-        if not isinstance(layer, LeanLayer):
-            return 0
-        return sum(part.bytes for part in (layer.qkv, layer.out, layer.mlp.up, layer.mlp.down))
+        """Of weights that a pass through layer n reads."""
+        return self.layers[n].bytes
 
     def _hidden_dtype(self) -> torch.dtype:
         if self.gpt.config.fp32_residual_connection:

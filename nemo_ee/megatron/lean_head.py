@@ -67,7 +67,7 @@ class LeanHead:
         state = self.readout(x.to(self.dtype))
         logits = self.projection(state)
         if self.rows.emittable < self.rows.count:
-            logits[:, self.rows.emittable :] = float("-inf")
+            logits[:, self.rows.emittable :].fill_(float("-inf"))
         if self.bucket is not None:
             logits = torch.cat([logits, linear(state, self.bucket[0][None], self.bucket[1])], dim=-1)
         return Prediction.from_logits(logits, self.rows)
@@ -98,5 +98,5 @@ class LeanOutput:
         x = x if self.norm is None else self.norm(x)
         logits = self.projection(x.to(self.dtype))
         if self.rows.emittable < self.rows.count:
-            logits[:, self.rows.emittable :] = float("-inf")
+            logits[:, self.rows.emittable :].fill_(float("-inf"))
         return Prediction.from_logits(logits, self.rows)

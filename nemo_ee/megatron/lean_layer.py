@@ -28,6 +28,10 @@ class LayerMathematics(Protocol):
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """The layer's output [T, H] from its input [T, H] and attention's output [T, G x R x D]."""
 
+    @property
+    def bytes(self) -> int:
+        """Of weights that a pass reads."""
+
 
 class LeanMLP:
     """An MLP, gated or not.
@@ -99,6 +103,11 @@ class LeanLayer:
         x = add_down(self.out, self.bias, x, attended, self.world)
         return self.mlp.onto(x, normed(self.mlp_norm, x, self.dtype))
 
+    @property
+    def bytes(self) -> int:
+        """See `LayerMathematics`."""
+        return sum(part.bytes for part in (self.qkv, self.out, self.mlp.up, self.mlp.down))
+
 
 class ModuleLayer:
     """A layer through its own modules, whatever they are: slower.
@@ -131,6 +140,11 @@ class ModuleLayer:
         x = x + (out if bias is None else out + bias)
         out, bias = layer.mlp(layer.pre_mlp_layernorm(x))
         return (x + (out if bias is None else out + bias))[:, 0]
+
+    @property
+    def bytes(self) -> int:
+        """See `LayerMathematics`."""
+        return sum(parameter.nbytes for parameter in self.layer.parameters())
 
 
 def is_lean(layer: TransformerLayer) -> bool:

@@ -95,7 +95,7 @@ class GenerationMixin:
         with kept_microbatches():
             return super().generate(inputs, lengths, sampling, strategy=strategy)  # type: ignore[misc]
 
-    def prepare_decoding(self, weights: str = "native") -> None:
+    def prepare_decoding(self, weights: str = "native", cuda_graphs: bool = True) -> None:
         """Reads the weights for decoding once, for all calls of `generate` until `release_decoding`.
 
         Otherwise every call reads them: at once where they have the dtype that is computed in, as copies where
@@ -105,6 +105,8 @@ class GenerationMixin:
             weights: `native`; `packed`, a second copy that makes passes of a few tokens faster (CPU); or `int8`,
                 8-bit integers with a scale per output feature, faster where decoding waits for weights to be
                 read, at a small loss of quality (CPU).
+            cuda_graphs: on a GPU, launch what is repeated as CUDA graphs (see
+                `nemo_ee.inference.segment_graphs`); no effect elsewhere.
 
         Raises:
             ConfigError: unknown weights.
@@ -115,7 +117,7 @@ class GenerationMixin:
         check_model_can_generate(self)
         self.start_distributed()
         with generating(self):
-            self._decoding_model = DecodingModel(self.gpt, weights)
+            self._decoding_model = DecodingModel(self.gpt, weights, cuda_graphs)
 
     def release_decoding(self) -> None:
         """Forgets what `prepare_decoding` has read."""

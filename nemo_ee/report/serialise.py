@@ -47,9 +47,7 @@ def to_plain(value: Any, where: str) -> Any:
     """
     if dataclasses.is_dataclass(value):
         fields = dataclasses.fields(value)
-        return {
-            field.name: to_plain(getattr(value, field.name), f"{where}.{field.name}") for field in fields
-        }
+        return {field.name: to_plain(getattr(value, field.name), f"{where}.{field.name}") for field in fields}
     if isinstance(value, Mapping):
         return {str(key): to_plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, tuple):

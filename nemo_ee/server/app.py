@@ -8,11 +8,12 @@ from importlib import resources
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, Response
 from starlette.exceptions import HTTPException
 
 from nemo_ee.server.errors import ApiError, ClientGone
 from nemo_ee.server.hosts import AllowedHosts
+from nemo_ee.server.json_response import AsciiResponse
 from nemo_ee.server.protocol import ChatRequest, CompletionRequest
 from nemo_ee.server.service import Service
 
@@ -59,10 +60,10 @@ def create_app(service: Service) -> FastAPI:
         return service.card()
 
     @app.get("/health")
-    async def health() -> JSONResponse:
+    async def health() -> Response:
         engine = service.engine
         body = {"status": engine.state, "running": engine.running, "waiting": engine.waiting}
-        return JSONResponse(body, 200 if engine.state == "ok" else 503)
+        return AsciiResponse(body, 200 if engine.state == "ok" else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -80,7 +81,7 @@ def _handle_errors(app: FastAPI) -> None:
     """Every error is JSON in OpenAI's form."""
 
     def response(error: ApiError) -> Response:
-        return JSONResponse(error.body(), error.status, error.headers())
+        return AsciiResponse(error.body(), error.status, error.headers())
 
     @app.exception_handler(ApiError)
     async def refused(_: Request, error: ApiError) -> Response:

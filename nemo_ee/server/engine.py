@@ -17,7 +17,7 @@ from nemo_ee.server.job import Job
 from nemo_ee.server.metrics import Metrics
 
 MAX_FAILURES = 3
-"""Failures in a row, without a step between, after which the engine gives up."""
+"""Failures in a row, without prompts and steps between that succeeded, after which the engine gives up."""
 LONGEST_RETRY_S = 60
 STOP_SECONDS = 30.0
 """How long a step that is under way may take when the engine is stopped."""
@@ -174,6 +174,8 @@ class Engine:
         while self._has_work():
             self._drop(session)
             joining = self._pick(session.free)
+            if not joining and not self._running:
+                continue  # all that waited has left
             if joining:
                 self._running |= {job.choice.sequence: job for job in joining}
                 session.add([job.choice.sequence for job in joining])
@@ -182,7 +184,7 @@ class Engine:
             if self._running:
                 session.step()
                 self._collect(session, list(self._running.values()))
-                self._failures = 0
+            self._failures = 0
 
     def _has_work(self) -> bool:
         """Waits for work; False when the engine is stopped."""
@@ -199,8 +201,8 @@ class Engine:
             del self._running[job.choice.sequence]
         with self._changed:
             unserved = [job for job in self._waiting if self._must_leave(job, now)]
-            if unserved:
-                self._waiting = deque(job for job in self._waiting if not self._must_leave(job, now))
+            for job in unserved:
+                self._waiting.remove(job)
         self._deliver([(job, self._reason(job, now)) for job in leaving + unserved if not job.cancelled])
 
     def _must_leave(self, job: Job, now: float) -> bool:

@@ -1,9 +1,9 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """An answer as server-sent events, while it is generated."""
 
-import json
+import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any
 
 from starlette.responses import Response
@@ -12,6 +12,8 @@ from starlette.types import Receive, Scope, Send
 from nemo_ee.server.answer import Answer
 from nemo_ee.server.delta import Delta
 from nemo_ee.server.errors import ApiError, ClientGone
+from nemo_ee.server.generation import SENDING_SECONDS
+from nemo_ee.server.json_response import to_json
 from nemo_ee.server.reply import Reply
 
 DONE = b"data: [DONE]\n\n"
@@ -44,7 +46,7 @@ class EventStream(Response):
         Raises:
             ApiError, ClientGone, TimeoutError: before anything was sent.
         """
-        started = False
+        started, end = False, DONE
         try:
             async with self._generation as reply:
                 first = await reply.take()
@@ -52,14 +54,17 @@ class EventStream(Response):
                 started = True
                 async for event in self._events(first, reply):
                     await send({"type": "http.response.body", "body": event, "more_body": True})
-            await send({"type": "http.response.body", "body": DONE})
         except ApiError as error:
             if not started:
                 raise
-            await send({"type": "http.response.body", "body": _event(error.body())})
+            end = _event(error.body())
         except (ClientGone, TimeoutError):
             if not started:
-                raise  # otherwise the connection is closed: its reader is gone, or does not read
+                raise
+            return  # the connection is closed: its reader is gone, or does not read
+        with suppress(TimeoutError):
+            async with asyncio.timeout(SENDING_SECONDS):
+                await send({"type": "http.response.body", "body": end})
 
     async def _events(self, new: dict[int, Delta], reply: Reply) -> AsyncIterator[bytes]:
         for chunk in self._answer.opening():
@@ -74,4 +79,4 @@ class EventStream(Response):
 
 
 def _event(value: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + to_json(value) + b"\n\n"

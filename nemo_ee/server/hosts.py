@@ -3,10 +3,10 @@
 
 from collections.abc import Sequence
 
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nemo_ee.server.errors import ApiError
+from nemo_ee.server.json_response import AsciiResponse
 
 
 class AllowedHosts:
@@ -29,7 +29,7 @@ class AllowedHosts:
             return await self._app(scope, receive, send)
         text = f"Host={_host(scope)}: not answered under this name; add it to allowed_hosts"
         error = ApiError(403, text, code="host_not_allowed")
-        return await JSONResponse(error.body(), error.status)(scope, receive, send)
+        return await AsciiResponse(error.body(), error.status)(scope, receive, send)
 
 
 def _host(scope: Scope) -> str:

@@ -13,13 +13,6 @@ RATE_SECONDS = 10.0
 """Over how long tokens per second are averaged."""
 FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 BETWEEN_TOKENS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
-OUTCOMES = {400: "invalid", 404: "invalid", 408: "invalid", 413: "invalid", 415: "invalid"} | {
-    429: "rejected",
-    500: "error",
-    503: "rejected",
-    504: "timeout",
-}
-"""HTTP status -> outcome of a request."""
 
 
 class Metrics:

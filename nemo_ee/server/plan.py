@@ -2,7 +2,7 @@
 """From a checked request to the sequences that answer it."""
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Tokens
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,6 +15,10 @@ from nemo_ee.server.protocol import AnyRequest, ChatRequest
 from nemo_ee.server.served_model import ServedModel
 from nemo_ee.server.settings import ServerConfig
 from nemo_ee.server.text_stream import TextStream
+
+CHARACTERS_PER_TOKEN = 128
+"""A prompt that has more per token of `max_prompt_tokens` is refused before it is tokenized, which takes seconds
+for a megabyte. Hardly any tokenizer has longer tokens."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,7 @@ def make_plan(call: AnyRequest, model: ServedModel, config: ServerConfig) -> Pla
     if count > config.max_choices:
         text = f"n={call.n}: {count} choices (prompts times n) exceed the server's {config.max_choices}; ask for fewer"
         raise ApiError(400, text, "n", "too_many_choices")
-    prompts, field = _prompts(call, model), "messages" if isinstance(call, ChatRequest) else "prompt"
-    for prompt in prompts:
-        _check_prompt(prompt, field, model, config)
+    prompts = list(_prompts(call, model, config))
     limit = _limit(call, config)
     request = _generation_request(call, model, config, limit)
     tokenizer, decode = model.tokenizer, model.tokenizer.decode
@@ -86,10 +88,27 @@ def _echo(call: AnyRequest, decode: Callable[[list[int]], str]) -> list[str]:
     return [(p if isinstance(p, str) else decode(p)) if call.echo else "" for p in call.prompt]
 
 
-def _prompts(call: AnyRequest, model: ServedModel) -> list[list[int]]:
+def _prompts(call: AnyRequest, model: ServedModel, config: ServerConfig) -> Iterator[list[int]]:
+    """Token ids of each; none is tokenized behind one that cannot be continued."""
     if isinstance(call, ChatRequest):
-        return [model.tokenizer.encode_chat([message.model_dump() for message in call.messages])]
-    return [model.tokenizer.encode(p) if isinstance(p, str) else p for p in call.prompt]
+        turns = [message.model_dump() for message in call.messages]
+        _check_characters(sum(len(turn["content"]) for turn in turns), "messages", config)
+        tokens = model.tokenizer.encode_chat(turns)
+        _check_prompt(tokens, "messages", model, config)
+        yield tokens
+        return
+    for prompt in call.prompt:
+        if isinstance(prompt, str):
+            _check_characters(len(prompt), "prompt", config)
+            prompt = model.tokenizer.encode(prompt)
+        _check_prompt(prompt, "prompt", model, config)
+        yield prompt
+
+
+def _check_characters(count: int, field: str, config: ServerConfig) -> None:
+    if count > CHARACTERS_PER_TOKEN * config.max_prompt_tokens:
+        text = f"{field}: {count} characters, and at most {config.max_prompt_tokens} tokens; shorten it"
+        raise ApiError(400, text, field, "context_length_exceeded")
 
 
 def _check_prompt(prompt: list[int], field: str, model: ServedModel, config: ServerConfig) -> None:

@@ -2,6 +2,7 @@
 """Requests in OpenAI's form, checked field by field before anything else looks at them."""
 
 import json
+import math
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -11,6 +12,8 @@ from nemo_ee.server.unsupported import MOST_FAULTS, supported_fields
 
 MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 4, 256
 MAX_EXIT_FIELDS = 16
+LONGEST_INTEGER = 20
+"""Digits and sign; enough for 64 bits."""
 
 
 def _text(value: Any) -> Any:
@@ -80,7 +83,7 @@ Text = Annotated[str, BeforeValidator(_text)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
 class StreamOptions(_Strict):
@@ -94,6 +97,12 @@ class Message(_Strict):
 
     role: Literal["system", "user", "assistant"]
     content: Annotated[str, BeforeValidator(_content)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        """As in the request itself: answers that are sent back have all fields of OpenAI's."""
+        return {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
 
 
 class GenerationFields(_Strict):
@@ -160,10 +169,11 @@ def parse(kind: type[Request], body: bytes) -> Request:
     Raises:
         ApiError: 400, for what is no JSON object, unknown or unsupported fields, and impossible values, which it
             names.
+        RecursionError: it is nested too deeply.
     """
     try:
-        values = json.loads(body, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+        values = json.loads(body, parse_int=_integer, parse_float=_float, parse_constant=_refuse_constant)
+    except ValueError as error:
         raise ApiError(400, f"the body is no JSON: {error}", code="invalid_json") from error
     if not isinstance(values, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_json")
@@ -174,6 +184,19 @@ def parse(kind: type[Request], body: bytes) -> Request:
         texts = [_fault_text(fault) for fault in faults]
         param = ".".join(map(str, faults[0]["loc"])) or texts[0].split(":")[0]
         raise ApiError(400, "\n".join(texts), param, "invalid_value") from error
+
+
+def _integer(text: str) -> int:
+    if len(text) > LONGEST_INTEGER:
+        raise ValueError(f"{text[:LONGEST_INTEGER]}…: too large a number")
+    return int(text)
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text}: too large a number")
+    return value
 
 
 def _refuse_constant(name: str) -> None:

@@ -110,7 +110,8 @@ def create_service(config: ServerConfig, model: Any) -> Service:
         ConfigError: `add_BOS` without such a token.
         GenerationError: a model that cannot be served.
     """
-    if config.add_BOS and getattr(model.tokenizer, "bos_id", None) is None:
+    bos = getattr(model.tokenizer, "bos_id", None)
+    if config.add_BOS and (bos is None or bos < 0):  # SentencePiece says -1
         raise ConfigError(Fault("add_BOS", True, "the tokenizer has no BOS token", "set it to false"))
     usual = usual_request(config, model.early_exit)
     model.prepare_decoding(config.weights)

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
-
 from nemo_ee.config import EarlyExitConfig
 from nemo_ee.errors import GenerationError
 from nemo_ee.inference.prompts import chat_tokens
 from nemo_ee.inference.request import GenerationRequest
 from nemo_ee.inference.stopping import special_token_id
+from nemo_ee.inference.text import text_decoder
 from nemo_ee.server.errors import ApiError
 
 
@@ -30,12 +29,7 @@ class SharedTokenizer:
 
     def __init__(self, tokenizer: Any, add_bos: bool = False):
         self._encoder, self._encoding, self._add_bos = tokenizer, threading.Lock(), add_bos
-        self._decoder, self._decoding = copy.deepcopy(tokenizer), threading.Lock()
-        self._special: frozenset[int] | None = None
-        if isinstance(
-            tokenizer, AutoTokenizer
-        ):  # its `ids_to_text` makes the list of special tokens once per token
-            self._special = frozenset(tokenizer.tokenizer.all_special_ids)
+        self._decode, self._decoding = text_decoder(copy.deepcopy(tokenizer)), threading.Lock()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt."""
@@ -54,32 +48,40 @@ class SharedTokenizer:
                 return chat_tokens(self._encoder, turns)
         except GenerationError as error:
             raise ApiError(400, str(error), "messages", "invalid_value") from error
+        except AssertionError as error:  # of NeMo's own templates, about a role that they do not know
+            text = f"chat: the tokenizer's template refuses these turns: {error}"
+            raise ApiError(400, text, "messages", "invalid_value") from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """Their text, as `ids_to_text`; special tokens have none."""
         with self._decoding:
-            if self._special is None:
-                return self._decoder.ids_to_text(list(ids))
-            plain = [token for token in ids if token not in self._special]
-            return self._decoder.ids_to_text(plain, remove_special_tokens=False)
+            return self._decode(ids)
 
     def end_tokens(self, strings: Sequence[str]) -> tuple[frozenset[int], list[str]]:
         """Tokens that end a sequence: EOS, and stop strings that are special tokens, whose text nobody sees; and
         the other stop strings."""
-        ids, texts = {self.eos}, []
+        ids, texts = {self.eos} - {None}, []
         for string in strings:
-            with self._encoding:
-                token = special_token_id(self._encoder, string)
-                if token is None or self._encoder.ids_to_text([token]):
-                    texts.append(string)
-                else:
-                    ids.add(token)
+            token = self._unseen_token(string)
+            if token is None:
+                texts.append(string)
+            else:
+                ids.add(token)
         return frozenset(ids), texts
 
+    def _unseen_token(self, string: str) -> int | None:
+        """The special token of that name, if it has no text; other strings may be one token too, the unknown one."""
+        with self._encoding:
+            token = special_token_id(self._encoder, string)
+            if token is None or self._encoder.ids_to_text([token]):
+                return None
+            return token if self._encoder.ids_to_tokens([token]) == [string] else None
+
     @property
-    def eos(self) -> int:
-        """EOS token id."""
-        return self._encoder.eos_id
+    def eos(self) -> int | None:
+        """EOS token id; None where there is none, which SentencePiece writes -1."""
+        eos = self._encoder.eos_id
+        return None if eos is None or eos < 0 else eos
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from nemo_ee.server.answer import Answer, ChatAnswer
 from nemo_ee.server.body import read_body
 from nemo_ee.server.delta import Delta
 from nemo_ee.server.engine import Engine
+from nemo_ee.server.errors import ApiError
 from nemo_ee.server.event_stream import EventStream
 from nemo_ee.server.generation import counted, generation, outcome_of
+from nemo_ee.server.json_response import AsciiResponse
 from nemo_ee.server.metrics import Metrics
 from nemo_ee.server.plan import Plan, make_plan
 from nemo_ee.server.protocol import AnyRequest, ChatRequest, parse
@@ -56,7 +58,7 @@ class Service:
             while not reply.done:
                 for i, delta in (await reply.take()).items():
                     choices.setdefault(i, Delta()).extend(delta)
-        return JSONResponse(answer.whole(choices))
+        return AsciiResponse(answer.whole(choices))
 
     def card(self) -> dict[str, Any]:
         """The model in `/v1/models`, with its exits and limits."""
@@ -82,8 +84,11 @@ class Service:
         }
 
     def _read(self, kind: type[AnyRequest], body: bytes) -> tuple[AnyRequest, Plan]:
-        call = parse(kind, body)
-        return call, make_plan(call, self.model, self.config)
+        try:
+            call = parse(kind, body)
+            return call, make_plan(call, self.model, self.config)
+        except RecursionError as error:
+            raise ApiError(400, "the body is nested too deeply", code="invalid_json") from error
 
     @asynccontextmanager
     async def _run(self, request: Request, plan: Plan) -> AsyncIterator[Reply]:

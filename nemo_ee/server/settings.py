@@ -127,6 +127,9 @@ def _faults(config: ServerConfig) -> list[Fault]:
         faults.append(
             Fault("port", config.port, "lies within 0 to 65535", "use e.g. 8000; 0 takes a free one")
         )
+    if config.allowed_hosts == ():
+        remedy = 'name some, ["*"] for all, or null for those of host'
+        faults.append(Fault("allowed_hosts", [], "answers nobody", remedy))
     if config.request_timeout_s <= 0:
         faults.append(
             Fault("request_timeout_s", config.request_timeout_s, "must be positive", "use e.g. 300")

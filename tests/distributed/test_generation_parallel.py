@@ -24,6 +24,7 @@ NEMO = dict(
 def generate(tp, head, sequence_parallel=False):
     """Greedy, sampled, log-probability and NeMo-loop outputs of this rank; only the first has prompts."""
     from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
+    from tests.support.drafting import drafting_eagerly
     from tests.support.tiny_gpt import tiny_model, tiny_model_config
 
     rank = torch.distributed.get_rank()
@@ -48,14 +49,19 @@ def generate(tp, head, sequence_parallel=False):
     out.append(model.generate(texts, dict(max_length=12), sampling, early_exit=early, generator=generator))
     for threshold in (0.0, 0.5):
         lossless = dict(threshold=threshold, lossless=True) if rank == 0 else None
-        out.append(model.generate(texts, dict(max_length=12), greedy, early_exit=lossless))
+        with drafting_eagerly():
+            out.append(model.generate(texts, dict(max_length=12), greedy, early_exit=lossless))
+        assert rank > 0 or sum(each["drafts"] for each in out[-1]["early_exit"]) > 0
         assert (
             out[-1]["token_ids"]
             == model.generate(texts, dict(max_length=12), greedy, early_exit=False)["token_ids"]
         )
     lossless = {**EARLY, "lossless": True} if rank == 0 else None
     generator = torch.Generator().manual_seed(4)
-    out.append(model.generate(texts, dict(max_length=12), sampling, early_exit=lossless, generator=generator))
+    with drafting_eagerly():
+        out.append(
+            model.generate(texts, dict(max_length=12), sampling, early_exit=lossless, generator=generator)
+        )
     out.append(model.generate(texts, dict(max_length=1), dict(compute_logprob=True)))
     strategy = EarlyExitTextGenerationStrategy(model, threshold=EARLY["threshold"])
     if sequence_parallel:
@@ -92,6 +98,30 @@ def refused(tp, inputs):
         model.generate(
             inputs if torch.distributed.get_rank() == 0 else None, dict(max_length=4), dict(add_BOS=False)
         )
+    return str(caught.value)
+
+
+def refused_with_what_does_not_pickle(tp):
+    """The error of this rank, for a value that the first one cannot send to the others."""
+    from nemo_ee.errors import GenerationError
+    from tests.support.tiny_gpt import tiny_model, tiny_model_config
+
+    model = tiny_model(tiny_model_config(tp=tp), tp)
+    with pytest.raises(GenerationError) as caught:
+        model.generate(TEXTS, dict(max_length=4), dict(top_k=lambda: 5))
+    return str(caught.value)
+
+
+def refused_in_nemos_loop(tp, inputs):
+    """The error of this rank in NeMo's loop, which tokenizes on the first one alone."""
+    from nemo_ee.errors import GenerationError
+    from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
+    from tests.support.tiny_gpt import tiny_model, tiny_model_config
+
+    model = tiny_model(tiny_model_config(tp=tp), tp)
+    strategy = EarlyExitTextGenerationStrategy(model)
+    with pytest.raises(GenerationError) as caught:
+        model.generate(inputs, dict(max_length=4), NEMO, strategy=strategy)
     return str(caught.value)
 
 
@@ -152,6 +182,16 @@ def test_the_first_ranks_draws_count(workers):
 
 def test_errors_reach_all_ranks(workers):
     first, second = workers(2).run(refused, 2, ["w1", ""])
+    assert first == second == "prompt 1: it has no tokens; give at least one, or set add_BOS=true"
+
+
+def test_errors_that_do_not_pickle_reach_all_ranks(workers):
+    first, second = workers(2).run(refused_with_what_does_not_pickle, 2, timeout=120)
+    assert first == second and "sampling_params.top_k=<function" in first
+
+
+def test_errors_of_nemos_loop_reach_all_ranks(workers):
+    first, second = workers(2).run(refused_in_nemos_loop, 2, ["w1", ""], timeout=120)
     assert first == second == "prompt 1: it has no tokens; give at least one, or set add_BOS=true"
 
 

@@ -92,7 +92,70 @@ def test_the_tokens_are_those_of_one_process(workers, tp, pp, head):
             assert found["sentences"] == expected["sentences"]
             for mine, theirs in zip(found["early_exit"], expected["early_exit"], strict=True):
                 assert mine["exit_layers"] == theirs["exit_layers"], name
+                assert mine["layers_run"] >= theirs["layers_run"] > 0, name
+            for ids, row in zip(found["token_ids"], found["early_exit"], strict=True):
+                assert row["layers_run"] == 8 * (len(ids) - 1), "every token but the last, through all layers"
                 assert mine["confidences"] == pytest.approx(theirs["confidences"], rel=1e-9)
+
+
+def broken_stages(pp):
+    """What this stage is told when each of the stages in turn fails, and the tokens generated after that."""
+    from unittest.mock import patch
+
+    from nemo_ee.inference.pipeline_stage import Stage
+    from tests.support.tiny_gpt import tiny_model, tiny_model_config
+
+    model, messages, run = tiny_model(tiny_model_config(exits=EXITS, pp=pp), pp), [], Stage.run
+    usual = TEXTS, dict(max_length=12), dict(add_BOS=False)
+    for broken in range(pp):
+        passes = []
+
+        def failing(stage, tokens, hidden, broken=broken, passes=passes):
+            passes.append(tokens)
+            if torch.distributed.get_rank() == broken and len(passes) == 3:
+                raise ValueError("out of order")
+            return run(stage, tokens, hidden)
+
+        with patch.object(Stage, "run", failing), pytest.raises((RuntimeError, ValueError)) as caught:
+            model.generate(*usual, early_exit=dict(threshold=0.5))
+        messages.append(str(caught.value))
+    return messages, model.generate(*usual, early_exit=dict(threshold=0.5))["token_ids"]
+
+
+def test_a_stage_that_fails_is_told_of_everywhere_and_does_not_end_the_model(workers):
+    first, *others = workers(4).run(broken_stages, 4, timeout=120)
+    messages, tokens = first
+    assert all("out of order" in message for message in messages) and len(messages) == 4
+    assert len(tokens) == len(TEXTS) and all(other == first for other in others)
+
+
+def many_answers():
+    """Answers of one stage that the first takes only when all are sent; the number that it finds."""
+    from nemo_ee.inference.pipeline_channel import PipelineGroups, Receiver, Sender
+    from tests.support.distributed import initialize_model_parallel
+
+    initialize_model_parallel(pp=2)
+    groups, count = PipelineGroups.make(), 100
+    if torch.distributed.get_rank() == 1:
+        sender = Sender(0, groups.back)
+        for n in range(count):
+            sender.send([n])
+        sender.send(Receiver.LAST)
+        sender.flush()
+        torch.distributed.barrier()
+        return count
+    receiver = Receiver([1], groups.back, 0)
+    torch.distributed.barrier()
+    receiver.join()
+    found = []
+    while (message := receiver.get_if_any()) is not None:
+        found += message.content
+    assert found == list(range(count))
+    return len(found)
+
+
+def test_no_stage_waits_until_the_first_takes_its_answers(workers):
+    assert workers(2).run(many_answers, timeout=60) == [100, 100]
 
 
 def test_what_needs_one_stage_is_refused_on_every_stage(workers):

@@ -169,7 +169,7 @@ def test_bad_input_ends_in_one_clear_error(workspace):
         (["prompts=null", "prompts_file=none.txt"], "prompts_file=none.txt: cannot be read"),
         (["color=red"], "color=red: not one of auto, always, never"),
         (["early_exit.exits=[5]"], r"early_exit.exits=\[5\]|not all of the model's exits"),
-        (["inference.temperature=0"], "sampling_params.temperature=0.0"),
+        (["inference.temperature=0"], "inference.temperature=0.0"),
         (["+inference.topk=3"], "inference.topk=3: unknown key; did you mean top_k"),
         (["output_file=missing/out.jsonl"], "output_file=missing/out.jsonl: its directory does not exist"),
         (["tensor_model_parallel_size=2"], "trainer.devices=1"),

@@ -127,6 +127,29 @@ def test_errors_are_shown(page):
     assert browser.wait(text)
 
 
+def test_an_answer_that_breaks_off_is_told(page):
+    browser, _, _ = page
+    browser.run("window.fetch = async () => new Response('data: {\"choices\": []}\\n\\n')")
+    browser.type("#prompt", PROMPT)
+    browser.click("#generate")
+    error = browser.wait("return document.querySelector('#error').textContent")
+    assert error == "The connection was closed before the answer was complete."
+
+
+def test_markup_is_shown_as_text(page):
+    """In what a server says of itself, in errors that quote a request, in tokens."""
+    browser, _, _ = page
+    browser.run("state.model = '<b>x</b>'")
+    browser.type("#prompt", PROMPT)
+    browser.click("#generate")
+    error = browser.wait("return document.querySelector('#error').textContent")
+    assert error == "model=<b>x</b>: this server has tiny"
+    token = "<img src=x onerror=alert(1)>"
+    browser.run("showTokens(arguments[0])", {"tokens": [token], "exit_layers": [8], "confidences": [0.5]})
+    assert browser.run("return document.querySelector('#output').textContent") == token
+    assert browser.run("return document.querySelectorAll('img, b').length") == 0
+
+
 def test_every_control_has_a_name(page):
     browser, _, _ = page
     names = {

@@ -19,22 +19,27 @@ import httpx
 
 PATH = "/v1/completions"
 JSON = {"content-type": "application/json"}
-MALFORMED: list[tuple[bytes, int]] = [
-    (b"", 400),
-    (b"{", 400),
-    (b"[]", 400),
-    (b'{"model": "tiny"}', 400),
-    (b'{"model": "tiny", "prompt": "w1", "max_tokens": 0}', 400),
-    (b'{"model": "tiny", "prompt": "w1", "max_tokens": 100000}', 400),
-    (b'{"model": "tiny", "prompt": "w1", "n": 1000}', 400),
-    (b'{"model": "tiny", "prompt": "' + b"w1 " * 1000 + b'"}', 400),
-    (b'{"model": "tiny", "prompt": "w1", "temperature": NaN}', 400),
-    (b'{"model": "tiny", "prompt": [99999]}', 400),
-    (b'{"model": "tiny", "prompt": "w1", "early_exit": {"exits": [3]}}', 400),
-    (b'{"model": "tiny", "prompt": "w1", "logit_bias": {"5": 1}}', 400),
-    (b'{"model": "other", "prompt": "w1"}', 404),
-    (b'{"model": "tiny", "prompt": "' + b"x" * 2_000_000 + b'"}', 413),
+MALFORMED: list[tuple[bytes, int, str]] = [
+    (b"", 400, "no JSON"),
+    (b"{", 400, "no JSON"),
+    (b"[]", 400, "must be a JSON object"),
+    (b'{"model": "tiny"}', 400, "prompt: Field required"),
+    (b'{"model": "tiny", "prompt": "w1", "max_tokens": 0}', 400, "max_tokens=0"),
+    (b'{"model": "tiny", "prompt": "w1", "max_tokens": 100000}', 400, "exceeds the server's 24"),
+    (b'{"model": "tiny", "prompt": "w1", "n": 1000}', 400, "1000 choices"),
+    (b'{"model": "tiny", "prompt": "' + b"w1 " * 1000 + b'"}', 400, "1000 tokens exceed the server's 40"),
+    (b'{"model": "tiny", "prompt": "' + b"w1 " * 10_000 + b'"}', 400, "30000 characters"),
+    (b'{"model": "tiny", "prompt": "w1", "temperature": NaN}', 400, "NaN is no JSON number"),
+    (b'{"model": "tiny", "prompt": "w1", "temperature": 1e999}', 400, "too large a number"),
+    (b'{"model": "tiny", "prompt": [99999]}', 400, "token id 99999"),
+    (b'{"model": "tiny", "prompt": "w1", "early_exit": {"exits": [3]}}', 400, "not all of the model's exits"),
+    (b'{"model": "tiny", "prompt": "w1", "logit_bias": {"5": 1}}', 400, "logit_bias: not supported"),
+    (b'{"model": "tiny", "prompt": "w1", "\\ud800": 1}', 400, "unknown field"),
+    (b'{"model": "tiny", "prompt": ' + b"[" * 2000 + b"}", 400, "nested too deeply"),
+    (b'{"model": "other", "prompt": "w1"}', 404, "this server has tiny"),
+    (b'{"model": "tiny", "prompt": "' + b"x" * 2_000_000 + b'"}', 413, "send less"),
 ]
+"""Body, status, and a part of the message."""
 KEPT_WRONG = 5
 
 
@@ -123,9 +128,9 @@ class Clients:
         self.counts["hung up"] += 1
 
     async def _malformed(self, http: httpx.AsyncClient, dice: random.Random) -> None:
-        body, status = dice.choice(MALFORMED)
+        body, status, why = dice.choice(MALFORMED)
         answer = await http.post(PATH, content=body, headers=JSON)
-        right = answer.status_code == status and bool(answer.json()["error"]["message"])
+        right = answer.status_code == status and why in answer.json()["error"]["message"]
         self._note(right, "malformed", [body[:80].decode(), answer.status_code, answer.text[:200]])
 
 

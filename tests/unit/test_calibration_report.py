@@ -14,13 +14,14 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from omegaconf import OmegaConf
 from PIL import Image
 
-from nemo_ee.calibration.calibrate import check_enough, make_report
+from nemo_ee.calibration.calibrate import check_enough, exits_in_use, make_report
 from nemo_ee.calibration.documents import Documents, read_documents
 from nemo_ee.calibration.markdown import summary
 from nemo_ee.calibration.reliability import measure_reliability
 from nemo_ee.calibration.scoring import score_documents
 from nemo_ee.calibration.settings import CalibrationConfig, CalibrationTextConfig
 from nemo_ee.calibration.write import write_report
+from nemo_ee.checkpoint.archive import CONFIG_NAME
 from nemo_ee.core.exit_decisions import TokenScores
 from nemo_ee.core.threshold_choice import Requirement, certify, plan
 from nemo_ee.errors import ConfigError, DataError
@@ -51,6 +52,7 @@ def test_settings_report_every_fault():
         "exits": [6, 2],
         "levels": 0,
         "bins": -1,
+        "seed": -1,
         "data": {"prefix": "text", "documents": 0, "tuning_share": 1.0},
     }
     with pytest.raises(ConfigError) as error:
@@ -61,6 +63,7 @@ def test_settings_report_every_fault():
         "exits=[6, 2]: must name exit layers in ascending order, each once; write [2, 6]",
         "levels=0",
         "bins=-1",
+        "seed=-1",
         "data.documents=0",
         "data.tuning_share=1.0",
     ):
@@ -98,6 +101,9 @@ def test_documents_are_whole_units_of_text(tmp_path):
         read_documents(prefix, 2, 8, 60, seed=0)
     with pytest.raises(DataError, match="data.prefix=.*missing.bin does not exist"):
         read_documents(str(tmp_path / "missing"), 2, 8, 60, seed=0)
+    single = write_text(tmp_path / "single", [[[1]], [[2]], [[3]]])
+    with pytest.raises(DataError, match="data.prefix=.*single: no document has two tokens"):
+        read_documents(single, 2, 8, 60, seed=0)
 
 
 def test_batches_hold_every_document_once():
@@ -128,6 +134,29 @@ def test_scores_are_in_the_order_of_documents():
     assert scores.documents.tolist() == [0, 0, 0, 0, 1, 2, 2, 2]
     assert scores.confidences == pytest.approx(np.stack([tokens / 100] * 2))
     assert np.array_equal(scores.disagrees, [tokens % 2 == 0, tokens % 3 == 0])
+
+
+def test_scores_that_are_no_numbers_are_refused():
+    """All exits of a model that overflows would agree, on nothing."""
+
+    def score(tokens, labels):
+        broken = ExitScores(0 * tokens, tokens / 0.0 - tokens / 0.0, tokens, tokens)
+        return TextScores(broken, {2: broken})
+
+    documents = Documents((np.arange(1, 5), np.arange(1, 4)), 2)
+    with pytest.raises(DataError, match="exit 2: its confidence is not finite at 5 of 5 tokens"):
+        score_documents(score, documents, (2,), 9, 2)
+
+
+def test_a_checkpoint_that_uses_no_exits_is_asked_which(tmp_path):
+    early_exit = {"layers": [2, 4], "inference": {"exits": []}}
+    OmegaConf.save(
+        {"num_layers": 8, "encoder_seq_length": 256, "early_exit": early_exit}, tmp_path / CONFIG_NAME
+    )
+    config = CalibrationConfig.from_dict({**GIVEN, "gpt_model_file": str(tmp_path)})
+    with pytest.raises(ConfigError, match=r"exits=None: the checkpoint uses none of its exits \[2, 4\]"):
+        exits_in_use(config)
+    assert exits_in_use(dataclasses.replace(config, exits=(4,))) == (4,)
 
 
 @pytest.mark.parametrize(("documents", "enough"), [(81, False), (83, True)])
@@ -243,7 +272,7 @@ def test_report_of_a_path_without_points(tmp_path):
 def test_it_runs_in_one_process(tmp_path, monkeypatch):
     from nemo_ee.calibration import calibrate as module
 
-    monkeypatch.setattr(module, "_exits_in_use", lambda config: (2,))
+    monkeypatch.setattr(module, "exits_in_use", lambda config: (2,))
     monkeypatch.setattr(module, "ThresholdStore", lambda *arguments: None)
     prefix = write_text(tmp_path / "text", [[np.arange(9)]] * 200)
     data = {"prefix": prefix, "seq_length": 8}

@@ -6,7 +6,7 @@ import os
 import pytest
 from omegaconf import OmegaConf
 
-from nemo_ee.calibration.store import ThresholdStore
+from nemo_ee.calibration.store import ThresholdStore, check_folder
 from nemo_ee.checkpoint import archive
 from nemo_ee.errors import CheckpointError, ConfigError
 
@@ -94,7 +94,12 @@ def test_what_may_not_be_written(source, tmp_path):
         store(source, other, overwrite=True, gpt_model_file=other)
     with pytest.raises(ConfigError, match="is a directory"):
         store(source, tmp_path, overwrite=True)
-    assert other.read_bytes() == b"precious"
+    with pytest.raises(ConfigError, match="other.nemo is no directory that can be written to"):
+        store(source, other / "out.nemo")
+    with pytest.raises(ConfigError, match="report_dir=.*other.nemo is no directory that can be written to"):
+        check_folder("report_dir", str(other / "deep" / "report"))
+    check_folder("report_dir", str(tmp_path / "deep" / "report"))
+    assert other.read_bytes() == b"precious" and not (tmp_path / "deep").exists()
     store(source, other, overwrite=True).write((0.5, 0.5, 0.5), None)
     assert archive.read_config(other).num_layers == 8
 

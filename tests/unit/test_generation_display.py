@@ -101,3 +101,33 @@ def test_every_setting_is_documented_in_the_yaml():
     assert set(values) == fields
     for section in ("inference", "early_exit"):
         assert set(values[section]) == set(getattr(ours, section).__dataclass_fields__)
+
+
+def test_prompts_files_keep_unicode_line_separators_and_drop_a_byte_order_mark(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('\ufeff{"prompt": "a\u2028b\x85c"}\r\n{"prompt": "d"}\n', encoding="utf-8")
+    assert settings(prompts_file=str(path)).read_prompts() == ["a\u2028b\x85c", "d"]
+    (tmp_path / "p.txt").write_text("\ufeffone\x0ctwo\n", encoding="utf-8")
+    assert settings(prompts_file=str(tmp_path / "p.txt")).read_prompts() == ["one\x0ctwo"]
+
+
+def test_faults_have_the_keys_of_the_yaml():
+    from nemo_ee.config import parse_early_exit
+    from nemo_ee.inference.request import parse_request
+    from nemo_ee.inference.settings import in_own_keys
+
+    inference = dict(temperature=0, tokens_to_generate=-1, min_tokens_to_generate=-2, top_k=-3)
+    config = settings(prompts=["x"], inference=inference, early_exit=dict(exits=[3]))
+    with pytest.raises(ConfigError) as caught:
+        parse_request(**config.generate_arguments(), config=parse_early_exit(dict(layers=[2]), 8))
+    keys = {fault.key for fault in in_own_keys(caught.value).faults}
+    assert keys == {f"inference.{name}" for name in inference} | {"early_exit.exits"}
+
+
+def test_a_directory_or_a_seed_that_cannot_be_used_is_refused_at_once(tmp_path):
+    from nemo_ee.inference.run import check
+
+    with pytest.raises(ConfigError, match="output_file=.*: is a directory"):
+        check(settings(prompts=["x"], output_file=str(tmp_path)), 1)
+    with pytest.raises(ConfigError, match="seed=1180591620717411303424: must fit in 64 bits"):
+        settings(prompts=["x"], seed=2**70)

@@ -216,6 +216,25 @@ def test_failures_in_a_row_end_the_engine():
         assert caught.value.status == 503
 
 
+def test_failures_that_are_not_in_a_row_do_not_end_the_engine():
+    """Requests of one token are done when they have joined; there is no step between."""
+
+    class Fickle(FakeSession):
+        def add(self, sequences):
+            if sequences[0].prompt == [7]:
+                raise RuntimeError("no prefill")
+            return super().add(sequences)
+
+    with engine(Fickle()) as running:
+        for _ in range(MAX_FAILURES + 1):
+            bad, good = job([7]), job([8], limit=1)
+            for which, outcome in ((bad, "engine_failure"), (good, "length")):
+                running.submit(which)
+                (end,) = running.ended(which)
+                assert getattr(end, "code", end) == outcome
+        assert running.engine.state == "ok"
+
+
 def test_a_session_that_cannot_be_opened_is_told_at_the_start():
     @contextmanager
     def open_session():

@@ -1,13 +1,22 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """The endpoints over a real connection and a fake session: answers, streams, errors, closed connections."""
 
+import asyncio
 import json
 import socket
 import time
+from contextlib import asynccontextmanager
 
 import httpx
 import pytest
 
+from nemo_ee.inference.sequence import SequenceStatistics
+from nemo_ee.server.answer import Answer
+from nemo_ee.server.delta import Delta
+from nemo_ee.server.errors import ApiError
+from nemo_ee.server.event_stream import EventStream
+from nemo_ee.server.plan import Plan
+from nemo_ee.server.reply import Reply
 from tests.support.fake_session import FakeSession, confidence_of, layer_of, token_of
 from tests.support.server import fake_service, listening, tiny_tokenizer, until
 
@@ -212,6 +221,35 @@ def test_errors_have_openais_form(client):
     assert client.session.added == []
 
 
+def raw(client, body):
+    return client.http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+
+
+@pytest.mark.parametrize(
+    "field",
+    ['"\\ud800": 1', '"early_exit": {"\\ud800": 1}', '"early_exit": {"confidence": "\\udc00"}'],
+)
+def test_halves_of_characters_are_refused_not_choked_on(client, field):
+    assert error_of(raw(client, f'{{"model": "tiny", "prompt": "w1", {field}}}'), 400)["message"]
+
+
+def test_nested_bodies_are_refused_however_deep(client):
+    """At some depth a body can be read, but not be shown in a message."""
+    for depth in (*range(900, 1000, 2), 100_000):
+        body = (
+            f'{{"model": "tiny", "prompt": "w1", "early_exit": {{"threshold": {"[" * depth}{"]" * depth}}}}}'
+        )
+        assert error_of(raw(client, body), 400)["message"]
+
+
+def test_no_event_is_taken_for_two_lines(client):
+    """Clients that split lines as Unicode has them would cut an event at U+2028."""
+    fields = {"model": "tiny", "prompt": "w1\u2028\x85w2", "max_tokens": 1, "stream": True, "echo": True}
+    with client.http.stream("POST", "/v1/completions", json=fields) as answer:
+        first = next(answer.iter_lines())
+    assert json.loads(first.removeprefix("data: "))["choices"][0]["text"] == "w1\u2028\x85w2"
+
+
 def test_names_of_other_sites_are_refused(client):
     for host, status in (
         ("localhost:5", 200),
@@ -332,6 +370,31 @@ def test_shutting_down_cuts_after_the_grace_period(client, request):
     assert error_of(client.post(), 503)["code"] == "draining"
     with connection:
         assert connection.recv(10_000).startswith(b"HTTP/1.1 503")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_reader_that_takes_no_end_is_given_up(monkeypatch, fails):
+    """Its request would otherwise go on for as long as the client likes."""
+    monkeypatch.setattr("nemo_ee.server.event_stream.SENDING_SECONDS", 0.05)
+
+    @asynccontextmanager
+    async def generation():
+        reply = Reply(1)
+        reply.put(0, Delta(["w"], [8], [0.5], None if fails else "length", SequenceStatistics()))
+        asyncio.get_running_loop().call_soon(reply.fail, ApiError(504, "late")) if fails else None
+        yield reply
+
+    sent = []
+
+    async def send(message):
+        if len(sent) == 2:
+            await asyncio.Event().wait()
+        sent.append(message["type"])
+
+    plan = Plan([[7]], [""], [None])
+    stream = EventStream(generation(), Answer("tiny", 8, plan), include_usage=False)
+    asyncio.run(asyncio.wait_for(stream({}, None, send), 10))
+    assert sent == ["http.response.start", "http.response.body"]
 
 
 def test_metrics_are_prometheus_text(client):

@@ -6,18 +6,23 @@ import json
 import re
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from nemo.collections.common.tokenizers.chat_template_mixin import tokenize_with_chat_template
+from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from omegaconf import OmegaConf
+from tokenizers.pre_tokenizers import Whitespace
 
 from nemo_ee.errors import ConfigError
 from nemo_ee.inference.request import ExitOptions
 from nemo_ee.server.errors import ApiError
 from nemo_ee.server.plan import make_plan
 from nemo_ee.server.protocol import ChatRequest, CompletionRequest, parse
-from nemo_ee.server.serve import check_address
+from nemo_ee.server.serve import check_address, create_service
 from nemo_ee.server.served_model import SharedTokenizer
 from nemo_ee.server.settings import ServerConfig, is_loopback
+from tests.support import tiny_gpt
 from tests.support.server import served_model, server_config, tiny_tokenizer
 
 COMPLETION = {"model": "tiny", "prompt": "w1 w2"}
@@ -154,6 +159,12 @@ def test_impossible_chats_name_the_field(fields, param, reason):
     assert reason in refused(400, param, chat, **fields)
 
 
+def test_null_in_a_message_is_as_if_it_were_left_out():
+    """OpenAI's client sends answers back with all their fields."""
+    message = {"role": "user", "content": "w5 w6", "refusal": None, "tool_calls": None}
+    assert chat(messages=[message]) == chat()
+
+
 def test_answers_stay_short_whatever_was_sent():
     many = {f"f{n}": n for n in range(50_000)}
     message = refused(400, "f0", completion, **many)
@@ -172,10 +183,12 @@ def test_answers_stay_short_whatever_was_sent():
         (b"[1]", "must be a JSON object"),
         (b'{"model": "tiny", "prompt": "w1", "temperature": NaN}', "NaN is no JSON number"),
         (b'{"model": "\xff"}', "no JSON"),
-        (b"[" * 100_000, "no JSON"),
-        (b'{"n": ' + b"9" * 5000 + b"}", "no JSON"),
+        (b'{"n": ' + b"9" * 5000 + b"}", "99999…: too large a number"),
+        (b'{"n": -' + b"9" * 400 + b"}", "too large a number"),
+        (b'{"temperature": 1e400}', "1e400: too large a number"),
+        (b'{"early_exit": {"threshold": ' + b"9" * 400 + b"}}", "too large a number"),
     ],
-    ids=["empty", "cut", "list", "nan", "bytes", "deep", "long number"],
+    ids=["empty", "cut", "list", "nan", "bytes", "long", "negative", "infinite", "long threshold"],
 )
 def test_bodies_that_are_no_request(body, reason):
     assert reason in refused(400, None, parse, CompletionRequest, body)
@@ -249,8 +262,10 @@ def test_all_requests_have_the_servers_rule_and_cache():
         (dict(model="other"), 404, "model", "this server has tiny"),
         (dict(prompt=""), 400, "prompt", "no tokens"),
         (dict(prompt=" ".join(["w1"] * 41)), 400, "prompt", "41 tokens exceed the server's 40"),
+        (dict(prompt=["w1", "x " * 3000]), 400, "prompt", "6000 characters, and at most 40 tokens"),
         (dict(prompt=[201]), 400, "prompt", "0 to 200"),
         (dict(prompt=[-1]), 400, "prompt", "token id -1"),
+        (dict(temperature=1e-38), 400, "temperature", "temperature=1e-38: must be at least 1e-06"),
         (dict(max_tokens=25), 400, "max_tokens", "exceeds the server's 24"),
         (dict(n=5), 400, "n", "5 choices"),
         (dict(prompt=["w1", "w2", "w3"], n=2), 400, "n", "6 choices"),
@@ -279,10 +294,59 @@ def test_special_tokens_as_stop_strings_end_by_their_id():
     assert made.text.stopped and "".join(pieces) == " w8 "
 
 
+def test_an_unknown_word_as_stop_string_is_looked_for_in_the_text(tmp_path):
+    """To the tokenizer it is the unknown token, which is special and must not end the sequence in its place."""
+    words = tiny_gpt.tokenizer()
+    words.backend_tokenizer.pre_tokenizer = Whitespace()  # which parts a word from the ">" before it
+    words.save_pretrained(tmp_path)
+    known = AutoTokenizer(str(tmp_path))
+    sequence = plan(completion(stop="zzz"), known).choices[0].sequence
+    assert not sequence.stop(known.text_to_ids("zzz")) and sequence.stop([known.eos_id])
+
+
+def test_conversations_are_not_tokenized_if_they_cannot_fit():
+    turns = [{"role": "user", "content": "x " * 1500}, {"role": "assistant", "content": "x " * 1500}]
+    assert "6000 characters" in refused(400, "messages", plan, chat(messages=turns))
+
+
+class RolesTokenizer:
+    """With a chat template of NeMo's own form, which knows users alone."""
+
+    chat_template = {"roles": {"user": "{_content_}"}}
+    eos_id, bos_id = 0, 1
+
+    def text_to_ids(self, text):
+        return (
+            tokenize_with_chat_template(self, text, self.chat_template) if isinstance(text, list) else [7, 8]
+        )
+
+    def ids_to_text(self, ids):
+        return " w" * len(ids)
+
+    def ids_to_tokens(self, ids):
+        return ["w"] * len(ids)
+
+
+def test_a_role_that_the_template_does_not_know():
+    tokenizer = RolesTokenizer()
+    assert plan(chat(), tokenizer).prompts == [[7, 8]]
+    messages = [{"role": "system", "content": "w1"}]
+    assert "template refuses these turns" in refused(
+        400, "messages", plan, chat(messages=messages), tokenizer
+    )
+
+
 def test_bos_stands_before_texts_only():
     tokenizer = tiny_tokenizer()
     assert plan(completion(), add_BOS=True).prompts == [[tokenizer.bos_id, *tokenizer.text_to_ids("w1 w2")]]
     assert plan(completion(prompt=[7, 8]), add_BOS=True).prompts == [[7, 8]]
+
+
+@pytest.mark.parametrize("bos", [None, -1])
+def test_a_tokenizer_without_bos_is_refused(bos):
+    model = SimpleNamespace(tokenizer=SimpleNamespace(bos_id=bos))
+    with pytest.raises(ConfigError, match="add_BOS=True: the tokenizer has no BOS token"):
+        create_service(server_config(add_BOS=True), model)
 
 
 @pytest.mark.parametrize(
@@ -295,6 +359,7 @@ def test_bos_stands_before_texts_only():
         (dict(queue_size=3, max_choices=4), "queue_size=3: a request may have max_choices=4"),
         (dict(tensor_model_parallel_size=2), "megatron_gpt_ee_generate.py"),
         (dict(weights="int4"), "weights=int4: not one of native"),
+        (dict(allowed_hosts=[]), "allowed_hosts=[]: answers nobody"),
         (dict(slotz=3), "did you mean slots"),
         (dict(gpt_model_file="???"), "gpt_model_file=None: is required"),
     ],

@@ -1,0 +1,240 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Odd inputs and parameters of `model.generate`, and the pieces of it that need no weights."""
+
+import random
+
+import pytest
+import torch
+
+from nemo_ee.errors import ConfigError, GenerationError
+from tests.support.tiny_gpt import HEADS, tiny_model, tiny_model_config, tokenizer_folder
+from tests.support.tiny_tokenizer import save_tiny_tokenizer
+
+GREEDY = dict(use_greedy=True, add_BOS=False)
+
+
+def words():
+    from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+
+    return AutoTokenizer(tokenizer_folder())
+
+
+@pytest.fixture(scope="module")
+def bytes_tokenizer(tmp_path_factory):
+    from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+
+    return AutoTokenizer(str(save_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"), eos=False)))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(tiny_model_config(head=HEADS["MLP, untied"]))
+
+
+IDS = torch.tensor([[7, 8, 9], [10, 11, 0]])
+
+
+@pytest.mark.parametrize(
+    "inputs, message",
+    [
+        ((IDS, torch.tensor([3, 4])), "prompt 1: its length is 4; give 1 to the tensor's 3 tokens"),
+        ((IDS, torch.tensor([-1, 2])), "prompt 0: its length is -1"),
+        ((IDS, torch.tensor([3, 0])), "prompt 1: it has no tokens"),
+        ((IDS, torch.tensor([3])), r"tensors of shapes \[2, 3\] and \[1\]"),
+        ((IDS[0], torch.tensor([3])), r"tensors of shapes \[3\] and \[1\]"),
+        ((IDS[:0], torch.tensor([]).long()), "at least one prompt"),
+        ((IDS.float(), torch.tensor([3, 2])), "tensors of torch.float32 and torch.int64; give whole numbers"),
+        ((IDS + 193, torch.tensor([3, 2])), "prompt 0: token id 201 is not in the vocabulary; use 0 to 200"),
+        ((IDS - 8, torch.tensor([3, 2])), "prompt 0: token id -1 is not in"),
+        ([IDS, torch.tensor([3, 2])], "a list of Tensor; give texts, chats, or a tuple of two tensors"),
+        (["w1", "w2 \ud800"], "prompt 1: it is no valid Unicode"),
+        ([{"role": ["user"], "content": 3}], "every turn must list one role and one content"),
+    ],
+)
+def test_inputs_that_are_refused(inputs, message):
+    from nemo_ee.inference.prompts import tokenize_prompts
+
+    with pytest.raises(GenerationError, match=message):
+        tokenize_prompts(inputs, words(), False, 64)
+
+
+@pytest.mark.parametrize("bos", [None, -1])
+def test_a_tokenizer_without_bos_is_refused(bos):
+    from nemo_ee.inference.prompts import tokenize_prompts
+
+    class Tokenizer:
+        bos_id = bos
+
+        def text_to_ids(self, text):
+            return [5]
+
+    with pytest.raises(GenerationError, match="add_BOS=True: the tokenizer has no BOS"):
+        tokenize_prompts(["a"], Tokenizer(), True, 64)
+    assert tokenize_prompts(["a"], Tokenizer(), False, 64) == [[5]]
+
+
+@pytest.mark.parametrize(
+    "length, sampling, key",
+    [
+        (30, None, "length_params=30: must be a mapping"),
+        (None, ["greedy"], r"sampling_params=\['greedy'\]: must be a mapping"),
+        (None, dict(end_strings=["a", ""]), "end_strings=.*: every text ends with an empty one"),
+        (None, dict(use_greedy=False, temperature=1e-30), "temperature=1e-30: must be at least 1e-06"),
+    ],
+)
+def test_parameters_that_are_refused(model, length, sampling, key):
+    from nemo_ee.inference.request import parse_request
+
+    with pytest.raises(ConfigError, match=key):
+        parse_request(length, sampling, None, model.early_exit)
+
+
+def test_the_lowest_temperature_is_greedy():
+    from nemo_ee.inference.request import LOWEST_TEMPERATURE, SamplingOptions
+    from nemo_ee.inference.sampling import token_distribution
+
+    logits = torch.tensor([[300.0, 299.0, -300.0, float("-inf")]])
+    options = SamplingOptions(use_greedy=False, temperature=LOWEST_TEMPERATURE)
+    assert token_distribution(logits, options, [[]]).tolist() == [[1, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("top_k, top_p", [(0, 0.0), (5, 1.0), (0, 0.7), (20, 0.9), (3, 1e-6), (99, 0.5)])
+def test_top_k_and_top_p_are_nemos(top_k, top_p):
+    from nemo.collections.nlp.modules.common.text_generation_utils import top_k_logits
+
+    from nemo_ee.inference.sampling import keep_most_probable
+
+    logits = 3 * torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
+    logits[:, 30:] = float("-inf")
+    logits[2, :9], logits[3, 5] = 1.5, 40.0  # ties, and one token that has all
+    given = logits.clone()
+    expected = top_k_logits(logits.clone(), top_k=min(top_k, 40), top_p=top_p)
+    assert keep_most_probable(logits, top_k, top_p).equal(expected)
+    assert logits.equal(given), "inputs stay as they are"
+
+
+def test_a_rejected_draft_is_replaced_by_a_possible_token():
+    """Where both distributions differ by rounding alone nothing is left of p - q to draw from."""
+    from nemo_ee.inference.sequence import Draft
+    from nemo_ee.inference.verification import accept_drafts
+
+    class Highest(random.Random):
+        def random(self):
+            return 1 - 1e-12
+
+    q, p = torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.5 - 1e-7, 0.0]], dtype=torch.float64)
+    assert accept_drafts([Draft(1, 2, 0.5, q)], p[None], Highest()) == (0, 1)
+
+
+def test_predictions_of_several_exits_join_in_the_widest_dtype():
+    from nemo_ee.inference.step import Step
+    from nemo_ee.megatron.prediction import Prediction, Rows
+
+    step, rows = Step.unanswered(2), Rows(0, 2, 2)
+    for i, dtype in ((1, torch.bfloat16), (0, torch.float32)):
+        logits = torch.tensor([[1.0009765625, 0.5]], dtype=dtype)
+        step.add(4, [i], Prediction(rows, logits, torch.tensor([0]), torch.tensor([0.6])), [0.6])
+    shard = step.vocabulary_shard(2)
+    assert shard.dtype == torch.float32 and shard[0, 0] == 1.0009765625 and shard[1, 0] == 1.0
+
+
+def test_without_eos_nothing_is_forbidden_and_the_end_string_is_text(bytes_tokenizer):
+    from nemo_ee.inference.choosing import Place
+    from nemo_ee.inference.request import GenerationRequest
+    from nemo_ee.inference.sequence import Sequence
+    from nemo_ee.inference.stopping import StopRule
+
+    assert bytes_tokenizer.eos_id is None
+    stop = StopRule(bytes_tokenizer, ["<|endoftext|>"])
+    assert stop.eos is None and not stop.token_ids and stop.texts == ["<|endoftext|>"]
+    sequence = Sequence([5], GenerationRequest(min_length=3), stop, stop.eos, 9)
+    assert not Place.after(sequence).needs_logits
+
+
+def test_an_end_string_that_is_one_token_also_ends_within_others(bytes_tokenizer):
+    from nemo_ee.inference.stopping import StopRule, special_token_id
+
+    ids, stop = bytes_tokenizer.text_to_ids, StopRule(bytes_tokenizer, ["the"])
+    alone = special_token_id(bytes_tokenizer, "the")
+    text = ids("ran after the")
+    assert alone is not None and text[-1] != alone, "the token with the space in front is another"
+    assert stop(text) and stop(ids("the")) and not stop(ids("the cat"))
+
+
+def test_pieces_are_decoded_in_short_windows(bytes_tokenizer):
+    from nemo_ee.inference.display import token_pieces
+
+    longest, original = 0, bytes_tokenizer.ids_to_text
+
+    def recorded(ids, *args, **kwargs):
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return original(ids, *args, **kwargs)
+
+    text = " the cat é漢😀 sat" * 20
+    tokens, before = bytes_tokenizer.text_to_ids(text), bytes_tokenizer.text_to_ids("and")
+    bytes_tokenizer.ids_to_text = recorded
+    try:
+        pieces = token_pieces(tokens, bytes_tokenizer, before)
+    finally:
+        del bytes_tokenizer.ids_to_text
+    assert "".join(pieces) == text and len(pieces) == len(tokens) and longest <= 8
+
+
+def test_broken_bytes_do_not_hold_back_what_follows(bytes_tokenizer):
+    from nemo_ee.inference.display import token_pieces
+
+    broken = bytes_tokenizer.text_to_ids("😀")[:1] * 6
+    pieces = token_pieces(broken + bytes_tokenizer.text_to_ids(" the cat"), bytes_tokenizer)
+    assert pieces[3] and "".join(pieces).endswith(" the cat")
+
+
+def test_added_tokens_with_characters_that_stand_for_no_byte():
+    from nemo_ee.inference.output import token_texts
+
+    class Inner:
+        byte_decoder = {"Ġ": 32, "a": 97, "Ã": 195, "©": 169}
+
+    class Tokenizer:
+        tokenizer = Inner()
+
+        def ids_to_tokens(self, ids):
+            return [["Ġa", "Ã©", "<new line>"][i] for i in ids]
+
+    assert token_texts([0, 1, 2], Tokenizer()) == [" a", "é", "<new line>"]
+
+
+def test_greedy_decoding_draws_nothing(model):
+    before = torch.get_rng_state()
+    model.generate(["w1 w2"], dict(max_length=2), GREEDY)
+    assert torch.get_rng_state().equal(before)
+
+
+def test_log_probabilities_come_with_the_texts_that_were_given(model):
+    texts = ["w1   w2", "w3 w4 w5"]  # as NeMo's; decoding would give one space
+    assert model.generate(texts, dict(), dict(compute_logprob=True))["sentences"] == texts
+    ids = IDS, torch.tensor([3, 2])
+    assert model.generate(ids, dict(), dict(compute_logprob=True))["sentences"] == ["w1 w2 w3", "w4 w5"]
+
+
+class TestNemosLoop:
+    LENGTHS = dict(max_length=4, min_length=0)
+
+    def strategy(self, model):
+        from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
+
+        return EarlyExitTextGenerationStrategy(model)
+
+    def test_room_is_reserved_for_what_the_model_can_generate(self, model):
+        tokens, _ = self.strategy(model).tokenize_batch(["w1", "w2 w3"], 10**6, False)
+        assert tokens.shape == (2, 65)
+
+    def test_tensors_need_room(self, model):
+        strategy = self.strategy(model)
+        with pytest.raises(GenerationError, match=r"of shape \[2, 3\]; .* needs 7 columns"):
+            model.generate((IDS.clone(), torch.tensor([3, 2])), self.LENGTHS, GREEDY, strategy=strategy)
+
+    def test_probabilities_of_generated_tokens_are_refused(self, model):
+        sampling = {**GREEDY, "all_probs": True}
+        with pytest.raises(ConfigError, match="sampling_params.all_probs=True: NeMo's loop has no"):
+            model.generate(["w1"], self.LENGTHS, sampling, strategy=self.strategy(model))
