@@ -26,10 +26,11 @@ def guarantee(target: float, delta: float, seq_length: int, documents: int) -> s
         f"first {seq_length} predicted ones of each, a share of at most {1 - target:.4g} in the long run differs "
         "from the token that the full model would emit. It holds exactly for this number of documents, however "
         "their tokens depend on each other, if (1) test documents and further documents are independent draws "
-        "from one source, on which neither the model nor its exits were trained; (2) choices are greedy, in the "
-        "precision and by the confidence of this calibration, with an exact KV policy; (3) each is made after the "
+        "from one source, by which neither the model nor its exits were trained or chosen; (2) choices are greedy, in "
+        "the precision and by the confidence of this calibration, with an exact KV policy and no max_pending; (3) each is made after the "
         "text itself (teacher-forced), not after text that was generated with early exits. It is about this one "
-        "calibration: picking the best of several, with other seeds or targets, voids it."
+        f"calibration: k that were planned beforehand all keep their targets with a probability of at least 1 - k x "
+        f"{delta:g}; one that was planned after results on the same documents were seen promises nothing."
     )
 
 
@@ -38,7 +39,8 @@ def no_guarantee(target: float, delta: float) -> str:
     return (
         f"No thresholds could be certified for an agreement of {target:g} at delta={delta:g}: no point of "
         "the path passed its test. The stored thresholds are 1.0: no token leaves early, so that every token is "
-        "the final exit's. Give more documents, a lower target_agreement, or tune the exits further."
+        "the final exit's. Tune the exits further, or try a lower target_agreement or more documents: others than "
+        "these, as what was seen of them must not choose what is tested on them."
     )
 
 

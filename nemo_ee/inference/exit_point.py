@@ -58,7 +58,8 @@ class ExitPoint:
         max_length: int,
         graphs: SegmentGraphs,
     ):
-        self.head, self.layer, self.rule, self._graphs = model.heads[layer], layer, rule, graphs
+        self.head, self.draft_head = model.heads[layer], model.draft_heads[layer]
+        self.layer, self.rule, self._graphs = layer, rule, graphs
         self.block = model.cached_block(layer, rows, max_length)
         self.hidden = model.hidden.new_zeros(rows, max_length, model.hidden.shape[-1])
 
@@ -88,7 +89,7 @@ class ExitPoint:
         return self._graphs.run(f"block of exit {self.layer}", self.block, x.to(self.head.dtype), packed)
 
     def predict(
-        self, x: Tensor, inside: Tensor, indices: list[int], trail: Trail | None
+        self, x: Tensor, inside: Tensor, indices: list[int], trail: Trail | None, drafts: bool = False
     ) -> tuple[Prediction, list[float]]:
         """The head's prediction and how sure it is, for the tokens with these indices in the step.
 
@@ -97,7 +98,9 @@ class ExitPoint:
             inside: [N, H] behind the block.
             indices: N of the step's tokens.
             trail: of the step, for rules that look back.
+            drafts: the full model verifies them all.
         """
-        prediction = self._graphs.predict(f"exit {self.layer}", self.head, inside)
+        head = self.draft_head if drafts else self.head
+        prediction = self._graphs.predict(f"exit {self.layer}", head, inside)
         evidence = ExitEvidence(prediction, x) if trail is None else trail.evidence(prediction, x, indices)
         return prediction, self.rule.confidence(evidence).tolist()

@@ -27,6 +27,7 @@ class DecodingModel:
         cuda_graphs: as given.
         layers: global 1-based layer number -> mathematics, ascending.
         heads: exit layer -> head, all of this stage.
+        draft_heads: the same for drafts that the full model verifies, see `WEIGHT_KINDS`.
         output: the final exit; None on stages before the last.
         dtype: of the backbone's computation.
         device: of its weights.
@@ -41,13 +42,15 @@ class DecodingModel:
         self.layers = {
             layer.layer_number: layer_mathematics(layer, self.dtype, weights) for layer in gpt.decoder.layers
         }
-        self.heads = {}
+        self.heads, self.draft_heads = {}, {}
         self.blocks = {}
         for n in gpt.exit_layers:
             head = gpt.exits[str(n)]
             assert output_weight is not None, "a stage with exits has an output weight or a copy of it"
             dtype = compute_dtype(next(head.parameters(), output_weight))
-            self.heads[n] = LeanHead(head, output_weight, dtype, weights)
+            self.heads[n] = self.draft_heads[n] = LeanHead(head, output_weight, dtype, weights)
+            if weights == "packed":
+                self.draft_heads[n] = LeanHead(head, output_weight, dtype, "int8")
             if head.block is not None:
                 self.blocks[n] = layer_mathematics(head.block, dtype, weights)
         self.output = LeanOutput(gpt, self.dtype, weights) if gpt.post_process else None

@@ -14,9 +14,10 @@ from nemo_ee.megatron.norms import TorchNorm
 from nemo_ee.megatron.vocab_parallel import reduce_over_ranks
 
 WEIGHT_KINDS = ("native", "packed", "int8")
-"""How decoding holds weights: as they are; also in a layout that is faster for a few tokens at once (CPU); or
-as 8-bit integers with a scale per output feature (CPU)."""
-PACKED_TOKENS = 3, 64
+"""How decoding holds weights: as they are; also in a layout that is faster for a few tokens at once (CPU), with
+8-bit copies of exit heads for drafts that the full model verifies; or all as 8-bit integers with a scale per output
+feature (CPU)."""
+PACKED_TOKENS = 4, 64
 """Passes of so many tokens, from the first number to the second, use packed weights."""
 INT8_TOKENS = 16
 """Passes of at most so many tokens use 8-bit weights."""
@@ -56,7 +57,7 @@ class DenseLinear:
 class PackedLinear(DenseLinear):
     """x W^T + b with a second copy of W in oneDNN's own layout, for passes of few tokens on a CPU.
 
-    For 3 to 64 tokens plain matrix products leave more than half of a CPU's speed unused: passes that catch up
+    For 4 to 64 tokens plain matrix products leave more than half of a CPU's speed unused: passes that catch up
     or verify, and batches, gain. Memory: the weights twice.
 
     Args:

@@ -36,8 +36,8 @@ Commit {commits}. {first["device"]}, torch {first["torch"]}; load averages from 
 at the end of pipelines. {rows[-1]["date"]}.
 
 **Stages sleep.** Each is a process of this machine, which need not have a core for every stage: a pass, however many
-tokens it has, is a sleep of {first["unit"]:g} ms and what a tiny random model (hidden size {HIDDEN}) computes. Sessions,
-messages between processes and waiting are nemo_ee's own. So this page shows the schedule and what it adds to
+tokens it has, is a sleep of {first["unit"]:g} ms and what a tiny random model (hidden size {HIDDEN}) computes.
+Sessions, messages between processes and waiting are nemo_ee's own. So this page shows the schedule and what it adds to
 passes; it says nothing about a model's passes, or about a network.
 
 {first["tokens"]} tokens per sequence, drawn; all ways take turns on the same weights and prompts,

@@ -4,10 +4,13 @@
 import pytest
 import torch
 
+from nemo_ee.megatron.lean_head import LeanHead
+from nemo_ee.megatron.lean_weights import Int8Linear, PackedLinear
+from tests.support.drafting import drafting_eagerly
 from tests.support.tiny_gpt import HEADS, tiny_model, tiny_model_config
 from tests.unit.test_decode import PROMPTS
 
-COUNTS = [1, 2, 3, 5, 16, 17, 64, 65]
+COUNTS = [1, 2, 3, 4, 5, 16, 17, 64, 65]
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +92,28 @@ def test_a_model_decodes_with_packed_and_eight_bit_weights(model, early_exit):
     )
     assert same > 0.3 * sum(map(len, native))
     assert generated(model, **early_exit)["token_ids"] == native
+
+
+def test_eight_bit_heads_draft_where_weights_are_packed_and_change_nothing(model):
+    native, calls = generated(model, threshold=1.0)["token_ids"], []
+    predict = LeanHead.predict
+
+    def noted(head, x):
+        calls.append(type(head.projection))
+        return predict(head, x)
+
+    model.prepare_decoding("packed")
+    try:
+        with drafting_eagerly(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(LeanHead, "predict", noted)
+            drafted = generated(model, threshold=0.0, lossless=True)
+            assert set(calls) == {Int8Linear}
+            generated(model, threshold=0.0)
+            assert calls[-1] is PackedLinear
+    finally:
+        model.release_decoding()
+    assert drafted["token_ids"] == native
+    assert sum(each["drafts"] for each in drafted["early_exit"]) > 0
 
 
 def test_prepared_weights_stay_until_they_are_released(model):
