@@ -26,11 +26,12 @@ def guarantee(target: float, delta: float, seq_length: int, documents: int) -> s
         f"first {seq_length} predicted ones of each, a share of at most {1 - target:.4g} in the long run differs "
         "from the token that the full model would emit. It holds exactly for this number of documents, however "
         "their tokens depend on each other, if (1) test documents and further documents are independent draws "
-        "from one source, by which neither the model nor its exits were trained or chosen; (2) choices are greedy, in "
-        "the precision and by the confidence of this calibration, with an exact KV policy and no max_pending; (3) each is made after the "
-        "text itself (teacher-forced), not after text that was generated with early exits. It is about this one "
-        f"calibration: k that were planned beforehand all keep their targets with a probability of at least 1 - k x "
-        f"{delta:g}; one that was planned after results on the same documents were seen promises nothing."
+        "from one source, by which neither the model nor its exits were trained or chosen; (2) choices are "
+        "greedy, in the precision and by the confidence of this calibration, with an exact KV policy and no "
+        "max_pending; (3) each is made after the text itself (teacher-forced), not after text that was generated "
+        "with early exits. It is about this one calibration: k that were planned beforehand all keep their "
+        f"targets with a probability of at least 1 - k x {delta:g}; one that was planned after results on the "
+        "same documents were seen promises nothing."
     )
 
 

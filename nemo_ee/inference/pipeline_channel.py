@@ -7,6 +7,7 @@ arrive; when it falls behind by `QUEUE` hidden states its neighbour waits. Nobod
 answers: it may itself be waiting for a stage behind.
 """
 
+import math
 import pickle
 import queue
 import threading
@@ -162,12 +163,16 @@ class Receiver:
         """
         return self._checked(self._arrived.get())
 
-    def get_if_any(self) -> Message | None:
-        """The next message, if there is one."""
+    def get_within(self, seconds: float) -> Message | None:
+        """The next message, if there is one or one comes within this time."""
         try:
-            return self._checked(self._arrived.get_nowait())
+            return self._checked(self._arrived.get(timeout=None if seconds == math.inf else seconds))
         except queue.Empty:
             return None
+
+    def get_if_any(self) -> Message | None:
+        """The next message, if there is one."""
+        return self.get_within(0.0)
 
     def join(self) -> None:
         """Waits until every rank has said its last."""

@@ -36,18 +36,18 @@ class Links:
         self._answers = Receiver(ranks[1:], back, 0) if self.leads and place == 0 else None
         self._held: Message | None = None
 
-    def answers(self, wait: bool) -> list[Answer]:
+    def answers(self, patience: float) -> list[Answer]:
         """On the first stage: what exits behind it have chosen since the last call.
 
         Args:
-            wait: for one at least.
+            patience: seconds to wait for one; may be infinite.
 
         Raises:
             RuntimeError: a stage has failed.
         """
         found: list[Answer] | str = []
         if self._answers is not None:
-            message = self._answers.get() if wait else self._answers.get_if_any()
+            message = self._answers.get_within(patience)
             while message is not None:
                 if isinstance(message.content, tuple):
                     found = message.content[1]

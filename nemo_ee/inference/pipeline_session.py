@@ -9,6 +9,8 @@ tokens are those of one process. What waits at a stage is run in one pass. (EE-L
 """
 
 import itertools
+import math
+import time
 import traceback
 from collections.abc import Sequence as Several
 
@@ -17,6 +19,10 @@ from nemo_ee.inference.pipeline_links import CLOSE, OPEN, TOKENS, Links
 from nemo_ee.inference.pipeline_stage import Answer, Stage, Tokens, merge
 from nemo_ee.inference.sequence import Sequence
 from nemo_ee.megatron.decoding_model import DecodingModel
+
+PATIENCE = 0.1
+"""Share of the last pass that the first stage waits with what it could feed for answers of other sequences. Where
+stages take about as long, an answer comes just when the next pass would begin, and would then wait for its end."""
 
 
 class PipelineSession:
@@ -58,6 +64,7 @@ class PipelineSession:
         self._names = itertools.count()
         self._keys: dict[Sequence, int] = {}
         self._ready: list[Sequence] = []
+        self._pass_seconds = 0.0
 
     def __enter__(self) -> "PipelineSession":
         return self
@@ -86,13 +93,15 @@ class PipelineSession:
 
     def step(self) -> list[Sequence]:
         """Feeds what is ready, waits for a token if nothing is, and returns sequences that are finished."""
+        if self._ready and len(self._ready) < len(self.running):
+            self._take(self._links.answers(PATIENCE * self._pass_seconds))
         if self._ready:
             going, self._ready = self._ready, []
             keys, count = [self._keys[s] for s in going], len(going)
             starts = [len(s.prompt) + len(s.tokens) - 1 for s in going]
             self._feed(Tokens(keys, starts, [[s.tokens[-1]] for s in going], [True] * count, [True] * count))
         else:
-            self._take(self._links.answers(wait=bool(self.running)))
+            self._take(self._links.answers(math.inf if self.running else 0.0))
         return self._retire()
 
     def remove(self, sequence: Sequence) -> None:
@@ -107,13 +116,15 @@ class PipelineSession:
             RuntimeError: a stage has failed.
         """
         self._links.end()
-        self._links.answers(wait=False)
+        self._links.answers(0.0)
 
     def _feed(self, tokens: Tokens) -> None:
+        begin = time.perf_counter()
         hidden, answers = self._stage.run(tokens, None)
+        self._pass_seconds = time.perf_counter() - begin
         self._links.forward.send((TOKENS, tokens), hidden)
         self._take(answers)
-        self._take(self._links.answers(wait=False))
+        self._take(self._links.answers(0.0))
 
     def _take(self, answers: list[Answer]) -> None:
         sequences = {key: sequence for sequence, key in self._keys.items()}

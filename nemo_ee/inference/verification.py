@@ -4,6 +4,7 @@
 from collections.abc import Sequence
 from random import Random
 
+import torch
 from torch import Tensor
 
 from nemo_ee.inference.sampling import draw
@@ -35,13 +36,21 @@ def accept_drafts(drafts: Sequence[Draft], distributions: Tensor, random: Random
     Returns:
         How many drafts are accepted, and the token behind them; None if nothing is known of that.
     """
-    for i, draft in enumerate(drafts):
-        p, q = distributions[i].double(), draft.distribution.double()
+    chances = _chances(drafts, distributions) if drafts else []
+    for i, (p, q) in enumerate(chances):
         # Strictly: a token that the full model never emits is never accepted.
-        if random.random() * float(q[draft.token]) < float(p[draft.token]):
+        if random.random() * q < p:
             continue
-        rest = (p - q).clamp_min(0)
-        return i, int(draw((rest if rest.any() else p)[None], [random.random()]))
+        full = distributions[i].double()
+        rest = (full - drafts[i].distribution.double()).clamp_min(0)
+        return i, int(draw((rest if rest.any() else full)[None], [random.random()]))
     if len(distributions) == len(drafts):
         return len(drafts), None
     return len(drafts), int(draw(distributions[-1:], [random.random()]))
+
+
+def _chances(drafts: Sequence[Draft], distributions: Tensor) -> list[list[float]]:
+    """[n][2] p and q of each draft, read from the device at once."""
+    p = [distributions[i, draft.token] for i, draft in enumerate(drafts)]
+    q = [draft.distribution[draft.token] for draft in drafts]
+    return torch.stack([*p, *q]).double().view(2, -1).t().tolist()

@@ -50,11 +50,9 @@ really took:
 
 - *stages x pass*: stages that a token passes, on average, times the sleep. Right for a sequence that never waits for
   another.
-- *timetable*: the session's rules, simulated. The first stage feeds what it has as soon as it has a token, and looks
-  for answers after each pass, so a sequence whose answer comes while others are fed waits for the end of that pass.
-  That can only be where sequences of a batch leave on different stages; the difference from *stages x pass* is what
-  it costs. Passes take their sleep alone; messages take no time, but an answer that is sent at the moment when the
-  first stage begins a pass has missed it.
+- *timetable*: the session's rules, simulated. The first stage feeds what it has, after a look whether answers are
+  due that it would else miss by a message's time; an answer that comes while others are fed waits for the end of that
+  pass. Passes take their sleep alone; messages take no time.
 - *with real passes*: the timetable with what passes of that way took, sleep and computing, and full depth's message
   after each: how much of a difference is the tiny model's and the machine's (last table).
 

@@ -4,16 +4,18 @@
 import heapq
 from collections.abc import Sequence
 
+from nemo_ee.inference.pipeline_session import PATIENCE
+
 MESSAGE = 1e-6
-"""Units of a message: next to nothing, but an answer that comes as a pass begins has missed it."""
+"""Units of a message: next to nothing."""
 
 
-def token_times(passed: Sequence[Sequence[int]]) -> list[list[float]]:
+def token_times(passed: Sequence[Sequence[float]]) -> list[list[float]]:
     """The timetable of several sequences whose prompts are fed together.
 
     It is the first stage's: what that one feeds, the others run one behind the other, and passes that begin a
     unit apart there come a unit apart everywhere, so nothing waits behind it. The first stage feeds all tokens
-    that it has as soon as it has one, and looks for answers after each of its passes.
+    that it has, and waits a little before it begins a pass for answers that are due (`PATIENCE`).
 
     Args:
         passed: [B][T] stages from the first to that whose exit chose the token.
@@ -31,8 +33,8 @@ def token_times(passed: Sequence[Sequence[int]]) -> list[list[float]]:
             heapq.heappush(answers, (now + stages + messages * MESSAGE, sequence))
         now = now + 1 if ready else answers[0][0]
         ready = []
-        while answers and answers[0][0] <= now:
-            _, sequence = heapq.heappop(answers)
+        while answers and answers[0][0] <= (now + PATIENCE if ready else now):
+            now, sequence = max(now, answers[0][0]), heapq.heappop(answers)[1]
             times[sequence].append(now)
             if len(times[sequence]) < len(passed[sequence]):
                 ready.append(sequence)

@@ -114,6 +114,7 @@ def serve(clients, seconds):
         done.set()
         server.should_exit = True
         serving.join(60)
+    assert not serving.is_alive(), "the server ends"
     return json.loads(result.stdout), memory, failures, service.metrics.text().decode()
 
 

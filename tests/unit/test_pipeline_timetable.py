@@ -26,19 +26,18 @@ def test_sequences_that_leave_alike_go_on_together():
     assert token_times([[4, 2, 1, 4]] * 3) == [alone] * 3
 
 
-def test_an_answer_waits_for_the_pass_that_began_just_before_it_came():
-    """Both start at 2. One leaves on the first stage, which goes on with it at 3 and at 4; the other's answer
-    leaves the second stage at 4, is taken at 5, and its successor's, at 7, finds the first stage free."""
+def test_an_answer_that_comes_as_a_pass_would_begin_is_waited_for():
+    """Both start at 2. One goes on at 3, and at 4 with the other, whose answer leaves the second stage then."""
     one, other = token_times([[2, 1, 1, 1], [2, 2, 2]])
     assert one == pytest.approx([2, 3, 4, 5], **CLOSE)
-    assert other == pytest.approx([2, 5, 7], **CLOSE)
+    assert other == pytest.approx([2, 4, 6], **CLOSE)
 
 
-def test_of_answers_of_several_stages_the_deeper_ones_comes_last():
-    """The other starts at 3 and 4, the one at 3 alone; both have an answer at 6, the one's a message later."""
-    one, other = token_times([[3, 3], [3, 1, 2, 1]])
-    assert other == pytest.approx([3, 4, 6, 7], **CLOSE)
-    assert one == pytest.approx([3, 7], **CLOSE)
+def test_an_answer_that_comes_while_a_pass_runs_waits_for_its_end():
+    """The one's answer of the second stage comes half a pass after a pass began that the other fills."""
+    one, other = token_times([[2, 1.5, 1], [2, 1, 1, 1]])
+    assert other == pytest.approx([2, 3, 4, 5], **CLOSE)
+    assert one == pytest.approx([2, 4, 5], **CLOSE)
 
 
 def test_the_last_token_keeps_nobody_waiting():
