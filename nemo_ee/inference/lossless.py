@@ -43,9 +43,9 @@ class LosslessRounds:
             self._policy.observe_full_depth(len(lossless))
 
     def abandon(self) -> None:
-        """Forgets a round whose sequences were all removed."""
-        self.round = None
-        self.waiting.clear()
+        """Ends a round whose sequences were all removed, if there is one: what it cost is lost."""
+        if self.round is not None:
+            self._close(sequences=1)
 
     def thresholds(self, sequence: Sequence) -> list[float]:
         """Of all exits, for the sequence's next token."""
@@ -72,8 +72,12 @@ class LosslessRounds:
     def end(self, verified: int, sequences: int) -> None:
         """Ends a round of some sequences in which so many tokens went through the deeper layers."""
         self._outcome.cost += self._policy.costs.verify(self.round.exit_index, verified)
+        self._close(sequences)
+
+    def _close(self, sequences: int) -> None:
         self._policy.observe(self.round, self._outcome, sequences)
-        self.abandon()
+        self.round = None
+        self.waiting.clear()
 
     def _threshold(self, sequence: Sequence, exit_index: int) -> float:
         return sequence.request.exits.get(self._layers[exit_index], NEVER)

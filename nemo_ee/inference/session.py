@@ -114,7 +114,7 @@ class DecodingSession:
 
     def remove(self, sequence: Sequence) -> None:
         """Ends a sequence before its time."""
-        sequence.finish_reason = "cancelled"
+        sequence.finish_reason = sequence.finish_reason or "cancelled"
         self._retire()
 
     def _thresholds(self, sequence: Sequence) -> list[float]:
@@ -123,7 +123,8 @@ class DecodingSession:
 
     def _take(self, step: Step, sequences: list[Sequence], held: list[bool]) -> None:
         """Gives a step's answers to its sequences: as final tokens, or as drafts where they are held."""
-        self._rounds.waiting.update(s for i, s in enumerate(sequences) if i not in step.answered)
+        known = set(step.answered)
+        self._rounds.waiting.update(s for i, s in enumerate(sequences) if i not in known)
         answered = [sequences[i] for i in step.answered]
         if not answered:
             return

@@ -4,9 +4,11 @@
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
+from nemo_ee.inference.display import UNFINISHED
 from nemo_ee.inference.request import GenerationRequest
 from nemo_ee.inference.sequence import Sequence
 from nemo_ee.server.delta import Delta
@@ -172,6 +174,17 @@ def test_stop_strings_end_a_sequence_that_the_session_would_continue():
         assert delta.text == decode(words[:2]) and len(delta.exit_layers) == len(delta.pieces) == 4
         until(lambda: session.running == [])
         assert session.removed == [which.choice.sequence]
+
+
+def test_a_stop_string_that_the_end_completes_is_the_reason():
+    """The last token is an unfinished character, which waits for more and shows only at the end."""
+    with engine(FakeSession(token=lambda prompt, i: 9)) as running:
+        which = job([7], limit=3, stop=[UNFINISHED])
+        which.choice = replace(
+            which.choice, text=TextStream(lambda ids: UNFINISHED * len(ids), [], [UNFINISHED])
+        )
+        running.submit(which)
+        assert running.ended(which) == ["stop"] and running.whole(which).text == ""
 
 
 def test_eos_ends_a_sequence():

@@ -176,6 +176,14 @@ def test_a_stop_string_within_characters_that_wait(byte_level):
     assert "".join(pieces) == "the 漢" and len(pieces) < len(tokens)
 
 
+def test_the_beginning_of_a_stop_string_shows_at_the_end(byte_level):
+    tokens = byte_level("the cat sat")["input_ids"]
+    text = TextStream(text_of(byte_level), [], [" cat sat on"])
+    settled = [piece for token in tokens for piece in text.feed(token)]
+    assert "".join(settled) == "the" and not text.stopped
+    assert "".join(settled + text.close()) == "the cat sat" and not text.stopped
+
+
 def test_a_stop_string_that_the_end_completes(byte_level):
     """The last tokens are an unfinished character, and the stop string is what it shows as."""
     tokens = byte_level("the 😀")["input_ids"][:-1]
