@@ -14,11 +14,11 @@ from nemo_ee.megatron.norms import TorchNorm
 from nemo_ee.megatron.vocab_parallel import reduce_over_ranks
 
 WEIGHT_KINDS = ("native", "packed", "int8")
-"""How decoding holds weights: as they are; also in a layout that is faster for a few tokens at once (CPU), with
-8-bit copies of exit heads for drafts that the full model verifies; or all as 8-bit integers with a scale per output
-feature (CPU)."""
+"""How decoding holds weights: as they are; also in layouts that are faster for one token and for a few at once
+(CPU), with 8-bit copies of exit heads for drafts that the full model verifies; or all as 8-bit integers with a scale
+per output feature (CPU)."""
 PACKED_TOKENS = 4, 64
-"""Passes of so many tokens, from the first number to the second, use packed weights."""
+"""Passes of so many tokens, from the first number to the second, use oneDNN's layout of packed weights."""
 INT8_TOKENS = 16
 """Passes of at most so many tokens use 8-bit weights."""
 
@@ -55,10 +55,11 @@ class DenseLinear:
 
 
 class PackedLinear(DenseLinear):
-    """x W^T + b with a second copy of W in oneDNN's own layout, for passes of few tokens on a CPU.
+    """x W^T + b with further copies of W, each in the layout that a CPU reads fastest for some number of tokens.
 
-    For 4 to 64 tokens plain matrix products leave more than half of a CPU's speed unused: passes that catch up
-    or verify, and batches, gain. Memory: the weights twice.
+    One token: W by columns, where it has more rows than columns; a matrix-vector product along short rows
+    leaves a third of the memory's bandwidth unused. 4 to 64 tokens (passes that catch up or verify, and batches):
+    oneDNN's own layout, up to twice as fast as plain matrix products. Memory: up to three times the weights.
 
     Args:
         weight: [O, I] in float32.
@@ -74,16 +75,21 @@ class PackedLinear(DenseLinear):
         if self.weight.device.type != "cpu" or dtype != torch.float32:
             raise NotImplementedError("weights=packed: packs float32 on CPUs only; use native weights")
         self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, PACKED_TOKENS[0])
+        rows, columns = self.weight.shape
+        self.by_columns = self.transposed.contiguous() if rows > columns else self.transposed
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, I] -> [T, O]."""
         if PACKED_TOKENS[0] <= len(x) <= PACKED_TOKENS[1]:
             return torch.ops.mkldnn._linear_pointwise(x.contiguous(), self.packed, self.bias, "none", [], "")
+        if len(x) == 1:
+            out = torch.mm(x, self.by_columns)
+            return out if self.bias is None else out.add_(self.bias)
         return super().__call__(x)
 
     def onto(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual + x W^T + b, [T, O]."""
-        if PACKED_TOKENS[0] <= len(x) <= PACKED_TOKENS[1]:
+        if len(x) == 1 or PACKED_TOKENS[0] <= len(x) <= PACKED_TOKENS[1]:
             return residual + self(x)
         return super().onto(residual, x)
 

@@ -102,7 +102,7 @@ class GenerationMixin:
         not. Weights that change in between (training, loading) need another call.
 
         Args:
-            weights: `native`; `packed`, a second copy that makes passes of a few tokens faster (CPU); or `int8`,
+            weights: `native`; `packed`, further copies in layouts that are faster (CPU); or `int8`,
                 8-bit integers with a scale per output feature, faster where decoding waits for weights to be
                 read, at a small loss of quality (CPU).
             cuda_graphs: on a GPU, launch what is repeated as CUDA graphs (see

@@ -10,7 +10,18 @@ from decoding_memory import peak_bytes
 from decoding_passes import Pass, PassTimer, Step, neighbours
 from decoding_quality import Judge, Quality
 from decoding_roofline import Bandwidth, cache_bytes, weight_bytes
-from decoding_ways import ASSISTED, EXITS, FULL, INT8, LOSSLESS, NEMO, Clock, Tokens, Way
+from decoding_ways import (
+    ASSISTED,
+    EXITS,
+    FULL,
+    INT8,
+    LOSSLESS,
+    NEMO,
+    PACKED_LOSSLESS,
+    Clock,
+    Tokens,
+    Way,
+)
 
 from nemo_ee.data.index_file import open_indexed_file
 from nemo_ee.errors import GenerationError
@@ -93,7 +104,7 @@ def chosen_ways(ways: Sequence[Way], batch: int, prompt: int) -> list[Way]:
     def runs(way: Way) -> bool:
         if way.kind in SINGLE:
             return batch == 1
-        one = large or (way.kind == LOSSLESS and batch > 1)
+        one = large or (way.kind in (LOSSLESS, PACKED_LOSSLESS) and batch > 1)
         return way.threshold in (None, middle) or not one
 
     return [way for way in ways if runs(way)]
@@ -152,7 +163,7 @@ def run_cell(model: Any, ways: list[Way], prompts: Tokens, batch: int, count: in
         "ways": [m.as_dict() for m in measured],
         "left_out": left_out,
         "pass_times": [[*each, seconds] for each, seconds in sorted(timer.medians().items())],
-        "bandwidth": bandwidth.best,
+        "bandwidth": bandwidth.medians(),
         "weight_bytes": weight_bytes(gpt),
         "cache_bytes": cache_bytes(gpt, length + count // 2),
     }

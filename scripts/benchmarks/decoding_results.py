@@ -51,15 +51,15 @@ def ratio(row: dict, way: dict, other: dict | None) -> Spread | None:
     return spread([one[repeat] / base[repeat] for repeat in one if repeat in base])
 
 
-def roofline(row: dict, weight_size: float = 1.0) -> float:
+def roofline(row: dict, kind: str | None = None) -> float:
     """Tokens per second at full depth if each step only read all weights once, and every sequence's cache.
 
     Args:
         row: of the results.
-        weight_size: bytes of a weight over those that it has.
+        kind: of bandwidth; None for the highest.
     """
-    read = row["weight_bytes"] * weight_size + row["batch"] * row["cache_bytes"]
-    return row["batch"] * max(row["bandwidth"].values()) / read
+    bandwidth = row["bandwidth"][kind] if kind else max(row["bandwidth"].values())
+    return row["batch"] * bandwidth / (row["weight_bytes"] + row["batch"] * row["cache_bytes"])
 
 
 def pass_times(row: dict) -> PassTimes:

@@ -1,6 +1,7 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """How fast decoding could be if it did nothing but read: bytes per token, and this machine's bandwidth."""
 
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -11,14 +12,14 @@ COLUMNS, READINGS = 4096, 3
 
 
 class Bandwidth:
-    """Reads memory in three ways, with torch's threads, and remembers the fastest readings.
+    """Reads memory in three ways, with torch's threads.
 
     Args:
         size: bytes of the float32 buffer; that of the weights, so that caches help as much as they do there.
         device: where it is.
 
     Attributes:
-        best: bytes per second of a matrix-vector product, a sum, and a copy (which reads and writes).
+        readings: bytes per second of a matrix-vector product, a sum, and a copy (which reads and writes).
     """
 
     def __init__(self, size: int, device: torch.device):
@@ -30,13 +31,16 @@ class Bandwidth:
             "sum": (read, buffer.sum),
             "copy": (2 * read, lambda: other.copy_(buffer)),
         }
-        self.best = dict.fromkeys(self._kinds, 0.0)
+        self.readings: dict[str, list[float]] = {kind: [] for kind in self._kinds}
 
     def read(self) -> None:
-        """Takes readings of each kind."""
-        for _ in range(READINGS):
-            for kind, (moved, run) in self._kinds.items():
-                self.best[kind] = max(self.best[kind], moved / timed(run)[1])
+        """Adds a reading of each kind, the best of a few."""
+        for kind, (moved, run) in self._kinds.items():
+            self.readings[kind].append(max(moved / timed(run)[1] for _ in range(READINGS)))
+
+    def medians(self) -> dict[str, float]:
+        """Of all readings of a kind."""
+        return {kind: statistics.median(values) for kind, values in self.readings.items()}
 
 
 def weight_bytes(gpt: Any) -> int:

@@ -225,16 +225,16 @@ def all_ways(model: Any, other: Any, thresholds: Sequence[float], assistant_earl
     plain = with_exits - size(model.gpt.exits)
     ways = [
         Way(FULL, None, Ours(model, False), plain),
-        Way(PACKED, None, OurWeights(model, "packed"), 2 * plain),
+        Way(PACKED, None, OurWeights(model, "packed"), plain),
         Way(INT8, None, OurWeights(model, "int8"), plain),
     ]
     for kind, more in ((EXITS, {}), (LOSSLESS, {"lossless": True})):
         options = ({"threshold": threshold, "exits": exits, **more} for threshold in thresholds)
         ways += [Way(kind, each["threshold"], Ours(model, each), with_exits) for each in options]
         if kind == LOSSLESS:
-            middle = sorted(thresholds)[len(thresholds) // 2]
-            packed = {"threshold": middle, "exits": exits, **more}
-            ways.append(Way(PACKED_LOSSLESS, middle, OurWeights(model, "packed", packed), 2 * with_exits))
+            for threshold in sorted(thresholds)[:2]:
+                packed = {"threshold": threshold, "exits": exits, **more}
+                ways.append(Way(PACKED_LOSSLESS, threshold, OurWeights(model, "packed", packed), with_exits))
     return [
         *ways,
         Way(NEMO, None, NeMo(model), plain),

@@ -1,21 +1,12 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """The endpoints over a real connection and a fake session: answers, streams, errors, closed connections."""
 
-import asyncio
 import json
 import socket
-from contextlib import asynccontextmanager
 
 import httpx
 import pytest
 
-from nemo_ee.inference.sequence import SequenceStatistics
-from nemo_ee.server.answer import Answer
-from nemo_ee.server.delta import Delta
-from nemo_ee.server.errors import ApiError
-from nemo_ee.server.event_stream import EventStream
-from nemo_ee.server.plan import Plan
-from nemo_ee.server.reply import Reply
 from tests.support.fake_session import FakeSession, confidence_of, layer_of, token_of
 from tests.support.server import fake_service, listening, tiny_tokenizer, until
 
@@ -368,31 +359,6 @@ def test_shutting_down_cuts_after_the_grace_period(client, request):
     assert error_of(client.post(), 503)["code"] == "draining"
     with connection:
         assert connection.recv(10_000).startswith(b"HTTP/1.1 503")
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_reader_that_takes_no_end_is_given_up(monkeypatch, fails):
-    """Its request would otherwise go on for as long as the client likes."""
-    monkeypatch.setattr("nemo_ee.server.event_stream.SENDING_SECONDS", 0.05)
-
-    @asynccontextmanager
-    async def generation():
-        reply = Reply(1)
-        reply.put(0, Delta(["w"], [8], [0.5], None if fails else "length", SequenceStatistics()))
-        asyncio.get_running_loop().call_soon(reply.fail, ApiError(504, "late")) if fails else None
-        yield reply
-
-    sent = []
-
-    async def send(message):
-        if len(sent) == 2:
-            await asyncio.Event().wait()
-        sent.append(message["type"])
-
-    plan = Plan([[7]], [""], [None])
-    stream = EventStream(generation(), Answer("tiny", 8, plan), include_usage=False)
-    asyncio.run(asyncio.wait_for(stream({}, None, send), 10))
-    assert sent == ["http.response.start", "http.response.body"]
 
 
 def test_the_end_of_the_server_cuts_after_the_grace_period():

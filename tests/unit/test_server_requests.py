@@ -1,27 +1,18 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """What a server makes of a request's body, and what it refuses, with the field and the reason."""
 
-import dataclasses
 import json
 import re
-import socket
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from nemo.collections.common.tokenizers.chat_template_mixin import tokenize_with_chat_template
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
-from omegaconf import OmegaConf
 from tokenizers.pre_tokenizers import Whitespace
 
-from nemo_ee.errors import ConfigError
-from nemo_ee.inference.request import ExitOptions
 from nemo_ee.server.errors import ApiError
 from nemo_ee.server.plan import make_plan
 from nemo_ee.server.protocol import ChatRequest, CompletionRequest, parse
-from nemo_ee.server.serve import check_address, create_service
 from nemo_ee.server.served_model import SharedTokenizer
-from nemo_ee.server.settings import ServerConfig, is_loopback
 from tests.support import tiny_gpt
 from tests.support.server import served_model, server_config, tiny_tokenizer
 
@@ -343,69 +334,8 @@ def test_bos_stands_before_texts_only():
     assert plan(completion(prompt=[7, 8]), add_BOS=True).prompts == [[7, 8]]
 
 
-@pytest.mark.parametrize("bos", [None, -1])
-def test_a_tokenizer_without_bos_is_refused(bos):
-    model = SimpleNamespace(tokenizer=SimpleNamespace(bos_id=bos))
-    with pytest.raises(ConfigError, match="add_BOS=True: the tokenizer has no BOS token"):
-        create_service(server_config(add_BOS=True), model)
-
-
-@pytest.mark.parametrize(
-    "settings, fault",
-    [
-        (dict(slots=0), "slots=0: must be positive"),
-        (dict(port=70000), "port=70000"),
-        (dict(request_timeout_s=0), "request_timeout_s=0.0"),
-        (dict(shutdown_grace_s=-1), "shutdown_grace_s=-1.0"),
-        (dict(queue_size=3, max_choices=4), "queue_size=3: a request may have max_choices=4"),
-        (dict(tensor_model_parallel_size=2), "megatron_gpt_ee_generate.py"),
-        (dict(weights="int4"), "weights=int4: not one of native"),
-        (dict(allowed_hosts=[]), "allowed_hosts=[]: answers nobody"),
-        (dict(slotz=3), "did you mean slots"),
-        (dict(gpt_model_file="???"), "gpt_model_file=None: is required"),
-    ],
-    ids=str,
-)
-def test_settings_that_break_a_rule(settings, fault):
-    with pytest.raises(ConfigError) as caught:
-        server_config(**settings)
-    assert fault in str(caught.value)
-
-
-def test_names_that_are_answered():
-    def config(**settings):
-        return ServerConfig.from_dict({"gpt_model_file": "dir/tiny.nemo", **settings})
-
-    assert "localhost" in config().answered_hosts and "*" not in config().answered_hosts
-    assert config(host="0.0.0.0").answered_hosts == ("*",)
-    assert config(allowed_hosts=["ee.example"]).answered_hosts == ("ee.example",)
-    assert is_loopback("::1") and is_loopback("127.3.2.1") and not is_loopback("example.org")
-    assert config().served_name == "tiny" and config(adapter_file="a/exits.nemo").served_name == "exits"
-
-
 def test_decoding_is_the_tokenizers_own():
     tokenizer = tiny_tokenizer()
     shared = SharedTokenizer(tokenizer)
     for ids in ([], [tokenizer.eos_id], [7, tokenizer.eos_id, 8, tokenizer.bos_id], [2, 150]):
         assert shared.decode(ids) == tokenizer.ids_to_text(ids)
-
-
-def test_the_yaml_has_every_setting_with_its_default():
-    path = Path(__file__).parents[2] / "conf" / "megatron_gpt_ee_server.yaml"
-    values = OmegaConf.to_container(OmegaConf.load(path))
-    for section in ("defaults", "hydra", "trainer"):
-        del values[section]
-    assert set(values) == {field.name for field in dataclasses.fields(ServerConfig)} - {"precision"}
-    assert set(values["early_exit"]) == {field.name for field in dataclasses.fields(ExitOptions)}
-    assert ServerConfig.from_dict({**values, "gpt_model_file": "x"}) == ServerConfig("x")
-
-
-def test_an_address_that_cannot_be_listened_at():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"host:port=127.0.0.1:{port}: the server cannot listen there"):
-            check_address("127.0.0.1", port)
-    check_address("127.0.0.1", port)
-    check_address("127.0.0.1", 0)
-    with pytest.raises(ConfigError, match="host:port=192.0.2.1:0"):
-        check_address("192.0.2.1", 0)

@@ -1,0 +1,41 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""The end of a stream that nobody takes."""
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import pytest
+
+from nemo_ee.inference.sequence import SequenceStatistics
+from nemo_ee.server.answer import Answer
+from nemo_ee.server.delta import Delta
+from nemo_ee.server.errors import ApiError
+from nemo_ee.server.event_stream import EventStream
+from nemo_ee.server.plan import Plan
+from nemo_ee.server.reply import Reply
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_reader_that_takes_no_end_is_given_up(monkeypatch, fails):
+    """Its request would otherwise go on for as long as the client likes."""
+    monkeypatch.setattr("nemo_ee.server.event_stream.SENDING_SECONDS", 0.05)
+
+    @asynccontextmanager
+    async def generation():
+        reply = Reply(1)
+        reply.put(0, Delta(["w"], [8], [0.5], None if fails else "length", SequenceStatistics()))
+        if fails:
+            asyncio.get_running_loop().call_soon(reply.fail, ApiError(504, "late"))
+        yield reply
+
+    sent = []
+
+    async def send(message):
+        if len(sent) == 2:
+            await asyncio.Event().wait()
+        sent.append(message["type"])
+
+    plan = Plan([[7]], [""], [None])
+    stream = EventStream(generation(), Answer("tiny", 8, plan), include_usage=False)
+    asyncio.run(asyncio.wait_for(stream({}, None, send), 10))
+    assert sent == ["http.response.start", "http.response.body"]
