@@ -2,53 +2,34 @@
 """Generated text for a terminal or a file, with the exit of every token."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from nemo_ee.inference.detokenizer import Detokenizer
 from nemo_ee.inference.text import text_decoder
 
 RESET, DIM = "\x1b[0m", "\x1b[2m"
 SHADES = (46, 82, 118, 154, 190, 226, 220, 214, 208, 202)
 """xterm colours from green (the first exit) to orange (the last); the final exit keeps the terminal's own."""
-UNFINISHED = "\ufffd"
-"""What a tokenizer decodes a part of a multi-byte character to."""
-LONGEST_CHARACTER = 4
-"""Tokens of one character at most, UTF-8's bytes."""
 
 
 def token_pieces(tokens: Sequence[int], tokenizer: Any, before: Sequence[int] = ()) -> list[str]:
     """What each token adds to the text; the parts of one character count for its last token.
 
-    A token is decoded with what was written last, as a decoder may drop a leading space.
+    A special token, which adds nothing, shows as its name.
 
     Args:
         tokens: generated token ids.
         tokenizer: NeMo's.
         before: tokens that the text begins with, so that a leading space shows.
     """
-    decode, pieces = text_decoder(tokenizer), []
-    written, held = _last_characters(before, decode), []
-    for end, token in enumerate(tokens, start=1):
-        held.append(token)
-        piece = decode(written + held)[len(decode(written)) :]
-        if piece.endswith(UNFINISHED) and end < len(tokens) and len(held) < LONGEST_CHARACTER:
-            pieces.append("")
-        elif not piece:
-            pieces.append(tokenizer.ids_to_tokens([token])[0])  # a special token, which decodes to nothing
-            held.pop()
-        else:
-            pieces.append(piece)
-            written, held = held, []
-    return pieces
-
-
-def _last_characters(tokens: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[int]:
-    """The fewest last tokens that are whole characters; none if there are no such."""
-    for count in range(1, len(tokens) + 1):
-        text = decode(tokens[-count:])
-        if text and UNFINISHED not in text:
-            return list(tokens[-count:])
-    return []
+    decode = text_decoder(tokenizer)
+    detokenizer = Detokenizer(decode, before)
+    pieces = [piece for token in tokens for piece in detokenizer.feed(token)] + detokenizer.close()
+    return [
+        piece if piece or decode([token]) else tokenizer.ids_to_tokens([token])[0]
+        for token, piece in zip(tokens, pieces, strict=True)
+    ]
 
 
 def marked(pieces: Sequence[str], exit_layers: Sequence[int], final_layer: int, colour: bool) -> str:

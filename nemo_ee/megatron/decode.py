@@ -15,6 +15,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from nemo_ee.megatron.gpt import EarlyExitGPTModel
 from nemo_ee.megatron.lean_layer import LayerMathematics
 
+PADDING = 500
+"""Query-key pairs of padding, per sequence, that take about as long as a call of attention (SmolLM2 on two cores)."""
+
 
 class PositionTable:
     """Positions 0..max_length-1 and their rotary factors, looked up by every pack of one decoder.
@@ -68,6 +71,9 @@ class PackedTokens:
 
     Attributes:
         sequences: N.
+        spread: on a CPU attention reads the keys of all rows to the pack's last in place, and queries are padded to
+            these rows: cheaper than a call per sequence while texts are short.
+        by_row: on a CPU attention is called per sequence.
         positions: [T].
         last: [N] index within T of each sequence's last token, or a slice where that is a view.
     """
@@ -85,6 +91,11 @@ class PackedTokens:
         self._row_masks: dict[tuple[int, int, int, torch.dtype], Tensor | None] = {}
         self._rotations: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
         device = table.positions.device
+        ragged = device.type == "cpu" and not self.single and (self.width > 1 or not self.first_rows)
+        self.spread = ragged and not self.from_scratch and self._padding() <= PADDING * self.sequences
+        # Else one sequence at a time: copying keys would cost more than the calls.
+        self.by_row = ragged and not self.spread
+        self.height = rows[-1] + 1 if self.spread else self.sequences
         self.last: Tensor | slice
         if self.single:
             span: Tensor | slice = slice(starts[0], self.length)
@@ -95,18 +106,22 @@ class PackedTokens:
             self.row_index = layout[0]
             if self.width == 1:
                 self.token_rows, self.positions = self.row_index, layout[1]
-                self.last = slice(0, len(rows))
+                self.slots, self.last = self.row_index, slice(0, len(rows))
             else:
                 ends = layout[2].cumsum(0)
                 row = torch.repeat_interleave(layout[2], output_size=sum(counts))
                 offset = table.positions.new_tensor(range(sum(counts))) - (ends - layout[2])[row]
                 self.token_rows, self.positions = layout[0][row], layout[1][row] + offset
-                self.slots = row * self.width + offset
+                self.slots = (self.token_rows if self.spread else row) * self.width + offset
                 self.last = ends - 1
             span = self.positions
-        # One sequence at a time where padding or copying keys would cost more than the calls.
-        self.by_row = device.type == "cpu" and not self.single and (self.width > 1 or not self.first_rows)
         self._table, self._span = table, span
+
+    def _padding(self) -> int:
+        """Pairs of a query and a key beyond its own that attention in one call, on keys in place, has."""
+        ends = [start + count for start, count in zip(self.starts, self.counts, strict=True)]
+        own = sum(count * end for count, end in zip(self.counts, ends, strict=True))
+        return (self.rows[-1] + 1) * self.width * self.length - own
 
     def rotate(self, qkv: Tensor, interleaved: bool) -> Tensor:
         """Rotary position embedding of queries and keys, [T, G, R + 2, D]; values stay. Nothing without RoPE."""
@@ -145,17 +160,24 @@ class PackedTokens:
         return self._row_masks[key]
 
     def pad(self, packed: Tensor) -> Tensor:
-        """[T, ...] -> [N, Q, ...], zeros where a sequence has fewer tokens."""
-        if self.single or self.width == 1:
-            return packed.view(self.sequences, self.width, *packed.shape[1:])
-        padded = packed.new_zeros(self.sequences * self.width, *packed.shape[1:])
+        """[T, ...] -> [N, Q, ...], zeros where a sequence has fewer tokens.
+
+        Where the pack is `spread`, N counts all rows of the caches to the pack's last.
+        """
+        if self._is_padded:
+            return packed.view(self.height, self.width, *packed.shape[1:])
+        padded = packed.new_zeros(self.height * self.width, *packed.shape[1:])
         padded[self.slots] = packed
-        return padded.view(self.sequences, self.width, *packed.shape[1:])
+        return padded.view(self.height, self.width, *packed.shape[1:])
 
     def unpad(self, padded: Tensor) -> Tensor:
         """[N, Q, ...] -> [T, ...], the inverse of `pad`."""
         flat = padded.reshape(-1, *padded.shape[2:])
-        return flat if self.single or self.width == 1 else flat[self.slots]
+        return flat if self._is_padded else flat[self.slots]
+
+    @property
+    def _is_padded(self) -> bool:
+        return self.single or (self.width == 1 and not self.spread)
 
 
 class CachedLayer:
@@ -271,8 +293,8 @@ class CachedLayer:
 
     def _read(self, cache: Tensor, packed: PackedTokens) -> Tensor:
         """[N, G, L, D]: a view, but for a part of the rows."""
-        if packed.first_rows:
-            return cache[: packed.sequences, :, : packed.length]
+        if packed.first_rows or packed.spread:
+            return cache[: packed.height, :, : packed.length]
         return cache[:, :, : packed.length][packed.row_index]
 
 

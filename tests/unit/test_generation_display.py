@@ -24,7 +24,13 @@ def test_pieces_join_to_the_text_and_characters_stay_whole(tokenizer):
     pieces = token_pieces(tokens, tokenizer, before)
     assert len(pieces) == len(tokens) and "".join(pieces) == text
     assert "é" in pieces and "漢" in pieces and pieces.count("") == 1 + 2  # bytes before a character's last
-    assert token_pieces([*tokens, tokenizer.eos_id], tokenizer, before)[-1] == EOS
+
+
+def test_special_tokens_show_as_their_names(tokenizer):
+    cat, sat = tokenizer.text_to_ids(" cat"), tokenizer.text_to_ids(" sat é")
+    pieces = token_pieces([*cat, tokenizer.eos_id, *sat, tokenizer.eos_id], tokenizer)
+    assert pieces.count(EOS) == 2 and pieces[-1] == EOS
+    assert "".join(pieces) == f" cat{EOS} sat é{EOS}" and pieces[-3:-1] == ["", "é"]
 
 
 def test_marks_and_colours_name_every_exit():

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from nemo_ee.inference.display import UNFINISHED
+from nemo_ee.inference.detokenizer import UNFINISHED
 from nemo_ee.inference.request import GenerationRequest
 from nemo_ee.inference.sequence import Sequence
 from nemo_ee.server.delta import Delta

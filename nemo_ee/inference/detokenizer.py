@@ -3,8 +3,8 @@
 
 from collections.abc import Callable, Sequence
 
-from nemo_ee.inference.display import UNFINISHED
-
+UNFINISHED = "\ufffd"
+"""What a tokenizer decodes a part of a multi-byte character to."""
 LONGEST_HELD = 3
 """Tokens that may wait for the rest of their character: of UTF-8's at most four bytes the last completes it."""
 LONGEST_CONTEXT = 32
