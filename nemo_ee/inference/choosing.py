@@ -112,8 +112,10 @@ def draw_tokens(found: Choices, sequences: Several[Sequence]) -> list[int]:
     tokens = list(found.greedy)
     sampled = [i for i, s in enumerate(sequences) if not s.request.sampling.use_greedy]
     if sampled:
+        distributions = found.distributions
+        assert distributions is not None, "some sequences sample"
         uniforms = [sequences[i].random("draw").random() for i in sampled]
-        drawn = draw(found.distributions[torch.tensor(sampled, device=found.distributions.device)], uniforms)
+        drawn = draw(distributions[torch.tensor(sampled, device=distributions.device)], uniforms)
         for i, token in zip(sampled, drawn.tolist(), strict=True):
             tokens[i] = token
     return tokens

@@ -60,8 +60,9 @@ class EarlyExitDecoder:
         confidence: str = "max_probability",
     ):
         assert kv_policy in KV_POLICIES, kv_policy
+        assert model.output is not None, "the whole model, on one pipeline stage"
         self.model, self.policy, self.rows = model, kv_policy, rows
-        self.final_layer = model.final_layer
+        self.final_layer, self.output = model.final_layer, model.output
         capture = capture_for(model)
         room = max_length if capture is None else static_positions(max_length)
         self.table = model.table(room)
@@ -151,7 +152,7 @@ class EarlyExitDecoder:
                 self.exits[k].enter_block(x, packed)
             self.filled[k] += counts
         self.layers_run += [count * self.final_layer for count in counts]
-        prediction = self.model.output.predict(x if all_positions else x[packed.last])
+        prediction = self.output.predict(x if all_positions else x[packed.last])
         return Step.of_final(prediction, self.final_layer)
 
     def step(
@@ -210,7 +211,7 @@ class EarlyExitDecoder:
                 x = point.pending(packed)
             here = staying
         x = self._run_segment(len(self.exits), x, packed)
-        prediction = self.graphs.predict("final exit", self.model.output, x[packed.last])
+        prediction = self.graphs.predict("final exit", self.output, x[packed.last])
         answer.add(self.final_layer, here, prediction, prediction.confidence.tolist())
         return answer
 
@@ -229,19 +230,19 @@ class EarlyExitDecoder:
                 if k + 1 < len(self.exits):
                     self.exits[k + 1].enter_block(x, packed)
         assert packed.rows == list(rows), "every sequence must have pending tokens"
-        return self.model.output.predict(x), packed.counts
+        return self.output.predict(x), packed.counts
 
     def _feed(self, tokens: Tensor, rows: list[int]) -> tuple[PackedTokens, Tensor]:
         """The pack that enters the first layer and its states [T, H]: one token of each sequence, or all that
         are to be recomputed."""
-        recomputes = self.history is not None
-        starts = [(self.filled[-1] if recomputes else self.lengths)[row] for row in rows]
+        history = self.history
+        starts = [(self.lengths if history is None else self.filled[-1])[row] for row in rows]
         counts = [self.lengths[row] + 1 - start for row, start in zip(rows, starts, strict=True)]
         packed = PackedTokens(self.table, rows, starts, counts)
-        if recomputes:
+        if history is not None:
             lengths = torch.tensor([self.lengths[row] for row in rows], device=tokens.device)
-            self.history[torch.tensor(rows, device=tokens.device), lengths] = tokens
-            tokens = self._history_of(packed)
+            history[torch.tensor(rows, device=tokens.device), lengths] = tokens
+            tokens = history[packed.rows[0] if packed.single else packed.token_rows, packed.positions]
         return packed, self.model.embed(tokens, packed.positions)
 
     def _pending_pack(self, k: int, rows: list[int]) -> PackedTokens:
@@ -280,12 +281,6 @@ class EarlyExitDecoder:
         if self.history is not None:
             for row, part in zip(packed.rows, tokens.split(packed.counts), strict=True):
                 self.history[row, : len(part)] = part
-
-    def _history_of(self, packed: PackedTokens) -> Tensor:
-        """Token ids [T] of a pack."""
-        if packed.single:
-            return self.history[packed.rows[0], packed.positions]
-        return self.history[packed.token_rows, packed.positions]
 
 
 def _through(layers: list[CachedLayer], point: ExitPoint | None, x: Tensor, packed: PackedTokens) -> Tensor:

@@ -8,7 +8,7 @@ from nemo_ee.inference.pass_costs import PassCosts
 
 LONGEST = 8
 """Tokens drafted at most."""
-LOSS = 0.03
+LOSS = 0.02
 """Share of full depth's cost that drafting may lose, all in all, whatever happens."""
 CREDIT = 16
 """Tokens whose share may be lost before they are decoded; without it a text would begin at full depth."""
@@ -112,11 +112,16 @@ class DraftingPolicy:
         allowance = LOSS * (self._worth + CREDIT * self.costs.full_depth(sequences)) - self._lost
         best, rate = None, sequences / self.costs.full_depth(sequences)
         for k in exits:
+            before = 0.0
             for n in range(1, LONGEST + 1):
                 if self._worst(k, n, sequences) > allowance:
                     break
-                if (expected := self._rate(k, n, sequences)) > rate:
+                expected = self._rate(k, n, sequences)
+                if expected > rate:
                     best, rate = Round(k, n), expected
+                if expected < before:  # longer rounds are worse still
+                    break
+                before = expected
         return best
 
     def observe(self, round_: Round, outcome: Outcome, sequences: int) -> None:

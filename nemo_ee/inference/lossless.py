@@ -45,7 +45,7 @@ class LosslessRounds:
     def abandon(self) -> None:
         """Ends a round whose sequences were all removed, if there is one: what it cost is lost."""
         if self.round is not None:
-            self._close(sequences=1)
+            self._close(self.round, sequences=1)
 
     def thresholds(self, sequence: Sequence) -> list[float]:
         """Of all exits, for the sequence's next token."""
@@ -57,6 +57,7 @@ class LosslessRounds:
 
     def note_pass(self, thresholds: Several[Several[float]], drafts: int) -> None:
         """Counts a pass to the round's exit, of sequences with these thresholds, and the drafts that it gave."""
+        assert self.round is not None, "a round goes on"
         costs, k = self._policy.costs, self.round.exit_index
         asked = sum(row[k] < NEVER for row in thresholds)
         self._outcome.cost += costs.shallow(k, len(thresholds)) + (costs.asked(k, asked) if asked else 0.0)
@@ -71,11 +72,12 @@ class LosslessRounds:
 
     def end(self, verified: int, sequences: int) -> None:
         """Ends a round of some sequences in which so many tokens went through the deeper layers."""
+        assert self.round is not None, "a round goes on"
         self._outcome.cost += self._policy.costs.verify(self.round.exit_index, verified)
-        self._close(sequences)
+        self._close(self.round, sequences)
 
-    def _close(self, sequences: int) -> None:
-        self._policy.observe(self.round, self._outcome, sequences)
+    def _close(self, round_: Round, sequences: int) -> None:
+        self._policy.observe(round_, self._outcome, sequences)
         self.round = None
         self.waiting.clear()
 

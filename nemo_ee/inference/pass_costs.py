@@ -4,6 +4,7 @@
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 from nemo_ee.megatron.decoding_model import DecodingModel
 
@@ -60,13 +61,14 @@ class PassCosts:
     def grown(self, tokens: float) -> float:
         """Cost of a pass of tokens over that of one."""
         points = self.growth
-        at = min(max(bisect_right([n for n, _ in points], tokens), 1), len(points) - 1)
+        at = min(max(bisect_right(points, (tokens, inf)), 1), len(points) - 1)
         (low, below), (high, above) = points[at - 1], points[at]
         return max(below + (above - below) * (tokens - low) / (high - low), 1.0)
 
 
 def pass_costs(model: DecodingModel, exit_layers: Sequence[int]) -> PassCosts:
     """Costs as the bytes of weights that passes read."""
+    assert model.output is not None, "the whole model, on one pipeline stage"
     sizes = {n: model.layer_bytes(n) for n in model.layers}
     return PassCosts(
         to_exit=tuple(float(sum(size for n, size in sizes.items() if n <= last)) for last in exit_layers),

@@ -66,7 +66,9 @@ class Links:
 
     def next_messages(self) -> list[Message] | None:
         """Behind the first stage: the next message, or several of tokens to be run in one pass; None at the end."""
-        first = self._inbox.get() if self._held is None else self._held
+        inbox = self._inbox
+        assert inbox is not None, "nothing is sent to the first stage but answers"
+        first = inbox.get() if self._held is None else self._held
         self._held = None
         if first.content is None:
             return None
@@ -76,7 +78,7 @@ class Links:
         wanted = 1
         if self.leads:
             while wanted < MERGED and self._held is None:
-                message = self._inbox.get_if_any()
+                message = inbox.get_if_any()
                 if message is None:
                     break
                 if message.content is None or message.content[0] != TOKENS:
@@ -86,7 +88,7 @@ class Links:
                     wanted += 1
         wanted = self._told(wanted)
         while len(messages) < wanted:
-            messages.append(self._inbox.get())
+            messages.append(inbox.get())
         return messages
 
     def end(self) -> None:
@@ -108,9 +110,11 @@ class Links:
 
     def skip_to_end(self) -> None:
         """Behind the first stage: drops what comes until the session ends."""
-        message = self._inbox.get() if self._held is None else self._held
+        inbox = self._inbox
+        assert inbox is not None, "nothing is sent to the first stage but answers"
+        message = inbox.get() if self._held is None else self._held
         while message.content is not None:
-            message = self._inbox.get()
+            message = inbox.get()
 
     def _told(self, value):
         """The first tensor-parallel rank's value. Collectives: a broadcast where TP > 1."""

@@ -14,7 +14,9 @@ import time
 import traceback
 from collections.abc import Sequence as Several
 
-from nemo_ee.inference.pipeline_channel import PipelineGroups, StageGone
+from torch import Tensor
+
+from nemo_ee.inference.pipeline_channel import Message, PipelineGroups, StageGone
 from nemo_ee.inference.pipeline_links import CLOSE, OPEN, TOKENS, Links
 from nemo_ee.inference.pipeline_stage import Answer, Stage, Tokens, merge
 from nemo_ee.inference.sequence import Sequence
@@ -55,6 +57,8 @@ class PipelineSession:
         self.slots, self.max_length = slots, max_length
         self.running: list[Sequence] = []
         self._links = Links(groups)
+        assert self._links.forward is not None, "a pipeline has several stages"
+        self._forward = self._links.forward
         try:
             self._stage = Stage(model, list(exit_layers), slots, max_length, confidence)
         except Exception:
@@ -84,7 +88,7 @@ class PipelineSession:
         for sequence in sequences:
             key = self._keys[sequence] = next(self._names)
             self._stage.open(key, sequence)
-            self._links.forward.send((OPEN, key, sequence.twin()))
+            self._forward.send((OPEN, key, sequence.twin()))
             self.running.append(sequence)
         keys, count = [self._keys[s] for s in sequences], len(sequences)
         prompts = [list(s.prompt) for s in sequences]
@@ -122,7 +126,7 @@ class PipelineSession:
         begin = time.perf_counter()
         hidden, answers = self._stage.run(tokens, None)
         self._pass_seconds = time.perf_counter() - begin
-        self._links.forward.send((TOKENS, tokens), hidden)
+        self._forward.send((TOKENS, tokens), hidden)
         self._take(answers)
         self._take(self._links.answers(0.0))
 
@@ -141,7 +145,7 @@ class PipelineSession:
             sequence.statistics.layers_run = fed * self._final_layer
             key = self._keys.pop(sequence)
             self._stage.close(key)
-            self._links.forward.send((CLOSE, key))
+            self._forward.send((CLOSE, key))
         self.running = [s for s in self.running if s.finish_reason is None]
         self._ready = [s for s in self._ready if s.finish_reason is None]
         return finished
@@ -175,7 +179,7 @@ def serve(
             elif kind == CLOSE:
                 stage.close(*content)
             else:
-                tokens, hidden = merge([(message.content[1], message.hidden) for message in messages])
+                tokens, hidden = merge([_tokens_of(message) for message in messages])
                 hidden, answers = stage.run(tokens, hidden)
                 links.answer(answers)
                 if links.forward is not None:
@@ -191,3 +195,9 @@ def serve(
         links.end()
         raise
     links.end()
+
+
+def _tokens_of(message: Message) -> tuple[Tokens, Tensor]:
+    """New tokens and the hidden states [T, H] that come with them."""
+    assert message.hidden is not None, "tokens come with their hidden states"
+    return message.content[1], message.hidden

@@ -153,6 +153,7 @@ class Stage:
             return []
         index = torch.tensor(asked, device=x.device)
         if n is None:
+            assert self.model.output is not None, "the last stage asks the final exit"
             prediction = self.model.output.predict(x[index])
             sure = prediction.confidence.tolist()
             leaving = list(range(len(asked)))

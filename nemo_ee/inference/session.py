@@ -100,12 +100,13 @@ class DecodingSession:
         rounds, going = self._rounds, [self.running[row] for row in rows]
         held = [rounds.round is not None and _drafts(s) for s in going]
         thresholds = [rounds.thresholds(s) if _drafts(s) else self._thresholds(s) for s in going]
+        waits_at = None if rounds.round is None else rounds.round.exit_index
         step = self._decoder.step(
             torch.tensor([s.last_token for s in going], device=self._model.device),
             thresholds,
             rows,
             max_pending=[None if h else s.request.max_pending for s, h in zip(going, held, strict=True)],
-            hold=[rounds.round.exit_index if h else None for h in held],
+            hold=[waits_at if h else None for h in held],
         )
         if any(held):
             drafts = sum(held[i] for i in step.answered)
@@ -135,7 +136,10 @@ class DecodingSession:
             if not held[i]:
                 self._commit(sequence, token, layer, confidence, found, n)
                 continue
-            drawn_from = None if sequence.request.sampling.use_greedy else found.distributions[n]
+            drawn_from = None
+            if not sequence.request.sampling.use_greedy:
+                assert found.distributions is not None, "this sequence samples"
+                drawn_from = found.distributions[n]
             sequence.drafts.append(Draft(token, layer, confidence, drawn_from))
             if sequence.ends_with_drafts():
                 self._rounds.waiting.add(sequence)
@@ -156,6 +160,7 @@ class DecodingSession:
                 good = agreeing_prefix(drafts, greedy)
                 following = greedy[good] if good < count else None
             else:
+                assert found.distributions is not None, "this sequence samples"
                 span = found.distributions[first : first + count]
                 good, following = accept_drafts(drafts, span, sequence.random("verify"))
             self._decoder.roll_back(row, self._decoder.lengths[row] - count + good + 1)
@@ -179,6 +184,7 @@ class DecodingSession:
     ) -> bool:
         """Adds a final token, chosen from the n-th prediction; returns whether the sequence goes on."""
         if sequence.request.sampling.all_probs:
+            assert found.log_probs is not None, "this sequence wants them"
             sequence.logprobs.append(found.log_probs[n, token])
             sequence.full_logprobs.append(found.log_probs[n])
         return sequence.commit(token, layer, confidence)

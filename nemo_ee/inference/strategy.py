@@ -66,10 +66,10 @@ class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
             "max_pending": max_pending,
             "confidence": confidence,
         }
-        exits, others = parse_exits(options, model.early_exit, faults)
+        thresholds, others = parse_exits(options, model.early_exit, faults)
         if faults:
             raise ConfigError(*faults)
-        self.exits = {n: threshold for n, threshold in exits.items() if threshold < 1.0}
+        self.exits = {n: value for n, value in thresholds.items() if value < 1.0}
         self.max_pending = others.max_pending
         self.confidence = others.confidence or model.early_exit.inference.confidence
         super().__init__(model)

@@ -42,7 +42,7 @@ def accept_drafts(drafts: Sequence[Draft], distributions: Tensor, random: Random
         if random.random() * q < p:
             continue
         full = distributions[i].double()
-        rest = (full - drafts[i].distribution.double()).clamp_min(0)
+        rest = (full - _drawn_from(drafts[i]).double()).clamp_min(0)
         return i, int(draw((rest if rest.any() else full)[None], [random.random()]))
     if len(distributions) == len(drafts):
         return len(drafts), None
@@ -52,5 +52,11 @@ def accept_drafts(drafts: Sequence[Draft], distributions: Tensor, random: Random
 def _chances(drafts: Sequence[Draft], distributions: Tensor) -> list[list[float]]:
     """[n][2] p and q of each draft, read from the device at once."""
     p = [distributions[i, draft.token] for i, draft in enumerate(drafts)]
-    q = [draft.distribution[draft.token] for draft in drafts]
+    q = [_drawn_from(draft)[draft.token] for draft in drafts]
     return torch.stack([*p, *q]).double().view(2, -1).t().tolist()
+
+
+def _drawn_from(draft: Draft) -> Tensor:
+    """[V]; of a sequence that samples."""
+    assert draft.distribution is not None, "only greedy drafts have none"
+    return draft.distribution
