@@ -2,6 +2,7 @@
 """Debian's Chromium, driven by its own driver over the W3C WebDriver protocol (plain HTTP and JSON)."""
 
 import base64
+import os
 import shutil
 import subprocess
 import tempfile
@@ -21,10 +22,18 @@ ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 
 
 def missing() -> str | None:
-    """Why there is no browser; None if there is one."""
+    """Why there is no browser; tries to install Debian's where this process may."""
     if shutil.which(BROWSER) and shutil.which(DRIVER):
         return None
-    return f"{BROWSER} and {DRIVER} are not installed: apt-get install chromium chromium-driver"
+    if not shutil.which("apt-get") or os.geteuid() != 0:
+        return f"{BROWSER} and {DRIVER} are not installed: apt-get install chromium chromium-driver"
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium", "chromium-driver"]
+    for command in (["apt-get", "update", "-qq"], install):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            return f"{' '.join(command)} failed: {done.stderr[-300:]}"
+    return None
 
 
 class Browser:
