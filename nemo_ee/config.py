@@ -359,13 +359,13 @@ def _check_training(config: EarlyExitConfig, key: str) -> list[Fault]:
     training, key = config.training, f"{key}.training"
     dropout, filling = training.layer_dropout, training.bubble_filling
     faults = _check_weights(training.loss_weights, config.layers, key) + _check_tokens(training, key)
-    for name, value, choices in (
+    for name, chosen, choices in (
         ("schedule", training.schedule, LOSS_SCHEDULES),
         ("curriculum", training.curriculum, CURRICULA),
         ("layer_dropout.schedule", dropout.schedule, DROPOUT_SCHEDULES),
     ):
-        if value not in choices:
-            faults.append(one_of(f"{key}.{name}", value, choices))
+        if chosen not in choices:
+            faults.append(one_of(f"{key}.{name}", chosen, choices))
     for name, value, needed, remedy in (
         ("schedule_steps", training.schedule_steps, training.schedule in ("linear", "cosine"), "schedule"),
         ("curriculum_steps", training.curriculum_steps, training.curriculum == "gradual", "curriculum"),
