@@ -4,8 +4,6 @@
 import heapq
 from collections.abc import Sequence
 
-from nemo_ee.inference.pipeline_session import PATIENCE
-
 MESSAGE = 1e-6
 """Units of a message: next to nothing."""
 
@@ -23,6 +21,8 @@ def token_times(passed: Sequence[Sequence[float]]) -> list[list[float]]:
     Returns:
         [B][T] units from the prompts' start until the first stage has the token.
     """
+    from nemo_ee.inference.pipeline_session import PATIENCE  # imports megatron-core: only behind `cpu.enable`
+
     times: list[list[float]] = [[] for _ in passed]
     answers: list[tuple[float, int]] = []
     ready, now = list(range(len(passed))), 0.0
