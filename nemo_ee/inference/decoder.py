@@ -188,21 +188,20 @@ class EarlyExitDecoder:
                 for j, i in enumerate(here)
                 if thresholds[i][k] < 1.0 and _has_room(self.pending(k, where[i]), limits[i])
             ]
-            leaving: set[int] = set()
+            leaving: list[int] = []
             if asked:
                 last = _rows_of(packed.last, asked if len(asked) < len(here) else None, x.device)
                 indices = [here[j] for j in asked]
                 drafts = hold is not None and all(hold[i] == k for i in indices)
                 prediction, sure = point.predict(x[last], inside[last], indices, trail, drafts)
                 out = [n for n, i in enumerate(indices) if sure[n] > thresholds[i][k]]
-                leaving = {indices[n] for n in out}
+                leaving = [indices[n] for n in out]
                 if leaving:
-                    answer.add(
-                        point.layer, [indices[n] for n in out], prediction.select(out), [sure[n] for n in out]
-                    )
+                    answer.add(point.layer, leaving, prediction.select(out), [sure[n] for n in out])
                     if self.policy == "state_copy":
-                        self._copy_states(k, sorted(where[i] for i in leaving))
-            staying = [i for i in here if i not in leaving and not (hold and hold[i] == k)]
+                        self._copy_states(k, [where[i] for i in leaving])
+            gone = set(leaving)
+            staying = [i for i in here if i not in gone and not (hold and hold[i] == k)]
             if not staying:
                 return answer
             going = [where[i] for i in staying]

@@ -13,10 +13,10 @@ from nemo.utils import logging
 from nemo_ee.errors import GenerationError
 from nemo_ee.inference.decoder import EarlyExitDecoder
 from nemo_ee.inference.output import to_output, to_prompt_logprobs
-from nemo_ee.inference.pipeline_channel import StageGone
-from nemo_ee.inference.pipeline_session import PipelineGroups, PipelineSession, serve
+from nemo_ee.inference.pipeline_channel import PipelineGroups, StageGone
+from nemo_ee.inference.pipeline_session import PipelineSession, serve
 from nemo_ee.inference.prompts import tokenize_prompts
-from nemo_ee.inference.request import GenerationRequest, parse_request
+from nemo_ee.inference.request import NEVER, GenerationRequest, parse_request
 from nemo_ee.inference.sequence import Sequence
 from nemo_ee.inference.session import DecodingSession
 from nemo_ee.inference.stopping import StopRule
@@ -142,7 +142,7 @@ def continue_over_stages(groups: PipelineGroups, model: DecodingModel, sequences
 
 def _extent(sequences: list[Sequence]) -> tuple[list[int], int]:
     """The exits that can be taken, and the positions that are needed."""
-    exits = [n for n, threshold in sorted(sequences[0].request.exits.items()) if threshold < 1.0]
+    exits = [n for n, threshold in sorted(sequences[0].request.exits.items()) if threshold < NEVER]
     return exits, max(len(s.prompt) + s.limit - 1 for s in sequences)
 
 

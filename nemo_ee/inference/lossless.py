@@ -4,10 +4,8 @@
 from collections.abc import Sequence as Several
 
 from nemo_ee.inference.drafting import DraftingPolicy, Outcome, Round
+from nemo_ee.inference.request import NEVER
 from nemo_ee.inference.sequence import Sequence
-
-NEVER = 1.0
-"""A threshold: the exit is not asked."""
 
 
 class LosslessRounds:
@@ -82,4 +80,4 @@ class LosslessRounds:
         self.waiting.clear()
 
     def _threshold(self, sequence: Sequence, exit_index: int) -> float:
-        return sequence.request.exits.get(self._layers[exit_index], NEVER)
+        return sequence.request.threshold(self._layers[exit_index])

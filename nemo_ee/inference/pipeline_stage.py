@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nemo_ee.inference.choosing import Chooser, draw_tokens
+from nemo_ee.inference.request import NEVER
 from nemo_ee.inference.sequence import Sequence
 from nemo_ee.inference.step import Step
 from nemo_ee.megatron.confidence_rules import CONFIDENCE_RULES, ExitEvidence
@@ -147,7 +148,7 @@ class Stage:
             j
             for j, i in enumerate(order)
             if tokens.undecided[i]
-            and (n is None or tokens.may_exit[i] and self._threshold(tokens, i, n) < 1.0)
+            and (n is None or tokens.may_exit[i] and self._threshold(tokens, i, n) < NEVER)
         ]
         if not asked:
             return []
@@ -176,7 +177,7 @@ class Stage:
         ]
 
     def _threshold(self, tokens: Tokens, i: int, n: int) -> float:
-        return self.sequences[tokens.keys[i]].request.exits.get(n, 1.0)
+        return self.sequences[tokens.keys[i]].request.threshold(n)
 
 
 def merge(several: list[tuple[Tokens, Tensor]]) -> tuple[Tokens, Tensor]:

@@ -10,6 +10,7 @@ from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTo
 from torch import Tensor
 
 from nemo_ee.errors import GenerationError
+from nemo_ee.inference.text import known_id
 
 
 def tokenize_prompts(inputs: Any, tokenizer: Any, add_bos: bool, position_limit: int) -> list[list[int]]:
@@ -94,8 +95,8 @@ def _text_tokens(tokenizer: Any, text: str, add_bos: bool, i: int) -> list[int]:
         ) from error
     if not add_bos:
         return tokenizer.text_to_ids(text)
-    bos = getattr(tokenizer, "bos_id", None)
-    if bos is None or bos < 0:  # SentencePiece says -1
+    bos = known_id(getattr(tokenizer, "bos_id", None))
+    if bos is None:
         raise GenerationError("sampling_params.add_BOS=True: the tokenizer has no BOS token; set it to false")
     return [bos, *tokenizer.text_to_ids(text)]
 

@@ -11,6 +11,8 @@ from nemo_ee.inference.decoder import KV_POLICIES
 from nemo_ee.megatron.confidence_rules import CONFIDENCE_RULES
 from nemo_ee.schema import build_config, one_of
 
+NEVER = 1.0
+"""A threshold: the exit is not asked."""
 LOWEST_TEMPERATURE = 1e-6
 """Below it logits divided by the temperature leave float32's range."""
 
@@ -104,6 +106,10 @@ class GenerationRequest:
     lossless: bool = False
     confidence: str = "max_probability"
     kv_policy: str = "catch_up"
+
+    def threshold(self, layer: int) -> float:
+        """Of the exit on a layer; `NEVER` for exits that are not used."""
+        return self.exits.get(layer, NEVER)
 
 
 NOT_OURS = {"compute_attention_mask", "early_exit"}

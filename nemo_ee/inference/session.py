@@ -8,8 +8,9 @@ import torch
 from nemo_ee.inference.choosing import Choices, Chooser, Place, draw_tokens
 from nemo_ee.inference.decoder import EarlyExitDecoder
 from nemo_ee.inference.drafting import DraftingPolicy
-from nemo_ee.inference.lossless import NEVER, LosslessRounds
+from nemo_ee.inference.lossless import LosslessRounds
 from nemo_ee.inference.pass_costs import pass_costs
+from nemo_ee.inference.request import NEVER
 from nemo_ee.inference.sequence import Draft, Sequence
 from nemo_ee.inference.step import Step
 from nemo_ee.inference.verification import accept_drafts, agreeing_prefix
@@ -120,7 +121,7 @@ class DecodingSession:
 
     def _thresholds(self, sequence: Sequence) -> list[float]:
         """Of all exits, for a token that the first sure one answers."""
-        return [sequence.request.exits.get(n, NEVER) for n in self._layers]
+        return [sequence.request.threshold(n) for n in self._layers]
 
     def _take(self, step: Step, sequences: list[Sequence], held: list[bool]) -> None:
         """Gives a step's answers to its sequences: as final tokens, or as drafts where they are held."""

@@ -4,7 +4,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from nemo_ee.inference.text import text_decoder
+from nemo_ee.inference.text import known_id, text_decoder
 
 END_OF_SEQUENCE = "<|endoftext|>"
 """The end string that stands for EOS, whatever the tokenizer calls it (NeMo's convention)."""
@@ -29,8 +29,7 @@ class StopRule:
     """
 
     def __init__(self, tokenizer: Any, end_strings: Sequence[str]):
-        eos = tokenizer.eos_id
-        self.eos = None if eos is None or eos < 0 else eos  # SentencePiece says -1
+        self.eos = known_id(tokenizer.eos_id)
         self.token_ids, self.texts = {self.eos} - {None}, []
         self._decode = text_decoder(tokenizer)
         for text in end_strings:

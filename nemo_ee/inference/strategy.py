@@ -21,7 +21,7 @@ from nemo_ee.inference.generate import (
     position_limit,
 )
 from nemo_ee.inference.prompts import tokenize_prompts
-from nemo_ee.inference.request import parse_exits
+from nemo_ee.inference.request import NEVER, parse_exits
 from nemo_ee.inference.step import Step
 from nemo_ee.inference.stopping import StopRule
 
@@ -69,7 +69,7 @@ class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
         thresholds, others = parse_exits(options, model.early_exit, faults)
         if faults:
             raise ConfigError(*faults)
-        self.exits = {n: value for n, value in thresholds.items() if value < 1.0}
+        self.exits = {n: value for n, value in thresholds.items() if value < NEVER}
         self.max_pending = others.max_pending
         self.confidence = others.confidence or model.early_exit.inference.confidence
         super().__init__(model)

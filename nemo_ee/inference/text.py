@@ -7,6 +7,11 @@ from typing import Any
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 
 
+def known_id(token: int | None) -> int | None:
+    """A tokenizer's BOS or EOS id; None where it has none, which SentencePiece writes -1."""
+    return None if token is None or token < 0 else token
+
+
 def text_decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:
     """`ids_to_text` of NeMo's tokenizers; special tokens have no text.
 

@@ -16,7 +16,7 @@ from nemo.utils import logging
 
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.inference.generate import check_model_can_generate, generate, generating
-from nemo_ee.inference.pipeline_session import PipelineGroups
+from nemo_ee.inference.pipeline_channel import PipelineGroups
 from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
 from nemo_ee.megatron.decoding_model import DecodingModel
 from nemo_ee.megatron.lean_weights import WEIGHT_KINDS

@@ -20,6 +20,7 @@ from nemo_ee.inference.request import GenerationRequest, parse_request
 from nemo_ee.inference.run import restore
 from nemo_ee.inference.session import DecodingSession
 from nemo_ee.inference.settings import GenerateConfig
+from nemo_ee.inference.text import known_id
 from nemo_ee.models.checks import read_early_exit
 from nemo_ee.server.app import create_app
 from nemo_ee.server.engine import Engine
@@ -110,8 +111,7 @@ def create_service(config: ServerConfig, model: Any) -> Service:
         ConfigError: `add_BOS` without such a token.
         GenerationError: a model that cannot be served.
     """
-    bos = getattr(model.tokenizer, "bos_id", None)
-    if config.add_BOS and (bos is None or bos < 0):  # SentencePiece says -1
+    if config.add_BOS and known_id(getattr(model.tokenizer, "bos_id", None)) is None:
         raise ConfigError(Fault("add_BOS", True, "the tokenizer has no BOS token", "set it to false"))
     usual = usual_request(config, model.early_exit)
     model.prepare_decoding(config.weights)

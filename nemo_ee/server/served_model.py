@@ -13,7 +13,7 @@ from nemo_ee.errors import GenerationError
 from nemo_ee.inference.prompts import chat_tokens
 from nemo_ee.inference.request import GenerationRequest
 from nemo_ee.inference.stopping import special_token_id
-from nemo_ee.inference.text import text_decoder
+from nemo_ee.inference.text import known_id, text_decoder
 from nemo_ee.server.errors import ApiError
 
 
@@ -79,9 +79,8 @@ class SharedTokenizer:
 
     @property
     def eos(self) -> int | None:
-        """EOS token id; None where there is none, which SentencePiece writes -1."""
-        eos = self._encoder.eos_id
-        return None if eos is None or eos < 0 else eos
+        """EOS token id; None where there is none."""
+        return known_id(self._encoder.eos_id)
 
 
 @dataclass(frozen=True)

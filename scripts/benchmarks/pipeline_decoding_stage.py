@@ -75,7 +75,7 @@ def measure(job: Job) -> dict[tuple[int, str], list[Call]]:
     """
     from megatron.core import parallel_state
 
-    from nemo_ee.inference.pipeline_session import PipelineGroups
+    from nemo_ee.inference.pipeline_channel import PipelineGroups
     from nemo_ee.megatron.decoding_model import DecodingModel
 
     torch.set_num_threads(1)

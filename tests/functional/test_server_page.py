@@ -114,11 +114,16 @@ def test_stop_cancels(page):
     assert len(session.removed) == 1 and session.steps < 150
 
 
+def error_after(browser, prompt):
+    """What the page says of a prompt that cannot be answered."""
+    browser.type("#prompt", prompt)
+    browser.click("#generate")
+    return browser.wait("return document.querySelector('#error').textContent")
+
+
 def test_errors_are_shown(page):
     browser, session, _ = page
-    browser.type("#prompt", "w1 " * 50)
-    browser.click("#generate")
-    error = browser.wait("return document.querySelector('#error').textContent")
+    error = error_after(browser, "w1 " * 50)
     assert error == "prompt: 50 tokens exceed the server's 40; shorten it"
     session.fail = RuntimeError("broken")
     browser.type("#prompt", PROMPT)
@@ -130,9 +135,7 @@ def test_errors_are_shown(page):
 def test_an_answer_that_breaks_off_is_told(page):
     browser, _, _ = page
     browser.run("window.fetch = async () => new Response('data: {\"choices\": []}\\n\\n')")
-    browser.type("#prompt", PROMPT)
-    browser.click("#generate")
-    error = browser.wait("return document.querySelector('#error').textContent")
+    error = error_after(browser, PROMPT)
     assert error == "The connection was closed before the answer was complete."
 
 
@@ -140,9 +143,7 @@ def test_markup_is_shown_as_text(page):
     """In what a server says of itself, in errors that quote a request, in tokens."""
     browser, _, _ = page
     browser.run("state.model = '<b>x</b>'")
-    browser.type("#prompt", PROMPT)
-    browser.click("#generate")
-    error = browser.wait("return document.querySelector('#error').textContent")
+    error = error_after(browser, PROMPT)
     assert error == "model=<b>x</b>: this server has tiny"
     token = "<img src=x onerror=alert(1)>"
     browser.run("showTokens(arguments[0])", {"tokens": [token], "exit_layers": [8], "confidences": [0.5]})
