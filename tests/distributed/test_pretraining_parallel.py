@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.support.pretraining import Case, largest_gap, pretrain, pretrain_one
-from tests.support.tiny_gpt import HEADS
+from tests.support.tiny_gpt import GPT3, HEADS
 from tests.support.tuning import Layout, write_text
 
 GRADIENT_TOLERANCE, WEIGHT_TOLERANCE = 1e-6, 1e-3
@@ -48,9 +48,6 @@ def full(method: str, layers: int) -> dict:
 
 SELECTIVE = dict(activations_checkpoint_granularity="selective")
 UNTIED = dict(share_embeddings_and_output_weights=False)
-BIASED = dict(
-    normalization="layernorm1p", bias=True, activation="gelu", position_embedding_type="learned_absolute"
-)
 BEFORE = dict(pre_exit=True)
 
 
@@ -80,7 +77,7 @@ CASES = {
         section(
             "block, MLP, linear, untied", [3, 8], schedule="cosine", initial_factor=0.2, schedule_steps=3
         ),
-        BIASED,
+        GPT3,
     ),
     "loss scale": Case(section("block, MLP, linear, untied", [2, 5]), loss_scale=64.0),
     "rotating": Case(section("MLP, untied", [2, 5, 7], curriculum="rotational"), SELECTIVE),

@@ -7,7 +7,7 @@ scales whole gradients, which AdamW all but cancels. What remains is 1e-7 times 
 
 import pytest
 
-from tests.support.tiny_gpt import HEADS
+from tests.support.tiny_gpt import GPT3, HEADS
 from tests.support.tuning import Case, Layout, largest_difference, tune, write_text
 
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 3e-6, 1e-7
@@ -71,9 +71,6 @@ def initialised() -> dict[str, Case]:
 def variants() -> dict[str, Case]:
     """Other backbones: untied embeddings, LayerNorm with biases and a plain MLP, learned positions."""
     untied = dict(share_embeddings_and_output_weights=False)
-    biased = dict(
-        normalization="layernorm1p", bias=True, activation="gelu", position_embedding_type="learned_absolute"
-    )
     everything = HEADS["block, MLP, linear, untied"]
     shortlist = dict(mlp=True, linear=True, projection="shortlist", shortlist_size=90)
     ridge = dict(init="ridge", ridge=dict(tokens=512, penalty=0.01))
@@ -82,8 +79,8 @@ def variants() -> dict[str, Case]:
         "tied heads on untied embeddings": Case(
             dict(layers=[2, 5], init="random", head=HEADS["norm, tied"]), untied
         ),
-        "biases": Case(dict(layers=[2, 5, 8], init="random", head=everything), biased),
-        "biases, ridge": Case(dict(layers=[2, 5], head=shortlist, **ridge), biased, initialise=True),
+        "biases": Case(dict(layers=[2, 5, 8], init="random", head=everything), GPT3),
+        "biases, ridge": Case(dict(layers=[2, 5], head=shortlist, **ridge), GPT3, initialise=True),
         "dropout": Case(
             dict(layers=[2, 5], init="random", head=everything),
             dict(hidden_dropout=0.1, attention_dropout=0.1),

@@ -29,6 +29,10 @@ EXIT_LOGIT_SCALE = 4.5
 BRANCH_SCALE = 3.0
 """Of attention's and MLPs' output weights, so that a layer can change the next token."""
 
+GPT3 = dict(
+    normalization="layernorm1p", bias=True, activation="gelu", position_embedding_type="learned_absolute"
+)
+"""A backbone with LayerNorm, biases, a plain MLP and learned positions."""
 HEADS: dict[str, dict[str, Any]] = {
     "norm, tied": dict(mlp=False, linear=False, projection="tied"),
     "MLP, untied": dict(mlp=True, linear=False, projection="untied"),

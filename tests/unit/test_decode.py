@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from tests.support.tiny_gpt import HEADS, tiny_model, tiny_model_config
+from tests.support.tiny_gpt import GPT3, HEADS, tiny_model, tiny_model_config
 from tests.support.uncached import generate_uncached
 
 PROMPTS = [[7, 8, 9, 20, 33], [41], [100, 7, 55, 56, 57, 58, 59, 60, 12, 13, 90, 3]]
@@ -214,12 +214,7 @@ def generate_with_copied_states(gpt, prompt, steps, layer, threshold):
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(
-            position_embedding_type="learned_absolute",
-            normalization="layernorm1p",
-            bias=True,
-            activation="gelu",
-        ),
+        GPT3,
         dict(rotary_percentage=0.5, num_query_groups=8),
         dict(rotary_interleaved=True, num_query_groups=1, share_embeddings_and_output_weights=True),
         dict(position_embedding_type="none", seq_len_interpolation_factor=None),

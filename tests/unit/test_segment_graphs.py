@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.support.tape import Tape, TapeCapture
-from tests.support.tiny_gpt import HEADS, tiny_model, tiny_model_config
+from tests.support.tiny_gpt import GPT3, HEADS, tiny_model, tiny_model_config
 
 PROMPTS = [[7, 8, 9, 20, 33], [41], [100, 7, 55, 56, 57, 58, 59, 60, 12, 13, 90, 3], [5, 6], [199, 3, 3]]
 EXITS = {2: 0.7, 4: 0.5, 6: 0.6}
@@ -114,12 +114,7 @@ def test_a_batch_decodes_alike_with_captured_passes(gpt, capturing):
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(
-            position_embedding_type="learned_absolute",
-            normalization="layernorm1p",
-            bias=True,
-            activation="gelu",
-        ),
+        GPT3,
         dict(rotary_percentage=0.5, num_query_groups=8),
         dict(rotary_interleaved=True, num_query_groups=1, qk_layernorm=True),
     ],
