@@ -44,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batches", type=numbers(int), default=[1, 4, 16])
     parser.add_argument("--prompts", type=numbers(int), default=[32, 512], help="tokens")
     parser.add_argument("--thresholds", type=numbers(float), default=[0.5, 0.7, 0.9])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--new-tokens", type=int, default=32, help="per prompt, at least 2")
     parser.add_argument("--assistant-early-exit", type=int, default=20, help="Hugging Face's drafting layer")
     parser.add_argument(

@@ -1,6 +1,7 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """One cell of decoding.py: all ways on the same prompts, of one batch size and prompt length."""
 
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,7 +10,7 @@ from typing import Any
 from decoding_memory import peak_bytes
 from decoding_passes import Pass, PassTimer, Step, neighbours
 from decoding_quality import Judge, Quality
-from decoding_roofline import Bandwidth, cache_bytes, weight_bytes
+from decoding_roofline import Bandwidth, Products, cache_bytes, weight_bytes
 from decoding_ways import (
     ASSISTED,
     EXITS,
@@ -33,7 +34,7 @@ LARGE = 1024
 """Prompt tokens of a batch above which a cell has one threshold only."""
 SINGLE = (NEMO, ASSISTED, INT8)
 """Ways that run at batch 1 only: two are slow, and transformers' assistant takes no more."""
-FEW, SECONDS, PATIENCE = 3, 15.0, 30.0
+FEW, SECONDS, PATIENCE = 3, 20.0, 30.0
 """A way is timed in a few repetitions, and in more while its calls take less than so many seconds together;
 one whose first call takes longer than its patience is left out."""
 JUDGED_TOKENS = 2048
@@ -138,6 +139,7 @@ def run_cell(model: Any, ways: list[Way], prompts: Tokens, batch: int, count: in
     timer = PassTimer(model, batch, length + count // 2)
     if batch == 1:
         timer.add(Step(1, tokens, 1) for tokens in (1, 2, 4, 8, 16))
+    products = Products(model) if batch == 1 else None
 
     def texts(repeat: int) -> Tokens:
         return [prompts[(repeat * batch + row) % len(prompts)] for row in range(batch)]
@@ -145,15 +147,15 @@ def run_cell(model: Any, ways: list[Way], prompts: Tokens, batch: int, count: in
     measured, left_out = _warm_up(ways, texts(0), count)
     for repeat in range(repeats):
         bandwidth.read()
+        if products is not None:
+            products.read()
         now = [m for m in measured if repeat < max(FEW, SECONDS / m.first_call)]
         if all(m.way.kind == FULL for m in now):
             break
         if all(m.way.kind != FULL for m in now):  # others are compared with it
             now = [m for m in measured if m in now or m.way.kind == FULL]
-        shift = repeat % len(now)
-        generated = {
-            m.way.name: _timed_call(m, texts(repeat), count, repeat) for m in now[shift:] + now[:shift]
-        }
+        shuffled = random.Random(repeat).sample(now, len(now))  # noqa: S311
+        generated = {m.way.name: _timed_call(m, texts(repeat), count, repeat) for m in shuffled}
         timer.add(neighbours({Pass(*each[:3]) for m in now for each in m.calls[-1].passes}, batch))
         timer.round()
         if batch * repeat * length < JUDGED_TOKENS:
@@ -164,6 +166,7 @@ def run_cell(model: Any, ways: list[Way], prompts: Tokens, batch: int, count: in
         "left_out": left_out,
         "pass_times": [[*each, seconds] for each, seconds in sorted(timer.medians().items())],
         "bandwidth": bandwidth.medians(),
+        "products": {} if products is None else products.medians(),
         "weight_bytes": weight_bytes(gpt),
         "cache_bytes": cache_bytes(gpt, length + count // 2),
     }
@@ -190,6 +193,8 @@ def _warm_up(ways: list[Way], prompts: Tokens, count: int) -> tuple[list[Measure
 
 
 def _timed_call(m: Measured, prompts: Tokens, count: int, repeat: int) -> Tokens:
+    # So that no way pays for what the one before it left in the caches.
+    m.way.generate([prompt[:8] for prompt in prompts], 2, Clock())
     clock = Clock()
     texts = m.way.generate(prompts, count, clock)
     seconds = clock.seconds()

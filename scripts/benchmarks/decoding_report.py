@@ -62,9 +62,9 @@ the end of cells. {rows[-1]["date"]}; {sum(row["seconds"] for row in rows) / 60:
 {precision}, greedy, {first["settings"]["new_tokens"]} new tokens per prompt (EOS is kept from coming), exits
 at layers {exits} of {first["layers"]}.
 
-All ways run in one process on the same weights and take turns, starting with another one in each repetition;
-each repetition has other prompts. Medians (quartiles); ratios are taken within repetitions. *Tokens/s* counts
-from the first token on, *whole call* from the call's beginning; *first token* is when a way's stopping
+All ways run in one process on the same weights and take turns in an order that is drawn anew for each repetition,
+each after a short call that is not counted; each repetition has other prompts. Medians (quartiles); ratios
+are taken within repetitions. *Tokens/s* counts from the first token on, *whole call* from the call's beginning; *first token* is when a way's stopping
 condition is first asked (with Hugging Face's assistant that is after a round of drafts; its *tokens/s* counts
 from plain Hugging Face's first token). The *roofline* is a step that only reads all weights, and the cache, at the
 bandwidth measured beside the cell. *Agreement* is that with full depth on full depth's own text: of exits at
@@ -114,6 +114,8 @@ Bandwidth in GB/s with as many threads as decoding has, in every repetition the 
 this is the median. The highest counts; a *copy* is how bandwidth is usually stated.
 
 {_roofline(rows)}
+
+{_products(rows)}
 """
 
 
@@ -267,6 +269,21 @@ def _roofline(rows: Sequence[dict]) -> str:
     ]
     header = ["cell", *kinds, "weights, MiB", "cache of a sequence, MiB", "roofline, tokens/s"]
     return _table(header, lines)
+
+
+def _products(rows: Sequence[dict]) -> str:
+    lines = []
+    for row in rows:
+        for kind, name in (("native", FULL), ("packed", PACKED)):
+            if (seconds := row["products"].get(kind)) is not None:
+                token = 1 / spread(list(decoding_rates(row, way_of(row, name)).values())).median
+                share = 1 / seconds / roofline(row)
+                lines.append(
+                    [row["name"], name, *(f"{1000 * s:.1f}" for s in (seconds, token)), f"{share:.2f}"]
+                )
+    header = ["cell", "way", "products, ms", "token, ms", "products of the roofline"]
+    note = "The matrix-vector products of a token alone: what torch's kernels leave of the roofline."
+    return f"{note}\n\n{_table(header, lines)}"
 
 
 def _spread(s: Spread | None, digits: int) -> str:

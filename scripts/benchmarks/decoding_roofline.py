@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from decoding_passes import timed
 
+from nemo_ee.inference.generate import generating
+from nemo_ee.megatron.decoding_model import DecodingModel
+from nemo_ee.megatron.lean_layer import LeanLayer
+
 COLUMNS, READINGS = 4096, 3
 
 
@@ -37,6 +41,49 @@ class Bandwidth:
         """Adds a reading of each kind, the best of a few."""
         for kind, (moved, run) in self._kinds.items():
             self.readings[kind].append(max(moved / timed(run)[1] for _ in range(READINGS)))
+
+    def medians(self) -> dict[str, float]:
+        """Of all readings of a kind."""
+        return {kind: statistics.median(values) for kind, values in self.readings.items()}
+
+
+class Products:
+    """The matrix-vector products of a token at full depth and nothing else: what is left of the roofline once
+    torch's kernels have had their share.
+
+    Args:
+        model: a `MegatronGPTEarlyExitModel`.
+
+    Attributes:
+        readings: kind of weights -> seconds per token; kinds that the device has.
+    """
+
+    def __init__(self, model: Any):
+        self.readings: dict[str, list[float]] = {}
+        self._linears: dict[str, list[tuple[Any, torch.Tensor]]] = {}
+        self._model = model
+        for kind in ("native", "packed"):
+            with generating(model):
+                try:
+                    decoding = DecodingModel(model.gpt, kind)
+                except NotImplementedError:
+                    continue
+                linears = [decoding.output.projection]
+                for layer in decoding.layers.values():
+                    if not isinstance(layer, LeanLayer):
+                        return
+                    linears += [layer.qkv, layer.out, layer.mlp.up, layer.mlp.down]
+                self._linears[kind] = [
+                    (each, each.weight.new_ones(1, each.weight.shape[1])) for each in linears
+                ]
+                self.readings[kind] = []
+
+    def read(self) -> None:
+        """Adds a reading of each kind, the best of a few."""
+        with generating(self._model):
+            for kind, linears in self._linears.items():
+                runs = [timed(lambda: [linear(x) for linear, x in linears])[1] for _ in range(READINGS)]  # noqa: B023
+                self.readings[kind].append(min(runs))
 
     def medians(self) -> dict[str, float]:
         """Of all readings of a kind."""
