@@ -64,13 +64,14 @@ at layers {exits} of {first["layers"]}.
 
 All ways run in one process on the same weights and take turns in an order that is drawn anew for each repetition,
 each after a short call that is not counted; each repetition has other prompts. Medians (quartiles); ratios
-are taken within repetitions. *Tokens/s* counts from the first token on, *whole call* from the call's beginning; *first token* is when a way's stopping
-condition is first asked (with Hugging Face's assistant that is after a round of drafts; its *tokens/s* counts
-from plain Hugging Face's first token). The *roofline* is a step that only reads all weights, and the cache, at the
-bandwidth measured beside the cell. *Agreement* is that with full depth on full depth's own text: of exits at
-every token that they could say, of other ways up to the first token of a text that is not full depth's.
-*Perplexity* is the full model's, of what was generated. *Memory* is the weights that a way uses and the most
-memory beyond that in its first call (on a CPU resident memory, on a GPU what torch's allocator gave out).
+are taken within repetitions. *Tokens/s* counts from the first token on, *whole call* from the call's beginning;
+*first token* is when a way's stopping condition is first asked (with Hugging Face's assistant that is after a
+round of drafts; its *tokens/s* counts from plain Hugging Face's first token). The *roofline* is a step that only
+reads all weights, and the cache, at the bandwidth measured beside the cell. *Agreement* is that with full depth
+on full depth's own text: of exits at every token that they could say, of other ways up to the first token of a
+text that is not full depth's. *Perplexity* is the full model's, of what was generated. *Memory* is the weights
+that a way uses and the most memory beyond that in its first call (on a CPU resident memory, on a GPU what
+torch's allocator gave out).
 
 ## Targets
 
