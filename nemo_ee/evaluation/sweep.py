@@ -114,7 +114,9 @@ class Sweep:
         ids = torch.full((len(prompts), int(lengths.max())), self.model.tokenizer.eos_id)
         for row, prompt in zip(ids, prompts, strict=True):
             row[: len(prompt)] = torch.tensor(prompt)
-        early_exit = False if threshold is None else {"threshold": threshold, "exits": list(self.exits)}
+        early_exit: dict | bool = False
+        if threshold is not None:  # by the rule that `score_text` has, whatever the checkpoint's is
+            early_exit = {"threshold": threshold, "exits": list(self.exits), "confidence": "max_probability"}
         output = self.model.generate(
             (ids, lengths),
             {"max_length": self.settings.tokens_to_generate, "min_length": 0},

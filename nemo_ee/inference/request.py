@@ -69,9 +69,10 @@ class ExitOptions:
         threshold: leave at a confidence strictly above it; one number, or one per exit in use. 1.0 never
             exits.
         exits: exit layers in use, ascending.
-        max_pending: tokens in a row that may leave at an exit before one must go through all layers.
+        max_pending: tokens of a sequence that may wait at an exit; the next one goes through all layers.
         lossless: exits only draft; the full model verifies every token, and the text is the full model's.
-        confidence: the rule by which exits are sure: a name in `CONFIDENCE_RULES`.
+        confidence: the rule by which exits are sure: a name in `CONFIDENCE_RULES`. Thresholds belong to a rule:
+            with another one than the model's, `threshold` must be given.
         kv_policy: see `nemo_ee.inference.decoder.KV_POLICIES`.
     """
 
@@ -210,6 +211,11 @@ def parse_exits(
         return dict(zip(layers, options.threshold, strict=True)), options
     if options.threshold is not None:
         return dict.fromkeys(layers, options.threshold), options
+    own = config.inference.confidence
+    if layers and options.confidence not in (None, own):
+        rule = f"the model's thresholds are for confidence={own}, not for {options.confidence}"
+        faults.append(Fault("early_exit.threshold", None, rule, "give one, or one per exit"))
+        return {}, ExitOptions()
     return _default_thresholds(layers, usual, config, faults), options
 
 

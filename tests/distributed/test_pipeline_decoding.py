@@ -60,7 +60,7 @@ def refusals(pp):
         (dict(lossless=True), {}),
         (dict(max_pending=3), {}),
         (dict(kv_policy="recompute"), {}),
-        (dict(confidence="patience"), {}),
+        (dict(confidence="patience", threshold=0.8), {}),
         ({}, dict(all_probs=True)),
         ({}, dict(compute_logprob=True)),
     ):

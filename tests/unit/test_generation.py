@@ -314,6 +314,23 @@ def test_parameters_that_are_refused(model, length, sampling, early, key):
         model.generate(TEXTS, length, sampling, early_exit=early)
 
 
+def test_thresholds_belong_to_their_confidence_rule():
+    from nemo_ee.config import parse_early_exit
+    from nemo_ee.inference.request import parse_request
+
+    config = parse_early_exit(dict(layers=[10, 20], inference=dict(threshold=0.7)), 30)
+
+    def request(**given):
+        return parse_request(None, None, given, config)
+
+    assert request(confidence="max_probability").exits == {10: 0.7, 20: 0.7}
+    other = request(confidence="entropy", threshold=0.4)
+    assert (other.confidence, other.exits) == ("entropy", {10: 0.4, 20: 0.4})
+    assert request(confidence="entropy", exits=[]).exits == {}
+    with pytest.raises(ConfigError, match="threshold=None: .* for confidence=max_probability, not for entropy"):
+        request(confidence="entropy")
+
+
 def test_default_thresholds_belong_to_their_exits():
     from nemo_ee.config import parse_early_exit
     from nemo_ee.inference.request import parse_request

@@ -239,7 +239,7 @@ def test_the_servers_exits_are_for_requests_that_do_not_say():
 
 
 def test_all_requests_have_the_servers_rule_and_cache():
-    settings = dict(early_exit=dict(confidence="entropy", kv_policy="state_copy"))
+    settings = dict(early_exit=dict(threshold=0.6, confidence="entropy", kv_policy="state_copy"))
     request = plan(completion(early_exit=dict(confidence="entropy")), **settings).choices[0].sequence.request
     assert (request.confidence, request.kv_policy) == ("entropy", "state_copy")
     assert plan(completion(early_exit=False), **settings).choices[0].sequence.request.confidence == "entropy"
