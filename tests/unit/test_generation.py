@@ -327,7 +327,9 @@ def test_thresholds_belong_to_their_confidence_rule():
     other = request(confidence="entropy", threshold=0.4)
     assert (other.confidence, other.exits) == ("entropy", {10: 0.4, 20: 0.4})
     assert request(confidence="entropy", exits=[]).exits == {}
-    with pytest.raises(ConfigError, match="threshold=None: .* for confidence=max_probability, not for entropy"):
+    with pytest.raises(
+        ConfigError, match="threshold=None: .* for confidence=max_probability, not for entropy"
+    ):
         request(confidence="entropy")
 
 
