@@ -65,7 +65,7 @@ class LeanHead:
     def predict(self, x: Tensor) -> Prediction:
         """From the (block's) hidden state [N, H]. Collectives: see `Prediction.from_logits`."""
         state = self.readout(x.to(self.dtype))
-        logits = self.projection(state)
+        logits = self.projection(state).contiguous()
         if self.rows.emittable < self.rows.count:
             logits[:, self.rows.emittable :].fill_(float("-inf"))
         if self.bucket is not None:
@@ -96,7 +96,7 @@ class LeanOutput:
     def predict(self, x: Tensor) -> Prediction:
         """From the last layer's output [N, H]. Collectives: see `Prediction.from_logits`."""
         x = x if self.norm is None else self.norm(x)
-        logits = self.projection(x.to(self.dtype))
+        logits = self.projection(x.to(self.dtype)).contiguous()
         if self.rows.emittable < self.rows.count:
             logits[:, self.rows.emittable :].fill_(float("-inf"))
         return Prediction.from_logits(logits, self.rows)
