@@ -50,10 +50,8 @@ class DenseLinear:
 
     def onto(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual + x W^T + b, [T, O]: in one operation where dtypes agree."""
-        if residual.dtype != x.dtype:
-            return residual + linear(x, self.weight, self.bias)
-        if self._by_columns(len(x)):
-            return residual + DenseLinear.__call__(self, x)
+        if residual.dtype != x.dtype or self._by_columns(len(x)):
+            return residual + self(x)
         out = torch.addmm(residual, x, self.transposed)
         return out if self.bias is None else out.add_(self.bias)
 

@@ -10,7 +10,7 @@ from tests.support.drafting import drafting_eagerly
 from tests.support.tiny_gpt import HEADS, tiny_model, tiny_model_config
 from tests.unit.test_decode import PROMPTS
 
-COUNTS = [1, 2, 3, 4, 5, 16, 17, 64, 65]
+COUNTS = [1, 2, 3, 4, 5, 8, 9, 16, 48, 49, 64, 65]
 
 
 @pytest.fixture(scope="module")
@@ -19,13 +19,15 @@ def weight():
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("features", [48, 96])
 @pytest.mark.parametrize("count", COUNTS)
-def test_packed_weights_give_the_product(weight, count, with_bias):
+def test_packed_weights_give_the_product(count, features, with_bias):
     from nemo_ee.megatron.lean_weights import lean_linear
 
     generator = torch.Generator().manual_seed(count)
-    bias = torch.randn(48, generator=generator) if with_bias else None
-    x, residual = torch.randn(count, 64, generator=generator), torch.randn(count, 48, generator=generator)
+    weight = torch.randn(features, 64, generator=generator) / 8
+    bias = torch.randn(features, generator=generator) if with_bias else None
+    x, residual = torch.randn(count, 64, generator=generator), torch.randn(count, features, generator=generator)
     expected = x @ weight.t() + (0 if bias is None else bias)
     for kind in ("native", "packed"):
         layer, kept = lean_linear(weight, bias, torch.float32, kind), residual.clone()
