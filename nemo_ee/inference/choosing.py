@@ -46,10 +46,10 @@ class Place:
             text = sequence.prompt + sequence.tokens + [draft.token for draft in sequence.drafts[:count]]
         return cls(options, sequence.eos, too_short, text)
 
-    @property
-    def needs_logits(self) -> bool:
-        """Whether the most probable token is not all that is asked for."""
-        return not self.options.use_greedy or self.too_short or self.options.all_probs
+    def needs_logits(self, token: int) -> bool:
+        """Whether the most probable token is not all that is asked for, or may not come yet."""
+        too_early = self.too_short and token == self.eos
+        return not self.options.use_greedy or self.options.all_probs or too_early
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,9 @@ class Chooser:
         return self._choices(places, prediction.tokens, lambda: prediction.vocabulary_shard(self.shard))
 
     def _choices(self, places: Several[Place], tokens: Tensor, shard: Callable[[], Tensor]) -> Choices:
-        if not any(place.needs_logits for place in places):
-            return Choices(tokens.tolist())
+        best = tokens.tolist()
+        if not any(place.needs_logits(token) for place, token in zip(places, best, strict=True)):
+            return Choices(best)
         raw = gather_columns(shard())[:, : self.vocabulary]
         log_probs = None
         if any(place.options.all_probs for place in places):

@@ -148,7 +148,7 @@ def test_without_eos_nothing_is_forbidden_and_the_end_string_is_text(bytes_token
     stop = StopRule(bytes_tokenizer, ["<|endoftext|>"])
     assert stop.eos is None and not stop.token_ids and stop.texts == ["<|endoftext|>"]
     sequence = Sequence([5], GenerationRequest(min_length=3), stop, stop.eos, 9)
-    assert not Place.after(sequence).needs_logits
+    assert not any(Place.after(sequence).needs_logits(token) for token in range(9))
 
 
 def test_an_end_string_that_is_one_token_also_ends_within_others(bytes_tokenizer):

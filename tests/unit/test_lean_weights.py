@@ -27,7 +27,10 @@ def test_packed_weights_give_the_product(count, features, with_bias):
     generator = torch.Generator().manual_seed(count)
     weight = torch.randn(features, 64, generator=generator) / 8
     bias = torch.randn(features, generator=generator) if with_bias else None
-    x, residual = torch.randn(count, 64, generator=generator), torch.randn(count, features, generator=generator)
+    x, residual = (
+        torch.randn(count, 64, generator=generator),
+        torch.randn(count, features, generator=generator),
+    )
     expected = x @ weight.t() + (0 if bias is None else bias)
     for kind in ("native", "packed"):
         layer, kept = lean_linear(weight, bias, torch.float32, kind), residual.clone()
