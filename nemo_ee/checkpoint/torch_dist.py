@@ -15,7 +15,9 @@ import json
 import os
 import pickle
 import shutil
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
@@ -183,11 +185,24 @@ class _FormatUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         if (module, name) == ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"):
             return _PlanStub
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)):
             return getattr(torch, name)
         if name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} does not belong to the torch_dist format")
+
+
+def _enum_member(kind: Any, name: str) -> Enum:
+    """What Python 3.11.2 pickles as a call of `getattr`; nothing else may be.
+
+    Raises:
+        pickle.UnpicklingError: for anything but a member of an allowed enum.
+    """
+    if isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__:
+        return kind[name]
+    raise pickle.UnpicklingError("getattr of anything but an enum does not belong to the torch_dist format")
 
 
 def _load_metadata(directory: Path) -> Metadata:

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import tarfile
+from enum import Enum
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,31 @@ def test_hostile_metadata_is_refused_and_not_run(tmp_path):
     with pytest.raises(CheckpointError, match="does not belong to the torch_dist format"):
         backbone_content_hash(directory)
     assert not (tmp_path / "ran").exists()
+
+
+class EnumsByName(pickle.Pickler):
+    """As Python 3.11.2, Debian 12's, pickles members of enums."""
+
+    def reducer_override(self, obj: object):
+        return (getattr, (type(obj), obj.name)) if isinstance(obj, Enum) else NotImplemented
+
+
+class PathsUnlink:
+    def __reduce__(self):
+        return (getattr, (Path, "unlink"))
+
+
+def test_metadata_of_python_3_11_2_is_read(tmp_path, reference):
+    directory = write_torch_dist(tmp_path / "c", stacked(backbone()))
+    written = pickle.loads((directory / ".metadata").read_bytes())  # noqa: S301
+    with open(directory / ".metadata", "wb") as file:
+        EnumsByName(file).dump(written)
+    assert b"getattr" in (directory / ".metadata").read_bytes()
+    assert backbone_content_hash(directory) == reference
+    written.mcore_data = PathsUnlink()
+    (directory / ".metadata").write_bytes(pickle.dumps(written))
+    with pytest.raises(CheckpointError, match="getattr of anything but an enum"):
+        backbone_content_hash(directory)
 
 
 def test_hostile_common_state_is_refused_and_not_run(tmp_path):
