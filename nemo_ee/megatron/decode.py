@@ -6,6 +6,8 @@ one sequence in the pack, L keys looked at, H hidden size, G query groups and R 
 tensor-parallel rank, D head size.
 """
 
+from dataclasses import dataclass
+
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -60,6 +62,50 @@ def signed(sin: Tensor, interleaved: bool) -> Tensor:
     return sin
 
 
+@dataclass(frozen=True)
+class Run:
+    """Sequences of a pack in neighbouring rows, with as many new tokens each: their keys are one view.
+
+    Attributes:
+        row: the first one's.
+        starts: position of each one's first new token.
+        count: new tokens of each.
+    """
+
+    row: int
+    starts: tuple[int, ...]
+    count: int
+
+    @property
+    def length(self) -> int:
+        """Keys of the longest."""
+        return max(self.starts) + self.count
+
+    @property
+    def padding(self) -> int:
+        """Pairs of a query and a key beyond its own that attention in one call has."""
+        return self.count * (len(self.starts) * max(self.starts) - sum(self.starts))
+
+    def with_next(self, start: int) -> "Run":
+        """One sequence more."""
+        return Run(self.row, (*self.starts, start), self.count)
+
+    @classmethod
+    def of(cls, rows: list[int], starts: list[int], counts: list[int]) -> list["Run"]:
+        """The runs of a pack, in its order: as long as a call saved is worth the padding."""
+        runs: list[Run] = []
+        for row, start, count in zip(rows, starts, counts, strict=True):
+            last = runs[-1] if runs else None
+            if last and row == last.row + len(last.starts) and count == last.count:
+                longer = last.with_next(start)
+                together = count == 1 or (start > 0) == (last.starts[0] > 0)  # prompts have no mask
+                if together and longer.padding <= PADDING * len(longer.starts):
+                    runs[-1] = longer
+                    continue
+            runs.append(cls(row, (start,), count))
+        return runs
+
+
 class PackedTokens:
     """New tokens of N sequences, each sequence's contiguous, one after the other along the T axis.
 
@@ -72,8 +118,9 @@ class PackedTokens:
     Attributes:
         sequences: N.
         spread: on a CPU attention reads the keys of all rows to the pack's last in place, and queries are padded to
-            these rows: cheaper than a call per sequence while texts are short.
-        by_row: on a CPU attention is called per sequence.
+            these rows: cheaper than a call per run while texts are short.
+        by_run: attention is called per run of sequences.
+        runs: of the sequences; none where the pack is not `by_run`.
         positions: [T].
         last: [N] index within T of each sequence's last token, or a slice where that is a view.
     """
@@ -88,13 +135,14 @@ class PackedTokens:
         self.from_scratch = max(starts) == 0
         self._sees_all = self.width == 1 and min(starts) + 1 == self.length
         self._masks: dict[tuple[int, torch.dtype], Tensor] = {}
-        self._row_masks: dict[tuple[int, int, int, torch.dtype], Tensor | None] = {}
+        self._run_masks: dict[tuple[Run, int, torch.dtype], Tensor] = {}
         self._rotations: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
         device = table.positions.device
         ragged = device.type == "cpu" and not self.single and (self.width > 1 or not self.first_rows)
-        self.spread = ragged and not self.from_scratch and self._padding() <= PADDING * self.sequences
-        # Else one sequence at a time: copying keys would cost more than the calls.
-        self.by_row = ragged and not self.spread
+        self.runs = Run.of(rows, starts, counts) if ragged or self.single else []
+        self.spread = ragged and not self.from_scratch and self._padding() <= PADDING * len(self.runs)
+        # Else views of the caches, one at a time: copying keys would cost more than the calls.
+        self.by_run = self.single or (ragged and not self.spread)
         self.height = rows[-1] + 1 if self.spread else self.sequences
         self.last: Tensor | slice
         if self.single:
@@ -148,16 +196,17 @@ class PackedTokens:
             self._masks[repeats, dtype] = additive(visible.repeat(1, repeats, 1)[:, None], dtype)
         return self._masks[repeats, dtype]
 
-    def row_mask(self, start: int, count: int, repeats: int, dtype: torch.dtype) -> Tensor | None:
-        """[R x count, start + count] of one sequence's tokens, as `mask`."""
-        key = start, count, repeats, dtype
-        if key not in self._row_masks:
-            mask = None
-            if count > 1:
-                keys = self._table.positions[: start + count]
-                mask = additive((keys <= keys[start:, None]).repeat(repeats, 1), dtype)
-            self._row_masks[key] = mask
-        return self._row_masks[key]
+    def run_mask(self, run: Run, repeats: int, dtype: torch.dtype) -> Tensor | None:
+        """[n, 1, R x count, L] of a run of n sequences, as `mask`."""
+        if run.count == 1 and not run.padding:
+            return None
+        key = run, repeats, dtype
+        if key not in self._run_masks:
+            keys = self._table.positions[: run.length]
+            last = keys.new_tensor(run.starts)[:, None] + keys[: run.count]  # [n, count]
+            visible = keys <= last[:, :, None]
+            self._run_masks[key] = additive(visible.repeat(1, repeats, 1)[:, None], dtype)
+        return self._run_masks[key]
 
     def pad(self, packed: Tensor) -> Tensor:
         """[T, ...] -> [N, Q, ...], zeros where a sequence has fewer tokens.
@@ -246,12 +295,12 @@ class CachedLayer:
 
     def _attend(self, query: Tensor, packed: PackedTokens) -> Tensor:
         """[T, G, R, D] -> [T, G x R x D]."""
-        if packed.by_row:
-            parts = query.split(packed.counts)
-            rows = zip(parts, packed.rows, packed.starts, strict=True)
-            return torch.cat([self._attend_row(part, row, start, packed) for part, row, start in rows])
-        if packed.single:
-            return self._attend_row(query, packed.rows[0], packed.starts[0], packed)
+        if packed.by_run:
+            runs = packed.runs
+            if len(runs) == 1:
+                return self._attend_run(query, runs[0], packed)
+            parts = query.split([len(run.starts) * run.count for run in runs])
+            return torch.cat([self._attend_run(q, run, packed) for q, run in zip(parts, runs, strict=True)])
         keys, values = (self._read(part, packed) for part in self.cache)
         q = packed.pad(query)  # [N, Q, G, R, D]
         sequences, width = q.shape[:2]
@@ -262,16 +311,16 @@ class CachedLayer:
             out = self._attend_grouped(q, keys, values, packed.mask(self.repeats, q.dtype))
         return packed.unpad(out.reshape(sequences, width, -1))
 
-    def _attend_row(self, query: Tensor, row: int, start: int, packed: PackedTokens) -> Tensor:
-        """Of one sequence: [Q, G, R, D] -> [Q, G x R x D]."""
-        count = len(query)
-        keys, values = self.cache[:, row : row + 1, :, : start + count]
-        if start == 0 and count > 1:
-            out = self._attend_causally(query[None], keys, values)
+    def _attend_run(self, query: Tensor, run: Run, packed: PackedTokens) -> Tensor:
+        """Of n neighbouring sequences: [n x count, G, R, D] -> [n x count, G x R x D]."""
+        sequences, count = len(run.starts), run.count
+        keys, values = self.cache[:, run.row : run.row + sequences, :, : run.length]
+        q = query.view(sequences, count, *query.shape[1:])
+        if run.starts[0] == 0 and count > 1:
+            out = self._attend_causally(q, keys, values)
         else:
-            mask = packed.row_mask(start, count, self.repeats, query.dtype)
-            out = self._attend_grouped(query[None], keys, values, mask)
-        return out.reshape(count, -1)
+            out = self._attend_grouped(q, keys, values, packed.run_mask(run, self.repeats, q.dtype))
+        return out.reshape(sequences * count, -1)
 
     def _attend_causally(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Of texts from their first token: q [N, Q, G, R, D] -> [N, Q, heads, D]."""

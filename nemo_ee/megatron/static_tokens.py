@@ -39,7 +39,7 @@ class StaticTokens(PackedTokens):
 
     def __init__(self, table: PositionTable, index: Tensor, length: int, first_rows: bool):
         self.sequences, self.width, self.length, self.first_rows = index.shape[1], 1, length, first_rows
-        self.single = self.by_row = self.spread = self.from_scratch = self._sees_all = False
+        self.single = self.by_run = self.spread = self.from_scratch = self._sees_all = False
         self.height = self.sequences
         self.token_rows = self.row_index = index[0]
         self.positions = index[1]

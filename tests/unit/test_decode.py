@@ -232,3 +232,17 @@ def test_backbones(changes):
     together, _ = decode(gpt, PROMPTS, 20, exits)
     for prompt, result in zip(PROMPTS, together, strict=True):
         expect_equal(result, generate_uncached(gpt, prompt, 20, exits))
+
+
+def test_runs_are_neighbours_with_as_many_tokens():
+    """And of lengths that differ little, as all are padded to the longest; prompts run with prompts."""
+    from nemo_ee.megatron.decode import PADDING, Run
+
+    def runs(rows, starts, counts):
+        return [(run.row, len(run.starts), run.count, run.length) for run in Run.of(rows, starts, counts)]
+
+    assert runs([0, 1, 3, 4], [9, 7, 5, 6], [1, 1, 1, 1]) == [(0, 2, 1, 10), (3, 2, 1, 7)]
+    assert runs([0, 1, 2], [9, 7, 5], [1, 2, 2]) == [(0, 1, 1, 10), (1, 2, 2, 9)]
+    assert runs([1, 2, 3], [0, 0, 4], [3, 3, 3]) == [(1, 2, 3, 3), (3, 1, 3, 7)]
+    assert runs([0, 1], [0, 2 * PADDING], [1, 1]) == [(0, 2, 1, 2 * PADDING + 1)]
+    assert runs([0, 1], [0, 2 * PADDING + 1], [1, 1]) == [(0, 1, 1, 1), (1, 1, 1, 2 * PADDING + 2)]
