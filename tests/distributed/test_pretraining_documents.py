@@ -4,25 +4,26 @@ block, positions and losses are those of a plain reference that makes masks and 
 
 import pytest
 
-from tests.distributed.test_pretraining_parallel import BEFORE, BIASED, compare, full, section
+from tests.distributed.test_pretraining_parallel import BEFORE, compare, full, section
 from tests.support.pretraining import Case, largest_gap, pretrain
+from tests.support.tiny_gpt import GPT3
 from tests.support.tuning import Layout, write_text
 
 APART = dict(
     get_attention_mask_from_fusion=False, data__reset_attention_mask=True, data__reset_position_ids=True
 )
 CASES = {
-    "block, learned positions": Case(section("block, MLP, linear, untied", [2, 5]), {**BIASED, **APART}),
+    "block, learned positions": Case(section("block, MLP, linear, untied", [2, 5]), {**GPT3, **APART}),
     "block, rotary, recomputed, pre_exit": Case(
         section("block, shortlist", [2, 4, 6], **BEFORE), {**APART, **full("uniform", 1)}
     ),
     "no block, ends of documents count": Case(
-        section("norm, tied", [2, 4]), {**BIASED, **APART, "data__eod_mask_loss": False}
+        section("norm, tied", [2, 4]), {**GPT3, **APART, "data__eod_mask_loss": False}
     ),
 }
 LAYOUTS = {"one process": Layout(), "PP2": Layout(pp=2), "SP": Layout(tp=2, sp=True)}
 BLOCK = "block, learned positions"
-TOGETHER = Case(CASES[BLOCK].early_exit, BIASED)
+TOGETHER = Case(CASES[BLOCK].early_exit, GPT3)
 
 
 @pytest.fixture(scope="module")
