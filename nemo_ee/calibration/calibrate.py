@@ -34,12 +34,10 @@ from nemo_ee.errors import CheckpointError, ConfigError, DataError, Fault
 from nemo_ee.evaluation import provenance
 from nemo_ee.evaluation.evaluate import ANY_VOCABULARY, restore
 from nemo_ee.evaluation.settings import EvaluationConfig, HeldOutConfig
+from nemo_ee.evaluation.teacher_forced import CONFIDENCE_RULE
 from nemo_ee.models.checks import read_early_exit
 from nemo_ee.report.schema import Metadata
 from nemo_ee.report.statistics import bootstrap_mean
-
-CONFIDENCE_RULE = "max_probability"
-"""The probability of an exit's most probable token, which generation compares with its threshold."""
 
 
 def calibrate(config: CalibrationConfig, trainer: Any) -> tuple[CalibrationReport, list[Path]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from nemo_ee.data.index_file import open_indexed_file
 from nemo_ee.errors import DataError, GenerationError
 from nemo_ee.evaluation.settings import HeldOutConfig, SweepConfig
-from nemo_ee.evaluation.teacher_forced import TextScores, score_final, score_text
+from nemo_ee.evaluation.teacher_forced import CONFIDENCE_RULE, TextScores, score_final, score_text
 from nemo_ee.inference.generate import generating
 from nemo_ee.report.schema import Sample, Spread, ThresholdResult
 from nemo_ee.report.statistics import bootstrap_mean, spread
@@ -115,8 +115,8 @@ class Sweep:
         for row, prompt in zip(ids, prompts, strict=True):
             row[: len(prompt)] = torch.tensor(prompt)
         early_exit: dict | bool = False
-        if threshold is not None:  # by the rule that `score_text` has, whatever the checkpoint's is
-            early_exit = {"threshold": threshold, "exits": list(self.exits), "confidence": "max_probability"}
+        if threshold is not None:  # by the rule that text is scored by, whatever the checkpoint's is
+            early_exit = {"threshold": threshold, "exits": list(self.exits), "confidence": CONFIDENCE_RULE}
         output = self.model.generate(
             (ids, lengths),
             {"max_length": self.settings.tokens_to_generate, "min_length": 0},

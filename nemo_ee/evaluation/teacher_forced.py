@@ -16,6 +16,9 @@ from nemo_ee.megatron.gpt import EarlyExitGPTModel, StageStates
 from nemo_ee.megatron.projection import ExitProjection
 from nemo_ee.megatron.vocab_parallel import log_sum_over_ranks, max_over_ranks, reduce_over_ranks
 
+CONFIDENCE_RULE = "max_probability"
+"""By which text is scored: the probability of an exit's most probable token."""
+
 
 @dataclass(frozen=True)
 class ExitScores:

@@ -120,7 +120,7 @@ class PackedTokens:
         spread: on a CPU attention reads the keys of all rows to the pack's last in place, and queries are padded to
             these rows: cheaper than a call per run while texts are short.
         by_run: attention is called per run of sequences.
-        runs: of the sequences; none where the pack is not `by_run`.
+        runs: of the sequences; none where attention in one call needs no padding.
         positions: [T].
         last: [N] index within T of each sequence's last token, or a slice where that is a view.
     """

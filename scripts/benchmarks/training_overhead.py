@@ -3,7 +3,7 @@
 
     python scripts/benchmarks/training_overhead.py                           # all cases
     python scripts/benchmarks/training_overhead.py --cases pp4-minimal       # one
-    python scripts/benchmarks/training_overhead.py --quick --output smoke   # a smoke test
+    python scripts/benchmarks/training_overhead.py --quick --output smoke    # a smoke test
 
 One model per case, stepped with exits and without in turn, through Megatron's own schedule: the same weights,
 the same batches. `minimal` exits are a norm and a projection of their own, `mlp` exits have an MLP before
