@@ -7,13 +7,16 @@ tensor-parallel rank, D head size.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from nemo_ee.megatron.cpu_kernels import KernelLayer
 from nemo_ee.megatron.gpt import EarlyExitGPTModel
 from nemo_ee.megatron.lean_layer import LayerMathematics
 
@@ -37,6 +40,7 @@ class PositionTable:
     def __init__(self, gpt: EarlyExitGPTModel, max_length: int, dtype: torch.dtype, device: torch.device):
         self.positions = torch.arange(max_length, device=device)
         self.cos = self.sin = None
+        self._rotations: dict[tuple[torch.dtype, bool], tuple[np.ndarray, ...]] = {}
         kind = gpt.position_embedding_type
         if kind not in ("rope", "learned_absolute", "none"):
             raise NotImplementedError(
@@ -50,6 +54,15 @@ class PositionTable:
                 angles.cos().to(dtype),
                 signed(angles.sin(), gpt.config.rotary_interleaved).to(dtype),
             )
+
+    def rotation(self, dtype: torch.dtype, rotary: bool) -> tuple[np.ndarray, ...]:
+        """Cosines and signed sines as CPU kernels read them, [L, features that rotate]; [0, 0] if nothing does."""
+        if (dtype, rotary) not in self._rotations:
+            parts = [self.cos, self.sin]
+            if not rotary or self.cos is None:
+                parts = [self.positions.new_empty(0, 0)] * 2
+            self._rotations[dtype, rotary] = tuple(part.flatten(1).to(dtype).numpy() for part in parts)
+        return self._rotations[dtype, rotary]
 
 
 def signed(sin: Tensor, interleaved: bool) -> Tensor:
@@ -163,7 +176,7 @@ class PackedTokens:
                 self.slots = (self.token_rows if self.spread else row) * self.width + offset
                 self.last = ends - 1
             span = self.positions
-        self._table, self._span = table, span
+        self.table, self._span = table, span
 
     def _padding(self) -> int:
         """Pairs of a query and a key beyond its own that attention in one call, on keys in place, has."""
@@ -171,9 +184,16 @@ class PackedTokens:
         own = sum(count * end for count, end in zip(self.counts, ends, strict=True))
         return (self.rows[-1] + 1) * self.width * self.length - own
 
+    @cached_property
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """[T] rows of the caches and [T] positions, as CPU kernels read them."""
+        counts = np.array(self.counts)
+        firsts = np.repeat(np.array(self.starts) - counts.cumsum() + counts, counts)
+        return np.repeat(np.array(self.rows), counts), firsts + np.arange(counts.sum())
+
     def rotate(self, qkv: Tensor, interleaved: bool) -> Tensor:
         """Rotary position embedding of queries and keys, [T, G, R + 2, D]; values stay. Nothing without RoPE."""
-        table = self._table
+        table = self.table
         if table.cos is None:
             return qkv
         key, size = (qkv.shape[2], qkv.dtype), table.cos.shape[-1]
@@ -191,7 +211,7 @@ class PackedTokens:
         if self._sees_all:
             return None
         if (repeats, dtype) not in self._masks:
-            keys = self._table.positions[: self.length]
+            keys = self.table.positions[: self.length]
             visible = keys <= self.pad(self.positions)[:, :, None]
             self._masks[repeats, dtype] = additive(visible.repeat(1, repeats, 1)[:, None], dtype)
         return self._masks[repeats, dtype]
@@ -202,7 +222,7 @@ class PackedTokens:
             return None
         key = run, repeats, dtype
         if key not in self._run_masks:
-            keys = self._table.positions[: run.length]
+            keys = self.table.positions[: run.length]
             last = keys.new_tensor(run.starts)[:, None] + keys[: run.count]  # [n, count]
             visible = keys <= last[:, :, None]
             self._run_masks[key] = additive(visible.repeat(1, repeats, 1)[:, None], dtype)
@@ -265,6 +285,7 @@ class CachedLayer:
         shape = (2, rows, self.groups, max_length, attention.hidden_size_per_attention_head)
         # Zeros, not garbage: a masked key has weight 0, and 0 times a NaN is a NaN.
         self.cache = torch.zeros(shape, dtype=dtype, device=device)
+        self._kernels = [(limit, KernelLayer(each, self.cache)) for limit, each in mathematics.kernels()]
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` keys and values of one row to another."""
@@ -275,6 +296,9 @@ class CachedLayer:
 
         Collectives: two all-reduces of [T, H] where TP > 1.
         """
+        for limit, kernel in self._kernels:
+            if len(x) <= limit:
+                return kernel(x, packed.places, packed.table.rotation(x.dtype, self.rotary))
         return self.mathematics.finish(x, self._attend(self._project(x, packed), packed))
 
     def fill(self, x: Tensor, packed: PackedTokens) -> None:

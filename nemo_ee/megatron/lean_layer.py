@@ -14,8 +14,10 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
-from torch.nn.functional import gelu, silu
+from torch.nn.functional import gelu, relu, silu
 
+from nemo_ee.kernels.layer import GELU, RELU, SILU, TANH_GELU, Layer
+from nemo_ee.megatron.cpu_kernels import kernel_norm
 from nemo_ee.megatron.lean_weights import LeanNorm, is_lean_norm, lean_linear, sum_over_ranks
 
 
@@ -27,6 +29,9 @@ class LayerMathematics(Protocol):
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """The layer's output [T, H] from its input [T, H] and attention's output [T, G x R x D]."""
+
+    def kernels(self) -> list[tuple[int, Layer]]:
+        """The whole layer as our CPU kernels take it, for passes of at most so many tokens, ascending."""
 
     @property
     def bytes(self) -> int:
@@ -75,8 +80,8 @@ class LeanLayer:
     """
 
     def __init__(self, layer: TransformerLayer, dtype: torch.dtype, weights: str = "native"):
-        attention = layer.self_attention
-        self.dtype, self.world = dtype, layer.config.tensor_model_parallel_size
+        attention, config = layer.self_attention, layer.config
+        self.dtype, self.world = dtype, config.tensor_model_parallel_size
         self.groups = attention.num_query_groups_per_partition
         self.head_size = attention.hidden_size_per_attention_head
         self.norm = LeanNorm.of(layer.input_layernorm)
@@ -89,6 +94,8 @@ class LeanLayer:
         self.head_norms = None
         if attention.q_layernorm is not None and not isinstance(attention.q_layernorm, IdentityOp):
             self.head_norms = [LeanNorm.of(n) for n in (attention.q_layernorm, attention.k_layernorm)]
+        self.scale = config.softmax_scale or self.head_size**-0.5
+        self.interleaved = config.rotary_interleaved
 
     def project(self, x: Tensor) -> Tensor:
         """See `LayerMathematics`."""
@@ -102,6 +109,22 @@ class LeanLayer:
         """See `LayerMathematics`. Collectives: two all-reduces of [T, H] where TP > 1."""
         x = add_down(self.out, self.bias, x, attended, self.world)
         return self.mlp.onto(x, normed(self.mlp_norm, x, self.dtype))
+
+    def kernels(self) -> list[tuple[int, Layer]]:
+        """See `LayerMathematics`; none with tensor parallelism, whose sums are torch's."""
+        linears = (self.qkv, self.out, self.mlp.up, self.mlp.down)
+        if self.world > 1 or self.mlp.activation not in ACTIVATIONS:
+            return []
+        query_norm, key_norm = self.head_norms or (None, None)
+        norms = [kernel_norm(n, self.dtype) for n in (self.norm, query_norm, key_norm, self.mlp_norm)]
+        kernels = []
+        for (limit, qkv), (_, out), (_, up), (_, down) in zip(
+            *(each.kernels for each in linears), strict=True
+        ):
+            activation = ACTIVATIONS[self.mlp.activation]
+            attention = (norms[0], qkv, norms[1], norms[2], self.scale, self.interleaved, out)
+            kernels.append((limit, Layer(*attention, norms[3], up, down, self.mlp.gated, activation)))
+        return kernels
 
     @property
     def bytes(self) -> int:
@@ -140,6 +163,10 @@ class ModuleLayer:
         x = x + (out if bias is None else out + bias)
         out, bias = layer.mlp(layer.pre_mlp_layernorm(x))
         return (x + (out if bias is None else out + bias))[:, 0]
+
+    def kernels(self) -> list[tuple[int, Layer]]:
+        """See `LayerMathematics`: none."""
+        return []
 
     @property
     def bytes(self) -> int:
@@ -205,3 +232,7 @@ def add_down(down: Any, bias: Tensor | None, residual: Tensor, x: Tensor, world:
 
 def _tanh_gelu(x: Tensor) -> Tensor:
     return gelu(x, approximate="tanh")
+
+
+ACTIVATIONS = {silu: SILU, gelu: GELU, _tanh_gelu: TANH_GELU, relu: RELU}
+"""That our CPU kernels know."""

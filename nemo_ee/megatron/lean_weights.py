@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear, rms_norm
 
+from nemo_ee.kernels.layer import Linear
+from nemo_ee.megatron.cpu_kernels import KERNEL_TOKENS, kernel_linear, run_product, runs_kernels
 from nemo_ee.megatron.norms import TorchNorm
 from nemo_ee.megatron.vocab_parallel import reduce_over_ranks
 
-WEIGHT_KINDS = ("native", "packed", "int8")
-"""How decoding holds weights: as they are; also in layouts that are faster for one token and for a few at once
-(CPU), with 8-bit copies of exit heads for drafts that the full model verifies; or all as 8-bit integers with a scale
-per output feature (CPU)."""
-PACKED_TOKENS = 4, 64
-"""Passes of so many tokens, from the first number to the second, use oneDNN's layout of packed weights."""
+WEIGHT_KINDS = ("native", "bf16", "int8")
+"""How decoding holds weights: as they are; rounded to bfloat16, which reads half the bytes of float32 (CPU; computed
+in float32, and exact where a checkpoint's numbers are bfloat16's, as those of most published models); or as 8-bit
+integers with a scale per output feature (CPU)."""
 COLUMN_TOKENS = 4, 48
 """Passes of so many tokens, from the first number to the second, compute W x^T on a CPU: MKL is up to twice as fast
 with it as with x W^T (float32, 12 tokens: 0.47 to 0.76 of the time, for matrices of 576 x 576 to 49152 x 576)."""
@@ -33,6 +33,9 @@ class DenseLinear:
         weight: [O, I]; not copied if it has the dtype.
         bias: [O] or None.
         dtype: to compute in.
+
+    Attributes:
+        kernels: for passes of at most so many tokens, ascending; none where torch computes.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
@@ -40,9 +43,15 @@ class DenseLinear:
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.transposed = self.weight.t()
         self._has_columns = weight.device.type == "cpu" and dtype in (torch.float32, torch.float64)
+        self.kernels: list[tuple[int, Linear]] = []
+        if runs_kernels(weight.device, dtype):
+            self.kernels = [(KERNEL_TOKENS, kernel_linear(self.weight, None, self.bias, dtype))]
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, I] -> [T, O], not always contiguous."""
+        for limit, kernel in self.kernels:
+            if len(x) <= limit:
+                return run_product(kernel, x)
         if not self._by_columns(len(x)):
             return linear(x, self.weight, self.bias)
         out = torch.mm(self.weight, x.t()).t()
@@ -50,7 +59,8 @@ class DenseLinear:
 
     def onto(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual + x W^T + b, [T, O]: in one operation where dtypes agree."""
-        if residual.dtype != x.dtype or self._by_columns(len(x)):
+        own = self.kernels and len(x) <= self.kernels[-1][0]
+        if own or residual.dtype != x.dtype or self._by_columns(len(x)):
             return residual + self(x)
         out = torch.addmm(residual, x, self.transposed)
         return out if self.bias is None else out.add_(self.bias)
@@ -64,57 +74,41 @@ class DenseLinear:
         return self.weight.numel() * self.weight.element_size()
 
 
-class PackedLinear(DenseLinear):
-    """x W^T + b; where W has more rows than columns, with further copies of it in layouts that a CPU reads faster.
-
-    One token: W by columns; a matrix-vector product along short rows leaves a third of the memory's bandwidth
-    unused. 4 to 64 tokens (passes that catch up or verify, and batches): oneDNN's own layout. Memory: up to three
-    times the weights.
+class Bfloat16Linear(DenseLinear):
+    """x W^T + b with W rounded to bfloat16, computed in float32. Memory: half a copy of W; one and a half where the
+    rounding changes it.
 
     Args:
-        weight: [O, I] in float32.
+        weight: [O, I].
         bias: [O] or None.
-        dtype: to compute in.
+        dtype: float32.
 
     Raises:
-        NotImplementedError: where torch cannot pack (other devices and dtypes).
+        NotImplementedError: other devices and dtypes.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
-        super().__init__(weight, bias, dtype)
-        if self.weight.device.type != "cpu" or dtype != torch.float32:
-            raise NotImplementedError("weights=packed: packs float32 on CPUs only; use native weights")
-        rows, columns = self.weight.shape
-        self.packed = None
-        if rows > columns:
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, PACKED_TOKENS[0])
-            self.columns = self.transposed.contiguous()
+        if weight.device.type != "cpu" or dtype != torch.float32 or not runs_kernels(weight.device, dtype):
+            raise NotImplementedError(
+                "weights=bf16: for models in float32 on a CPU, by our kernels; use native weights, with precision=bf16"
+            )
+        half = weight.detach().to(torch.bfloat16)
+        rounded = half.to(dtype)
+        super().__init__(weight if rounded.equal(weight) else rounded, bias, dtype)
+        self.kernels = [(KERNEL_TOKENS, kernel_linear(half, None, self.bias, dtype))]
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, I] -> [T, O], not always contiguous."""
-        if self.packed is None or not self._has_copy(len(x)):
-            return super().__call__(x)
-        if len(x) > 1:
-            return torch.ops.mkldnn._linear_pointwise(x.contiguous(), self.packed, self.bias, "none", [], "")
-        out = torch.mm(x, self.columns)
-        return out if self.bias is None else out.add_(self.bias)
-
-    def onto(self, residual: Tensor, x: Tensor) -> Tensor:
-        """residual + x W^T + b, [T, O]."""
-        if self.packed is not None and self._has_copy(len(x)):
-            return residual + self(x)
-        return super().onto(residual, x)
-
-    def _has_copy(self, tokens: int) -> bool:
-        return tokens == 1 or PACKED_TOKENS[0] <= tokens <= PACKED_TOKENS[1]
+    @property
+    def bytes(self) -> int:
+        """That a pass of few tokens reads."""
+        return super().bytes // 2
 
 
 class Int8Linear(DenseLinear):
     """x (s Q)^T + b, with Q in 8-bit integers and one scale per output feature: a quarter of float32's bytes.
 
-    s is max |row| / 127 in bfloat16, Q the weight divided by s and rounded. Products of x in bfloat16 are
-    summed up in float32. Passes of more than `INT8_TOKENS` tokens, prompts above all, wait for arithmetic rather
-    than for bytes and use the weight itself.
+    s is max |row| / 127 in bfloat16, Q the weight divided by s and rounded. Our kernels compute in x's dtype;
+    torch's, which serve other dtypes, round x to bfloat16. Passes of more than `INT8_TOKENS` tokens, prompts above
+    all, wait for arithmetic rather than for bytes and use the weight itself.
 
     Args:
         weight: [O, I].
@@ -128,15 +122,18 @@ class Int8Linear(DenseLinear):
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
         super().__init__(weight, bias, dtype)
         if self.weight.device.type != "cpu":
-            raise NotImplementedError("weights=int8: torch has the kernel for CPUs only; use native weights")
+            raise NotImplementedError("weights=int8: there are kernels for CPUs only; use native weights")
         wide = weight.detach().to(torch.float32)
         scales = (wide.abs().amax(dim=1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
         self.scales = scales.to(torch.bfloat16)
         self.quantised = (wide / self.scales.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+        if self.kernels:
+            eight_bit = kernel_linear(self.quantised, self.scales, self.bias, dtype)
+            self.kernels.insert(0, (INT8_TOKENS, eight_bit))
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, I] -> [T, O]."""
-        if len(x) > INT8_TOKENS:
+        if self.kernels or len(x) > INT8_TOKENS:
             return super().__call__(x)
         out = torch._weight_int8pack_mm(x.to(torch.bfloat16), self.quantised, self.scales).to(x.dtype)
         return out if self.bias is None else out.add_(self.bias)
@@ -151,7 +148,7 @@ class Int8Linear(DenseLinear):
         return self.quantised.numel()
 
 
-_KINDS = {"native": DenseLinear, "packed": PackedLinear, "int8": Int8Linear}
+_KINDS = {"native": DenseLinear, "bf16": Bfloat16Linear, "int8": Int8Linear}
 
 
 def lean_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, kind: str = "native") -> DenseLinear:

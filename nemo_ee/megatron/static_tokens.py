@@ -46,4 +46,4 @@ class StaticTokens(PackedTokens):
         self.last = slice(0, self.sequences)
         self._masks: dict[tuple[int, torch.dtype], Tensor] = {}
         self._rotations: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
-        self._table, self._span = table, self.positions
+        self.table, self._span = table, self.positions

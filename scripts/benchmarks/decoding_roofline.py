@@ -62,7 +62,7 @@ class Products:
         self.readings: dict[str, list[float]] = {}
         self._linears: dict[str, list[tuple[Any, torch.Tensor]]] = {}
         self._model = model
-        for kind in ("native", "packed"):
+        for kind in ("native", "bf16"):
             with generating(model):
                 try:
                     decoding = DecodingModel(model.gpt, kind)

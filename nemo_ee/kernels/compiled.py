@@ -1,0 +1,49 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""How the CPU kernels are compiled, and what they are built of."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+FAST_MATHEMATICS = {"reassoc", "contract", "arcp", "nsz"}
+"""Sums may be taken in any order, as vector units do. NaN and infinity stay what they are."""
+
+
+def compiled(function: Callable | None = None, *, parallel: bool = False) -> Any:
+    """Compiles a function of NumPy arrays on its first call, once per machine where a cache can be written."""
+    if function is None:
+        return lambda inner: compiled(inner, parallel=parallel)
+    options: dict[str, Any] = {"fastmath": FAST_MATHEMATICS, "nogil": True, "error_model": "numpy"}
+    try:
+        return numba.njit(parallel=parallel, cache=True, **options)(function)
+    except RuntimeError:  # neither the package's folder nor the user's cache can be written
+        return numba.njit(parallel=parallel, **options)(function)
+
+
+@intrinsic
+def widened(typingctx: Any, weight: Any, like: Any) -> Any:
+    """A weight as a number of `like`'s type: float32, float64, int8, or the bits of a bfloat16 in uint16."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind, target = signature.args[0], context.get_value_type(signature.return_type)
+        if kind == types.uint16:
+            bits = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+            wide = builder.bitcast(bits, ir.FloatType())
+            return wide if target == wide.type else builder.fpext(wide, target)
+        if isinstance(kind, types.Integer):
+            return builder.sitofp(args[0], target)
+        return context.cast(builder, args[0], kind, signature.return_type)
+
+    return like(weight, like), codegen
+
+
+def team(threads: int) -> int:
+    """Lets kernels run on that many threads, fewer if the process may not have them; returns how many."""
+    threads = min(threads, numba.config.NUMBA_NUM_THREADS)
+    if numba.get_num_threads() != threads:
+        numba.set_num_threads(threads)
+    return threads

@@ -1,0 +1,90 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Linear layers and whole transformer layers through our CPU kernels, for passes of few tokens.
+
+Suffixes: T tokens, I input features, O output features, H hidden size.
+"""
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nemo_ee.kernels.compiled import team
+from nemo_ee.kernels.layer import Layer, Linear, run_layer
+from nemo_ee.kernels.norm import Norm
+from nemo_ee.kernels.products import product
+
+KERNEL_TOKENS = 16
+"""Passes of at most so many tokens go through the kernels; with more, MKL's blocked products are faster."""
+SWITCH = "NEMO_EE_CPU_KERNELS"
+"""An environment variable: 0 decodes with torch's operations alone."""
+
+
+def runs_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there are kernels for what is on that device and computed in that dtype."""
+    return (
+        device.type == "cpu"
+        and dtype in (torch.float32, torch.float64)
+        and os.environ.get(SWITCH, "1") != "0"
+    )
+
+
+def kernel_linear(weight: Tensor, scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Linear:
+    """Views of tensors as kernels read them.
+
+    Args:
+        weight: [O, I] in `dtype`, int8 or bfloat16.
+        scale: [O] factors of the rows.
+        bias: [O].
+        dtype: to compute in.
+    """
+    bits = weight.view(torch.uint16) if weight.dtype == torch.bfloat16 else weight
+    return Linear(bits.contiguous().numpy(), _array(scale, dtype), _array(bias, dtype))
+
+
+def kernel_norm(norm: Any, dtype: torch.dtype) -> Norm:
+    """A `LeanNorm`, or None, as kernels read it."""
+    if norm is None:
+        return Norm(_array(None, dtype), _array(None, dtype), 0.0, True)
+    return Norm(_array(norm.weight, dtype), _array(norm.bias, dtype), float(norm.eps), bool(norm.rms))
+
+
+def run_product(linear: Linear, x: Tensor) -> Tensor:
+    """x W^T + b, [T, I] -> [T, O]."""
+    out = x.new_empty(len(x), len(linear.weight))
+    threads = team(torch.get_num_threads())
+    product(*linear, x.contiguous().numpy(), out.numpy(), threads)
+    return out
+
+
+class KernelLayer:
+    """A layer in one call.
+
+    Args:
+        layer: its weights, see `Layer`.
+        cache: [2, N, G, L, D] keys and values, in the dtype to compute in.
+    """
+
+    def __init__(self, layer: Layer, cache: Tensor):
+        self.layer, self.cache = layer, cache.numpy()
+
+    def __call__(self, x: Tensor, places: tuple[np.ndarray, ...], rotation: tuple[np.ndarray, ...]) -> Tensor:
+        """Writes the tokens' keys and values and returns the layer's output, [T, H] -> [T, H].
+
+        Args:
+            x: the states.
+            places: [T] rows of the cache, [T] positions.
+            rotation: [L, features that rotate] cosines and sines, or [0, 0].
+        """
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        threads = team(torch.get_num_threads())
+        run_layer(self.layer, x.numpy(), out.numpy(), self.cache, *places, *rotation, threads)
+        return out
+
+
+def _array(tensor: Tensor | None, dtype: torch.dtype) -> np.ndarray:
+    """A view, or [0]."""
+    return torch.empty(0, dtype=dtype).numpy() if tensor is None else tensor.to(dtype).contiguous().numpy()
