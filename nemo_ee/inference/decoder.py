@@ -19,9 +19,10 @@ from nemo_ee.inference.exit_point import ExitPoint, Trail
 from nemo_ee.inference.segment_graphs import SegmentGraphs, capture_for
 from nemo_ee.inference.step import Step
 from nemo_ee.megatron.confidence_rules import CONFIDENCE_RULES
-from nemo_ee.megatron.decode import CachedLayer, PackedTokens
+from nemo_ee.megatron.decode import PackedTokens
 from nemo_ee.megatron.decoding_model import DecodingModel
 from nemo_ee.megatron.prediction import Prediction
+from nemo_ee.megatron.segment import Segment
 from nemo_ee.megatron.static_tokens import static_positions
 
 KV_POLICIES = ("catch_up", "recompute", "state_copy")
@@ -72,7 +73,8 @@ class EarlyExitDecoder:
         layers = model.cached_layers(rows, room)
         edges = [0, *exit_layers, self.final_layer]
         self.segments = [
-            [layers[n + 1] for n in range(low, high)] for low, high in zip(edges[:-1], edges[1:], strict=True)
+            Segment([layers[n + 1] for n in range(low, high)])
+            for low, high in zip(edges[:-1], edges[1:], strict=True)
         ]
         self.filled: list[list[int]] = [[] for _ in self.segments]
         self.layers_run: list[int] = []
@@ -115,8 +117,7 @@ class EarlyExitDecoder:
 
     def _move(self, source: int, target: int) -> None:
         for k, segment in enumerate(self.segments):
-            for layer in segment:
-                layer.move(source, target, self.filled[k][source])
+            segment.move(source, target, self.filled[k][source])
         for k, point in enumerate(self.exits):
             point.move(source, target, self.filled[k][source])
         if self.history is not None:
@@ -146,8 +147,7 @@ class EarlyExitDecoder:
         self._remember(tokens, packed)
         x = self.model.embed(tokens, packed.positions)
         for k, segment in enumerate(self.segments):
-            for layer in segment:
-                x = layer(x, packed)
+            x = segment(x, packed)
             if k < len(self.exits):
                 self.exits[k].enter_block(x, packed)
             self.filled[k] += counts
@@ -282,10 +282,9 @@ class EarlyExitDecoder:
                 self.history[row, : len(part)] = part
 
 
-def _through(layers: list[CachedLayer], point: ExitPoint | None, x: Tensor, packed: PackedTokens) -> Tensor:
+def _through(segment: Segment, point: ExitPoint | None, x: Tensor, packed: PackedTokens) -> Tensor:
     """The layers' output [T, H], which the exit behind them remembers."""
-    for layer in layers:
-        x = layer(x, packed)
+    x = segment(x, packed)
     if point is not None:
         point.store(x, packed)
     return x

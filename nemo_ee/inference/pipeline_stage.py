@@ -1,7 +1,9 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """One stage of a pipeline that decodes: its layers, its exits, its part of the KV cache."""
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from nemo_ee.inference.step import Step
 from nemo_ee.megatron.confidence_rules import CONFIDENCE_RULES, ExitEvidence
 from nemo_ee.megatron.decode import PackedTokens
 from nemo_ee.megatron.decoding_model import DecodingModel
+from nemo_ee.megatron.segment import Segment
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,10 @@ class Stage:
         model = self.model
         self.rule = CONFIDENCE_RULES[self.confidence]
         self.table = model.table(self.max_length)
-        self.layers = model.cached_layers(self.slots, self.max_length)
         mine = [n for n in self.exit_layers if n in model.heads]
+        layers = model.cached_layers(self.slots, self.max_length)
+        numbers = [list(members) for _, members in groupby(layers, key=lambda n: bisect_left(mine, n))]
+        self.segments = {each[-1]: Segment([layers[n] for n in each]) for each in numbers}
         self.blocks = {n: model.cached_block(n, self.slots, self.max_length) for n in mine}
         self.chooser = Chooser(model.gpt)
         self.free_rows = list(range(self.slots))[::-1]
@@ -119,8 +124,8 @@ class Stage:
             parts = hidden.to(self.model.device).split([len(ids) for ids in tokens.ids])
             x = torch.cat([parts[i] for i in order])
         answers: list[Answer] = []
-        for n, layer in self.layers.items():
-            x = layer(x, packed)
+        for n, segment in self.segments.items():
+            x = segment(x, packed)
             if n in self.blocks:
                 block = self.blocks[n]
                 inside = x if block is None else block(x.to(self.model.heads[n].dtype), packed)

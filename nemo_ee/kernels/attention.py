@@ -12,7 +12,7 @@ from nemo_ee.kernels.norm import normalise
 
 
 @compiled
-def place_keys(heads, cache, rows, positions, cos, sin, interleaved, query_norm, key_norm):
+def place_keys(heads, cache, rows, positions, cos, sin, rotates, interleaved, query_norm, key_norm):
     """Norms and rotates queries and keys in place, and writes keys and values into the cache.
 
     Args:
@@ -28,10 +28,11 @@ def place_keys(heads, cache, rows, positions, cos, sin, interleaved, query_norm,
                     normalise(head, head, query_norm)
                 if h == queries and key_norm.gain.size:
                     normalise(head, head, key_norm)
-                if len(cos):
+                if rotates:
                     rotate(head, cos[position], sin[position], interleaved)
-            cache[0, row, g, position] = heads[t, g, queries]
-            cache[1, row, g, position] = heads[t, g, queries + 1]
+            for d in range(heads.shape[3]):
+                cache[0, row, g, position, d] = heads[t, g, queries, d]
+                cache[1, row, g, position, d] = heads[t, g, queries + 1, d]
 
 
 @compiled

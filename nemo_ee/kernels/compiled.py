@@ -14,7 +14,11 @@ FAST_MATHEMATICS = {"reassoc", "contract", "arcp", "nsz"}
 
 
 def compiled(function: Callable | None = None, *, parallel: bool = False) -> Any:
-    """Compiles a function of NumPy arrays on its first call, once per machine where a cache can be written."""
+    """Compiles a function of NumPy arrays on its first call, once per machine where a cache can be written.
+
+    Parallel functions are called from Python only: a compiled caller, read from the cache, would not start the
+    threads that they need, and crash.
+    """
     if function is None:
         return lambda inner: compiled(inner, parallel=parallel)
     options: dict[str, Any] = {"fastmath": FAST_MATHEMATICS, "nogil": True, "error_model": "numpy"}
@@ -39,6 +43,22 @@ def widened(typingctx: Any, weight: Any, like: Any) -> Any:
         return context.cast(builder, args[0], kind, signature.return_type)
 
     return like(weight, like), codegen
+
+
+@intrinsic
+def _pointer(typingctx: Any, address: Any, like: Any) -> Any:
+    pointer = types.CPointer(like.dtype)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(pointer))
+
+    return pointer(address, like), codegen
+
+
+@compiled
+def array_at(address, shape, like):
+    """The array at an address, of `like`'s type of numbers; whoever gives addresses keeps the memory."""
+    return numba.carray(_pointer(address, like), shape)
 
 
 def team(threads: int) -> int:

@@ -26,12 +26,10 @@ class Norm(NamedTuple):
 
 
 @compiled
-def normalised(x, norm):
-    """[..., H] -> [..., H]."""
-    out = np.empty_like(x)
+def normalise_all(x, out, norm):
+    """out = norm(x), [T, H]."""
     for t in range(len(x)):
         normalise(x[t], out[t], norm)
-    return out
 
 
 @compiled

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nemo_ee.kernels.compiled import team
-from nemo_ee.kernels.layer import Layer, Linear, run_layer
+from nemo_ee.kernels.layer import Layer, Linear, addresses, run_layers, shape_of
 from nemo_ee.kernels.norm import Norm
 from nemo_ee.kernels.products import product
 
@@ -59,29 +59,33 @@ def run_product(linear: Linear, x: Tensor) -> Tensor:
     return out
 
 
-class KernelLayer:
-    """A layer in one call.
+class KernelLayers:
+    """Layers with their caches, in one call.
 
     Args:
-        layer: its weights, see `Layer`.
-        cache: [2, N, G, L, D] keys and values, in the dtype to compute in.
+        layers: their weights, all of one shape, and their caches [2, N, G, L, D], in the dtype to compute in.
+        rotates: which of them have rotary position embeddings.
     """
 
-    def __init__(self, layer: Layer, cache: Tensor):
-        self.layer, self.cache = layer, cache.numpy()
+    def __init__(self, layers: list[tuple[Layer, np.ndarray]], rotates: list[bool]):
+        self._layers = layers  # keeps the memory at the addresses
+        self._table = np.array([addresses(*each) for each in layers])
+        self._shape, self._weights = shape_of(*layers[0]), layers[0][0].qkv.weight
+        self._rotates = np.array(rotates)
 
     def __call__(self, x: Tensor, places: tuple[np.ndarray, ...], rotation: tuple[np.ndarray, ...]) -> Tensor:
-        """Writes the tokens' keys and values and returns the layer's output, [T, H] -> [T, H].
+        """Writes the tokens' keys and values and returns the last layer's output, [T, H] -> [T, H].
 
         Args:
             x: the states.
-            places: [T] rows of the cache, [T] positions.
-            rotation: [L, features that rotate] cosines and sines, or [0, 0].
+            places: [T] rows of the caches, [T] positions.
+            rotation: [L, features that rotate] cosines and sines; [0, 0] if no layer rotates.
         """
         x = x.contiguous()
         out = torch.empty_like(x)
         threads = team(torch.get_num_threads())
-        run_layer(self.layer, x.numpy(), out.numpy(), self.cache, *places, *rotation, threads)
+        arrays = (x.numpy(), out.numpy(), *places, self._rotates, *rotation)
+        run_layers(self._table, self._shape, self._weights, *arrays, threads)
         return out
 
 

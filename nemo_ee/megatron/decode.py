@@ -16,7 +16,6 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from nemo_ee.megatron.cpu_kernels import KernelLayer
 from nemo_ee.megatron.gpt import EarlyExitGPTModel
 from nemo_ee.megatron.lean_layer import LayerMathematics
 
@@ -285,7 +284,6 @@ class CachedLayer:
         shape = (2, rows, self.groups, max_length, attention.hidden_size_per_attention_head)
         # Zeros, not garbage: a masked key has weight 0, and 0 times a NaN is a NaN.
         self.cache = torch.zeros(shape, dtype=dtype, device=device)
-        self._kernels = [(limit, KernelLayer(each, self.cache)) for limit, each in mathematics.kernels()]
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` keys and values of one row to another."""
@@ -294,11 +292,8 @@ class CachedLayer:
     def __call__(self, x: Tensor, packed: PackedTokens) -> Tensor:
         """Writes the tokens' keys and values and returns the layer's output, [T, H] -> [T, H].
 
-        Collectives: two all-reduces of [T, H] where TP > 1.
+        With torch's operations; see `Segment`. Collectives: two all-reduces of [T, H] where TP > 1.
         """
-        for limit, kernel in self._kernels:
-            if len(x) <= limit:
-                return kernel(x, packed.places, packed.table.rotation(x.dtype, self.rotary))
         return self.mathematics.finish(x, self._attend(self._project(x, packed), packed))
 
     def fill(self, x: Tensor, packed: PackedTokens) -> None:

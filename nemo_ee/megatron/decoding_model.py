@@ -9,6 +9,7 @@ from nemo_ee.megatron.decode import CachedLayer, PositionTable
 from nemo_ee.megatron.gpt import EarlyExitGPTModel
 from nemo_ee.megatron.lean_head import LeanHead, LeanOutput
 from nemo_ee.megatron.lean_layer import layer_mathematics
+from nemo_ee.megatron.segment import Segment
 
 
 class DecodingModel:
@@ -80,13 +81,13 @@ class DecodingModel:
             for n, mathematics in self.layers.items()
         }
 
-    def cached_block(self, n: int, rows: int, max_length: int) -> CachedLayer | None:
+    def cached_block(self, n: int, rows: int, max_length: int) -> Segment | None:
         """The block of the exit on layer n with a cache of its own, if that exit has one."""
         if n not in self.blocks:
             return None
         block = self.gpt.exits[str(n)].block
         dtype = self.heads[n].dtype
-        return CachedLayer(block, self.blocks[n], rows, max_length, dtype, self.device)
+        return Segment([CachedLayer(block, self.blocks[n], rows, max_length, dtype, self.device)])
 
     def layer_bytes(self, n: int) -> int:
         """Of weights that a pass through layer n reads."""
