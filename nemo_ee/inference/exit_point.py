@@ -58,8 +58,8 @@ class ExitPoint:
         max_length: int,
         graphs: SegmentGraphs,
     ):
-        self.head, self.draft_head = model.heads[layer], model.draft_heads[layer]
-        self.layer, self.rule, self._graphs = layer, rule, graphs
+        self.head, self.layer, self.rule = model.heads[layer], layer, rule
+        self._model, self._graphs = model, graphs
         self.block = model.cached_block(layer, rows, max_length)
         self.hidden = model.hidden.new_zeros(rows, max_length, model.hidden.shape[-1])
 
@@ -100,7 +100,7 @@ class ExitPoint:
             trail: of the step, for rules that look back.
             drafts: the full model verifies them all.
         """
-        head = self.draft_head if drafts else self.head
+        head = self._model.draft_head(self.layer) if drafts else self.head
         prediction = self._graphs.predict(f"exit {self.layer}", head, inside)
         evidence = ExitEvidence(prediction, x) if trail is None else trail.evidence(prediction, x, indices)
         return prediction, self.rule.confidence(evidence).tolist()

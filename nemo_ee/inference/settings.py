@@ -69,7 +69,7 @@ class GenerateConfig:
         seed: of sampling.
         output_file: a JSONL file to write, one line per prompt; null for none.
         color: mark exits by colour: `always`, `never`, or `auto` (in a terminal).
-        weights: how decoding holds them: `native`, `packed` or `int8`, see `prepare_decoding`.
+        weights: how decoding holds them: `native`, `bf16` or `int8`, see `prepare_decoding`.
         tensor_model_parallel_size: processes that share each layer.
         pipeline_model_parallel_size: stages of layers; trainer.devices is the product of both sizes.
         megatron_amp_O2: keep weights in the trainer's precision rather than in float32.

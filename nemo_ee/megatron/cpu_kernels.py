@@ -16,8 +16,8 @@ from nemo_ee.kernels.layer import Layer, Linear, addresses, run_layers, shape_of
 from nemo_ee.kernels.norm import Norm
 from nemo_ee.kernels.products import product
 
-KERNEL_TOKENS = 16
-"""Passes of at most so many tokens go through the kernels; with more, MKL's blocked products are faster."""
+KERNEL_TOKENS = 24
+"""Passes of at most so many tokens go through the kernels; for more, MKL's blocked products are faster."""
 SWITCH = "NEMO_EE_CPU_KERNELS"
 """An environment variable: 0 decodes with torch's operations alone."""
 

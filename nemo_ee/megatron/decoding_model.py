@@ -5,11 +5,14 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from nemo_ee.megatron.decode import CachedLayer, PositionTable
+from nemo_ee.megatron.cpu_kernels import runs_kernels
+from nemo_ee.megatron.decode import CachedLayer, PackedTokens, PositionTable
 from nemo_ee.megatron.gpt import EarlyExitGPTModel
 from nemo_ee.megatron.lean_head import LeanHead, LeanOutput
 from nemo_ee.megatron.lean_layer import layer_mathematics
 from nemo_ee.megatron.segment import Segment
+
+_COMPILED: set[tuple[str, torch.dtype]] = set()
 
 
 class DecodingModel:
@@ -28,7 +31,6 @@ class DecodingModel:
         cuda_graphs: as given.
         layers: global 1-based layer number -> mathematics, ascending.
         heads: exit layer -> head, all of this stage.
-        draft_heads: the same for drafts that the full model verifies, see `WEIGHT_KINDS`.
         output: the final exit; None on stages before the last.
         dtype: of the backbone's computation.
         device: of its weights.
@@ -43,20 +45,20 @@ class DecodingModel:
         self.layers = {
             layer.layer_number: layer_mathematics(layer, self.dtype, weights) for layer in gpt.decoder.layers
         }
-        self.heads, self.draft_heads = {}, {}
+        self.heads: dict[int, LeanHead] = {}
+        self._draft_heads: dict[int, LeanHead] = {}
         self.blocks = {}
         for n in gpt.exit_layers:
             head = gpt.exits[str(n)]
             assert output_weight is not None, "a stage with exits has an output weight or a copy of it"
             dtype = compute_dtype(next(head.parameters(), output_weight))
-            self.heads[n] = self.draft_heads[n] = LeanHead(head, output_weight, dtype, weights)
-            if weights == "packed":
-                self.draft_heads[n] = LeanHead(head, output_weight, dtype, "int8")
+            self.heads[n] = LeanHead(head, output_weight, dtype, weights)
             if head.block is not None:
                 self.blocks[n] = layer_mathematics(head.block, dtype, weights)
         self.output = LeanOutput(gpt, self.dtype, weights) if gpt.post_process else None
         self.final_layer = gpt.config.num_layers
         self.hidden = torch.empty(0, gpt.config.hidden_size, dtype=self._hidden_dtype(), device=self.device)
+        self._compile_kernels()
         self._embedding = None
         plain = parallel_state.get_tensor_model_parallel_world_size() == 1
         wide = gpt.config.fp32_residual_connection
@@ -89,9 +91,37 @@ class DecodingModel:
         dtype = self.heads[n].dtype
         return Segment([CachedLayer(block, self.blocks[n], rows, max_length, dtype, self.device)])
 
+    def draft_head(self, n: int) -> LeanHead:
+        """The head of the exit on layer n for drafts that the full model verifies: in 8 bits where our CPU kernels
+        compute, a copy made in the first call."""
+        if n not in self._draft_heads:
+            head = self.heads[n]
+            if self.weights != "int8" and runs_kernels(self.device, head.dtype):
+                output_weight = self.gpt.output_weight()
+                assert output_weight is not None, "as for the head itself"
+                head = LeanHead(self.gpt.exits[str(n)], output_weight, head.dtype, "int8")
+            self._draft_heads[n] = head
+        return self._draft_heads[n]
+
     def layer_bytes(self, n: int) -> int:
         """Of weights that a pass through layer n reads."""
         return self.layers[n].bytes
+
+    def _compile_kernels(self) -> None:
+        """Once per process, and before a request is waiting."""
+        kind = self.weights, self.dtype
+        if kind in _COMPILED or not runs_kernels(self.device, self.dtype):
+            return
+        x, tokens = (
+            self.hidden.new_zeros(1, self.hidden.shape[-1]),
+            PackedTokens(self.table(1), [0], [0], [1]),
+        )
+        layer = next(iter(self.cached_layers(1, 1).values()))
+        if layer.mathematics.kernels():
+            Segment([layer])(x, tokens)
+        if self.output is not None:
+            self.output.projection(x)
+        _COMPILED.add(kind)
 
     def _hidden_dtype(self) -> torch.dtype:
         if self.gpt.config.fp32_residual_connection:

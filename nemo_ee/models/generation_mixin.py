@@ -13,6 +13,7 @@ from nemo.collections.nlp.modules.common.text_generation_utils import (
     get_default_sampling_params,
 )
 from nemo.utils import logging
+from nemo.utils.nemo_logging import LogMode
 
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.inference.generate import check_model_can_generate, generate, generating
@@ -102,9 +103,10 @@ class GenerationMixin:
         not. Weights that change in between (training, loading) need another call.
 
         Args:
-            weights: `native`; `packed`, further copies in layouts that are faster (CPU); or `int8`,
-                8-bit integers with a scale per output feature, faster where decoding waits for weights to be
-                read, at a small loss of quality (CPU).
+            weights: `native`; `bf16`, rounded to bfloat16 and computed in float32, which changes nothing where a
+                checkpoint's numbers are bfloat16's (CPU); or `int8`, 8-bit integers with a scale per output
+                feature, at a small loss of quality (CPU). Decoding waits for weights to be read, so that half
+                and a quarter of float32's bytes are faster.
             cuda_graphs: on a GPU, launch what is repeated as CUDA graphs (see
                 `nemo_ee.inference.segment_graphs`); no effect elsewhere.
 
@@ -117,7 +119,7 @@ class GenerationMixin:
         check_model_can_generate(self)
         self.start_distributed()
         with generating(self):
-            self._decoding_model = DecodingModel(self.gpt, weights, cuda_graphs)
+            self._decoding_model = self._read_weights(weights, cuda_graphs)
 
     def release_decoding(self) -> None:
         """Forgets what `prepare_decoding` has read."""
@@ -125,7 +127,15 @@ class GenerationMixin:
 
     def decoding_model(self) -> DecodingModel:
         """What `prepare_decoding` has read, or the weights as they are now. Call it under `generating`."""
-        return DecodingModel(self.gpt) if self._decoding_model is None else self._decoding_model
+        return self._read_weights() if self._decoding_model is None else self._decoding_model
+
+    def _read_weights(self, weights: str = "native", cuda_graphs: bool = True) -> DecodingModel:
+        if next(self.gpt.parameters()).device.type == "cpu":
+            logging.info(
+                "CPU kernels for decoding: a machine's first run compiles them (half a minute); later ones do not",
+                mode=LogMode.ONCE,
+            )
+        return DecodingModel(self.gpt, weights, cuda_graphs)
 
     def pipeline_groups(self) -> PipelineGroups:
         """Groups for decoding over pipeline stages. The first call is collective over all ranks of the job."""

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
+from nemo_ee.megatron.cpu_kernels import SWITCH
 from tests.support.tiny_gpt import GPT3, HEADS, tiny_model, tiny_model_config
 from tests.support.uncached import generate_uncached
 
@@ -40,6 +41,11 @@ def expect_equal(result, reference):
     assert tokens == reference.tokens
     assert exit_layers == reference.exit_layers
     assert confidences == pytest.approx(reference.confidences, rel=1e-9)
+
+
+@pytest.fixture(autouse=True, params=["1", "0"], ids=["our kernels", "torch's"])
+def kernels(request, monkeypatch):
+    monkeypatch.setenv(SWITCH, request.param)
 
 
 @pytest.fixture(scope="module", params=HEADS)

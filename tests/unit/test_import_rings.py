@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""Imports point inward: core knows torch alone, megatron adds megatron-core, the outer ring adds NeMo."""
+"""Imports point inward: core knows torch alone, kernels NumPy and Numba, megatron its core, the outer ring NeMo."""
 
 import ast
 import subprocess
@@ -14,13 +14,15 @@ CATCH_ALL_NAMES = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py"}
 
 PLAIN = {"nemo_ee.errors", "nemo_ee.config", "nemo_ee.schema"}
 CORE = PLAIN | {"nemo_ee.core", "torch", "numpy"}
-MEGATRON = CORE | {"nemo_ee.megatron", "megatron", "transformer_engine", "apex"}
+KERNELS = {"nemo_ee.kernels", "numba", "llvmlite", "numpy"}
+MEGATRON = CORE | {"nemo_ee.kernels", "nemo_ee.megatron", "megatron", "transformer_engine", "apex"}
 RINGS = {
     "nemo_ee/__init__.py": set(),
     "nemo_ee/errors.py": set(),
     "nemo_ee/schema.py": PLAIN,
     "nemo_ee/config.py": PLAIN | {"omegaconf"},
     "nemo_ee/core/": CORE,
+    "nemo_ee/kernels/": KERNELS,
     "nemo_ee/megatron/": MEGATRON,
 }
 """What each inner ring may import beside the standard library. All other files are the outer ring."""

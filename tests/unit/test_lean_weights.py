@@ -1,16 +1,17 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""Weights as functions: packed and 8-bit ones against the matrix product, and whole models with them."""
+"""Weights as functions: all kinds against the matrix product, and whole models with them."""
 
 import pytest
 import torch
 
+from nemo_ee.megatron.cpu_kernels import SWITCH
 from nemo_ee.megatron.lean_head import LeanHead
-from nemo_ee.megatron.lean_weights import Int8Linear, PackedLinear
+from nemo_ee.megatron.lean_weights import INT8_TOKENS, DenseLinear, Int8Linear, lean_linear
 from tests.support.drafting import drafting_eagerly
 from tests.support.tiny_gpt import HEADS, tiny_model, tiny_model_config
 from tests.unit.test_decode import PROMPTS
 
-COUNTS = [1, 2, 3, 4, 5, 8, 9, 16, 48, 49, 64, 65]
+COUNTS = [1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 48, 49, 65]
 
 
 @pytest.fixture(scope="module")
@@ -18,31 +19,46 @@ def weight():
     return torch.randn(48, 64, generator=torch.Generator().manual_seed(0)) / 8
 
 
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("features", [48, 96])
-@pytest.mark.parametrize("count", COUNTS)
-def test_packed_weights_give_the_product(count, features, with_bias):
-    from nemo_ee.megatron.lean_weights import lean_linear
+@pytest.fixture(params=["1", "0"], ids=["our kernels", "torch's"])
+def kernels(request, monkeypatch):
+    monkeypatch.setenv(SWITCH, request.param)
+    return request.param == "1"
 
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("features", [48, 91])
+@pytest.mark.parametrize("count", COUNTS)
+def test_weights_as_they_are_give_the_product(count, features, with_bias, kernels):
     generator = torch.Generator().manual_seed(count)
-    weight = torch.randn(features, 64, generator=generator) / 8
+    weight = torch.randn(features, 67, generator=generator) / 8
     bias = torch.randn(features, generator=generator) if with_bias else None
     x, residual = (
-        torch.randn(count, 64, generator=generator),
+        torch.randn(count, 67, generator=generator),
         torch.randn(count, features, generator=generator),
     )
     expected = x @ weight.t() + (0 if bias is None else bias)
-    for kind in ("native", "packed"):
-        layer, kept = lean_linear(weight, bias, torch.float32, kind), residual.clone()
-        assert torch.allclose(layer(x), expected, atol=1e-5)
-        assert torch.allclose(layer.onto(residual, x), residual + expected, atol=1e-5)
-        assert residual.equal(kept), "inputs stay as they are"
+    layer, kept = lean_linear(weight, bias, torch.float32), residual.clone()
+    assert bool(layer.kernels) == kernels
+    assert torch.allclose(layer(x), expected, atol=1e-5)
+    assert torch.allclose(layer.onto(residual, x), residual + expected, atol=1e-5)
+    assert torch.allclose(layer(x.t().contiguous().t()), expected, atol=1e-5), "any layout of the input"
+    assert residual.equal(kept), "inputs stay as they are"
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_eight_bits_err_by_their_rounding(weight, count):
-    from nemo_ee.megatron.lean_weights import INT8_TOKENS, lean_linear
+def test_bfloat16_weights_give_the_product_of_the_rounded_ones(weight, count):
+    x = torch.randn(count, 64, generator=torch.Generator().manual_seed(count))
+    rounded = weight.to(torch.bfloat16).float()
+    layer = lean_linear(weight, None, torch.float32, "bf16")
+    assert layer.bytes * 2 == lean_linear(weight, None, torch.float32).bytes
+    assert torch.allclose(layer(x), x @ rounded.t(), atol=1e-5)
+    assert not torch.allclose(layer(x), x @ weight.t(), atol=1e-4)
+    exact = lean_linear(rounded, None, torch.float32, "bf16")
+    assert exact.weight.data_ptr() == rounded.data_ptr(), "no copy where nothing is rounded"
 
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_eight_bits_err_by_their_rounding(weight, count, kernels):
     x = torch.randn(count, 64, generator=torch.Generator().manual_seed(count))
     layer, exact = lean_linear(weight, None, torch.float32, "int8"), x @ weight.t()
     assert layer.bytes * 4 == lean_linear(weight, None, torch.float32).bytes
@@ -50,17 +66,19 @@ def test_eight_bits_err_by_their_rounding(weight, count):
     if count > INT8_TOKENS:
         assert difference.max() < 1e-5
         return
-    # Half a step per weight at most; x, scales and sums are rounded to bfloat16 (2^-8).
-    steps = weight.abs().amax(1) / 127
-    bound = x.abs().sum(1)[:, None] * steps * 0.52 + 2**-7 * (x.abs() @ weight.abs().t())
+    # Half a step per weight at most, and a little at the clamp; torch rounds x, scales and sums to bfloat16 (2^-8).
+    bound = x.abs().sum(1)[:, None] * (weight.abs().amax(1) / 127) * 0.52
+    coarse = 2**-9 if kernels else 2**-7
+    bound = bound + coarse * (x.abs() @ weight.abs().t())
     assert (difference <= bound).all() and difference.max() > 1e-4
+    quantised = x @ (layer.quantised.float() * layer.scales.float()[:, None]).t()
+    if kernels:
+        assert torch.allclose(layer(x), quantised, atol=1e-5), "nothing but the weights is rounded"
 
 
 def test_what_a_kind_cannot_do_is_refused(weight):
-    from nemo_ee.megatron.lean_weights import lean_linear
-
-    with pytest.raises(NotImplementedError, match="weights=packed"):
-        lean_linear(weight, None, torch.bfloat16, "packed")
+    with pytest.raises(NotImplementedError, match="weights=bf16"):
+        lean_linear(weight, None, torch.bfloat16, "bf16")
     with pytest.raises(NotImplementedError, match="weights=int8"):
         lean_linear(weight.to("meta"), None, torch.float32, "int8")
 
@@ -82,11 +100,21 @@ def generated(model, **early_exit):
 
 
 @pytest.mark.parametrize("early_exit", [dict(threshold=0.5), dict(threshold=0.5, lossless=True)], ids=str)
-def test_a_model_decodes_with_packed_and_eight_bit_weights(model, early_exit):
+def test_a_model_decodes_with_bfloat16_and_eight_bit_weights(model, early_exit):
     native = generated(model, **early_exit)["token_ids"]
+    kept = {name: weight.detach().clone() for name, weight in model.gpt.named_parameters()}
     try:
-        model.prepare_decoding("packed")
-        assert generated(model, **early_exit)["token_ids"] == native
+        model.prepare_decoding("bf16")
+        halved = generated(model, **early_exit)["token_ids"]
+        model.release_decoding()
+        with torch.no_grad():
+            for name, weight in model.gpt.named_parameters():
+                if weight.dim() > 1 and "position" not in name:
+                    weight.copy_(weight.to(torch.bfloat16))
+        assert generated(model, **early_exit)["token_ids"] == halved != native
+        with torch.no_grad():
+            for name, weight in model.gpt.named_parameters():
+                weight.copy_(kept[name])
         model.prepare_decoding("int8")
         coarse = generated(model, **early_exit)["token_ids"]
     finally:
@@ -99,7 +127,7 @@ def test_a_model_decodes_with_packed_and_eight_bit_weights(model, early_exit):
     assert generated(model, **early_exit)["token_ids"] == native
 
 
-def test_eight_bit_heads_draft_where_weights_are_packed_and_change_nothing(model):
+def test_eight_bit_heads_draft_and_change_nothing(model):
     native, calls = generated(model, threshold=1.0)["token_ids"], []
     predict = LeanHead.predict
 
@@ -107,14 +135,14 @@ def test_eight_bit_heads_draft_where_weights_are_packed_and_change_nothing(model
         calls.append(type(head.projection))
         return predict(head, x)
 
-    model.prepare_decoding("packed")
+    model.prepare_decoding()
     try:
         with drafting_eagerly(), pytest.MonkeyPatch.context() as patch:
             patch.setattr(LeanHead, "predict", noted)
             drafted = generated(model, threshold=0.0, lossless=True)
             assert set(calls) == {Int8Linear}
             generated(model, threshold=0.0)
-            assert calls[-1] is PackedLinear
+            assert calls[-1] is DenseLinear
     finally:
         model.release_decoding()
     assert drafted["token_ids"] == native
@@ -125,7 +153,7 @@ def test_prepared_weights_stay_until_they_are_released(model):
     from nemo_ee.errors import ConfigError
 
     before = generated(model, threshold=1.0)["token_ids"]
-    model.prepare_decoding("packed")
+    model.prepare_decoding("bf16")
     weight = model.gpt.decoder.layers[3].mlp.linear_fc2.weight
     kept = weight.detach().clone()
     try:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from nemo_ee.megatron.cpu_kernels import SWITCH
 from tests.support.tape import Tape, TapeCapture
 from tests.support.tiny_gpt import GPT3, HEADS, tiny_model, tiny_model_config
 
@@ -55,6 +56,12 @@ def one():
     head = HEADS["block, MLP, linear, untied"]
     config = tiny_model_config(head=head, share_embeddings_and_output_weights=False)
     return tiny_model(config, dtype=torch.float64).gpt
+
+
+@pytest.fixture(autouse=True)
+def torchs_operations(monkeypatch):
+    """A tape records what torch does; our CPU kernels it would not see."""
+    monkeypatch.setenv(SWITCH, "0")
 
 
 def make_decoder(gpt, rows, max_length, exits=EXITS, **options):

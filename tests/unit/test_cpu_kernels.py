@@ -1,0 +1,142 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""CPU kernels against torch's operations, layer by layer, in float64."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from nemo_ee.kernels.compiled import compiled
+from nemo_ee.kernels.exponential import exponential
+from nemo_ee.megatron.cpu_kernels import KERNEL_TOKENS, SWITCH
+from nemo_ee.megatron.decode import PackedTokens
+from nemo_ee.megatron.decoding_model import DecodingModel
+from nemo_ee.megatron.segment import Segment
+from tests.support.tiny_gpt import GPT3, tiny_model, tiny_model_config
+
+ROWS, LENGTH = 4, 24
+PACKS = {
+    "one token": ([2], [7], [1]),
+    "a first token": ([0], [0], [1]),
+    "several of one text": ([1], [3], [5]),
+    "one of each": ([0, 1, 2, 3], [9, 2, 0, 12], [1, 1, 1, 1]),
+    "some rows, ragged": ([1, 3], [4, 0], [2, 6]),
+    "as many as there may be": ([0, 2], [1, 8], [9, KERNEL_TOKENS - 9]),
+}
+BACKBONES = {
+    "RMSNorm, SwiGLU, RoPE": {},
+    "LayerNorm, GELU, biases, learned positions": GPT3,
+    "LayerNorm, tanh GELU": dict(
+        normalization="layernorm", activation="gelu", bias=True, bias_activation_fusion=True
+    ),
+    "ReGLU, half rotary, interleaved": dict(
+        activation="reglu", rotary_percentage=0.5, rotary_interleaved=True
+    ),
+    "GeGLU, one group": dict(activation="geglu", num_query_groups=1),
+    "no groups, norms of heads": dict(num_query_groups=8, qk_layernorm=True),
+    "squared ReLU, which kernels do not know": dict(activation="squared-relu", bias_activation_fusion=False),
+    "odd sizes": dict(hidden_size=40, ffn_hidden_size=37, kv_channels=6),
+}
+
+
+@pytest.fixture(scope="module", params=BACKBONES)
+def gpt(request):
+    return tiny_model(tiny_model_config(**BACKBONES[request.param]), dtype=torch.float64).gpt
+
+
+def run_pack(gpt, pack, threads=2):
+    """Output, keys and values of three layers after a pack whose sequences have a past."""
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            model = DecodingModel(gpt)
+            layers = [model.cached_layers(ROWS, LENGTH)[n] for n in (3, 4, 5)]
+            for layer in layers:
+                layer.cache.copy_(torch.randn(layer.cache.shape, generator=generator, dtype=torch.float64))
+            x = torch.randn(sum(pack[2]), gpt.config.hidden_size, generator=generator, dtype=torch.float64)
+            out = Segment(layers)(x, PackedTokens(model.table(LENGTH), *pack))
+        return [out, *(layer.cache for layer in layers)]
+    finally:
+        torch.set_num_threads(kept)
+
+
+@pytest.mark.parametrize("pack", PACKS)
+def test_layers_equal_torchs(gpt, pack, monkeypatch):
+    found = run_pack(gpt, PACKS[pack])
+    monkeypatch.setenv(SWITCH, "0")
+    expected = run_pack(gpt, PACKS[pack])
+    for mine, other in zip(found, expected, strict=True):
+        assert mine.dtype == other.dtype == torch.float64
+        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
+    assert not found[0].equal(expected[0]), "two ways, not one"
+
+
+def test_any_number_of_threads_gives_the_same(gpt):
+    one, *others = [run_pack(gpt, PACKS["some rows, ragged"], threads) for threads in (1, 2, 3)]
+    for other in others:
+        for mine, theirs in zip(one, other, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_nan_stays_in_its_row():
+    gpt = tiny_model(tiny_model_config(), dtype=torch.float64).gpt
+    with torch.inference_mode():
+        model = DecodingModel(gpt)
+        layers = list(model.cached_layers(2, 8).values())
+        x = torch.randn(2, 64, dtype=torch.float64)
+        x[0, 5] = float("nan")
+        out = Segment(layers)(x, PackedTokens(model.table(8), [0, 1], [0, 0], [1, 1]))
+    assert out[0].isnan().all() and not out[1].isnan().any()
+
+
+@compiled
+def exponentials(x, y):
+    for i in range(len(x)):
+        y[i] = exponential(x[i])
+
+
+def test_the_exponential_is_float32s():
+    x = np.linspace(-86, 87, 100_001, dtype=np.float32)
+    y = np.empty_like(x)
+    exponentials(x, y)
+    assert np.abs(y / np.exp(x.astype(np.float64)) - 1).max() < 3e-7
+    special = np.array([0, -np.inf, -1000, np.nan, np.inf], np.float32)
+    y = np.empty_like(special)
+    exponentials(special, y)
+    assert y[0] == 1 and 0 <= y[1] == y[2] < 1e-37 and np.isnan(y[3]) and y[4] > 1e38
+
+
+def test_compiled_kernels_are_read_from_the_cache_and_run(tmp_path):
+    code = """
+import numpy as np
+from nemo_ee.kernels.products import product
+none, out = np.empty(0), np.empty((1, 20))
+product(np.ones((20, 3)), none, none, np.ones((1, 3)), out, 2)
+assert (out == 3).all()
+print(sum(product.stats.cache_hits.values()))
+"""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    run = [sys.executable, "-c", code]
+    hits = [
+        subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    ]
+    assert [int(each) for each in hits] == [0, 1]
+
+
+def test_a_package_that_cannot_be_written_to_still_computes(tmp_path):
+    code = """
+from numba.core import caching
+caching.CacheImpl._locator_classes = []
+import numpy as np
+from nemo_ee.kernels.products import product
+none, out = np.empty(0), np.empty((1, 20))
+product(np.ones((20, 3)), none, none, np.ones((1, 3)), out, 2)
+assert (out == 3).all()
+"""
+    subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
