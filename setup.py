@@ -32,6 +32,7 @@ IMPORTED_BY_NEMO_NLP_UNDECLARED = [
 OURS = [
     "gguf>=0.10",  # reading GGUF files through transformers
     "matplotlib>=3.8",
+    "numba>=0.60",  # NeMo needs it too
     "sentencepiece>=0.2,<1",
     "tqdm>=4.66",
 ]

@@ -13,12 +13,12 @@ from decoding_quality import Judge, Quality
 from decoding_roofline import Bandwidth, Products, cache_bytes, weight_bytes
 from decoding_ways import (
     ASSISTED,
+    BF16_LOSSLESS,
     EXITS,
     FULL,
     INT8,
     LOSSLESS,
     NEMO,
-    PACKED_LOSSLESS,
     Clock,
     Tokens,
     Way,
@@ -105,7 +105,7 @@ def chosen_ways(ways: Sequence[Way], batch: int, prompt: int) -> list[Way]:
     def runs(way: Way) -> bool:
         if way.kind in SINGLE:
             return batch == 1
-        one = large or (way.kind in (LOSSLESS, PACKED_LOSSLESS) and batch > 1)
+        one = large or (way.kind in (LOSSLESS, BF16_LOSSLESS) and batch > 1)
         return way.threshold in (None, middle) or not one
 
     return [way for way in ways if runs(way)]

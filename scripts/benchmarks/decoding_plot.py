@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from decoding_results import decoding_rates, over_passes, ratio, roofline, speculation, way_of
-from decoding_ways import ASSISTED, EXITS, FULL, HUGGING_FACE, INT8, LOSSLESS, NEMO, PACKED, PACKED_LOSSLESS
+from decoding_ways import ASSISTED, BF16, BF16_LOSSLESS, EXITS, FULL, HUGGING_FACE, INT8, LOSSLESS, NEMO
 
 from nemo_ee.report.statistics import spread
 from nemo_ee.report.style import FINAL_LINE_COLOUR, MARKERS, label, new_figure
@@ -14,8 +14,8 @@ COLOURS = {
     FULL: FINAL_LINE_COLOUR,
     EXITS: "#0072b2",
     LOSSLESS: "#cc79a7",
-    PACKED: "#999999",
-    PACKED_LOSSLESS: "#882255",
+    BF16: "#999999",
+    BF16_LOSSLESS: "#882255",
     INT8: "#e69f00",
     NEMO: "#009e73",
     HUGGING_FACE: "#d55e00",

@@ -51,15 +51,16 @@ def ratio(row: dict, way: dict, other: dict | None) -> Spread | None:
     return spread([one[repeat] / base[repeat] for repeat in one if repeat in base])
 
 
-def roofline(row: dict, kind: str | None = None) -> float:
+def roofline(row: dict, kind: str | None = None, share: float = 1.0) -> float:
     """Tokens per second at full depth if each step only read all weights once, and every sequence's cache.
 
     Args:
         row: of the results.
         kind: of bandwidth; None for the highest.
+        share: of the weights' bytes that are read.
     """
     bandwidth = row["bandwidth"][kind] if kind else max(row["bandwidth"].values())
-    return row["batch"] * bandwidth / (row["weight_bytes"] + row["batch"] * row["cache_bytes"])
+    return row["batch"] * bandwidth / (share * row["weight_bytes"] + row["batch"] * row["cache_bytes"])
 
 
 def pass_times(row: dict) -> PassTimes:

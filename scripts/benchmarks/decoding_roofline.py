@@ -48,8 +48,8 @@ class Bandwidth:
 
 
 class Products:
-    """The matrix-vector products of a token at full depth and nothing else: what is left of the roofline once
-    torch's kernels have had their share.
+    """The matrix-vector products of a token at full depth and nothing else: each in a
+    call of its own.
 
     Args:
         model: a `MegatronGPTEarlyExitModel`.
@@ -62,7 +62,7 @@ class Products:
         self.readings: dict[str, list[float]] = {}
         self._linears: dict[str, list[tuple[Any, torch.Tensor]]] = {}
         self._model = model
-        for kind in ("native", "bf16"):
+        for kind in ("native", "bf16", "int8"):
             with generating(model):
                 try:
                     decoding = DecodingModel(model.gpt, kind)

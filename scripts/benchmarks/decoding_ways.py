@@ -24,7 +24,7 @@ from nemo_ee.inference.stopping import END_OF_SEQUENCE, StopRule
 from nemo_ee.megatron.decoding_model import DecodingModel
 
 FULL, EXITS, LOSSLESS, INT8 = "full depth", "early exit", "lossless", "int8"
-PACKED, PACKED_LOSSLESS = "full depth, packed", "lossless, packed"
+BF16, BF16_LOSSLESS = "full depth, bf16", "lossless, bf16"
 NEMO, HUGGING_FACE, ASSISTED = "NeMo", "Hugging Face", "Hugging Face, assistant_early_exit"
 SAMPLING = {"use_greedy": True, "add_BOS": False, "end_strings": [END_OF_SEQUENCE]}
 Tokens = list[list[int]]
@@ -225,16 +225,16 @@ def all_ways(model: Any, other: Any, thresholds: Sequence[float], assistant_earl
     plain = with_exits - size(model.gpt.exits)
     ways = [
         Way(FULL, None, Ours(model, False), plain),
-        Way(PACKED, None, OurWeights(model, "packed"), plain),
+        Way(BF16, None, OurWeights(model, "bf16"), plain),
         Way(INT8, None, OurWeights(model, "int8"), plain),
     ]
     for kind, more in ((EXITS, {}), (LOSSLESS, {"lossless": True})):
-        options = ({"threshold": threshold, "exits": exits, **more} for threshold in thresholds)
-        ways += [Way(kind, each["threshold"], Ours(model, each), with_exits) for each in options]
+        settings = ({"threshold": threshold, "exits": exits, **more} for threshold in thresholds)
+        ways += [Way(kind, each["threshold"], Ours(model, each), with_exits) for each in settings]
         if kind == LOSSLESS:
             for threshold in sorted(thresholds)[:2]:
-                packed = {"threshold": threshold, "exits": exits, **more}
-                ways.append(Way(PACKED_LOSSLESS, threshold, OurWeights(model, "packed", packed), with_exits))
+                options = {"threshold": threshold, "exits": exits, **more}
+                ways.append(Way(BF16_LOSSLESS, threshold, OurWeights(model, "bf16", options), with_exits))
     return [
         *ways,
         Way(NEMO, None, NeMo(model), plain),
