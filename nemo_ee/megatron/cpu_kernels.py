@@ -5,6 +5,7 @@ Suffixes: T tokens, I input features, O output features, H hidden size.
 """
 
 import os
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,9 @@ KERNEL_TOKENS = 24
 """Passes of at most so many tokens go through the kernels; for more, MKL's blocked products are faster."""
 SWITCH = "NEMO_EE_CPU_KERNELS"
 """An environment variable: 0 decodes with torch's operations alone."""
+
+_ONE_AT_A_TIME = Lock()
+"""Numba's simplest thread pool, taken where there is no OpenMP, must not be entered twice."""
 
 
 def runs_kernels(device: torch.device, dtype: torch.dtype) -> bool:
@@ -54,8 +58,8 @@ def kernel_norm(norm: Any, dtype: torch.dtype) -> Norm:
 def run_product(linear: Linear, x: Tensor) -> Tensor:
     """x W^T + b, [T, I] -> [T, O]."""
     out = x.new_empty(len(x), len(linear.weight))
-    threads = team(torch.get_num_threads())
-    product(*linear, x.contiguous().numpy(), out.numpy(), threads)
+    with _ONE_AT_A_TIME:
+        product(*linear, x.contiguous().numpy(), out.numpy(), team(torch.get_num_threads()))
     return out
 
 
@@ -83,9 +87,9 @@ class KernelLayers:
         """
         x = x.contiguous()
         out = torch.empty_like(x)
-        threads = team(torch.get_num_threads())
         arrays = (x.numpy(), out.numpy(), *places, self._rotates, *rotation)
-        run_layers(self._table, self._shape, self._weights, *arrays, threads)
+        with _ONE_AT_A_TIME:
+            run_layers(self._table, self._shape, self._weights, *arrays, team(torch.get_num_threads()))
         return out
 
 

@@ -113,7 +113,7 @@ class LeanLayer:
     def kernels(self) -> list[tuple[int, Layer]]:
         """See `LayerMathematics`; none with tensor parallelism, whose sums are torch's."""
         linears = (self.qkv, self.out, self.mlp.up, self.mlp.down)
-        if self.world > 1 or self.mlp.activation not in ACTIVATIONS:
+        if self.world > 1 or self.mlp.activation not in ACTIVATIONS or not self.qkv.kernels:
             return []
         query_norm, key_norm = self.head_norms or (None, None)
         norms = [kernel_norm(n, self.dtype) for n in (self.norm, query_norm, key_norm, self.mlp_norm)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nemo_ee.inference.drafting import CREDIT, LOSS, DraftingPolicy, Outcome, Round
-from nemo_ee.inference.pass_costs import GROWTH, PassCosts, pass_costs
+from nemo_ee.inference.pass_costs import DRAFT_HEAD, GROWTH, PassCosts, pass_costs
 
 COSTS = PassCosts(to_exit=(1.0, 2.0), head=(0.2, 0.2), full=4.0, growth=GROWTH["gpu"])
 
@@ -59,7 +59,7 @@ def play(policy, sure, right, tokens, seed=0, sequences=1, exits=(0, 1)):
 
 
 @pytest.mark.parametrize("sequences", [1, 4])
-@pytest.mark.parametrize("kind", ["native", "packed", "int8", "gpu"])
+@pytest.mark.parametrize("kind", ["native", "bf16", "int8", "gpu"])
 def test_whatever_exits_do_the_loss_is_bounded(kind, sequences):
     """Exits that are never right, never sure, change their mind, or are wrong just when they are trusted."""
     costs = PassCosts(to_exit=(1.0, 2.0), head=(0.2, 0.1), full=4.0, growth=GROWTH[kind])
@@ -143,4 +143,5 @@ def test_costs_are_bytes_of_weights():
     layers = [matrices(layer) for layer in gpt.decoder.layers]
     assert costs.to_exit == (layers[0], sum(layers[:3]))
     assert costs.full == sum(layers) + gpt.output_weight().nbytes
-    assert costs.head == tuple(matrices(gpt.exits[str(n)]) for n in (1, 3))
+    eight_bits = [DRAFT_HEAD * matrices(gpt.exits[str(n)]) for n in (1, 3)]
+    assert costs.head == pytest.approx(eight_bits)

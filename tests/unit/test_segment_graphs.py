@@ -188,7 +188,7 @@ def test_padding_changes_no_row_and_spreads_nothing(one, capturing, fewest_keys)
         for each in (plain, decoder):
             each.prefill(PROMPTS)
         layers = [layer for segment in decoder.segments for layer in segment]
-        layers += [point.block for point in decoder.exits]
+        layers += [layer for point in decoder.exits for layer in point.block]
         for n in range(6):
             before = [layer.cache.clone() for layer in layers]
             steps = [each.step(torch.tensor([n, 20, 30]), thresholds, rows) for each in (plain, decoder)]
