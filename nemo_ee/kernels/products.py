@@ -46,8 +46,7 @@ def multiply(weight, scale, bias, x, out, first, last):
 
 @compiled
 def _dot(row, x):
-    zero = x[0] - x[0]
-    s = zero
+    s = zero = x.dtype.type(0)
     for j in range(len(x)):
         s += widened(row[j], zero) * x[j]
     return s

@@ -19,6 +19,7 @@ from decoding_ways import (
     INT8,
     LOSSLESS,
     NEMO,
+    ROUNDED,
     Clock,
     Tokens,
     Way,
@@ -220,14 +221,15 @@ def _judge(model: Any, measured: list[Measured], prompts: Tokens, generated: dic
 
 
 def check_same_weights(row: dict, epsilon: float) -> None:
-    """All ways at full depth must generate the same tokens, but where two are as probable within rounding.
+    """All ways at full depth with the model's own weights must generate the same tokens, but where two are as
+    probable within rounding.
 
     Raises:
         GenerationError: some do not.
     """
     for way in row["ways"]:
         worst = max((abs(gap) for gap in way["quality"]["gaps"]), default=0.0)
-        if way["kind"] not in (EXITS, INT8) and worst > epsilon:
+        if way["kind"] not in (EXITS, *ROUNDED) and worst > epsilon:
             raise GenerationError(
                 f"{way['name']}: its text leaves full depth's where the full model prefers its own token by "
                 f"{worst:.2g} in the logit, more than {epsilon:g}: give --model and --hf of the same weights"

@@ -21,7 +21,7 @@ from decoding_results import (
     way_of,
     whole_rates,
 )
-from decoding_ways import BF16, BF16_LOSSLESS, EXITS, FULL, HUGGING_FACE, INT8, LOSSLESS, NEMO
+from decoding_ways import BF16, BF16_LOSSLESS, EXITS, FULL, HUGGING_FACE, INT8, LOSSLESS, NEMO, ROUNDED
 
 from nemo_ee.report.schema import Spread
 from nemo_ee.report.statistics import spread
@@ -154,10 +154,12 @@ def _of_roofline(row: dict, kind: str, rate: float) -> str:
 
 
 def _ties(row: dict) -> str:
-    left = {way["name"]: way["quality"]["gaps"] for way in row["ways"] if way["kind"] not in (EXITS, INT8)}
+    left = {
+        way["name"]: way["quality"]["gaps"] for way in row["ways"] if way["kind"] not in (EXITS, *ROUNDED)
+    }
     left = {name: gaps for name, gaps in left.items() if gaps}
     if not left:
-        return "All ways at full depth generated the same tokens."
+        return "All ways at full depth with the model's own weights generated the same tokens."
     each = "; ".join(
         f"{name} {len(gaps)} (gap at most {max(map(abs, gaps)):.1g})" for name, gaps in left.items()
     )
@@ -174,7 +176,7 @@ def _targets(rows: Sequence[dict]) -> str:
         way = way_of(row, kind)
         faster = ratio(row, way, way_of(row, HUGGING_FACE))
         lines.append([f"{kind} x Hugging Face, {row['name']}", ">= 1.20", *_held(faster, 1.2, True)])
-        for bandwidth in (None, "copy"):
+        for bandwidth in (None, "copy") if kind == FULL else ():
             rates = decoding_rates(row, way).values()
             share = spread([rate / roofline(row, bandwidth, READ[kind]) for rate in rates])
             name = f"{kind} of the roofline{f' of a {bandwidth}' if bandwidth else ''}, {row['name']}"

@@ -25,6 +25,8 @@ from nemo_ee.megatron.decoding_model import DecodingModel
 
 FULL, EXITS, LOSSLESS, INT8 = "full depth", "early exit", "lossless", "int8"
 BF16, BF16_LOSSLESS = "full depth, bf16", "lossless, bf16"
+ROUNDED = (INT8, BF16, BF16_LOSSLESS)
+"""Ways whose weights differ from the model's, unless it has bfloat16's numbers."""
 NEMO, HUGGING_FACE, ASSISTED = "NeMo", "Hugging Face", "Hugging Face, assistant_early_exit"
 SAMPLING = {"use_greedy": True, "add_BOS": False, "end_strings": [END_OF_SEQUENCE]}
 Tokens = list[list[int]]
