@@ -5,7 +5,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from nemo_ee.megatron.cpu_kernels import runs_kernels
+from nemo_ee.megatron.cpu_kernels import KERNEL_TOKENS, runs_kernels
 from nemo_ee.megatron.decode import CachedLayer, PackedTokens, PositionTable
 from nemo_ee.megatron.gpt import EarlyExitGPTModel
 from nemo_ee.megatron.lean_head import LeanHead, LeanOutput
@@ -25,6 +25,8 @@ class DecodingModel:
         gpt: in eval mode, sequence parallelism off.
         weights: see `nemo_ee.megatron.lean_weights.WEIGHT_KINDS`.
         cuda_graphs: decoders on a GPU may capture what they repeat as CUDA graphs.
+        draft_heads: exits draft with 8-bit copies of their weights where our CPU kernels compute; worth making
+            for more than one call.
 
     Attributes:
         weights: as given.
@@ -37,8 +39,15 @@ class DecodingModel:
         hidden: [0, H], an empty example of a hidden state.
     """
 
-    def __init__(self, gpt: EarlyExitGPTModel, weights: str = "native", cuda_graphs: bool = True):
+    def __init__(
+        self,
+        gpt: EarlyExitGPTModel,
+        weights: str = "native",
+        cuda_graphs: bool = True,
+        draft_heads: bool = True,
+    ):
         self.gpt, self.weights, self.cuda_graphs = gpt, weights, cuda_graphs
+        self._copies_heads = draft_heads and weights != "int8"
         some = gpt.decoder.layers[0].self_attention.linear_proj.weight
         self.device, self.dtype = some.device, compute_dtype(some)
         output_weight = gpt.output_weight()
@@ -92,11 +101,11 @@ class DecodingModel:
         return Segment([CachedLayer(block, self.blocks[n], rows, max_length, dtype, self.device)])
 
     def draft_head(self, n: int) -> LeanHead:
-        """The head of the exit on layer n for drafts that the full model verifies: in 8 bits where our CPU kernels
-        compute, a copy made in the first call."""
+        """The head of the exit on layer n for drafts that the full model verifies; an 8-bit copy is made in the
+        first call."""
         if n not in self._draft_heads:
             head = self.heads[n]
-            if self.weights != "int8" and runs_kernels(self.device, head.dtype):
+            if self._copies_heads and runs_kernels(self.device, head.dtype):
                 output_weight = self.gpt.output_weight()
                 assert output_weight is not None, "as for the head itself"
                 head = LeanHead(self.gpt.exits[str(n)], output_weight, head.dtype, "int8")
@@ -112,15 +121,12 @@ class DecodingModel:
         kind = self.weights, self.dtype
         if kind in _COMPILED or not runs_kernels(self.device, self.dtype):
             return
-        x, tokens = (
-            self.hidden.new_zeros(1, self.hidden.shape[-1]),
-            PackedTokens(self.table(1), [0], [0], [1]),
-        )
-        layer = next(iter(self.cached_layers(1, 1).values()))
-        if layer.mathematics.kernels():
-            Segment([layer])(x, tokens)
-        if self.output is not None:
-            self.output.projection(x)
+        layer = next(iter(self.cached_layers(1, KERNEL_TOKENS).values()))
+        for limit, _ in layer.mathematics.kernels():
+            x = self.hidden.new_zeros(limit, self.hidden.shape[-1])
+            Segment([layer])(x, PackedTokens(self.table(limit), [0], [0], [limit]))
+            if self.output is not None:
+                self.output.projection(x)
         _COMPILED.add(kind)
 
     def _hidden_dtype(self) -> torch.dtype:

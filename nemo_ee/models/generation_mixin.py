@@ -100,7 +100,7 @@ class GenerationMixin:
         """Reads the weights for decoding once, for all calls of `generate` until `release_decoding`.
 
         Otherwise every call reads them: at once where they have the dtype that is computed in, as copies where
-        not. Weights that change in between (training, loading) need another call.
+        not. On a CPU lossless decoding then also drafts with 8-bit copies of the exits' weights. Weights that change in between (training, loading) need another call.
 
         Args:
             weights: `native`; `bf16`, rounded to bfloat16 and computed in float32, which changes nothing where a
@@ -127,15 +127,15 @@ class GenerationMixin:
 
     def decoding_model(self) -> DecodingModel:
         """What `prepare_decoding` has read, or the weights as they are now. Call it under `generating`."""
-        return self._read_weights() if self._decoding_model is None else self._decoding_model
+        return self._read_weights(draft_heads=False) if self._decoding_model is None else self._decoding_model
 
-    def _read_weights(self, weights: str = "native", cuda_graphs: bool = True) -> DecodingModel:
+    def _read_weights(self, *kind: Any, **more: Any) -> DecodingModel:
         if next(self.gpt.parameters()).device.type == "cpu":
             logging.info(
                 "CPU kernels for decoding: a machine's first run compiles them (half a minute); later ones do not",
                 mode=LogMode.ONCE,
             )
-        return DecodingModel(self.gpt, weights, cuda_graphs)
+        return DecodingModel(self.gpt, *kind, **more)
 
     def pipeline_groups(self) -> PipelineGroups:
         """Groups for decoding over pipeline stages. The first call is collective over all ranks of the job."""
