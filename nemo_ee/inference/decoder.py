@@ -10,7 +10,6 @@ uncached forward. Two other policies exist for comparison, see `KV_POLICIES`.
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -72,10 +71,11 @@ class EarlyExitDecoder:
         self.exits = [ExitPoint(model, n, self.rule, rows, room, self.graphs) for n in exit_layers]
         layers = model.cached_layers(rows, room)
         edges = [0, *exit_layers, self.final_layer]
-        self.segments = [
-            Segment([layers[n + 1] for n in range(low, high)])
-            for low, high in zip(edges[:-1], edges[1:], strict=True)
-        ]
+        self.segments = []
+        for k, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+            kept = {high - low - 1: self.exits[k].hidden} if k < len(self.exits) else {}
+            self.segments.append(Segment([layers[n + 1] for n in range(low, high)], kept))
+        self._joined: dict[tuple[int, int], Segment] = {}
         self.filled: list[list[int]] = [[] for _ in self.segments]
         self.layers_run: list[int] = []
         self.history = None
@@ -180,8 +180,14 @@ class EarlyExitDecoder:
         answer = Step.unanswered(len(where))
         trail = Trail(len(where), self.model.hidden) if self.rule.looks_back else None
         here = list(range(len(where)))  # indices into `where` of the sequences that are still going on
+        first = 0
         for k, point in enumerate(self.exits):
-            x = self._run_segment(k, x, packed)
+            if self._passes_by(k, [where[i] for i in here], packed) and not any(
+                thresholds[i][k] < 1.0 or (hold and hold[i] == k) for i in here
+            ):
+                continue
+            x = self._run_segments(first, k, x, packed)
+            first = k + 1
             inside = point.enter_block(x, packed)
             asked = [
                 j
@@ -209,7 +215,7 @@ class EarlyExitDecoder:
                 packed = self._pending_pack(k, going)
                 x = point.pending(packed)
             here = staying
-        x = self._run_segment(len(self.exits), x, packed)
+        x = self._run_segments(first, len(self.exits), x, packed)
         prediction = self.graphs.predict("final exit", self.output, x[packed.last])
         answer.add(self.final_layer, here, prediction, prediction.confidence.tolist())
         return answer
@@ -225,7 +231,7 @@ class EarlyExitDecoder:
             some = [row for row in rows if self.pending(k, row)]
             if some:
                 packed = self._pending_pack(k, some)
-                x = self._run_segment(k + 1, point.pending(packed), packed)
+                x = self._run_segments(k + 1, k + 1, point.pending(packed), packed)
                 if k + 1 < len(self.exits):
                     self.exits[k + 1].enter_block(x, packed)
         assert packed.rows == list(rows), "every sequence must have pending tokens"
@@ -255,13 +261,23 @@ class EarlyExitDecoder:
         behind = self.filled[-1] if self.policy == "recompute" else self.filled[k + 1]
         return [behind[row] for row in rows]
 
-    def _run_segment(self, k: int, x: Tensor, packed: PackedTokens) -> Tensor:
-        point = self.exits[k] if k < len(self.exits) else None
-        part = partial(_through, self.segments[k], point)
-        x = self.graphs.run(f"segment {k + 1}", part, x, packed)
+    def _passes_by(self, k: int, rows: list[int], packed: PackedTokens) -> bool:
+        """Whether a pack goes on behind exit k as it is, and has no block to enter there."""
+        return self.exits[k].block is None and self._starts(k, rows) == packed.starts
+
+    def _run_segments(self, first: int, last: int, x: Tensor, packed: PackedTokens) -> Tensor:
+        """Several segments in a row, without asking the exits between them."""
+        if first == last:
+            segment, name = self.segments[first], f"segment {first + 1}"
+        else:
+            if (first, last) not in self._joined:
+                self._joined[first, last] = Segment.joined(self.segments[first : last + 1])
+            segment, name = self._joined[first, last], f"segments {first + 1} to {last + 1}"
+        x = self.graphs.run(name, segment, x, packed)
         for row, start, count in zip(packed.rows, packed.starts, packed.counts, strict=True):
-            self.filled[k][row] = start + count
-            self.layers_run[row] += count * len(self.segments[k])
+            for k in range(first, last + 1):
+                self.filled[k][row] = start + count
+            self.layers_run[row] += count * len(segment)
         return x
 
     def _copy_states(self, k: int, rows: list[int]) -> None:
@@ -280,14 +296,6 @@ class EarlyExitDecoder:
         if self.history is not None:
             for row, part in zip(packed.rows, tokens.split(packed.counts), strict=True):
                 self.history[row, : len(part)] = part
-
-
-def _through(segment: Segment, point: ExitPoint | None, x: Tensor, packed: PackedTokens) -> Tensor:
-    """The layers' output [T, H], which the exit behind them remembers."""
-    x = segment(x, packed)
-    if point is not None:
-        point.store(x, packed)
-    return x
 
 
 def _has_room(pending: int, limit: int | None) -> bool:

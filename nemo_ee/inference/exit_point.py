@@ -47,6 +47,9 @@ class ExitPoint:
         rows: sequences that fit.
         max_length: positions.
         graphs: run the block and the head.
+
+    Attributes:
+        hidden: [rows, positions, H] states behind the layer, which the segment before the exit keeps.
     """
 
     def __init__(
@@ -64,17 +67,9 @@ class ExitPoint:
         self.hidden = model.hidden.new_zeros(rows, max_length, model.hidden.shape[-1])
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Copies what waits in one row to another."""
-        self.hidden[target, :length] = self.hidden[source, :length]
+        """Copies the block's keys of one row to another."""
         if self.block is not None:
             self.block.move(source, target, length)
-
-    def store(self, x: Tensor, packed: PackedTokens) -> None:
-        """Remembers the tokens' hidden states [T, H]."""
-        if packed.single:
-            self.hidden[packed.rows[0], packed.starts[0] : packed.length] = x
-        else:
-            self.hidden[packed.token_rows, packed.positions] = x
 
     def pending(self, packed: PackedTokens) -> Tensor:
         """The hidden states [T, H] of the tokens of a pack."""

@@ -120,6 +120,11 @@ def addresses(layer: Layer, cache: np.ndarray) -> list[int]:
     return [array.ctypes.data for array in (*arrays, cache)]
 
 
+def kept_at(hidden: np.ndarray | None) -> int:
+    """Where `run_layers` keeps the states behind a layer, [N, L, H]; 0 for nowhere."""
+    return 0 if hidden is None else hidden.ctypes.data
+
+
 def _parts(layer: Layer) -> tuple[list[Linear], list[Norm]]:
     linears = [layer.qkv, layer.out, layer.up, layer.down]
     return linears, [layer.norm, layer.query_norm, layer.key_norm, layer.mlp_norm]
@@ -151,7 +156,7 @@ def run_layers(table, shape, weights, x, result, rows, positions, rotates, cos, 
     """Runs tokens through layers, one after the other; writes their keys and values and the output.
 
     Args:
-        table: [layers, 21], see `addresses`.
+        table: [layers, 22], see `addresses` and `kept_at`.
         shape: of all layers.
         weights: an example of the numbers in matrices.
         x: [T, H].
@@ -205,6 +210,11 @@ def run_layers(table, shape, weights, x, result, rows, positions, rotates, cos, 
             first, last = c * hidden // threads, (c + 1) * hidden // threads
             multiply(w3, s3, b3, active, result, first, last)
             add(result, middle, first, last)
+        if at[21]:
+            kept = array_at(at[21], (cached, length, hidden), x)
+            for t in range(tokens):
+                for j in range(hidden):
+                    kept[rows[t], positions[t], j] = result[t, j]
 
 
 @compiled

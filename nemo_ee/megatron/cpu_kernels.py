@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nemo_ee.kernels.compiled import team
-from nemo_ee.kernels.layer import Layer, Linear, addresses, run_layers, shape_of
+from nemo_ee.kernels.layer import Layer, Linear, addresses, kept_at, run_layers, shape_of
 from nemo_ee.kernels.norm import Norm
 from nemo_ee.kernels.products import product
 
@@ -68,17 +68,22 @@ class KernelLayers:
 
     Args:
         layers: their weights, all of one shape, and their caches [2, N, G, L, D], in the dtype to compute in.
+        kept: of each, where the states behind it are kept, [N, L, H] in that dtype; None for nowhere.
         rotates: which of them have rotary position embeddings.
     """
 
-    def __init__(self, layers: list[tuple[Layer, np.ndarray]], rotates: list[bool]):
-        self._layers = layers  # keeps the memory at the addresses
-        self._table = np.array([addresses(*each) for each in layers])
+    def __init__(
+        self, layers: list[tuple[Layer, np.ndarray]], kept: list[np.ndarray | None], rotates: list[bool]
+    ):
+        self._memory = layers, kept  # what the addresses are of
+        self._table = np.array(
+            [[*addresses(*each), kept_at(hidden)] for each, hidden in zip(layers, kept, strict=True)]
+        )
         self._shape, self._weights = shape_of(*layers[0]), layers[0][0].qkv.weight
         self._rotates = np.array(rotates)
 
     def __call__(self, x: Tensor, places: tuple[np.ndarray, ...], rotation: tuple[np.ndarray, ...]) -> Tensor:
-        """Writes the tokens' keys and values and returns the last layer's output, [T, H] -> [T, H].
+        """Writes the tokens' keys, values and kept states; returns the last layer's output, [T, H] -> [T, H].
 
         Args:
             x: the states.

@@ -190,6 +190,13 @@ class PackedTokens:
         firsts = np.repeat(np.array(self.starts) - counts.cumsum() + counts, counts)
         return np.repeat(np.array(self.rows), counts), firsts + np.arange(counts.sum())
 
+    def store(self, x: Tensor, hidden: Tensor) -> None:
+        """Writes the tokens' states [T, H] to their places in [rows, positions, H]."""
+        if self.single:
+            hidden[self.rows[0], self.starts[0] : self.length] = x
+        else:
+            hidden[self.token_rows, self.positions] = x
+
     def rotate(self, qkv: Tensor, interleaved: bool) -> Tensor:
         """Rotary position embedding of queries and keys, [T, G, R + 2, D]; values stay. Nothing without RoPE."""
         table = self.table

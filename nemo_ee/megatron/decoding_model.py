@@ -122,7 +122,7 @@ class DecodingModel:
         if kind in _COMPILED or not runs_kernels(self.device, self.dtype):
             return
         layer = next(iter(self.cached_layers(1, KERNEL_TOKENS).values()))
-        for limit, _ in layer.mathematics.kernels():
+        for limit, _ in layer.mathematics.kernels:
             x = self.hidden.new_zeros(limit, self.hidden.shape[-1])
             Segment([layer])(x, PackedTokens(self.table(limit), [0], [0], [limit]))
             if self.output is not None:

@@ -5,6 +5,7 @@ Suffixes: T tokens, H hidden size, G query groups and R queries per group of thi
 D head size.
 """
 
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +31,7 @@ class LayerMathematics(Protocol):
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """The layer's output [T, H] from its input [T, H] and attention's output [T, G x R x D]."""
 
+    @property
     def kernels(self) -> list[tuple[int, Layer]]:
         """The whole layer as our CPU kernels take it, for passes of at most so many tokens, ascending."""
 
@@ -110,6 +112,7 @@ class LeanLayer:
         x = add_down(self.out, self.bias, x, attended, self.world)
         return self.mlp.onto(x, normed(self.mlp_norm, x, self.dtype))
 
+    @cached_property
     def kernels(self) -> list[tuple[int, Layer]]:
         """See `LayerMathematics`; none with tensor parallelism, whose sums are torch's."""
         linears = (self.qkv, self.out, self.mlp.up, self.mlp.down)
@@ -164,6 +167,7 @@ class ModuleLayer:
         out, bias = layer.mlp(layer.pre_mlp_layernorm(x))
         return (x + (out if bias is None else out + bias))[:, 0]
 
+    @property
     def kernels(self) -> list[tuple[int, Layer]]:
         """See `LayerMathematics`: none."""
         return []

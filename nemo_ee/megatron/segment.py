@@ -4,7 +4,7 @@
 Suffixes: T packed tokens, H hidden size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -20,12 +20,23 @@ class Segment:
 
     Args:
         layers: one at least.
+        kept: index of a layer -> [rows, positions, H], where the states behind it are kept.
     """
 
-    def __init__(self, layers: Sequence[CachedLayer]):
-        self._layers = list(layers)
-        groups = groupby(self._layers, key=_kernel_shape)
+    def __init__(self, layers: Sequence[CachedLayer], kept: Mapping[int, Tensor] | None = None):
+        self._layers, self._kept = list(layers), dict(kept or {})
+        pairs = [(layer, self._kept.get(n)) for n, layer in enumerate(self._layers)]
+        groups = groupby(pairs, key=lambda pair: _kernel_shape(*pair))
         self._groups = [_Group(list(members), shape is not None) for shape, members in groups]
+
+    @classmethod
+    def joined(cls, segments: Sequence["Segment"]) -> "Segment":
+        """Several as one, which keeps what each of them keeps."""
+        layers, kept = [], {}
+        for segment in segments:
+            kept.update({len(layers) + n: hidden for n, hidden in segment._kept.items()})
+            layers += segment._layers
+        return cls(layers, kept)
 
     def __iter__(self) -> Iterator[CachedLayer]:
         return iter(self._layers)
@@ -34,7 +45,7 @@ class Segment:
         return len(self._layers)
 
     def __call__(self, x: Tensor, packed: PackedTokens) -> Tensor:
-        """Writes the tokens' keys and values and returns the last layer's output, [T, H] -> [T, H].
+        """Writes the tokens' keys, values and kept states; returns the last layer's output, [T, H] -> [T, H].
 
         Collectives: two all-reduces of [T, H] per layer where TP > 1.
         """
@@ -43,37 +54,43 @@ class Segment:
         return x
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Copies the first `length` keys and values of one row to another."""
+        """Copies the first `length` keys, values and kept states of one row to another."""
         for layer in self._layers:
             layer.move(source, target, length)
+        for hidden in self._kept.values():
+            hidden[target, :length] = hidden[source, :length]
 
 
 class _Group:
     """Layers that run in one call where they have kernels."""
 
-    def __init__(self, layers: list[CachedLayer], has_kernels: bool):
-        self._layers = layers
-        self._rotates = any(layer.rotary for layer in layers)
+    def __init__(self, pairs: list[tuple[CachedLayer, Tensor | None]], has_kernels: bool):
+        self._pairs = pairs
+        rotates = [layer.rotary for layer, _ in pairs]
+        self._rotates = any(rotates)
         self._kernels = []
         if has_kernels:
-            rotates = [layer.rotary for layer in layers]
-            for kernels in zip(*(layer.mathematics.kernels() for layer in layers), strict=True):
-                limit = kernels[0][0]
+            kept = [None if hidden is None else hidden.numpy() for _, hidden in pairs]
+            for kernels in zip(*(layer.mathematics.kernels for layer, _ in pairs), strict=True):
                 parts = [
-                    (each, layer.cache.numpy()) for (_, each), layer in zip(kernels, layers, strict=True)
+                    (each, layer.cache.numpy()) for (_, each), (layer, _) in zip(kernels, pairs, strict=True)
                 ]
-                self._kernels.append((limit, KernelLayers(parts, rotates)))
+                self._kernels.append((kernels[0][0], KernelLayers(parts, kept, rotates)))
 
     def __call__(self, x: Tensor, packed: PackedTokens) -> Tensor:
         for limit, kernel in self._kernels:
             if len(x) <= limit:
                 return kernel(x, packed.places, packed.table.rotation(x.dtype, self._rotates))
-        for layer in self._layers:
+        for layer, hidden in self._pairs:
             x = layer(x, packed)
+            if hidden is not None:
+                packed.store(x, hidden)
         return x
 
 
-def _kernel_shape(layer: CachedLayer) -> Any:
+def _kernel_shape(layer: CachedLayer, hidden: Tensor | None) -> Any:
     """What layers must share to run in one call; None where there are no kernels."""
-    kernels = layer.mathematics.kernels()
+    if hidden is not None and hidden.dtype != layer.cache.dtype:
+        return None
+    kernels = layer.mathematics.kernels
     return [(limit, shape_of(each, layer.cache.numpy())) for limit, each in kernels] or None

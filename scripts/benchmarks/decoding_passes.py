@@ -1,7 +1,7 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """What early-exit decoding runs, pass by pass, and how long each pass takes by itself.
 
-The decoder is watched from outside: its method that runs a segment (the layers between two exits) is wrapped,
+The decoder is watched from outside: its method that runs segments (the layers between two exits) is wrapped,
 and the exits' predictions are. That costs a few microseconds per pass.
 """
 
@@ -43,11 +43,12 @@ class Pass(NamedTuple):
 @contextmanager
 def counted(passes: Counter[Pass]) -> Iterator[None]:
     """Counts in `passes` what decoders run inside, prompts apart."""
-    run_segment, ask_exit, ask_final = EarlyExitDecoder._run_segment, ExitPoint.predict, LeanOutput.predict
+    run_segments, ask_exit, ask_final = EarlyExitDecoder._run_segments, ExitPoint.predict, LeanOutput.predict
 
-    def segment(decoder: EarlyExitDecoder, k: int, x: Tensor, packed: PackedTokens) -> Tensor:
-        passes[Pass(segment_names(decoder)[k], len(packed.rows), len(x))] += 1
-        return run_segment(decoder, k, x, packed)
+    def segments(decoder: EarlyExitDecoder, first: int, last: int, x: Tensor, packed: PackedTokens) -> Tensor:
+        for name in segment_names(decoder)[first : last + 1]:
+            passes[Pass(name, len(packed.rows), len(x))] += 1
+        return run_segments(decoder, first, last, x, packed)
 
     def exit_(point: ExitPoint, x: Tensor, *others: Any) -> Any:
         passes[Pass(f"exit {point.layer}", len(x), len(x))] += 1
@@ -58,7 +59,7 @@ def counted(passes: Counter[Pass]) -> Iterator[None]:
         return ask_final(output, x)
 
     with (
-        patch.object(EarlyExitDecoder, "_run_segment", segment),
+        patch.object(EarlyExitDecoder, "_run_segments", segments),
         patch.object(ExitPoint, "predict", exit_),
         patch.object(LeanOutput, "predict", final),
     ):
@@ -203,7 +204,7 @@ def _timed_step(decoder: EarlyExitDecoder, length: int, step: Step) -> Iterator[
 
     def run_segment(k: int) -> tuple[Tensor, Tensor]:
         packed = PackedTokens(decoder.table, where, [length - count] * sequences, [count] * sequences)
-        out = decoder._run_segment(k, x, packed)
+        out = decoder._run_segments(k, k, x, packed)
         return out, decoder.exits[k].enter_block(out, packed) if k < len(decoder.exits) else out
 
     def ask(k: int) -> Any:

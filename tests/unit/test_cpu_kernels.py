@@ -38,6 +38,7 @@ BACKBONES = {
     "GeGLU, one group": dict(activation="geglu", num_query_groups=1),
     "no groups, norms of heads": dict(num_query_groups=8, qk_layernorm=True),
     "squared ReLU, which kernels do not know": dict(activation="squared-relu", bias_activation_fusion=False),
+    "some layers without RoPE": dict(no_rope_freq=2),
     "odd sizes": dict(hidden_size=40, ffn_hidden_size=37, kv_channels=6),
 }
 
@@ -50,7 +51,7 @@ def gpt(request):
 def run_pack(gpt, pack, threads=2):
     """Output, keys and values of three layers after a pack whose sequences have a past."""
     generator = torch.Generator().manual_seed(0)
-    kept = torch.get_num_threads()
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with torch.inference_mode():
@@ -59,10 +60,11 @@ def run_pack(gpt, pack, threads=2):
             for layer in layers:
                 layer.cache.copy_(torch.randn(layer.cache.shape, generator=generator, dtype=torch.float64))
             x = torch.randn(sum(pack[2]), gpt.config.hidden_size, generator=generator, dtype=torch.float64)
-            out = Segment(layers)(x, PackedTokens(model.table(LENGTH), *pack))
-        return [out, *(layer.cache for layer in layers)]
+            kept = {n: torch.zeros(ROWS, LENGTH, gpt.config.hidden_size, dtype=torch.float64) for n in (0, 2)}
+            out = Segment(layers, kept)(x, PackedTokens(model.table(LENGTH), *pack))
+        return [out, *(layer.cache for layer in layers), *kept.values()]
     finally:
-        torch.set_num_threads(kept)
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("pack", PACKS)
