@@ -103,8 +103,9 @@ def margin(evidence: ExitEvidence) -> Tensor:
     padded = torch.nn.functional.pad(logits, (0, max(0, 2 - logits.shape[1])), value=-math.inf)
     highest = gather_columns(padded.topk(2).values).topk(2).values
     first, second = (highest - log_normaliser[:, None]).exp().unbind(-1)
-    best = evidence.prediction.confidence
-    return (best - torch.where(first > best, first, second)).clamp(0, 1)
+    best = evidence.prediction.confidence  # up to rounding one of the two
+    others = torch.where((first - best).abs() <= (second - best).abs(), second, first)
+    return (best - others).clamp(0, 1)
 
 
 @register_confidence_rule("similarity", looks_back=True)

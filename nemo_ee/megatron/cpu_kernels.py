@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nemo_ee.core.confidence import RowSummary
 from nemo_ee.kernels.compiled import team
 from nemo_ee.kernels.layer import Layer, Linear, addresses, kept_at, run_layers, shape_of
 from nemo_ee.kernels.norm import Norm
 from nemo_ee.kernels.products import product
+from nemo_ee.kernels.readout import read_out
 
 KERNEL_TOKENS = 24
 """Passes of at most so many tokens go through the kernels; for more, MKL's blocked products are faster."""
@@ -61,6 +63,18 @@ def run_product(linear: Linear, x: Tensor) -> Tensor:
     with _ONE_AT_A_TIME:
         product(*linear, x.contiguous().numpy(), out.numpy(), team(torch.get_num_threads()))
     return out
+
+
+def run_readout(linear: Linear, bucket: np.ndarray, emittable: int, x: Tensor) -> tuple[Tensor, RowSummary]:
+    """Logits [N, R], or [N, R + 1] with a bucket, and their summary; see `read_out`."""
+    rows = len(linear.weight)
+    logits = x.new_empty(len(x), rows + bool(bucket.size))
+    best, log_sum = x.new_empty(2, len(x))
+    row = torch.empty(len(x), dtype=torch.long)
+    arrays = (each.numpy() for each in (x.contiguous(), logits, best, row, log_sum))
+    with _ONE_AT_A_TIME:
+        read_out(linear.weight, linear.scale, emittable, bucket, *arrays, team(torch.get_num_threads()))
+    return logits, RowSummary(best, row, log_sum)
 
 
 class KernelLayers:

@@ -4,14 +4,18 @@
 Suffixes: T tokens, N tokens to predict after, H hidden size, R rows of this tensor-parallel rank.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from nemo_ee.core.confidence import RowSummary, summarise_rows
+from nemo_ee.megatron.cpu_kernels import run_readout
 from nemo_ee.megatron.gpt import EarlyExitGPTModel
 from nemo_ee.megatron.heads import ExitHead
 from nemo_ee.megatron.lean_layer import LeanMLP, is_lean_mlp
-from nemo_ee.megatron.lean_weights import LeanNorm, is_lean_norm, lean_linear
+from nemo_ee.megatron.lean_weights import DenseLinear, LeanNorm, is_lean_norm, lean_linear
 from nemo_ee.megatron.prediction import Prediction, Rows
 
 
@@ -38,12 +42,8 @@ class LeanHead:
         projection = head.projection
         weight = output_weight if projection.weight is None else projection.weight
         self.projection = lean_linear(weight, None, dtype, weights)
-        self.bucket = None
-        if projection.holds_bucket:
-            self.bucket = (
-                projection.bucket_weight.detach().to(dtype),
-                projection.bucket_bias.detach().to(dtype),
-            )
+        bucket = (projection.bucket_weight, projection.bucket_bias) if projection.holds_bucket else ()
+        self.to_tokens = Readout(self.projection, self.rows, [part.detach().to(dtype) for part in bucket])
 
     @property
     def bytes(self) -> int:
@@ -64,13 +64,7 @@ class LeanHead:
 
     def predict(self, x: Tensor) -> Prediction:
         """From the (block's) hidden state [N, H]. Collectives: see `Prediction.from_logits`."""
-        state = self.readout(x.to(self.dtype))
-        logits = self.projection(state).contiguous()
-        if self.rows.emittable < self.rows.count:
-            logits[:, self.rows.emittable :].fill_(float("-inf"))
-        if self.bucket is not None:
-            logits = torch.cat([logits, linear(state, self.bucket[0][None], self.bucket[1])], dim=-1)
-        return Prediction.from_logits(logits, self.rows)
+        return self.to_tokens.predict(self.readout(x.to(self.dtype)))
 
 
 class LeanOutput:
@@ -87,6 +81,7 @@ class LeanOutput:
         norm = gpt.decoder.final_layernorm
         self.norm = LeanNorm.of(norm) if is_lean_norm(norm) else norm  # None, or Transformer Engine's
         self.projection = lean_linear(gpt.output_weight(), None, dtype, weights)
+        self.to_tokens = Readout(self.projection, self.rows)
 
     @property
     def bytes(self) -> int:
@@ -96,7 +91,38 @@ class LeanOutput:
     def predict(self, x: Tensor) -> Prediction:
         """From the last layer's output [N, H]. Collectives: see `Prediction.from_logits`."""
         x = x if self.norm is None else self.norm(x)
-        logits = self.projection(x.to(self.dtype)).contiguous()
-        if self.rows.emittable < self.rows.count:
-            logits[:, self.rows.emittable :].fill_(float("-inf"))
-        return Prediction.from_logits(logits, self.rows)
+        return self.to_tokens.predict(x.to(self.dtype))
+
+
+class Readout:
+    """Predictions of a projection.
+
+    Args:
+        projection: [R, H] without bias.
+        rows: what its rows stand for.
+        bucket: weight [H] and bias [1] of one more logit, on ranks that have it.
+    """
+
+    def __init__(self, projection: DenseLinear, rows: Rows, bucket: Sequence[Tensor] = ()):
+        self._projection, self._rows, self._bucket = projection, rows, bucket
+        if projection.kernels:
+            parts = [part.flatten() for part in bucket] or [projection.weight.new_empty(0)]
+            self._joined = torch.cat(parts).numpy()
+
+    def predict(self, state: Tensor) -> Prediction:
+        """From states [N, H]. Collectives: see `Prediction.from_summary`."""
+        return Prediction.from_summary(*self.summarised(state), self._rows)
+
+    def summarised(self, state: Tensor) -> tuple[Tensor, RowSummary]:
+        """Logits [N, R], and one more with a bucket, and their summary, of this rank."""
+        emittable = self._rows.emittable
+        for limit, kernel in self._projection.kernels:
+            if len(state) <= limit:
+                return run_readout(kernel, self._joined, emittable, state)
+        logits = self._projection(state).contiguous()
+        if emittable < self._rows.count:
+            logits[:, emittable:].fill_(float("-inf"))
+        if self._bucket:
+            weight, bias = self._bucket
+            logits = torch.cat([logits, linear(state, weight[None], bias)], dim=-1)
+        return logits, summarise_rows(logits, emittable)

@@ -10,7 +10,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from nemo_ee.core.confidence import confidence, summarise_rows
+from nemo_ee.core.confidence import RowSummary, confidence, summarise_rows
 from nemo_ee.megatron.gpt import EarlyExitGPTModel
 from nemo_ee.megatron.projection import ExitProjection
 from nemo_ee.megatron.vocab_parallel import gather_columns, log_sum_over_ranks, max_over_ranks
@@ -64,8 +64,12 @@ class Prediction:
 
     @classmethod
     def from_logits(cls, logits: Tensor, rows: Rows) -> "Prediction":
+        """Collectives: see `from_summary`."""
+        return cls.from_summary(logits, summarise_rows(logits, rows.emittable), rows)
+
+    @classmethod
+    def from_summary(cls, logits: Tensor, summary: RowSummary, rows: Rows) -> "Prediction":
         """Collectives: where TP > 1, three all-reduces of [N] over the tensor-parallel group."""
-        summary = summarise_rows(logits, rows.emittable)
         best, row, top = max_over_ranks(summary.best, summary.row + rows.first, summary.log_sum)
         normaliser = log_sum_over_ranks(summary.log_sum, top)
         tokens = row if rows.tokens is None else rows.tokens[row]

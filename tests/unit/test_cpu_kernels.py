@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from nemo_ee.core.confidence import summarise_rows
 from nemo_ee.kernels.compiled import compiled
 from nemo_ee.kernels.exponential import exponential
-from nemo_ee.megatron.cpu_kernels import KERNEL_TOKENS, SWITCH
+from nemo_ee.megatron.cpu_kernels import KERNEL_TOKENS, SWITCH, kernel_linear, run_readout
 from nemo_ee.megatron.decode import PackedTokens
 from nemo_ee.megatron.decoding_model import DecodingModel
 from nemo_ee.megatron.segment import Segment
@@ -83,6 +84,40 @@ def test_any_number_of_threads_gives_the_same(gpt):
     for other in others:
         for mine, theirs in zip(one, other, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("emittable", [50, 33, 7, 1, 0])
+@pytest.mark.parametrize("with_bucket", [False, True])
+def test_logits_and_their_summary_equal_torchs(emittable, with_bucket, threads):
+    for tokens in (1, 2, 6):
+        generator = torch.Generator().manual_seed(tokens)
+        weight, x = (torch.randn(n, 20, generator=generator, dtype=torch.float64) for n in (50, tokens))
+        weight[5] = weight[40]  # equal logits: the lower row counts
+        bucket = torch.randn(21, generator=generator, dtype=torch.float64)[: 21 * with_bucket]
+        logits = x @ weight.t()
+        logits[:, emittable:] = float("-inf")
+        if with_bucket:
+            logits = torch.cat([logits, x @ bucket[:-1, None] + bucket[-1]], dim=-1)
+        expected = summarise_rows(logits, emittable)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        linear = kernel_linear(weight, None, None, torch.float64)
+        found_logits, found = run_readout(linear, bucket.numpy(), emittable, x)
+        torch.set_num_threads(before)
+        torch.testing.assert_close(found_logits, logits)
+        torch.testing.assert_close(found.best, expected.best)
+        torch.testing.assert_close(found.log_sum, expected.log_sum)
+        assert found.row.equal(expected.row)
+
+
+def test_a_summary_of_nan_is_nan():
+    weight, x = torch.ones(40, 4, dtype=torch.float64), torch.ones(2, 4, dtype=torch.float64)
+    x[1, 2] = float("nan")
+    none = np.empty(0)
+    _, summary = run_readout(kernel_linear(weight, None, None, torch.float64), none, 30, x)
+    assert summary.best[1].isnan() and summary.log_sum[1].isnan()
+    assert summary.best[0] == 4 and summary.log_sum[0].item() == pytest.approx(4 + np.log(30))
 
 
 def test_nan_stays_in_its_row():
