@@ -100,8 +100,8 @@ class GenerationMixin:
         """Reads the weights for decoding once, for all calls of `generate` until `release_decoding`.
 
         Otherwise every call reads them: at once where they have the dtype that is computed in, as copies where
-        not. On a CPU lossless decoding then also drafts with 8-bit copies of the exits' weights. Weights that
-        change in between (training, loading) need another call.
+        not. Weights that change in between (training, loading) need another call. On a CPU, lossless decoding
+        with weights prepared here drafts with 8-bit copies of the exits'.
 
         Args:
             weights: `native`; `bf16`, rounded to bfloat16 and computed in float32, which changes nothing where a
