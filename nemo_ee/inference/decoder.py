@@ -182,9 +182,8 @@ class EarlyExitDecoder:
         here = list(range(len(where)))  # indices into `where` of the sequences that are still going on
         first = 0
         for k, point in enumerate(self.exits):
-            if self._passes_by(k, [where[i] for i in here], packed) and not any(
-                thresholds[i][k] < 1.0 or (hold and hold[i] == k) for i in here
-            ):
+            stops = any(thresholds[i][k] < 1.0 or (hold and hold[i] == k) for i in here)
+            if not stops and self._passes_by(k, [where[i] for i in here], packed):
                 continue
             x = self._run_segments(first, k, x, packed)
             first = k + 1

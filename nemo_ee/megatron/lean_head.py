@@ -63,7 +63,7 @@ class LeanHead:
         return state if self.mlp is None else self.mlp.onto(state, self.mlp_norm(x))
 
     def predict(self, x: Tensor) -> Prediction:
-        """From the (block's) hidden state [N, H]. Collectives: see `Prediction.from_logits`."""
+        """From the (block's) hidden state [N, H]. Collectives: see `Prediction.from_summary`."""
         return self.to_tokens.predict(self.readout(x.to(self.dtype)))
 
 
@@ -89,7 +89,7 @@ class LeanOutput:
         return self.projection.bytes
 
     def predict(self, x: Tensor) -> Prediction:
-        """From the last layer's output [N, H]. Collectives: see `Prediction.from_logits`."""
+        """From the last layer's output [N, H]. Collectives: see `Prediction.from_summary`."""
         x = x if self.norm is None else self.norm(x)
         return self.to_tokens.predict(x.to(self.dtype))
 

@@ -88,7 +88,7 @@ class Bfloat16Linear(DenseLinear):
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
-        if weight.device.type != "cpu" or dtype != torch.float32 or not runs_kernels(weight.device, dtype):
+        if dtype != torch.float32 or not runs_kernels(weight.device, dtype):
             raise NotImplementedError(
                 "weights=bf16: for models in float32 on a CPU, by our kernels; use native weights, with precision=bf16"
             )

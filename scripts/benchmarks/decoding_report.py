@@ -149,10 +149,6 @@ def _cell(row: dict) -> str:
     return f"{_table(header, lines)}\n\n{note} {_ties(row)}{_left_out(row)}"
 
 
-def _of_roofline(row: dict, kind: str, rate: float) -> str:
-    return f"{rate / roofline(row, share=READ[kind]):.2f}" if kind in READ else ""
-
-
 def _ties(row: dict) -> str:
     left = {
         way["name"]: way["quality"]["gaps"] for way in row["ways"] if way["kind"] not in (EXITS, *ROUNDED)
