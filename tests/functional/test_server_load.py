@@ -25,7 +25,7 @@ MODES = {
     "eager": {"threshold": 0.3},
     "one exit": {"threshold": 0.6, "exits": [4]},
     "full depth": False,
-    "lossless": {"threshold": 0.4, "lossless": True},
+    "lossless": {"threshold": 0.3, "lossless": True},
 }
 SETTINGS = dict(
     gpt_model_file="tiny.nemo",
@@ -76,6 +76,7 @@ def serve(clients, seconds):
     """
     from nemo_ee.server.serve import Server, create_service
     from nemo_ee.server.settings import ServerConfig
+    from tests.support.drafting import drafting_eagerly
     from tests.support.server import until
     from tests.support.tiny_gpt import tiny_model, tiny_model_config
 
@@ -83,6 +84,8 @@ def serve(clients, seconds):
         tiny_model_config(head=HEAD, share_embeddings_and_output_weights=False), dtype=torch.float64
     )
     requests = cases(model)
+    eager = drafting_eagerly()
+    eager.start()  # a tiny model would never draft by itself
     service = create_service(ServerConfig.from_dict(SETTINGS), model)
     server, done, memory, failures = Server(service), threading.Event(), [], []
     log = logging.StreamHandler(io.StringIO())
@@ -114,6 +117,7 @@ def serve(clients, seconds):
         done.set()
         server.should_exit = True
         serving.join(60)
+        eager.stop()
     assert not serving.is_alive(), "the server ends"
     return json.loads(result.stdout), memory, failures, service.metrics.text().decode()
 
@@ -135,6 +139,7 @@ def expect(seen, failures, metrics, least):
         == counts["malformed"]
     )
     assert value(metrics, 'nemo_ee_requests_total{endpoint="/v1/completions",outcome="cancelled"}') > 0
+    assert value(metrics, 'nemo_ee_drafts_total{result="rejected"}') > 0
 
 
 def test_many_clients_get_what_they_get_alone(workers):

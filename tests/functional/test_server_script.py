@@ -59,7 +59,7 @@ class Script:
 
     def __init__(self, directory, *overrides):
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(ROOT / "scripts" / "megatron_gpt_ee_server.py"), *SETTINGS, *overrides]
+        command = [sys.executable, "-m", "tests.support.eager_server", *SETTINGS, *overrides]
         self.process = subprocess.Popen(
             command,
             cwd=directory,
@@ -133,7 +133,8 @@ def test_exits_by_request(client, expected):
             client, prompt=prompt, extra_body={"early_exit": {"lossless": True, "threshold": 0.3}}
         )
         assert lossless.choices[0].text.split() == [word for word in full[0] if not word.startswith("<")]
-        assert lossless.usage.early_exit["drafts"] >= lossless.usage.early_exit["accepted"]
+        drafts = lossless.usage.early_exit
+        assert drafts["drafts"] > 0 and drafts["drafts"] >= drafts["accepted"]
 
 
 def test_a_streamed_completion(client, expected):
