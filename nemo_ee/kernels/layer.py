@@ -9,7 +9,6 @@ Suffixes: T tokens, H hidden size, F features inside the MLP, N rows of the cach
 R queries per group, D head size.
 """
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -17,20 +16,9 @@ from numba import prange
 
 from nemo_ee.kernels.attention import attend, place_keys
 from nemo_ee.kernels.compiled import array_at, compiled
-from nemo_ee.kernels.exponential import exponential
+from nemo_ee.kernels.mlp import activate, add
 from nemo_ee.kernels.norm import Norm, normalise_all
-from nemo_ee.kernels.products import multiply
-
-SILU, GELU, TANH_GELU, RELU = range(4)
-"""Activations of an MLP."""
-
-
-class Linear(NamedTuple):
-    """See `multiply`."""
-
-    weight: np.ndarray
-    scale: np.ndarray
-    bias: np.ndarray
+from nemo_ee.kernels.products import Linear, multiply
 
 
 class Layer(NamedTuple):
@@ -48,7 +36,7 @@ class Layer(NamedTuple):
         up: [F, H]; [2 F, H], gate before value, if `gated`.
         down: [H, F].
         gated: the activation of the gate multiplies the value.
-        activation: see `SILU`.
+        activation: see `nemo_ee.kernels.mlp.SILU`.
     """
 
     norm: Norm
@@ -215,30 +203,3 @@ def run_layers(table, shape, weights, x, result, rows, positions, rotates, cos, 
             for t in range(tokens):
                 for j in range(hidden):
                     kept[rows[t], positions[t], j] = result[t, j]
-
-
-@compiled
-def add(out, x, first, last):
-    """out[:, first:last] += x[:, first:last]."""
-    for t in range(len(out)):
-        for i in range(first, last):
-            out[t, i] += x[t, i]
-
-
-@compiled
-def activate(inside, active, activation, gated, first, last):
-    """active[:, first:last] = the activation of those features, times the gated ones."""
-    features, kind = active.shape[1], inside.dtype.type
-    for t in range(len(inside)):
-        for i in range(first, last):
-            v = inside[t, i]
-            if activation == SILU:
-                v = v / (kind(1) + exponential(-v))
-            elif activation == GELU:
-                v = kind(0.5) * v * (kind(1) + math.erf(v * kind(math.sqrt(0.5))))
-            elif activation == TANH_GELU:
-                u = kind(math.sqrt(2 / math.pi)) * (v + kind(0.044715) * v * v * v)
-                v = kind(0.5) * v * (kind(1) + math.tanh(u))
-            else:
-                v = max(v, kind(0))
-            active[t, i] = v * inside[t, features + i] if gated else v

@@ -24,6 +24,11 @@ class Norm(NamedTuple):
     eps: float
     rms: bool
 
+    @classmethod
+    def none(cls, like: np.ndarray) -> "Norm":
+        """None, of that dtype."""
+        return cls(like[:0].copy(), like[:0].copy(), 0.0, True)
+
 
 @compiled
 def normalise_all(x, out, norm):

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from nemo_ee.core.confidence import RowSummary
 from nemo_ee.kernels.compiled import team
-from nemo_ee.kernels.layer import Layer, Linear, addresses, kept_at, run_layers, shape_of
+from nemo_ee.kernels.layer import Layer, addresses, kept_at, run_layers, shape_of
 from nemo_ee.kernels.norm import Norm
-from nemo_ee.kernels.products import product
-from nemo_ee.kernels.readout import read_out
+from nemo_ee.kernels.products import Linear, product
+from nemo_ee.kernels.readout import Head, read_out
 
 KERNEL_TOKENS = 24
 """Passes of at most so many tokens go through the kernels; for more, MKL's blocked products are faster."""
@@ -53,7 +53,7 @@ def kernel_linear(weight: Tensor, scale: Tensor | None, bias: Tensor | None, dty
 def kernel_norm(norm: Any, dtype: torch.dtype) -> Norm:
     """A `LeanNorm`, or None, as kernels read it."""
     if norm is None:
-        return Norm(_array(None, dtype), _array(None, dtype), 0.0, True)
+        return Norm.none(_array(None, dtype))
     return Norm(_array(norm.weight, dtype), _array(norm.bias, dtype), float(norm.eps), bool(norm.rms))
 
 
@@ -65,15 +65,15 @@ def run_product(linear: Linear, x: Tensor) -> Tensor:
     return out
 
 
-def run_readout(linear: Linear, bucket: np.ndarray, emittable: int, x: Tensor) -> tuple[Tensor, RowSummary]:
+def run_head(head: Head, emittable: int, x: Tensor) -> tuple[Tensor, RowSummary]:
     """Logits [N, R], or [N, R + 1] with a bucket, and their summary; see `read_out`."""
-    rows = len(linear.weight)
-    logits = x.new_empty(len(x), rows + bool(bucket.size))
+    rows = len(head.projection.weight)
+    logits = x.new_empty(len(x), rows + bool(head.bucket.size))
     best, log_sum = x.new_empty(2, len(x))
     row = torch.empty(len(x), dtype=torch.long)
     arrays = (each.numpy() for each in (x.contiguous(), logits, best, row, log_sum))
     with _ONE_AT_A_TIME:
-        read_out(linear.weight, linear.scale, emittable, bucket, *arrays, team(torch.get_num_threads()))
+        read_out(head, emittable, *arrays, team(torch.get_num_threads()))
     return logits, RowSummary(best, row, log_sum)
 
 

@@ -127,7 +127,7 @@ class DecodingModel:
             Segment([layer])(x, PackedTokens(self.table(limit), [0], [0], [limit]))
             if self.output is not None:
                 self.output.projection(x)
-                self.output.to_tokens.summarised(x)
+                self.output.summarised(x)
         _COMPILED.add(kind)
 
     def _hidden_dtype(self) -> torch.dtype:

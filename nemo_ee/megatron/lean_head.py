@@ -4,6 +4,7 @@
 Suffixes: T tokens, N tokens to predict after, H hidden size, R rows of this tensor-parallel rank.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -11,15 +12,64 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from nemo_ee.core.confidence import RowSummary, summarise_rows
-from nemo_ee.megatron.cpu_kernels import run_readout
+from nemo_ee.kernels.norm import Norm
+from nemo_ee.kernels.readout import Head
+from nemo_ee.megatron.cpu_kernels import kernel_norm, run_head
 from nemo_ee.megatron.gpt import EarlyExitGPTModel
 from nemo_ee.megatron.heads import ExitHead
-from nemo_ee.megatron.lean_layer import LeanMLP, is_lean_mlp
+from nemo_ee.megatron.lean_layer import ACTIVATIONS, LeanMLP, is_lean_mlp
 from nemo_ee.megatron.lean_weights import DenseLinear, LeanNorm, is_lean_norm, lean_linear
 from nemo_ee.megatron.prediction import Prediction, Rows
 
 
-class LeanHead:
+class Readout(ABC):
+    """Predictions from hidden states; passes of few tokens on a CPU go through our kernel.
+
+    Args:
+        projection: [R, H] without bias.
+        rows: what its rows stand for.
+        bucket: weight [H] and bias [1] of one more logit, on ranks that have it.
+        dtype: to compute in.
+    """
+
+    def __init__(self, projection: DenseLinear, rows: Rows, bucket: Sequence[Tensor], dtype: torch.dtype):
+        self.projection, self.rows, self.dtype = projection, rows, dtype
+        self._bucket = [part.detach().to(dtype) for part in bucket]
+        flat = [part.flatten() for part in self._bucket] or [torch.empty(0, dtype=dtype)]
+        self._plain: list[tuple[int, Head]] = []
+        if projection.kernels:
+            one = torch.cat(flat).numpy()
+            self._plain = [(n, Head.plain(part, one, Norm.none(one))) for n, part in projection.kernels]
+        self._whole: list[tuple[int, Head]] = []  # heads that read the hidden state itself
+
+    @abstractmethod
+    def state(self, x: Tensor) -> Tensor:
+        """What the projection reads, [N, H] -> [N, H]. Collectives: an MLP's."""
+
+    def predict(self, x: Tensor) -> Prediction:
+        """From hidden states [N, H]. Collectives: an MLP's; see also `Prediction.from_summary`."""
+        return Prediction.from_summary(*self.summarised(x), self.rows)
+
+    def summarised(self, x: Tensor) -> tuple[Tensor, RowSummary]:
+        """Logits [N, R], and one more with a bucket, and their summary, of this rank. Collectives: an MLP's."""
+        emittable = self.rows.emittable
+        for limit, head in self._whole:
+            if len(x) <= limit:
+                return run_head(head, emittable, x.to(self.dtype))
+        state = self.state(x)
+        for limit, head in self._plain:
+            if len(x) <= limit:
+                return run_head(head, emittable, state)
+        logits = self.projection(state).contiguous()
+        if emittable < self.rows.count:
+            logits[:, emittable:].fill_(float("-inf"))
+        if self._bucket:
+            weight, bias = self._bucket
+            logits = torch.cat([logits, linear(state, weight[None], bias)], dim=-1)
+        return logits, summarise_rows(logits, emittable)
+
+
+class LeanHead(Readout):
     """An exit head behind its block; see `ExitHead.readout` and `ExitProjection.local_logits`.
 
     Args:
@@ -30,7 +80,11 @@ class LeanHead:
     """
 
     def __init__(self, head: ExitHead, output_weight: Tensor, dtype: torch.dtype, weights: str):
-        self.dtype, self.rows = dtype, Rows.of_exit(head.projection)
+        projection = head.projection
+        weight = output_weight if projection.weight is None else projection.weight
+        bucket = (projection.bucket_weight, projection.bucket_bias) if projection.holds_bucket else ()
+        rows = Rows.of_exit(projection)
+        super().__init__(lean_linear(weight, None, dtype, weights), rows, bucket, dtype)
         self.norm = None if head.norm is None else LeanNorm.of(head.norm)
         self.mlp_norm = self.mlp = self.linear = None
         if head.mlp is not None:
@@ -39,11 +93,23 @@ class LeanHead:
             self.mlp = LeanMLP(head.mlp.mlp, dtype, weights)
         if head.linear is not None:
             self.linear = lean_linear(head.linear.weight, head.linear.bias, dtype, weights)
-        projection = head.projection
-        weight = output_weight if projection.weight is None else projection.weight
-        self.projection = lean_linear(weight, None, dtype, weights)
-        bucket = (projection.bucket_weight, projection.bucket_bias) if projection.holds_bucket else ()
-        self.to_tokens = Readout(self.projection, self.rows, [part.detach().to(dtype) for part in bucket])
+        if self.mlp is None or self.mlp.has_kernels:
+            self._whole = [(limit, self._with_parts(n)) for n, (limit, _) in enumerate(self._plain)]
+
+    def _with_parts(self, n: int) -> Head:
+        """The n-th plain kernel with what stands before the projection."""
+        head = self._plain[n][1]._replace(norm=kernel_norm(self.norm, self.dtype))
+        if self.linear is not None:
+            head = head._replace(linear=self.linear.kernels[n][1])
+        if self.mlp is None:
+            return head
+        return head._replace(
+            mlp_norm=kernel_norm(self.mlp_norm, self.dtype),
+            up=self.mlp.up.kernels[n][1],
+            down=self.mlp.down.kernels[n][1],
+            gated=self.mlp.gated,
+            activation=ACTIVATIONS[self.mlp.activation],
+        )
 
     @property
     def bytes(self) -> int:
@@ -53,8 +119,9 @@ class LeanHead:
             linears += [self.mlp.up, self.mlp.down]
         return sum(part.bytes for part in linears if part is not None)
 
-    def readout(self, x: Tensor) -> Tensor:
-        """The state that the projection reads, [N, H] -> [N, H]. Collectives: an MLP's."""
+    def state(self, x: Tensor) -> Tensor:
+        """See `Readout`; [N, H] behind the block."""
+        x = x.to(self.dtype)
         if self.linear is None:
             if self.mlp is not None:
                 x = self.mlp.onto(x, self.mlp_norm(x))
@@ -62,12 +129,8 @@ class LeanHead:
         state = self.linear(x if self.norm is None else self.norm(x))
         return state if self.mlp is None else self.mlp.onto(state, self.mlp_norm(x))
 
-    def predict(self, x: Tensor) -> Prediction:
-        """From the (block's) hidden state [N, H]. Collectives: see `Prediction.from_summary`."""
-        return self.to_tokens.predict(self.readout(x.to(self.dtype)))
 
-
-class LeanOutput:
+class LeanOutput(Readout):
     """The final norm and the output layer.
 
     Args:
@@ -77,52 +140,20 @@ class LeanOutput:
     """
 
     def __init__(self, gpt: EarlyExitGPTModel, dtype: torch.dtype, weights: str):
-        self.dtype, self.rows = dtype, Rows.of_output_layer(gpt)
+        output = lean_linear(gpt.output_weight(), None, dtype, weights)
+        super().__init__(output, Rows.of_output_layer(gpt), (), dtype)
         norm = gpt.decoder.final_layernorm
         self.norm = LeanNorm.of(norm) if is_lean_norm(norm) else norm  # None, or Transformer Engine's
-        self.projection = lean_linear(gpt.output_weight(), None, dtype, weights)
-        self.to_tokens = Readout(self.projection, self.rows)
+        if self.norm is None or is_lean_norm(norm):
+            mine = kernel_norm(self.norm, dtype)
+            self._whole = [(limit, head._replace(norm=mine)) for limit, head in self._plain]
 
     @property
     def bytes(self) -> int:
         """Of weights that a prediction reads."""
         return self.projection.bytes
 
-    def predict(self, x: Tensor) -> Prediction:
-        """From the last layer's output [N, H]. Collectives: see `Prediction.from_summary`."""
+    def state(self, x: Tensor) -> Tensor:
+        """See `Readout`; [N, H] behind the last layer."""
         x = x if self.norm is None else self.norm(x)
-        return self.to_tokens.predict(x.to(self.dtype))
-
-
-class Readout:
-    """Predictions of a projection.
-
-    Args:
-        projection: [R, H] without bias.
-        rows: what its rows stand for.
-        bucket: weight [H] and bias [1] of one more logit, on ranks that have it.
-    """
-
-    def __init__(self, projection: DenseLinear, rows: Rows, bucket: Sequence[Tensor] = ()):
-        self._projection, self._rows, self._bucket = projection, rows, bucket
-        if projection.kernels:
-            parts = [part.flatten() for part in bucket] or [projection.weight.new_empty(0)]
-            self._joined = torch.cat(parts).numpy()
-
-    def predict(self, state: Tensor) -> Prediction:
-        """From states [N, H]. Collectives: see `Prediction.from_summary`."""
-        return Prediction.from_summary(*self.summarised(state), self._rows)
-
-    def summarised(self, state: Tensor) -> tuple[Tensor, RowSummary]:
-        """Logits [N, R], and one more with a bucket, and their summary, of this rank."""
-        emittable = self._rows.emittable
-        for limit, kernel in self._projection.kernels:
-            if len(state) <= limit:
-                return run_readout(kernel, self._joined, emittable, state)
-        logits = self._projection(state).contiguous()
-        if emittable < self._rows.count:
-            logits[:, emittable:].fill_(float("-inf"))
-        if self._bucket:
-            weight, bias = self._bucket
-            logits = torch.cat([logits, linear(state, weight[None], bias)], dim=-1)
-        return logits, summarise_rows(logits, emittable)
+        return x.to(self.dtype)

@@ -17,7 +17,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn.functional import gelu, relu, silu
 
-from nemo_ee.kernels.layer import GELU, RELU, SILU, TANH_GELU, Layer
+from nemo_ee.kernels.layer import Layer
+from nemo_ee.kernels.mlp import GELU, RELU, SILU, TANH_GELU
 from nemo_ee.megatron.cpu_kernels import kernel_norm
 from nemo_ee.megatron.lean_weights import LeanNorm, is_lean_norm, lean_linear, sum_over_ranks
 
@@ -58,6 +59,11 @@ class LeanMLP:
         self.gated, self.activation = config.gated_linear_unit, config.activation_func
         if config.bias_activation_fusion and self.activation is gelu:
             self.activation = _tanh_gelu  # what the fused kernel computes
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether our CPU kernels compute it whole; not with tensor parallelism, whose sums are torch's."""
+        return self.world == 1 and self.activation in ACTIVATIONS and bool(self.up.kernels)
 
     def inside(self, x: Tensor) -> Tensor:
         """[T, H] -> [T, F/TP], what the second matrix reads."""
@@ -114,9 +120,9 @@ class LeanLayer:
 
     @cached_property
     def kernels(self) -> list[tuple[int, Layer]]:
-        """See `LayerMathematics`; none with tensor parallelism, whose sums are torch's."""
+        """See `LayerMathematics`."""
         linears = (self.qkv, self.out, self.mlp.up, self.mlp.down)
-        if self.world > 1 or self.mlp.activation not in ACTIVATIONS or not self.qkv.kernels:
+        if not self.mlp.has_kernels:
             return []
         query_norm, key_norm = self.head_norms or (None, None)
         norms = [kernel_norm(n, self.dtype) for n in (self.norm, query_norm, key_norm, self.mlp_norm)]

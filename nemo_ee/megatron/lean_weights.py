@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear, rms_norm
 
-from nemo_ee.kernels.layer import Linear
+from nemo_ee.kernels.products import Linear
 from nemo_ee.megatron.cpu_kernels import KERNEL_TOKENS, kernel_linear, run_product, runs_kernels
 from nemo_ee.megatron.norms import TorchNorm
 from nemo_ee.megatron.vocab_parallel import reduce_over_ranks

@@ -12,7 +12,9 @@ import torch
 from nemo_ee.core.confidence import summarise_rows
 from nemo_ee.kernels.compiled import compiled
 from nemo_ee.kernels.exponential import exponential
-from nemo_ee.megatron.cpu_kernels import KERNEL_TOKENS, SWITCH, kernel_linear, run_readout
+from nemo_ee.kernels.norm import Norm
+from nemo_ee.kernels.readout import Head
+from nemo_ee.megatron.cpu_kernels import KERNEL_TOKENS, SWITCH, kernel_linear, run_head
 from nemo_ee.megatron.decode import PackedTokens
 from nemo_ee.megatron.decoding_model import DecodingModel
 from nemo_ee.megatron.segment import Segment
@@ -86,6 +88,51 @@ def test_any_number_of_threads_gives_the_same(gpt):
             torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
+HEADS = {
+    "projection": {},
+    "norm, shortlist": dict(norm=True, projection="shortlist"),
+    "norm, linear": dict(norm=True, linear=True),
+    "linear, shortlist": dict(linear=True, projection="shortlist"),
+    "MLP": dict(mlp=True),
+    "MLP, norm, shortlist": dict(mlp=True, norm=True, projection="shortlist"),
+    "MLP, norm, linear, shortlist": dict(mlp=True, norm=True, linear=True, projection="shortlist"),
+}
+
+
+def heads_say(gpt, tokens):
+    """Logits and their summaries of exits and the final exit."""
+    x = torch.randn(tokens, gpt.config.hidden_size, dtype=torch.float64)
+    with torch.inference_mode():
+        model = DecodingModel(gpt)
+        found = [each.summarised(x) for each in (*model.heads.values(), model.output)]
+    return [(logits, summary.best, summary.row, summary.log_sum) for logits, summary in found]
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("backbone", list(BACKBONES)[:3] + ["squared ReLU, which kernels do not know"])
+def test_heads_equal_torchs(backbone, head, monkeypatch):
+    usual = dict(norm=False, linear=False, mlp=False, projection="untied", shortlist_size=60)
+    config = tiny_model_config(head={**usual, **HEADS[head]}, **BACKBONES[backbone])
+    gpt = tiny_model(config, dtype=torch.float64).gpt
+    with torch.no_grad():
+        for parameter in gpt.exits.parameters():  # biases are zero at first, translators the identity
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    for tokens in (1, 5):
+        found = []
+        for kernels in ("1", "0"):
+            torch.manual_seed(tokens)
+            monkeypatch.setenv(SWITCH, kernels)
+            found.append(heads_say(gpt, tokens))
+        for mine, other in zip(*found, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
+        assert not all(mine[0].equal(other[0]) for mine, other in zip(*found, strict=True))
+
+
+def plain_head(weight, bucket):
+    linear = kernel_linear(weight, None, None, torch.float64)
+    return Head.plain(linear, bucket.numpy(), Norm.none(bucket.numpy()))
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("emittable", [50, 33, 7, 1, 0])
 @pytest.mark.parametrize("with_bucket", [False, True])
@@ -102,8 +149,7 @@ def test_logits_and_their_summary_equal_torchs(emittable, with_bucket, threads):
         expected = summarise_rows(logits, emittable)
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
-        linear = kernel_linear(weight, None, None, torch.float64)
-        found_logits, found = run_readout(linear, bucket.numpy(), emittable, x)
+        found_logits, found = run_head(plain_head(weight, bucket), emittable, x)
         torch.set_num_threads(before)
         torch.testing.assert_close(found_logits, logits)
         torch.testing.assert_close(found.best, expected.best)
@@ -114,8 +160,7 @@ def test_logits_and_their_summary_equal_torchs(emittable, with_bucket, threads):
 def test_a_summary_of_nan_is_nan():
     weight, x = torch.ones(40, 4, dtype=torch.float64), torch.ones(2, 4, dtype=torch.float64)
     x[1, 2] = float("nan")
-    none = np.empty(0)
-    _, summary = run_readout(kernel_linear(weight, None, None, torch.float64), none, 30, x)
+    _, summary = run_head(plain_head(weight, torch.empty(0, dtype=torch.float64)), 30, x)
     assert summary.best[1].isnan() and summary.log_sum[1].isnan()
     assert summary.best[0] == 4 and summary.log_sum[0].item() == pytest.approx(4 + np.log(30))
 

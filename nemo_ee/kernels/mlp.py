@@ -1,0 +1,37 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""What stands between and behind an MLP's products, for some of the features of few tokens."""
+
+import math
+
+from nemo_ee.kernels.compiled import compiled
+from nemo_ee.kernels.exponential import exponential
+
+SILU, GELU, TANH_GELU, RELU = range(4)
+"""Activations of an MLP."""
+
+
+@compiled
+def add(out, x, first, last):
+    """out[:, first:last] += x[:, first:last]."""
+    for t in range(len(out)):
+        for i in range(first, last):
+            out[t, i] += x[t, i]
+
+
+@compiled
+def activate(inside, active, activation, gated, first, last):
+    """active[:, first:last] = the activation of those features, times the gated ones."""
+    features, kind = active.shape[1], inside.dtype.type
+    for t in range(len(inside)):
+        for i in range(first, last):
+            v = inside[t, i]
+            if activation == SILU:
+                v = v / (kind(1) + exponential(-v))
+            elif activation == GELU:
+                v = kind(0.5) * v * (kind(1) + math.erf(v * kind(math.sqrt(0.5))))
+            elif activation == TANH_GELU:
+                u = kind(math.sqrt(2 / math.pi)) * (v + kind(0.044715) * v * v * v)
+                v = kind(0.5) * v * (kind(1) + math.tanh(u))
+            else:
+                v = max(v, kind(0))
+            active[t, i] = v * inside[t, features + i] if gated else v
