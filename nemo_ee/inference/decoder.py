@@ -198,7 +198,9 @@ class EarlyExitDecoder:
                 last = _rows_of(packed.last, asked if len(asked) < len(here) else None, x.device)
                 indices = [here[j] for j in asked]
                 drafts = hold is not None and all(hold[i] == k for i in indices)
-                prediction, sure = point.predict(x[last], inside[last], indices, trail, drafts)
+                before = x[last]
+                behind = before if inside is x else inside[last]
+                prediction, sure = point.predict(before, behind, indices, trail, drafts)
                 out = [n for n, i in enumerate(indices) if sure[n] > thresholds[i][k]]
                 leaving = [indices[n] for n in out]
                 if leaving:

@@ -2,6 +2,7 @@
 """How the CPU kernels are compiled, and what they are built of."""
 
 from collections.abc import Callable
+from threading import local
 from typing import Any
 
 import numba
@@ -11,6 +12,11 @@ from numba.extending import intrinsic
 
 FAST_MATHEMATICS = {"reassoc", "contract", "arcp", "nsz"}
 """Sums may be taken in any order, as vector units do. NaN and infinity stay what they are."""
+
+LOOPS_ALONE = dict.fromkeys(
+    ("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"), False
+) | {"prange": True}
+"""Only loops over `prange` run on threads: every other one that Numba finds takes seconds to compile."""
 
 
 def compiled(function: Callable | None = None, *, parallel: bool = False) -> Any:
@@ -22,10 +28,13 @@ def compiled(function: Callable | None = None, *, parallel: bool = False) -> Any
     if function is None:
         return lambda inner: compiled(inner, parallel=parallel)
     options: dict[str, Any] = {"fastmath": FAST_MATHEMATICS, "nogil": True, "error_model": "numpy"}
+    options |= (
+        {"parallel": LOOPS_ALONE} if parallel else {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    )
     try:
-        return numba.njit(parallel=parallel, cache=True, **options)(function)
+        return numba.njit(cache=True, **options)(function)
     except RuntimeError:  # neither the package's folder nor the user's cache can be written
-        return numba.njit(parallel=parallel, **options)(function)
+        return numba.njit(**options)(function)
 
 
 @intrinsic
@@ -62,8 +71,13 @@ def array_at(address, shape, like):
 
 
 def team(threads: int) -> int:
-    """Lets kernels run on that many threads, fewer if the process may not have them; returns how many."""
+    """Lets kernels that this thread calls run on that many threads, or on as many as there may be; returns how many."""
     threads = min(threads, numba.config.NUMBA_NUM_THREADS)
-    if numba.get_num_threads() != threads:
+    if getattr(_SET, "threads", None) != threads:  # asking Numba takes longer than some kernels
         numba.set_num_threads(threads)
+        _SET.threads = threads
     return threads
+
+
+_SET = local()
+"""What each thread has set."""

@@ -16,7 +16,7 @@ from numba import prange
 
 from nemo_ee.kernels.attention import attend, place_keys
 from nemo_ee.kernels.compiled import array_at, compiled
-from nemo_ee.kernels.mlp import activate, add
+from nemo_ee.kernels.mlp import activate, add, copy
 from nemo_ee.kernels.norm import Norm, normalise_all
 from nemo_ee.kernels.products import Linear, multiply
 
@@ -165,9 +165,7 @@ def run_layers(table, shape, weights, x, result, rows, positions, rotates, cos, 
     middle, normed = np.empty((tokens, hidden), kind), np.empty((tokens, hidden), kind)
     inside, active = np.empty((tokens, outer), kind), np.empty((tokens, inner), kind)
     heads = qkv.reshape(tokens, groups, queries + 2, size)
-    for t in range(tokens):
-        for j in range(hidden):
-            result[t, j] = x[t, j]
+    copy(x, result)
     for n in range(len(table)):
         at = table[n]
         cache = array_at(at[20], (2, cached, groups, length, size), x)

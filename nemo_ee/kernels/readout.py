@@ -12,7 +12,7 @@ from numba import prange
 
 from nemo_ee.kernels.compiled import compiled
 from nemo_ee.kernels.exponential import exponential
-from nemo_ee.kernels.mlp import SILU, activate, add
+from nemo_ee.kernels.mlp import SILU, activate, add, copy
 from nemo_ee.kernels.norm import Norm, normalise_all
 from nemo_ee.kernels.products import Linear, multiply
 
@@ -23,6 +23,7 @@ class Head(NamedTuple):
     Attributes:
         projection: [R, H].
         bucket: [H + 1] weight and bias of one more logit, which counts in the softmax alone; or [0].
+        names: the tokens that the first rows stand for; or [0], row i is token i.
         norm: see `Norm`.
         linear: [H, H]; see `Linear` for none.
         mlp_norm: see `Norm`.
@@ -34,6 +35,7 @@ class Head(NamedTuple):
 
     projection: Linear
     bucket: np.ndarray
+    names: np.ndarray
     norm: Norm
     linear: Linear
     mlp_norm: Norm
@@ -43,14 +45,14 @@ class Head(NamedTuple):
     activation: int
 
     @classmethod
-    def plain(cls, projection: Linear, bucket: np.ndarray, norm: Norm) -> "Head":
-        """projection(norm(x))."""
-        none = Linear.none(projection)
-        return cls(projection, bucket, norm, none, Norm.none(bucket), none, none, False, SILU)
+    def plain(cls, projection: Linear, bucket: np.ndarray, names: np.ndarray) -> "Head":
+        """projection(x)."""
+        linear, norm = Linear.none(projection), Norm.none(bucket)
+        return cls(projection, bucket, names, norm, linear, norm, linear, linear, False, SILU)
 
 
 @compiled(parallel=True)
-def read_out(head, emittable, x, logits, best, row, log_sum, threads):
+def read_out(head, emittable, x, logits, best, row, log_sum, token, sure, threads):
     """Fills in logits and their summary.
 
     Args:
@@ -61,6 +63,8 @@ def read_out(head, emittable, x, logits, best, row, log_sum, threads):
         best: [N] the highest logit of an emittable row.
         row: [N] that row, the lowest of equal ones.
         log_sum: [N] log of the sum of exp over all logits.
+        token: [N] what that row stands for.
+        sure: [N] its probability.
         threads: that share the work.
     """
     tokens, hidden, kind = len(x), x.shape[1], x.dtype.type
@@ -73,7 +77,7 @@ def read_out(head, emittable, x, logits, best, row, log_sum, threads):
     if head.norm.gain.size and (len(w0) or not inner):
         normalise_all(x, state, head.norm)
     else:
-        state[:] = x
+        copy(x, state)
     if len(w0) or inner:
         source, mapped = state, np.empty((tokens, len(w0)), x.dtype)
         normed, branch = np.empty((tokens, hidden), x.dtype), np.empty((tokens, hidden), x.dtype)
@@ -101,8 +105,8 @@ def read_out(head, emittable, x, logits, best, row, log_sum, threads):
     weight, scale, _ = head.projection
     rows = len(weight)
     tops = np.empty((threads, tokens), x.dtype)
-    where = np.zeros((threads, tokens), np.int64)
-    sums = np.zeros((threads, tokens), x.dtype)
+    where = np.empty((threads, tokens), np.int64)
+    sums = np.empty((threads, tokens), x.dtype)
     for c in prange(threads):
         first, last = c * rows // threads, (c + 1) * rows // threads
         multiply(weight, scale, none, state, logits, first, last)
@@ -131,6 +135,8 @@ def read_out(head, emittable, x, logits, best, row, log_sum, threads):
         if bucket.size:
             total += kind(math.exp(logits[t, rows] - top))
         log_sum[t] = top + kind(math.log(total)) if total > 0 or total != total else kind(-np.inf)
+        token[t] = head.names[row[t]] if head.names.size else row[t]
+        sure[t] = kind(math.exp(best[t] - log_sum[t]))
 
 
 @compiled

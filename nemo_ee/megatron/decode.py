@@ -186,6 +186,8 @@ class PackedTokens:
     @cached_property
     def places(self) -> tuple[np.ndarray, np.ndarray]:
         """[T] rows of the caches and [T] positions, as CPU kernels read them."""
+        if self.single:
+            return np.full(self.width, self.rows[0]), np.arange(self.starts[0], self.length)
         counts = np.array(self.counts)
         firsts = np.repeat(np.array(self.starts) - counts.cumsum() + counts, counts)
         return np.repeat(np.array(self.rows), counts), firsts + np.arange(counts.sum())

@@ -5,7 +5,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from nemo_ee.megatron.cpu_kernels import KERNEL_TOKENS, runs_kernels
+from nemo_ee.megatron.cpu_kernels import KERNEL_TOKENS, run_head, runs_kernels
 from nemo_ee.megatron.decode import CachedLayer, PackedTokens, PositionTable
 from nemo_ee.megatron.gpt import EarlyExitGPTModel
 from nemo_ee.megatron.lean_head import LeanHead, LeanOutput
@@ -127,7 +127,8 @@ class DecodingModel:
             Segment([layer])(x, PackedTokens(self.table(limit), [0], [0], [limit]))
             if self.output is not None:
                 self.output.projection(x)
-                self.output.summarised(x)
+                for _, head in self.output.kernels:
+                    run_head(head, self.output.rows.emittable, x)
         _COMPILED.add(kind)
 
     def _hidden_dtype(self) -> torch.dtype:

@@ -8,11 +8,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
 from torch.nn.functional import linear
 
-from nemo_ee.core.confidence import RowSummary, summarise_rows
-from nemo_ee.kernels.norm import Norm
 from nemo_ee.kernels.readout import Head
 from nemo_ee.megatron.cpu_kernels import kernel_norm, run_head
 from nemo_ee.megatron.gpt import EarlyExitGPTModel
@@ -30,17 +29,21 @@ class Readout(ABC):
         rows: what its rows stand for.
         bucket: weight [H] and bias [1] of one more logit, on ranks that have it.
         dtype: to compute in.
+
+    Attributes:
+        kernels: for passes of at most so many tokens, ascending; none where torch computes.
     """
 
     def __init__(self, projection: DenseLinear, rows: Rows, bucket: Sequence[Tensor], dtype: torch.dtype):
         self.projection, self.rows, self.dtype = projection, rows, dtype
         self._bucket = [part.detach().to(dtype) for part in bucket]
         flat = [part.flatten() for part in self._bucket] or [torch.empty(0, dtype=dtype)]
-        self._plain: list[tuple[int, Head]] = []
+        self.kernels: list[tuple[int, Head]] = []
+        self._kernels_are_whole = False  # they read hidden states; else what `state` makes of these
         if projection.kernels:
-            one = torch.cat(flat).numpy()
-            self._plain = [(n, Head.plain(part, one, Norm.none(one))) for n, part in projection.kernels]
-        self._whole: list[tuple[int, Head]] = []  # heads that read the hidden state itself
+            names = torch.empty(0, dtype=torch.long) if rows.tokens is None else rows.tokens
+            extra = torch.cat(flat).numpy(), names.numpy()
+            self.kernels = [(limit, Head.plain(part, *extra)) for limit, part in projection.kernels]
 
     @abstractmethod
     def state(self, x: Tensor) -> Tensor:
@@ -48,25 +51,27 @@ class Readout(ABC):
 
     def predict(self, x: Tensor) -> Prediction:
         """From hidden states [N, H]. Collectives: an MLP's; see also `Prediction.from_summary`."""
-        return Prediction.from_summary(*self.summarised(x), self.rows)
+        kernel = next((head for limit, head in self.kernels if len(x) <= limit), None)
+        if kernel is None or not self._kernels_are_whole:
+            x = self.state(x)
+        elif x.dtype != self.dtype:
+            x = x.to(self.dtype)
+        if kernel is None:
+            return Prediction.from_logits(self._logits(x), self.rows)
+        answer = run_head(kernel, self.rows.emittable, x)
+        if parallel_state.get_tensor_model_parallel_world_size() == 1:
+            return Prediction(self.rows, answer.logits, answer.tokens, answer.confidence)
+        return Prediction.from_summary(answer.logits, answer.summary, self.rows)
 
-    def summarised(self, x: Tensor) -> tuple[Tensor, RowSummary]:
-        """Logits [N, R], and one more with a bucket, and their summary, of this rank. Collectives: an MLP's."""
-        emittable = self.rows.emittable
-        for limit, head in self._whole:
-            if len(x) <= limit:
-                return run_head(head, emittable, x.to(self.dtype))
-        state = self.state(x)
-        for limit, head in self._plain:
-            if len(x) <= limit:
-                return run_head(head, emittable, state)
+    def _logits(self, state: Tensor) -> Tensor:
+        """[N, R] of this rank, and one more with a bucket."""
         logits = self.projection(state).contiguous()
-        if emittable < self.rows.count:
-            logits[:, emittable:].fill_(float("-inf"))
-        if self._bucket:
-            weight, bias = self._bucket
-            logits = torch.cat([logits, linear(state, weight[None], bias)], dim=-1)
-        return logits, summarise_rows(logits, emittable)
+        if self.rows.emittable < self.rows.count:
+            logits[:, self.rows.emittable :].fill_(float("-inf"))
+        if not self._bucket:
+            return logits
+        weight, bias = self._bucket
+        return torch.cat([logits, linear(state, weight[None], bias)], dim=-1)
 
 
 class LeanHead(Readout):
@@ -94,11 +99,12 @@ class LeanHead(Readout):
         if head.linear is not None:
             self.linear = lean_linear(head.linear.weight, head.linear.bias, dtype, weights)
         if self.mlp is None or self.mlp.has_kernels:
-            self._whole = [(limit, self._with_parts(n)) for n, (limit, _) in enumerate(self._plain)]
+            self.kernels = [(limit, self._with_parts(n)) for n, (limit, _) in enumerate(self.kernels)]
+            self._kernels_are_whole = True
 
     def _with_parts(self, n: int) -> Head:
-        """The n-th plain kernel with what stands before the projection."""
-        head = self._plain[n][1]._replace(norm=kernel_norm(self.norm, self.dtype))
+        """The n-th kernel with what stands before the projection."""
+        head = self.kernels[n][1]._replace(norm=kernel_norm(self.norm, self.dtype))
         if self.linear is not None:
             head = head._replace(linear=self.linear.kernels[n][1])
         if self.mlp is None:
@@ -146,7 +152,8 @@ class LeanOutput(Readout):
         self.norm = LeanNorm.of(norm) if is_lean_norm(norm) else norm  # None, or Transformer Engine's
         if self.norm is None or is_lean_norm(norm):
             mine = kernel_norm(self.norm, dtype)
-            self._whole = [(limit, head._replace(norm=mine)) for limit, head in self._plain]
+            self.kernels = [(limit, head._replace(norm=mine)) for limit, head in self.kernels]
+            self._kernels_are_whole = True
 
     @property
     def bytes(self) -> int:

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_ee.core.confidence import summarise_rows
+from nemo_ee.core.confidence import confidence, summarise_rows
 from nemo_ee.kernels.compiled import compiled
 from nemo_ee.kernels.exponential import exponential
-from nemo_ee.kernels.norm import Norm
 from nemo_ee.kernels.readout import Head
 from nemo_ee.megatron.cpu_kernels import KERNEL_TOKENS, SWITCH, kernel_linear, run_head
 from nemo_ee.megatron.decode import PackedTokens
@@ -100,12 +99,12 @@ HEADS = {
 
 
 def heads_say(gpt, tokens):
-    """Logits and their summaries of exits and the final exit."""
+    """Logits, tokens and confidence of exits and the final exit."""
     x = torch.randn(tokens, gpt.config.hidden_size, dtype=torch.float64)
     with torch.inference_mode():
         model = DecodingModel(gpt)
-        found = [each.summarised(x) for each in (*model.heads.values(), model.output)]
-    return [(logits, summary.best, summary.row, summary.log_sum) for logits, summary in found]
+        found = [each.predict(x) for each in (*model.heads.values(), model.output)]
+    return [(each.logits, each.tokens, each.confidence) for each in found]
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -130,7 +129,7 @@ def test_heads_equal_torchs(backbone, head, monkeypatch):
 
 def plain_head(weight, bucket):
     linear = kernel_linear(weight, None, None, torch.float64)
-    return Head.plain(linear, bucket.numpy(), Norm.none(bucket.numpy()))
+    return Head.plain(linear, bucket.numpy(), np.empty(0, np.int64))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -149,18 +148,20 @@ def test_logits_and_their_summary_equal_torchs(emittable, with_bucket, threads):
         expected = summarise_rows(logits, emittable)
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
-        found_logits, found = run_head(plain_head(weight, bucket), emittable, x)
+        answer = run_head(plain_head(weight, bucket), emittable, x)
         torch.set_num_threads(before)
-        torch.testing.assert_close(found_logits, logits)
-        torch.testing.assert_close(found.best, expected.best)
-        torch.testing.assert_close(found.log_sum, expected.log_sum)
-        assert found.row.equal(expected.row)
+        torch.testing.assert_close(answer.logits, logits)
+        torch.testing.assert_close(answer.summary.best, expected.best)
+        torch.testing.assert_close(answer.summary.log_sum, expected.log_sum)
+        if emittable:
+            torch.testing.assert_close(answer.confidence, confidence(expected.best, expected.log_sum))
+        assert answer.summary.row.equal(expected.row) and answer.tokens.equal(expected.row)
 
 
 def test_a_summary_of_nan_is_nan():
     weight, x = torch.ones(40, 4, dtype=torch.float64), torch.ones(2, 4, dtype=torch.float64)
     x[1, 2] = float("nan")
-    _, summary = run_head(plain_head(weight, torch.empty(0, dtype=torch.float64)), 30, x)
+    summary = run_head(plain_head(weight, torch.empty(0, dtype=torch.float64)), 30, x).summary
     assert summary.best[1].isnan() and summary.log_sum[1].isnan()
     assert summary.best[0] == 4 and summary.log_sum[0].item() == pytest.approx(4 + np.log(30))
 
@@ -176,7 +177,7 @@ def test_nan_stays_in_its_row():
     assert out[0].isnan().all() and not out[1].isnan().any()
 
 
-@compiled
+@compiled(parallel=True)
 def exponentials(x, y):
     for i in range(len(x)):
         y[i] = exponential(x[i])
