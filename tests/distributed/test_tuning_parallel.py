@@ -1,9 +1,12 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""Ten AdamW steps of tuning in every parallel layout equal one process: losses, statistics and weights.
+"""Steps of tuning in every parallel layout equal one process: losses, statistics and weights.
 
-Float64 throughout, except the gradient norm that NeMo's clipping computes in float32: its rounding (6e-8)
-scales whole gradients, which AdamW all but cancels. What remains is 1e-7 times a loss of some tens of nats.
+Four steps of AdamW, ten in the slow tests. Float64 throughout, except the gradient norm that NeMo's clipping
+computes in float32: its rounding (6e-8) scales whole gradients, which AdamW all but cancels. What remains is
+1e-7 times a loss of some tens of nats.
 """
+
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +14,7 @@ from tests.support.tiny_gpt import GPT3, HEADS
 from tests.support.tuning import Case, Layout, largest_difference, tune, write_text
 
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 3e-6, 1e-7
+STEPS = 4
 
 OBJECTIVES = {
     "ce": dict(ce_weight=1.0, kl_weight=0.0, argmax_weight=0.0),
@@ -103,7 +107,7 @@ DIAGONAL = [
     f"{kind} | {name}" for kind, name in zip(HEADS, [*OBJECTIVES][2:] + [*OBJECTIVES][:2], strict=True)
 ]
 """Every kind of head, every objective and every set of exits once."""
-CHOSEN = {name: CASES[name] for name in [*DIAGONAL, *initialised(), *variants()]}
+CHOSEN = {name: replace(CASES[name], steps=STEPS) for name in [*DIAGONAL, *initialised(), *variants()]}
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +168,7 @@ def test_nothing_above_the_last_exit_is_built_without_distillation(text, alone, 
         "layers": [2, 6, 8],
         "tuning": {**OBJECTIVES["ce"], "loss_weights": [1.0, 1.0, 0.0]},
     }
-    whole = workers(1).run(tune, text, {"all": Case(section)}, Layout())[0]["all"]
+    whole = workers(1).run(tune, text, {"all": Case(section, steps=STEPS)}, Layout())[0]["all"]
     assert whole.layers == 8
     for mine, other in zip(alone["truncated"].train, whole.train, strict=True):
         for n in (2, 6):

@@ -19,7 +19,7 @@ from tests.support.tuning import (
     write_text,
 )
 
-STEPS, EVERY, KILLED_AT = 12, 4, 6
+STEPS, EVERY, KILLED_AT = 6, 2, 3
 """Steps of a run, steps between checkpoints, and the step after which the process dies."""
 
 HEAD = dict(mlp=True, linear=True, projection="shortlist", shortlist_size=90, train_projection=True)

@@ -2,6 +2,7 @@
 """scripts/megatron_gpt_ee_tuning.py as a user runs it: what it writes, resumes and refuses."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from tests.support.tuning import write_text
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "megatron_gpt_ee_tuning.py"
 NAME = "megatron_gpt_ee_tuning.nemo"
-STEPS, EVERY = 60, 10
+STEPS, EVERY = 24, 4
 
 
 def write_base(source: str, path: str) -> None:
@@ -172,15 +173,21 @@ def test_killed_and_resumed_is_uninterrupted(workspace, uninterrupted):
         assert torch.equal(found[key], value), key
 
 
-def test_a_finished_run_writes_the_exits_that_are_missing(workspace):
-    """Killed behind its last checkpoint, or the file deleted: the next start writes what was to be there."""
-    given = arguments(workspace, exp_manager__explicit_log_dir=str(workspace / "finished"))
-    succeed(workspace, given)
-    exits = workspace / "finished" / "checkpoints" / NAME
-    expected = exits_of(exits)
+def copy_of_run(uninterrupted: Path, folder: Path) -> Path:
+    """A finished run without its exits; returns where they were."""
+    shutil.copytree(uninterrupted.parents[1], folder)
+    exits = folder / "checkpoints" / NAME
     exits.unlink()
+    return exits
+
+
+def test_a_finished_run_writes_the_exits_that_are_missing(workspace, uninterrupted):
+    """Killed behind its last checkpoint, or the file deleted: the next start writes what was to be there."""
+    exits = copy_of_run(uninterrupted, workspace / "finished")
+    given = long_run(workspace, workspace / "finished")
     output = succeed(workspace, given)
-    assert "an earlier start did all 4 steps" in output and "was missing" in output
+    expected = exits_of(uninterrupted)
+    assert f"an earlier start did all {STEPS} steps" in output and "was missing" in output
     found = exits_of(exits)
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[key], value) for key, value in expected.items())
@@ -190,13 +197,10 @@ def test_a_finished_run_writes_the_exits_that_are_missing(workspace):
     assert exits.stat().st_mtime_ns == written
 
 
-def test_resuming_on_another_base_is_refused(workspace, tmp_path):
+def test_resuming_on_another_base_is_refused(workspace, uninterrupted, tmp_path):
     """One weight differs, and neither shapes nor names do; an adapter given besides changes nothing."""
-    run = tmp_path / "run"
-    given = arguments(workspace, exp_manager__explicit_log_dir=str(run), trainer__max_steps="6")
-    succeed(workspace, given)
-    exits = run / "checkpoints" / NAME
-    exits.unlink()
+    exits = copy_of_run(uninterrupted, tmp_path / "run")
+    given = long_run(workspace, tmp_path / "run")
     other = tmp_path / "other.nemo"
     changed_base(workspace / "base.nemo", other)
     process = start(workspace, [*given, f"model.restore_from_path={other}"])
