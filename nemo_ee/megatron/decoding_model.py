@@ -86,11 +86,7 @@ class DecodingModel:
 
     def cached_layers(self, rows: int, max_length: int) -> dict[int, CachedLayer]:
         """The layers with caches of their own."""
-        modules = {layer.layer_number: layer for layer in self.gpt.decoder.layers}
-        return {
-            n: CachedLayer(modules[n], mathematics, rows, max_length, self.dtype, self.device)
-            for n, mathematics in self.layers.items()
-        }
+        return {n: self._cached_layer(n, rows, max_length) for n in self.layers}
 
     def cached_block(self, n: int, rows: int, max_length: int) -> Segment | None:
         """The block of the exit on layer n with a cache of its own, if that exit has one."""
@@ -116,12 +112,16 @@ class DecodingModel:
         """Of weights that a pass through layer n reads."""
         return self.layers[n].bytes
 
+    def _cached_layer(self, n: int, rows: int, max_length: int) -> CachedLayer:
+        module = self.gpt.decoder.layers[n - min(self.layers)]
+        return CachedLayer(module, self.layers[n], rows, max_length, self.dtype, self.device)
+
     def _compile_kernels(self) -> None:
         """Once per process, and before a request is waiting."""
         kind = self.weights, self.dtype
         if kind in _COMPILED or not runs_kernels(self.device, self.dtype):
             return
-        layer = next(iter(self.cached_layers(1, KERNEL_TOKENS).values()))
+        layer = self._cached_layer(min(self.layers), 1, KERNEL_TOKENS)
         for limit, _ in layer.mathematics.kernels:
             x = self.hidden.new_zeros(limit, self.hidden.shape[-1])
             Segment([layer])(x, PackedTokens(self.table(limit), [0], [0], [limit]))
