@@ -57,11 +57,20 @@ def kernel_norm(norm: Any, dtype: torch.dtype) -> Norm:
     return Norm(_array(norm.weight, dtype), _array(norm.bias, dtype), float(norm.eps), bool(norm.rms))
 
 
+def _threads() -> int:
+    """As many as torch uses, ready for a kernel."""
+    mine = torch.get_num_threads()
+    threads = team(mine)
+    if torch.get_num_threads() != mine:  # Numba's pool, where it is made, sets OpenMP's number for all
+        torch.set_num_threads(mine)
+    return threads
+
+
 def run_product(linear: Linear, x: Tensor) -> Tensor:
     """x W^T + b, [T, I] -> [T, O]."""
     out = x.new_empty(len(x), len(linear.weight))
     with _ONE_AT_A_TIME:
-        product(*linear, x.contiguous().numpy(), out.numpy(), team(torch.get_num_threads()))
+        product(*linear, x.contiguous().numpy(), out.numpy(), _threads())
     return out
 
 
@@ -84,13 +93,13 @@ class Answer(NamedTuple):
 def run_head(head: Head, emittable: int, x: Tensor) -> Answer:
     """From states [N, H]. NumPy makes the arrays: with cold caches each of torch's operations takes 20 to 100
     microseconds."""
-    kind, shape = head.bucket.dtype, len(x)
-    logits = np.empty((shape, len(head.projection.weight) + bool(head.bucket.size)), kind)
-    best, log_sum, sure = np.empty(shape, kind), np.empty(shape, kind), np.empty(shape, kind)
-    row, token = np.empty(shape, np.int64), np.empty(shape, np.int64)
+    kind, count = head.bucket.dtype, len(x)
+    logits = np.empty((count, len(head.projection.weight) + bool(head.bucket.size)), kind)
+    best, log_sum, sure = np.empty(count, kind), np.empty(count, kind), np.empty(count, kind)
+    row, token = np.empty(count, np.int64), np.empty(count, np.int64)
     arrays = logits, best, row, log_sum, token, sure
     with _ONE_AT_A_TIME:
-        read_out(head, emittable, x.contiguous().numpy(), *arrays, team(torch.get_num_threads()))
+        read_out(head, emittable, x.contiguous().numpy(), *arrays, _threads())
     logits, best, row, log_sum, token, sure = (torch.from_numpy(each) for each in arrays)
     return Answer(logits, RowSummary(best, row, log_sum), token, sure)
 
@@ -126,7 +135,7 @@ class KernelLayers:
         out = torch.empty_like(x)
         arrays = (x.numpy(), out.numpy(), *places, self._rotates, *rotation)
         with _ONE_AT_A_TIME:
-            run_layers(self._table, self._shape, self._weights, *arrays, team(torch.get_num_threads()))
+            run_layers(self._table, self._shape, self._weights, *arrays, _threads())
         return out
 
 

@@ -122,13 +122,15 @@ class DecodingModel:
         if kind in _COMPILED or not runs_kernels(self.device, self.dtype):
             return
         layer = self._cached_layer(min(self.layers), 1, KERNEL_TOKENS)
-        for limit, _ in layer.mathematics.kernels:
+        whole = layer.mathematics.kernels
+        for limit, _ in whole:
             x = self.hidden.new_zeros(limit, self.hidden.shape[-1])
             Segment([layer])(x, PackedTokens(self.table(limit), [0], [0], [limit]))
-            if self.output is not None:
+        for limit, head in [] if self.output is None else self.output.kernels:
+            x = self.hidden.new_zeros(limit, self.hidden.shape[-1], dtype=self.dtype)
+            run_head(head, self.output.rows.emittable, x)
+            if not whole:  # layers take their products one by one
                 self.output.projection(x)
-                for _, head in self.output.kernels:
-                    run_head(head, self.output.rows.emittable, x)
         _COMPILED.add(kind)
 
     def _hidden_dtype(self) -> torch.dtype:

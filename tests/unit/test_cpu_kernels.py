@@ -223,3 +223,18 @@ product(np.ones((20, 3)), none, none, np.ones((1, 3)), out, 2)
 assert (out == 3).all()
 """
     subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+
+def test_kernels_leave_the_number_of_threads_alone():
+    code = """
+import torch
+from nemo_ee.megatron.cpu_kernels import kernel_linear, run_product
+one = torch.ones(1, 3)
+run_product(kernel_linear(torch.ones(20, 3), None, None, torch.float32), one)
+print(torch.get_num_threads())
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    printed = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert printed.split() == ["1"]
