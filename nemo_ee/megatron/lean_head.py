@@ -151,8 +151,9 @@ class LeanOutput(Readout):
         norm = gpt.decoder.final_layernorm
         self.norm = LeanNorm.of(norm) if is_lean_norm(norm) else norm  # None, or Transformer Engine's
         if self.norm is None or is_lean_norm(norm):
-            mine = kernel_norm(self.norm, dtype)
-            self.kernels = [(limit, head._replace(norm=mine)) for limit, head in self.kernels]
+            self.kernels = [
+                (limit, head._replace(norm=kernel_norm(self.norm, dtype))) for limit, head in self.kernels
+            ]
             self._kernels_are_whole = True
 
     @property
