@@ -16,7 +16,7 @@ from numba import prange
 
 from nemo_ee.kernels.attention import attend, place_keys
 from nemo_ee.kernels.compiled import array_at, compiled
-from nemo_ee.kernels.mlp import activate, add, copy
+from nemo_ee.kernels.mlp import add, copy, fill_inside
 from nemo_ee.kernels.norm import Norm, normalise_all
 from nemo_ee.kernels.products import Linear, multiply
 
@@ -187,10 +187,7 @@ def run_layers(table, shape, weights, x, result, rows, positions, rotates, cos, 
         w2, s2, b2 = _linear(at, 2, outer, hidden, shape, weights, x)
         for c in prange(threads):
             first, last = c * inner // threads, (c + 1) * inner // threads
-            multiply(w2, s2, b2, normed, inside, first, last)
-            if gated:
-                multiply(w2, s2, b2, normed, inside, inner + first, inner + last)
-            activate(inside, active, activation, gated, first, last)
+            fill_inside((w2, s2, b2), normed, inside, active, activation, gated, first, last)
         w3, s3, b3 = _linear(at, 3, hidden, inner, shape, weights, x)
         for c in prange(threads):
             first, last = c * hidden // threads, (c + 1) * hidden // threads

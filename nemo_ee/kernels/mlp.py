@@ -1,10 +1,11 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""What stands between and behind an MLP's products, for some of the features of few tokens."""
+"""The first half of an MLP and what stands behind products, for some of the features of few tokens."""
 
 import math
 
 from nemo_ee.kernels.compiled import compiled
 from nemo_ee.kernels.exponential import exponential
+from nemo_ee.kernels.products import multiply
 
 SILU, GELU, TANH_GELU, RELU = range(4)
 """Activations of an MLP."""
@@ -24,6 +25,28 @@ def add(out, x, first, last):
     for t in range(len(out)):
         for i in range(first, last):
             out[t, i] += x[t, i]
+
+
+@compiled
+def fill_inside(up, x, inside, active, activation, gated, first, last):
+    """active[:, first:last]: what an MLP's second matrix reads of x [T, H].
+
+    Args:
+        up: weight [F, H], scale and bias, see `multiply`; of 2 F rows, gate before value, if `gated`.
+        x: [T, H].
+        inside: [T, rows of the weight], to be filled on the way.
+        active: [T, F].
+        activation: see `SILU`.
+        gated: the activation of the gate multiplies the value.
+        first: feature to begin with.
+        last: feature to end before.
+    """
+    weight, scale, bias = up
+    features = active.shape[1]
+    multiply(weight, scale, bias, x, inside, first, last)
+    if gated:
+        multiply(weight, scale, bias, x, inside, features + first, features + last)
+    activate(inside, active, activation, gated, first, last)
 
 
 @compiled

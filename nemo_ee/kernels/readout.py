@@ -12,7 +12,7 @@ from numba import prange
 
 from nemo_ee.kernels.compiled import compiled
 from nemo_ee.kernels.exponential import exponential
-from nemo_ee.kernels.mlp import SILU, activate, add, copy
+from nemo_ee.kernels.mlp import SILU, add, copy, fill_inside
 from nemo_ee.kernels.norm import Norm, normalise_all
 from nemo_ee.kernels.products import Linear, multiply
 
@@ -87,10 +87,7 @@ def read_out(head, emittable, x, logits, best, row, log_sum, token, sure, thread
         for c in prange(threads):
             if inner:
                 first, last = c * inner // threads, (c + 1) * inner // threads
-                multiply(w1, s1, b1, normed, inside, first, last)
-                if gated:
-                    multiply(w1, s1, b1, normed, inside, inner + first, inner + last)
-                activate(inside, active, activation, gated, first, last)
+                fill_inside((w1, s1, b1), normed, inside, active, activation, gated, first, last)
             if len(w0):
                 multiply(w0, s0, b0, source, mapped, c * hidden // threads, (c + 1) * hidden // threads)
         if len(w0):
