@@ -70,13 +70,18 @@ def array_at(address, shape, like):
     return numba.carray(_pointer(address, like), shape)
 
 
-def team(threads: int) -> int:
-    """Lets kernels that this thread calls run on that many threads, or on as many as there may be; returns how many."""
+def team(threads: int) -> tuple[int, bool]:
+    """Lets kernels that this thread calls run on that many threads, or on as many as there may be.
+
+    Returns:
+        How many, and whether that is news: Numba may then have made its threads, and set OpenMP's number of them.
+    """
     threads = min(threads, numba.config.NUMBA_NUM_THREADS)
-    if getattr(_SET, "threads", None) != threads:  # asking Numba takes longer than some kernels
-        numba.set_num_threads(threads)
-        _SET.threads = threads
-    return threads
+    if getattr(_SET, "threads", None) == threads:  # asking Numba takes longer than some kernels
+        return threads, False
+    numba.set_num_threads(threads)
+    _SET.threads = threads
+    return threads, True
 
 
 _SET = local()

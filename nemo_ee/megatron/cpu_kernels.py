@@ -60,9 +60,9 @@ def kernel_norm(norm: Any, dtype: torch.dtype) -> Norm:
 def _threads() -> int:
     """As many as torch uses, ready for a kernel."""
     mine = torch.get_num_threads()
-    threads = team(mine)
-    if torch.get_num_threads() != mine:  # Numba's pool, where it is made, sets OpenMP's number for all
-        torch.set_num_threads(mine)
+    threads, is_news = team(mine)
+    if is_news:
+        torch.set_num_threads(mine)  # Numba's pool, where it is made, sets OpenMP's number for all
     return threads
 
 
@@ -79,15 +79,20 @@ class Answer(NamedTuple):
 
     Attributes:
         logits: [N, R], or [N, R + 1] with a bucket.
-        summary: of these.
         tokens: [N] the most probable.
         confidence: [N] their probability.
+        reduced: [N] each of `RowSummary`.
     """
 
     logits: Tensor
-    summary: RowSummary
     tokens: Tensor
     confidence: Tensor
+    reduced: tuple[np.ndarray, ...]
+
+    @property
+    def summary(self) -> RowSummary:
+        """Of the logits, for other ranks."""
+        return RowSummary(*map(torch.from_numpy, self.reduced))
 
 
 def run_head(head: Head, emittable: int, x: Tensor) -> Answer:
@@ -100,8 +105,7 @@ def run_head(head: Head, emittable: int, x: Tensor) -> Answer:
     arrays = logits, best, row, log_sum, token, sure
     with _ONE_AT_A_TIME:
         read_out(head, emittable, x.contiguous().numpy(), *arrays, _threads())
-    logits, best, row, log_sum, token, sure = (torch.from_numpy(each) for each in arrays)
-    return Answer(logits, RowSummary(best, row, log_sum), token, sure)
+    return Answer(*map(torch.from_numpy, (logits, token, sure)), (best, row, log_sum))
 
 
 class KernelLayers:

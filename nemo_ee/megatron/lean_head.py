@@ -36,6 +36,7 @@ class Readout(ABC):
 
     def __init__(self, projection: DenseLinear, rows: Rows, bucket: Sequence[Tensor], dtype: torch.dtype):
         self.projection, self.rows, self.dtype = projection, rows, dtype
+        self._alone = parallel_state.get_tensor_model_parallel_world_size() == 1
         self._bucket = [part.detach().to(dtype) for part in bucket]
         flat = [part.flatten() for part in self._bucket] or [torch.empty(0, dtype=dtype)]
         self.kernels: list[tuple[int, Head]] = []
@@ -59,7 +60,7 @@ class Readout(ABC):
         if kernel is None:
             return Prediction.from_logits(self._logits(x), self.rows)
         answer = run_head(kernel, self.rows.emittable, x)
-        if parallel_state.get_tensor_model_parallel_world_size() == 1:
+        if self._alone:
             return Prediction(self.rows, answer.logits, answer.tokens, answer.confidence)
         return Prediction.from_summary(answer.logits, answer.summary, self.rows)
 

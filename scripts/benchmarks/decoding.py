@@ -83,14 +83,13 @@ def save(path: Path, rows: list[dict]) -> None:
     os.replace(temporary, path)
 
 
-def restore(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """Our model with its exits, and Hugging Face's.
+def restore(arguments: argparse.Namespace) -> Any:
+    """Our model with its exits.
 
     Raises:
         CheckpointError: a checkpoint without exits, or exits of another base.
         GenerationError: texts longer than the model can read.
     """
-    from decoding_ways import load_hugging_face
     from omegaconf import OmegaConf
 
     from nemo_ee.errors import CheckpointError, GenerationError
@@ -116,9 +115,23 @@ def restore(arguments: argparse.Namespace) -> tuple[Any, Any]:
         raise GenerationError(
             f"--prompts with --new-tokens: the model has {position_limit(model.cfg)} positions"
         )
+    read_all(model)
+    return model
+
+
+def read_all(model: Any) -> None:
+    """Reads files that are mapped into memory now, not in a call that is measured."""
+    for each in model.parameters():
+        each.sum()
+
+
+def restore_both(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """Our model, and Hugging Face's; see `restore`."""
+    from decoding_ways import load_hugging_face
+
+    model = restore(arguments)
     other = load_hugging_face(arguments.hf, model.gpt.output_weight().dtype)
-    for each in (*model.parameters(), *other.parameters()):
-        each.sum()  # files that are mapped into memory are read now, not in a call that is measured
+    read_all(other)
     return model, other
 
 
@@ -186,7 +199,7 @@ def main() -> None:
 
         if arguments.device == "cuda" and not torch.cuda.is_available():
             raise SystemExit("error: --device cuda: there is no GPU; use cpu")
-        models = restore(arguments) if missing else None
+        models = restore_both(arguments) if missing else None
         for name in missing:
             print(f"{name}: …", flush=True)
             row = measure(name, *order[name], models, arguments)

@@ -1,0 +1,227 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Lossless decoding against full depth alone, in pairs of calls on the same prompts, many of them.
+
+    python scripts/benchmarks/lossless_pairs.py --model base.nemo --adapter exits.nemo --data text_validation
+
+decoding.py compares many ways, a few times each; this answers one question of it more exactly: does lossless
+decoding ever lose, and how much? A pair's calls follow each other, now one first, now the other, with other
+prompts in every pair. A case (batch size, prompt length, threshold) takes pairs for `--seconds`, and at least
+`--pairs`. Results go to OUTPUT/lossless_pairs.json case by case; started again, the script does those that are
+missing, then writes OUTPUT/lossless_pairs.md and .png.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from decoding import numbers, restore, save
+
+from nemo_ee.report.markdown import table
+from nemo_ee.report.statistics import spread
+from nemo_ee.report.style import FINAL_LINE_COLOUR, new_figure
+from nemo_ee.runtime.script import user_errors
+
+LIMIT = 0.95
+"""Lossless decoding's tokens per second over full depth's, at least."""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", required=True, help="the base, or a model merged with its exits, a .nemo")
+    parser.add_argument("--adapter", help="the exits alone, a .nemo")
+    parser.add_argument("--data", required=True, help="prefix of an indexed dataset, for prompts")
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), help="directory")
+    parser.add_argument("--batches", type=numbers(int), default=[1, 4, 16])
+    parser.add_argument("--prompts", type=numbers(int), default=[32, 512], help="tokens")
+    parser.add_argument("--thresholds", type=numbers(float), default=[0.5, 0.7, 0.9])
+    parser.add_argument("--pairs", type=int, default=8, help="of each case, at least")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of each case, at least")
+    parser.add_argument("--new-tokens", type=int, default=32, help="per prompt, at least 2")
+    parser.add_argument("--precision", choices=("32", "bf16"), default="32")
+    arguments = parser.parse_args()
+    if arguments.new_tokens < 2 or min(*arguments.batches, *arguments.prompts, arguments.pairs) < 1:
+        parser.error("--new-tokens must be 2 or more; batches, prompts and pairs 1 or more")
+    return arguments
+
+
+def settings(arguments: argparse.Namespace) -> dict:
+    """What cases must have in common to stand on one page."""
+    files = {key: Path(getattr(arguments, key) or "").name for key in ("model", "adapter", "data")}
+    kept = ("pairs", "seconds", "new_tokens", "precision")
+    return {**{key: getattr(arguments, key) for key in kept}, **files}
+
+
+def load(path: Path, wanted: dict) -> list[dict]:
+    """The cases so far.
+
+    Raises:
+        SystemExit: they were measured with other settings.
+    """
+    cases = json.loads(path.read_text()) if path.exists() else []
+    if any(case["settings"] != wanted for case in cases):
+        raise SystemExit(
+            f"error: {path}: has results of other settings; choose another --output, or remove it"
+        )
+    return cases
+
+
+def measure(model: Any, case: dict, arguments: argparse.Namespace) -> dict:
+    """Times the pairs of one case; returns it with what was found."""
+    from decoding_cell import read_prompts
+    from decoding_ways import Clock, Ours
+
+    from nemo_ee.evaluation import provenance
+
+    batch, length, count = case["batch"], case["prompt"], arguments.new_tokens
+    exits = {"threshold": case["threshold"], "exits": list(model.early_exit.layers), "lossless": True}
+    ways = {"full": Ours(model, False), "lossless": Ours(model, exits)}
+    prompts, _ = read_prompts(arguments.data, batch * arguments.pairs, length, model.true_vocab_size)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    drafts = accepted = equal = done = 0
+    for way in ways.values():
+        way([prompt[:8] for prompt in prompts[:batch]], 2, Clock())
+    begin = time.monotonic()
+    while done < arguments.pairs or time.monotonic() - begin < arguments.seconds:
+        texts = [prompts[(done * batch + row) % len(prompts)] for row in range(batch)]
+        generated = {}
+        for name in ways if done % 2 else reversed(ways):
+            clock = Clock()
+            generated[name] = ways[name](texts, count, clock)
+            seconds[name].append(clock.seconds() - clock.first)
+            drafts, accepted = drafts + clock.drafts, accepted + clock.accepted  # full depth has none
+        equal += generated["full"] == generated["lossless"]
+        done += 1
+    return {
+        **case,
+        "settings": settings(arguments),
+        "decoding_seconds": seconds,
+        "drafts": drafts,
+        "accepted": accepted,
+        "equal": equal,
+        "command": provenance.command(),
+        "commit": provenance.commit(),
+        "device": provenance.device(),
+        "load": provenance.load_average(),
+        "date": provenance.date(),
+    }
+
+
+def ratios(case: dict) -> list[float]:
+    """Speed of lossless decoding over full depth's, pair by pair."""
+    times = case["decoding_seconds"]
+    return [full / lossless for full, lossless in zip(times["full"], times["lossless"], strict=True)]
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """That holds the median of all such pairs with 95 % confidence, by bootstrap."""
+    from scipy.stats import bootstrap
+
+    found = bootstrap((values,), statistics.median, vectorized=False, method="percentile", rng=0)
+    return found.confidence_interval
+
+
+def page(cases: Sequence[dict]) -> str:
+    """The report as Markdown."""
+    first, commits = cases[0], ", ".join(dict.fromkeys(case["commit"] for case in cases))
+    lines = [_line(case) for case in cases]
+    worst = min(cases, key=lambda case: spread(ratios(case)).median)
+    held = "holds in all cases" if spread(ratios(worst)).median >= LIMIT else "does **not** hold in all cases"
+    header = [
+        "case",
+        "pairs",
+        "lossless x full depth",
+        "interval of the median",
+        "drafts",
+        "accepted",
+        "equal texts",
+    ]
+    return f"""# Lossless decoding against full depth, in pairs
+
+`{first["command"]}`
+
+Commit {commits}. {first["device"]}; {cases[-1]["date"]}. Precision {first["settings"]["precision"]}, greedy,
+{first["settings"]["new_tokens"]} new tokens per prompt; tokens per second from the first token on. Medians
+(quartiles) of pairs, and where the median of all such pairs lies with 95 % confidence. *Equal texts* counts pairs
+whose calls gave the same tokens (others differ where two tokens are as probable within rounding).
+
+The limit, a median of {LIMIT:.2f} or more, {held}; the worst is {_name(worst)}.
+
+{table(header, lines)}
+
+![Lossless decoding over full depth](lossless_pairs.png)
+"""
+
+
+def _name(case: dict) -> str:
+    return f"batch {case['batch']}, prompt {case['prompt']}, threshold {case['threshold']:g}"
+
+
+def _line(case: dict) -> list[str]:
+    found, (low, high) = spread(ratios(case)), interval(ratios(case))
+    pairs = len(ratios(case))
+    share = f"{case['accepted'] / case['drafts']:.0%}" if case["drafts"] else ""
+    return [
+        _name(case),
+        str(pairs),
+        f"{found.median:.3f} ({found.q25:.3f} to {found.q75:.3f})",
+        f"{low:.3f} to {high:.3f}",
+        str(case["drafts"]),
+        share,
+        f"{case['equal']} of {pairs}",
+    ]
+
+
+def plot(cases: Sequence[dict]) -> Any:
+    """A figure: every pair, and where each case's median lies."""
+    figure, (axes,) = new_figure(1, width=9.0, height=1.2 + 0.4 * len(cases))
+    for index, case in enumerate(cases):
+        values = ratios(case)
+        (low, high), middle = interval(values), statistics.median(values)
+        axes.plot(values, [index] * len(values), "o", color="#cc79a7", alpha=0.3, markersize=5)
+        axes.errorbar(
+            middle, index, xerr=[[middle - low], [high - middle]], fmt="D", color="#882255", capsize=4
+        )
+    axes.axvline(1.0, color=FINAL_LINE_COLOUR, label="full depth")
+    axes.axvline(LIMIT, color=FINAL_LINE_COLOUR, linestyle="--", label="limit of the median")
+    axes.set_yticks(range(len(cases)), [_name(case) for case in cases])
+    axes.invert_yaxis()
+    axes.set_xlabel("tokens/s of lossless decoding over full depth's, pairs and medians", fontsize=11)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False, fontsize=10)
+    return figure
+
+
+def cases_of(arguments: argparse.Namespace) -> list[dict]:
+    """All that are asked for: batch size, prompt length, threshold."""
+    return [
+        {"batch": batch, "prompt": prompt, "threshold": threshold}
+        for prompt in arguments.prompts
+        for batch in arguments.batches
+        for threshold in arguments.thresholds
+    ]
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    path = arguments.output / "lossless_pairs.json"
+    done = load(path, settings(arguments))
+    model = None
+    with user_errors():
+        for case in cases_of(arguments):
+            if any(case.items() <= each.items() for each in done):
+                continue
+            model = model or restore(arguments)
+            print(f"{_name(case)}: …", flush=True)
+            done.append(measure(model, case, arguments))
+            save(path, done)
+    done.sort(key=lambda case: (case["prompt"], case["batch"], case["threshold"]))
+    plot(done).savefig(path.with_suffix(".png"), format="png")
+    path.with_suffix(".md").write_text(page(done))
+    print(page(done))
+
+
+if __name__ == "__main__":
+    main()
