@@ -10,8 +10,10 @@ LONGEST = 8
 """Tokens drafted at most."""
 LOSS = 0.02
 """Share of full depth's cost that drafting may lose, all in all, whatever happens."""
-CREDIT = 16
+CREDIT = 8
 """Tokens whose share may be lost before they are decoded; without it a text would begin at full depth."""
+MARGIN = 0.03
+"""Gain that a round must promise at least: `PassCosts` are not more exact than that."""
 PRIOR_SURE, PRIOR_ACCEPTED, PRIOR_WEIGHT = 0.5, 0.8, 3.0
 """What is expected of an exit before it is asked, and how many observations that is worth. Hopeful, since
 `LOSS` bounds what hope costs, and an exit that is never tried stays unknown."""
@@ -87,7 +89,7 @@ class DraftingPolicy:
     most n drafts 1 + sa + … + (sa)^n tokens expected. What it costs follows from how many sequences are still
     drafting after each. Rounds are only taken if the sum of all costs so far would stay within 1 + `LOSS` of
     full depth's even if every draft were rejected (`CREDIT` tokens' worth apart): that holds for any text, and
-    exits that never pay are hardly tried.
+    exits that never pay are hardly tried. `MARGIN` keeps rounds from being taken for gains that are not there.
 
     Args:
         costs: of passes.
@@ -110,7 +112,7 @@ class DraftingPolicy:
             exits: indices of those that may draft.
         """
         allowance = LOSS * (self._worth + CREDIT * self.costs.full_depth(sequences)) - self._lost
-        best, rate = None, sequences / self.costs.full_depth(sequences)
+        best, rate = None, (1 + MARGIN) * sequences / self.costs.full_depth(sequences)
         for k in exits:
             before = 0.0
             for n in range(1, LONGEST + 1):

@@ -4,9 +4,11 @@
 Suffixes: T tokens, I input features, O output features of this tensor-parallel rank.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
+from llvmlite.binding import get_host_cpu_name
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear, rms_norm
 
@@ -42,7 +44,9 @@ class DenseLinear:
         self.weight = weight.detach().to(dtype)
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.transposed = self.weight.t()
-        self._has_columns = weight.device.type == "cpu" and dtype in (torch.float32, torch.float64)
+        on_cpu = weight.device.type == "cpu"
+        self._by_one_dnn = on_cpu and dtype == torch.float32 and one_dnn_is_faster()
+        self._has_columns = on_cpu and dtype in (torch.float32, torch.float64) and not self._by_one_dnn
         self.kernels: list[tuple[int, Linear]] = []
         if runs_kernels(weight.device, dtype):
             self.kernels = [(KERNEL_TOKENS, kernel_linear(self.weight, None, self.bias, dtype))]
@@ -52,6 +56,8 @@ class DenseLinear:
         for limit, kernel in self.kernels:
             if len(x) <= limit:
                 return run_product(kernel, x)
+        if self._by_one_dnn and x.dtype == torch.float32:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         if not self._by_columns(len(x)):
             return linear(x, self.weight, self.bias)
         out = torch.mm(self.weight, x.t()).t()
@@ -60,7 +66,7 @@ class DenseLinear:
     def onto(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual + x W^T + b, [T, O]: in one operation where dtypes agree."""
         own = self.kernels and len(x) <= self.kernels[-1][0]
-        if own or residual.dtype != x.dtype or self._by_columns(len(x)):
+        if own or residual.dtype != x.dtype or self._by_one_dnn or self._by_columns(len(x)):
             return residual + self(x)
         out = torch.addmm(residual, x, self.transposed)
         return out if self.bias is None else out.add_(self.bias)
@@ -72,6 +78,13 @@ class DenseLinear:
     def bytes(self) -> int:
         """That a pass reads."""
         return self.weight.numel() * self.weight.element_size()
+
+
+@cache
+def one_dnn_is_faster() -> bool:
+    """Whether torch's products of float32 take another way than MKL, which is half as fast on AMD's processors
+    (24 to 512 tokens: oneDNN takes 0.36 to 0.54 of the time; two cores of Zen 5)."""
+    return torch.backends.mkldnn.is_available() and get_host_cpu_name().startswith("znver")
 
 
 class Bfloat16Linear(DenseLinear):

@@ -94,6 +94,15 @@ def test_it_stops_where_drafts_are_wrong_and_comes_back_where_they_are_right_aga
     assert all(each is not None for each in rounds[-20:])
 
 
+def test_a_gain_within_the_error_of_costs_is_not_worth_a_round():
+    costs = PassCosts(to_exit=(1.0,), head=(0.1,), full=4.0, growth=((1, 1.0), (64, 1.2)))
+    shares = []
+    for sure in (0.03, 0.12):  # rounds of one draft would lose 0.4 %, and gain 6 %
+        _, rounds = play(DraftingPolicy(costs), (sure,), (0.95,), 2000, exits=(0,))
+        shares.append(sum(each is not None for each in rounds[200:]) / len(rounds[200:]))
+    assert shares[0] < 0.4 and shares[1] > 0.9, shares
+
+
 def test_drafts_grow_longer_where_they_are_right():
     lengths = [
         play(DraftingPolicy(COSTS), (0.95, 0), (chance, 0), 600)[1][-1].length for chance in (0.8, 0.99)

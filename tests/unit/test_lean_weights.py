@@ -25,10 +25,15 @@ def kernels(request, monkeypatch):
     return request.param == "1"
 
 
+@pytest.fixture(params=[True, False], ids=["oneDNN", "MKL"])
+def one_dnn(request, monkeypatch):
+    monkeypatch.setattr("nemo_ee.megatron.lean_weights.one_dnn_is_faster", lambda: request.param)
+
+
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("features", [48, 91])
 @pytest.mark.parametrize("count", COUNTS)
-def test_weights_as_they_are_give_the_product(count, features, with_bias, kernels):
+def test_weights_as_they_are_give_the_product(count, features, with_bias, kernels, one_dnn):
     generator = torch.Generator().manual_seed(count)
     weight = torch.randn(features, 67, generator=generator) / 8
     bias = torch.randn(features, generator=generator) if with_bias else None
