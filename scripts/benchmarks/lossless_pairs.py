@@ -1,13 +1,13 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""Lossless decoding against full depth alone, in pairs of calls on the same prompts, many of them.
+"""Lossless decoding against full depth alone, many times on the same prompts, side by side.
 
     python scripts/benchmarks/lossless_pairs.py --model base.nemo --adapter exits.nemo --data text_validation
 
 decoding.py compares many ways, a few times each; this answers one question of it more exactly: does lossless
-decoding ever lose, and how much? A pair's calls follow each other, now one first, now the other, with other
-prompts in every pair. A case (batch size, prompt length, threshold) takes pairs for `--seconds`, and at least
-`--pairs`. Results go to OUTPUT/lossless_pairs.json case by case; started again, the script does those that are
-missing, then writes OUTPUT/lossless_pairs.md and .png.
+decoding ever lose, and how much? In a pair both decode the same prompts in one process and take turns after every
+step, so that whatever else slows the machine down slows both. A case (batch size, prompt length, threshold) takes
+pairs, each of other prompts, for `--seconds`, and at least `--pairs`. Results go to OUTPUT/lossless_pairs.json case
+by case; started again, the script does those that are missing, then writes OUTPUT/lossless_pairs.md and .png.
 """
 
 import argparse
@@ -69,31 +69,72 @@ def load(path: Path, wanted: dict) -> list[dict]:
     return cases
 
 
+def run_pair(
+    model: Any, ways: dict[str, dict | bool], prompts: list[list[int]], count: int
+) -> tuple[dict[str, float], dict[str, list]]:
+    """Continues prompts in every way at once, a step of one after a step of the other.
+
+    Args:
+        model: a `MegatronGPTEarlyExitModel`.
+        ways: name -> early-exit options of `model.generate`.
+        prompts: token ids.
+        count: new tokens per prompt.
+
+    Returns:
+        Of each way the seconds that its steps behind the first tokens took, and its sequences.
+    """
+    from decoding_passes import synchronise
+    from decoding_ways import SAMPLING, lengths
+
+    from nemo_ee.inference.generate import generating
+    from nemo_ee.inference.request import parse_request
+    from nemo_ee.inference.sequence import Sequence as Continued
+    from nemo_ee.inference.session import DecodingSession
+    from nemo_ee.inference.stopping import StopRule
+
+    stop, longest = StopRule(model.tokenizer, SAMPLING["end_strings"]), len(prompts[0]) + count
+    seconds, sequences, sessions = dict.fromkeys(ways, 0.0), {}, {}
+    with generating(model):
+        decoding = model.decoding_model()
+        for name, options in ways.items():
+            request = parse_request(lengths(count), SAMPLING, options, model.early_exit)
+            exits = sorted(request.exits) if request.lossless else []
+            sessions[name] = DecodingSession(decoding, exits, len(prompts), longest)
+            sequences[name] = [Continued(prompt, request, stop, stop.eos, count) for prompt in prompts]
+            sessions[name].add(sequences[name])
+        while any(session.running for session in sessions.values()):
+            for name, session in sessions.items():
+                if session.running:
+                    synchronise()
+                    begin = time.perf_counter()
+                    session.step()
+                    synchronise()
+                    seconds[name] += time.perf_counter() - begin
+    return seconds, sequences
+
+
 def measure(model: Any, case: dict, arguments: argparse.Namespace) -> dict:
     """Times the pairs of one case; returns it with what was found."""
     from decoding_cell import read_prompts
-    from decoding_ways import Clock, Ours
 
     from nemo_ee.evaluation import provenance
 
-    batch, length, count = case["batch"], case["prompt"], arguments.new_tokens
+    batch, pairs = case["batch"], arguments.pairs
+    prompts, _ = read_prompts(arguments.data, batch * pairs, case["prompt"], model.true_vocab_size)
     exits = {"threshold": case["threshold"], "exits": list(model.early_exit.layers), "lossless": True}
-    ways = {"full": Ours(model, False), "lossless": Ours(model, exits)}
-    prompts, _ = read_prompts(arguments.data, batch * arguments.pairs, length, model.true_vocab_size)
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: dict[str, list[float]] = {"full": [], "lossless": []}
     drafts = accepted = equal = done = 0
-    for way in ways.values():
-        way([prompt[:8] for prompt in prompts[:batch]], 2, Clock())
+    run_pair(model, {"full": False, "lossless": exits}, prompts[:batch], 4)
     begin = time.monotonic()
-    while done < arguments.pairs or time.monotonic() - begin < arguments.seconds:
+    while done < pairs or time.monotonic() - begin < arguments.seconds:
         texts = [prompts[(done * batch + row) % len(prompts)] for row in range(batch)]
-        generated = {}
-        for name in ways if done % 2 else reversed(ways):
-            clock = Clock()
-            generated[name] = ways[name](texts, count, clock)
-            seconds[name].append(clock.seconds() - clock.first)
-            drafts, accepted = drafts + clock.drafts, accepted + clock.accepted  # full depth has none
-        equal += generated["full"] == generated["lossless"]
+        ways = {"full": False, "lossless": exits} if done % 2 else {"lossless": exits, "full": False}
+        times, found = run_pair(model, ways, texts, arguments.new_tokens)
+        for name in seconds:
+            seconds[name].append(times[name])
+        drafts += sum(each.statistics.drafts for each in found["lossless"])
+        accepted += sum(each.statistics.accepted for each in found["lossless"])
+        equal += [each.tokens for each in found["full"]] == [each.tokens for each in found["lossless"]]
         done += 1
     return {
         **case,
@@ -144,9 +185,10 @@ def page(cases: Sequence[dict]) -> str:
 `{first["command"]}`
 
 Commit {commits}. {first["device"]}; {cases[-1]["date"]}. Precision {first["settings"]["precision"]}, greedy,
-{first["settings"]["new_tokens"]} new tokens per prompt; tokens per second from the first token on. Medians
-(quartiles) of pairs, and where the median of all such pairs lies with 95 % confidence. *Equal texts* counts pairs
-whose calls gave the same tokens (others differ where two tokens are as probable within rounding).
+{first["settings"]["new_tokens"]} new tokens per prompt; tokens per second from the first token on. Both decode the same
+prompts in one process and take turns after every step. Medians (quartiles) of pairs, and where the median of all such
+pairs lies with 95 % confidence. *Equal texts* counts pairs with the same tokens (others differ where two tokens are as
+probable within rounding).
 
 The limit, a median of {LIMIT:.2f} or more, {held}; the worst is {_name(worst)}.
 
