@@ -11,7 +11,7 @@
 #
 # Each stage leaves a file and is skipped when it is there: run it again, with the same options, to go on after an
 # interruption. Other options need another --work. To start over at a stage, delete what it and those after it left.
-# About 25 minutes on two CPU cores, 10 of them tuning.
+# 19 to 26 minutes on two CPU cores, 10 of them tuning.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 minutes=10 layers="[10,20]" work=quickstart_work
