@@ -1,7 +1,9 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """How the CPU kernels are compiled, and what they are built of."""
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from threading import local
 from typing import Any
 
@@ -18,6 +20,11 @@ LOOPS_ALONE = dict.fromkeys(
 ) | {"prange": True}
 """Only loops over `prange` run on threads: every other one that Numba finds takes seconds to compile."""
 
+SOURCES = hashlib.sha256(
+    b"".join(f.read_bytes() for f in sorted(Path(__file__).parent.glob("*.py")))
+).hexdigest()
+"""Of all kernels: each is compiled together with those that it calls."""
+
 
 def compiled(function: Callable | None = None, *, parallel: bool = False) -> Any:
     """Compiles a function of NumPy arrays on its first call, once per machine where a cache can be written.
@@ -32,7 +39,9 @@ def compiled(function: Callable | None = None, *, parallel: bool = False) -> Any
         {"parallel": LOOPS_ALONE} if parallel else {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
     )
     try:
-        return numba.njit(cache=True, **options)(function)
+        kernel = numba.njit(cache=True, **options)(function)
+        kernel._cache._cache_file._source_stamp = SOURCES  # Numba's own is of the function's file alone
+        return kernel
     except RuntimeError:  # neither the package's folder nor the user's cache can be written
         return numba.njit(**options)(function)
 

@@ -3,6 +3,7 @@
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from torch import Tensor
 
 from nemo_ee.megatron.cpu_kernels import KERNEL_TOKENS, run_head, runs_kernels
@@ -71,7 +72,9 @@ class DecodingModel:
         self._embedding = None
         plain = parallel_state.get_tensor_model_parallel_world_size() == 1
         wide = gpt.config.fp32_residual_connection
-        if gpt.pre_process and plain and not wide and not gpt.embedding.add_position_embedding:
+        # NeMo makes a subclass of embeddings that it scales.
+        known = gpt.pre_process and type(gpt.embedding) is LanguageModelEmbedding
+        if known and plain and not wide and not gpt.embedding.add_position_embedding:
             self._embedding = gpt.embedding.word_embeddings.weight.detach()
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch.nn.functional import gelu, relu, silu
 
 from nemo_ee.kernels.layer import Layer
 from nemo_ee.kernels.mlp import GELU, RELU, SILU, TANH_GELU
+from nemo_ee.megatron.activations import tanh_gelu
 from nemo_ee.megatron.cpu_kernels import kernel_norm
 from nemo_ee.megatron.lean_weights import LeanNorm, is_lean_norm, lean_linear, sum_over_ranks
 
@@ -58,7 +59,7 @@ class LeanMLP:
         self.down = lean_linear(down.weight, None if self.world > 1 else down.bias, dtype, weights)
         self.gated, self.activation = config.gated_linear_unit, config.activation_func
         if config.bias_activation_fusion and self.activation is gelu:
-            self.activation = _tanh_gelu  # what the fused kernel computes
+            self.activation = tanh_gelu  # what the fused kernel computes
 
     @property
     def has_kernels(self) -> bool:
@@ -240,9 +241,5 @@ def add_down(down: Any, bias: Tensor | None, residual: Tensor, x: Tensor, world:
     return residual + (out if bias is None else out + bias)
 
 
-def _tanh_gelu(x: Tensor) -> Tensor:
-    return gelu(x, approximate="tanh")
-
-
-ACTIVATIONS = {silu: SILU, gelu: GELU, _tanh_gelu: TANH_GELU, relu: RELU}
+ACTIVATIONS = {silu: SILU, gelu: GELU, tanh_gelu: TANH_GELU, relu: RELU}
 """That our CPU kernels know."""

@@ -20,7 +20,7 @@ NOT_ON_THIS_MACHINE = {
     "bias_activation_fusion": "a GPU",
     "bias_dropout_add_fusion": "a GPU",
 }
-"""Speed-ups without effect on results that a checkpoint may ask for, and what they need."""
+"""Speed-ups that a checkpoint may ask for, and what they need; without effect on results, see `fuses_gelu`."""
 
 LAYER_SPECS = ("", "te_gpt", "decoder_block_gpt")
 """NeMo's names (`model.name`) of megatron-core's plain GPT layers."""
@@ -171,6 +171,12 @@ def _split_faults(cfg: DictConfig, layers: int):
         yield Fault(
             "model.pipeline_model_parallel_size", cfg.get("pipeline_model_parallel_size", 1), rule, remedy
         )
+
+
+def fuses_gelu(cfg: DictConfig) -> bool:
+    """Whether megatron-core's fused kernel computes the activation GELU, and so approximates it (`tanh_gelu`)."""
+    has_kernel = cfg.get("bias", True) or cfg.get("activation", "gelu").endswith("glu")
+    return cfg.get("bias_activation_fusion", True) and has_kernel
 
 
 def machine_settings(cfg: DictConfig) -> dict[str, bool | None]:

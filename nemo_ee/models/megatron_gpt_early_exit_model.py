@@ -4,18 +4,27 @@
 import torch
 from lightning.pytorch import Trainer
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import (
     MegatronGPTModel,
     mcore_model_customize,
 )
 from nemo.utils import logging
 from omegaconf import DictConfig, open_dict
+from torch.nn.functional import gelu
 
 from nemo_ee.checkpoint.adapter_mixin import EarlyExitAdapterMixin
 from nemo_ee.checkpoint.connector import start_distributed
 from nemo_ee.checkpoint.keys import is_exit
+from nemo_ee.megatron.activations import tanh_gelu
 from nemo_ee.megatron.gpt import EarlyExitGPTModel
-from nemo_ee.models.checks import adapt_to_machine, check_model, machine_settings, read_early_exit
+from nemo_ee.models.checks import (
+    adapt_to_machine,
+    check_model,
+    fuses_gelu,
+    machine_settings,
+    read_early_exit,
+)
 from nemo_ee.models.generation_mixin import GenerationMixin
 
 
@@ -39,7 +48,7 @@ class MegatronGPTEarlyExitModel(GenerationMixin, EarlyExitAdapterMixin, Megatron
     def __init__(self, cfg: DictConfig, trainer: Trainer):
         early_exit = read_early_exit(cfg)
         check_model(cfg, trainer.world_size, self.built_layers(cfg))
-        given = machine_settings(cfg)
+        given, self._fused_gelu = machine_settings(cfg), fuses_gelu(cfg)
         if off := adapt_to_machine(cfg):
             logging.info(f"Off on this machine: {', '.join(off)}.")
         adapted = machine_settings(cfg)
@@ -53,6 +62,13 @@ class MegatronGPTEarlyExitModel(GenerationMixin, EarlyExitAdapterMixin, Megatron
     def built_layers(cls, cfg: DictConfig) -> int:
         """Transformer layers that this configuration builds."""
         return cfg.num_layers
+
+    def build_transformer_config(self) -> TransformerConfig:
+        """NeMo's; without the kernels that approximate GELU it is approximated all the same."""
+        config = super().build_transformer_config()
+        if self._fused_gelu and not config.bias_activation_fusion and config.activation_func is gelu:
+            config.activation_func = tanh_gelu
+        return config
 
     def model_provider_func(self, pre_process: bool, post_process: bool) -> EarlyExitGPTModel:
         """Builds this pipeline stage's module."""

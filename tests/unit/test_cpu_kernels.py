@@ -2,8 +2,10 @@
 """CPU kernels against torch's operations, layer by layer, in float64."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from nemo_ee.megatron.decoding_model import DecodingModel
 from nemo_ee.megatron.segment import Segment
 from tests.support.tiny_gpt import GPT3, tiny_model, tiny_model_config
 
+ROOT = Path(__file__).resolve().parents[2]
 ROWS, LENGTH = 4, 24
 PACKS = {
     "one token": ([2], [7], [1]),
@@ -30,7 +33,7 @@ PACKS = {
 }
 BACKBONES = {
     "RMSNorm, SwiGLU, RoPE": {},
-    "LayerNorm, GELU, biases, learned positions": GPT3,
+    "LayerNorm, GELU, biases, learned positions": dict(GPT3, bias_activation_fusion=False),
     "LayerNorm, tanh GELU": dict(
         normalization="layernorm", activation="gelu", bias=True, bias_activation_fusion=True
     ),
@@ -238,3 +241,23 @@ print(torch.get_num_threads())
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     ).stdout
     assert printed.split() == ["1"]
+
+
+def test_a_cached_kernel_is_compiled_again_when_one_that_it_calls_changes(tmp_path):
+    kernels = tmp_path / "nemo_ee" / "kernels"
+    kernels.mkdir(parents=True)
+    for package in (kernels.parent, kernels):
+        (package / "__init__.py").touch()
+    shutil.copy(ROOT / "nemo_ee/kernels/compiled.py", kernels)
+    head = "from nemo_ee.kernels.compiled import compiled\n"
+    outer = "from nemo_ee.kernels.inner import f\n\n@compiled(parallel=True)\ndef g(x):\n    return f(x)\n"
+    (kernels / "outer.py").write_text(head + outer)
+    code = "from nemo_ee.kernels.outer import g; print(g(3), sum(g.stats.cache_hits.values()))"
+    printed = []
+    for change in ("x + 1", "x + 1", "x + 20"):
+        (kernels / "inner.py").write_text(f"{head}\n@compiled\ndef f(x):\n    return {change}\n")
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        printed.append(done.stdout.split())
+    assert printed == [["4", "0"], ["4", "1"], ["23", "0"]]

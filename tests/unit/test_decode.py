@@ -225,8 +225,12 @@ def generate_with_copied_states(gpt, prompt, steps, layer, threshold):
         dict(rotary_interleaved=True, num_query_groups=1, share_embeddings_and_output_weights=True),
         dict(position_embedding_type="none", seq_len_interpolation_factor=None),
         dict(seq_len_interpolation_factor=2.0, qk_layernorm=True),
+        dict(apply_embedding_scaling=True, activation="geglu"),
     ],
-    ids=["GPT-3", "partial rotary, MHA", "interleaved, MQA, tied", "no positions", "interpolated, qk norm"],
+    ids=[
+        *("GPT-3", "partial rotary, MHA", "interleaved, MQA, tied", "no positions", "interpolated, qk norm"),
+        "Gemma's scaled embeddings",
+    ],
 )
 def test_backbones(changes):
     head = dict(block=True, mlp=True, linear=True, projection="shortlist", shortlist_size=90)
