@@ -87,8 +87,8 @@ class DraftingPolicy:
 
     An exit that is sure of a token with frequency s, and right then with frequency a, gives in a round of at
     most n drafts 1 + sa + … + (sa)^n tokens expected. What it costs follows from how many sequences are still
-    drafting after each. Rounds are only taken if the sum of all costs so far would stay within 1 + `LOSS` of
-    full depth's even if every draft were rejected (`CREDIT` tokens' worth apart): that holds for any text, and
+    drafting after each. Rounds are only taken if the sum of a session's costs so far would stay within 1 + `LOSS`
+    of full depth's even if every draft were rejected (`CREDIT` tokens' worth apart): that holds for any texts, and
     exits that never pay are hardly tried. `MARGIN` keeps rounds from being taken for gains that are not there.
 
     Args:

@@ -6,8 +6,9 @@
 decoding.py compares many ways, a few times each; this answers one question of it more exactly: does lossless
 decoding ever lose, and how much? In a pair both decode the same prompts in one process and take turns after every
 step, so that whatever else slows the machine down slows both. A case (batch size, prompt length, threshold) takes
-pairs, each of other prompts, for `--seconds`, and at least `--pairs`. Results go to OUTPUT/lossless_pairs.json case
-by case; started again, the script does those that are missing, then writes OUTPUT/lossless_pairs.md and .png.
+pairs, each of other prompts, for `--seconds` or as far as the text goes, and at least `--pairs`. Results go to
+OUTPUT/lossless_pairs.json case by case; started again, the script does those that are missing, then writes
+OUTPUT/lossless_pairs.md and .png.
 """
 
 import argparse
@@ -25,6 +26,8 @@ from nemo_ee.report.statistics import spread
 from nemo_ee.report.style import FINAL_LINE_COLOUR, new_figure
 from nemo_ee.runtime.script import user_errors
 
+MOST_PAIRS = 60
+"""Of a case; as many as there are prompts, where these are fewer."""
 LIMIT = 0.95
 """Lossless decoding's tokens per second over full depth's, at least."""
 
@@ -114,20 +117,32 @@ def run_pair(
 
 
 def measure(model: Any, case: dict, arguments: argparse.Namespace) -> dict:
-    """Times the pairs of one case; returns it with what was found."""
+    """Times the pairs of one case; returns it with what was found.
+
+    Raises:
+        GenerationError: the text has not enough prompts.
+    """
     from decoding_cell import read_prompts
 
+    from nemo_ee.errors import GenerationError
     from nemo_ee.evaluation import provenance
 
     batch, pairs = case["batch"], arguments.pairs
-    prompts, _ = read_prompts(arguments.data, batch * pairs, case["prompt"], model.true_vocab_size)
+    prompts, _ = read_prompts(arguments.data, batch * MOST_PAIRS, case["prompt"], model.true_vocab_size)
+    if len(prompts) < batch * pairs:
+        raise GenerationError(
+            f"--data {arguments.data}: {len(prompts)} prompts of {case['prompt']} tokens are too few for --pairs {pairs} "
+            f"of {batch}; give fewer pairs, or more text"
+        )
     exits = {"threshold": case["threshold"], "exits": list(model.early_exit.layers), "lossless": True}
     seconds: dict[str, list[float]] = {"full": [], "lossless": []}
     drafts = accepted = equal = done = 0
     run_pair(model, {"full": False, "lossless": exits}, prompts[:batch], 4)
     begin = time.monotonic()
     while done < pairs or time.monotonic() - begin < arguments.seconds:
-        texts = [prompts[(done * batch + row) % len(prompts)] for row in range(batch)]
+        texts = prompts[done * batch : (done + 1) * batch]
+        if len(texts) < batch:
+            break
         ways = {"full": False, "lossless": exits} if done % 2 else {"lossless": exits, "full": False}
         times, found = run_pair(model, ways, texts, arguments.new_tokens)
         for name in seconds:
@@ -157,12 +172,14 @@ def ratios(case: dict) -> list[float]:
     return [full / lossless for full, lossless in zip(times["full"], times["lossless"], strict=True)]
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """That holds the median of all such pairs with 95 % confidence, by bootstrap."""
-    from scipy.stats import bootstrap
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """That holds the median of all such pairs with 95 % confidence: two of the values, by their ranks (each is above
+    the median with a chance of one half); all of them where there are fewer than six."""
+    from scipy.stats import binom
 
-    found = bootstrap((values,), statistics.median, vectorized=False, method="percentile", rng=0)
-    return found.confidence_interval
+    ordered = sorted(values)
+    outside = max(0, int(binom.ppf(0.025, len(ordered), 0.5)) - 1)
+    return ordered[outside], ordered[-1 - outside]
 
 
 def page(cases: Sequence[dict]) -> str:
