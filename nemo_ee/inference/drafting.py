@@ -17,6 +17,10 @@ MARGIN = 0.03
 PRIOR_SURE, PRIOR_ACCEPTED, PRIOR_WEIGHT = 0.5, 0.8, 3.0
 """What is expected of an exit before it is asked, and how many observations that is worth. Hopeful, since
 `LOSS` bounds what hope costs, and an exit that is never tried stays unknown."""
+MEMORY = 100.0
+"""Observations that count; older ones fade, so that expectations follow a text that changes."""
+SAVED = 128
+"""Tokens whose share may be saved up while nothing is lost, at most: what one bad text may lose beyond its own."""
 FORGET = 0.01
 """How far expectations return to those with every token at full depth, so that an exit is tried again."""
 
@@ -75,6 +79,9 @@ class Frequency:
         """Counts what happened."""
         self._yes += yes
         self._all += of
+        if self._all > MEMORY:
+            self._yes *= MEMORY / self._all
+            self._all = MEMORY
 
     def forget(self) -> None:
         """Goes a little towards what was expected before."""
@@ -87,9 +94,10 @@ class DraftingPolicy:
 
     An exit that is sure of a token with frequency s, and right then with frequency a, gives in a round of at
     most n drafts 1 + sa + … + (sa)^n tokens expected. What it costs follows from how many sequences are still
-    drafting after each. Rounds are only taken if the sum of a session's costs so far would stay within 1 + `LOSS`
-    of full depth's even if every draft were rejected (`CREDIT` tokens' worth apart): that holds for any texts, and
-    exits that never pay are hardly tried. `MARGIN` keeps rounds from being taken for gains that are not there.
+    drafting after each. Rounds are only taken if the sum of all costs so far would stay within 1 + `LOSS` of full
+    depth's even if every draft were rejected (`CREDIT` tokens' worth apart, and `SAVED` after texts that lost
+    nothing): that holds for any text, and exits that never pay are hardly tried. `MARGIN` keeps rounds from being
+    taken for gains that are not there.
 
     Args:
         costs: of passes.
@@ -99,10 +107,8 @@ class DraftingPolicy:
         self.costs = costs
         self.sure = [Frequency(PRIOR_SURE) for _ in costs.head]
         self.right = [Frequency(PRIOR_ACCEPTED) for _ in costs.head]
-        self._lost = 0.0
-        """Cost so far beyond that of full depth."""
-        self._worth = 0.0
-        """What the tokens so far cost at full depth."""
+        self._saved = 0.0
+        """Cost that may be lost beyond `CREDIT`; negative where some of that is spent."""
 
     def next(self, sequences: int, exits: Sequence[int]) -> Round | None:
         """The round to come; None for a token at full depth.
@@ -111,7 +117,7 @@ class DraftingPolicy:
             sequences: that decode together.
             exits: indices of those that may draft.
         """
-        allowance = LOSS * (self._worth + CREDIT * self.costs.full_depth(sequences)) - self._lost
+        allowance = self._saved + LOSS * CREDIT * self.costs.full_depth(sequences)
         best, rate = None, (1 + MARGIN) * sequences / self.costs.full_depth(sequences)
         for k in exits:
             before = 0.0
@@ -130,15 +136,18 @@ class DraftingPolicy:
         """Learns from a round of some sequences."""
         self.sure[round_.exit_index].observe(outcome.drafts, outcome.asked)
         self.right[round_.exit_index].observe(outcome.accepted, outcome.accepted + outcome.rejected)
-        worth = outcome.tokens / sequences * self.costs.full_depth(sequences)
-        self._worth += worth
-        self._lost += outcome.cost - worth
+        self._account(outcome.tokens / sequences, outcome.cost, sequences)
 
     def observe_full_depth(self, sequences: int) -> None:
         """A token at full depth for each of some sequences."""
-        self._worth += self.costs.full_depth(sequences)
+        self._account(1, self.costs.full_depth(sequences), sequences)
         for frequency in (*self.sure, *self.right):
             frequency.forget()
+
+    def _account(self, tokens: float, cost: float, sequences: int) -> None:
+        """Tokens of each of some sequences, and what they cost in all."""
+        full = self.costs.full_depth(sequences)
+        self._saved = min(self._saved + (1 + LOSS) * tokens * full - cost, LOSS * SAVED * full)
 
     def _worst(self, k: int, n: int, sequences: int) -> float:
         """What a round loses whose drafts are all rejected."""

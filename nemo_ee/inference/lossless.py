@@ -14,7 +14,8 @@ class LosslessRounds:
     In a round each drafts until the round's exit is not sure of a token, until it has as many drafts as the
     round allows, or until the drafts end it. That token, or the last draft, is fed no deeper than that exit,
     and the sequence waits. When all wait they are verified together: a pass over the deeper layers costs
-    about the same for one sequence as for all.
+    about the same for one sequence as for all. A sequence that comes while a round goes on decodes at full depth
+    until the next one.
 
     Args:
         policy: chooses rounds.
@@ -22,23 +23,31 @@ class LosslessRounds:
 
     Attributes:
         round: that goes on; None for a token at full depth.
-        waiting: sequences that wait to be verified.
+        members: sequences that the round was chosen for.
+        waiting: those of them that wait to be verified.
     """
 
     def __init__(self, policy: DraftingPolicy, exit_layers: Several[int]):
         self.round: Round | None = None
+        self.members: set[Sequence] = set()
         self.waiting: set[Sequence] = set()
         self._policy, self._layers = policy, list(exit_layers)
         self._outcome = Outcome()
 
     def begin(self, lossless: Several[Sequence]) -> None:
-        """Chooses a round for some sequences, unless one goes on."""
-        if self.round is not None:
+        """Chooses a round for some sequences, unless one goes on that some of them are in."""
+        self.members.intersection_update(lossless)
+        if self.members:
+            return
+        self.abandon()
+        if not lossless:
             return
         asked = [k for k in range(len(self._layers)) if any(self._threshold(s, k) < NEVER for s in lossless)]
         self.round, self._outcome = self._policy.next(len(lossless), asked), Outcome()
         if self.round is None:
             self._policy.observe_full_depth(len(lossless))
+        else:
+            self.members.update(lossless)
 
     def abandon(self) -> None:
         """Ends a round whose sequences were all removed, if there is one: what it cost is lost."""
@@ -48,7 +57,7 @@ class LosslessRounds:
     def thresholds(self, sequence: Sequence) -> list[float]:
         """Of all exits, for the sequence's next token."""
         row = [NEVER] * len(self._layers)
-        if self.round is not None and len(sequence.drafts) < self.round.length:
+        if self.round is not None and sequence in self.members and len(sequence.drafts) < self.round.length:
             k = self.round.exit_index
             row[k] = self._threshold(sequence, k)
         return row
@@ -77,6 +86,7 @@ class LosslessRounds:
     def _close(self, round_: Round, sequences: int) -> None:
         self._policy.observe(round_, self._outcome, sequences)
         self.round = None
+        self.members.clear()
         self.waiting.clear()
 
     def _threshold(self, sequence: Sequence, exit_index: int) -> float:

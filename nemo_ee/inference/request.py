@@ -232,6 +232,11 @@ def _decoding_faults(options: ExitOptions, config: EarlyExitConfig) -> list[Faul
         faults.append(
             Fault("early_exit.kv_policy", options.kv_policy, rule, "use catch_up, or lossless=false")
         )
+    name = options.confidence or config.inference.confidence
+    if options.lossless and name in rules and CONFIDENCE_RULES[name].looks_back:
+        known = ", ".join(rule for rule in rules if not CONFIDENCE_RULES[rule].looks_back)
+        rule = "lossless decoding asks one exit per token, and this rule compares exits"
+        faults.append(Fault("early_exit.confidence", name, rule, f"use one of {known}, or lossless=false"))
     if options.lossless and options.max_pending is not None:
         rule = "lossless decoding chooses by itself how many tokens wait"
         faults.append(

@@ -83,10 +83,10 @@ class Sequence:
     def random(self, purpose: str) -> random.Random:
         """Random numbers for a purpose at the place of the next token (or draft).
 
-        A function of the seed, the place and the purpose alone, so that any process can draw a token.
+        A function of the seed, the place and the purpose alone, so that any process can draw a token. A draft's place
+        counts from the tokens that it was drawn behind: what a discarded one was drawn with is not used again.
         """
-        place = len(self.tokens) + len(self.drafts)
-        return random.Random(f"{self.seed}/{place}/{purpose}")
+        return random.Random(f"{self.seed}/{len(self.tokens)}/{len(self.drafts)}/{purpose}")
 
     def twin(self) -> "Sequence":
         """The same request, not begun, for another process that only chooses tokens; it never ends by itself."""

@@ -84,22 +84,19 @@ class DecodingSession:
         Returns:
             Those that are finished; they have left the session.
         """
-        rounds, lossless = self._rounds, [s for s in self.running if _drafts(s)]
-        if lossless:
-            rounds.begin(lossless)
-        else:
-            rounds.abandon()
+        rounds = self._rounds
+        rounds.begin([s for s in self.running if _drafts(s)])
         rows = [row for row, s in enumerate(self.running) if s not in rounds.waiting]
         if rows:
             self._feed(rows)
-        if rounds.round is not None and all(s in rounds.waiting for s in lossless):
-            self._verify(lossless)
+        if rounds.round is not None and rounds.members == rounds.waiting:
+            self._verify([s for s in self.running if s in rounds.members])
         return self._retire()
 
     def _feed(self, rows: list[int]) -> None:
         """One token of each of some sequences, through the layers or no deeper than the round's exit."""
         rounds, going = self._rounds, [self.running[row] for row in rows]
-        held = [rounds.round is not None and _drafts(s) for s in going]
+        held = [s in rounds.members for s in going]
         thresholds = [rounds.thresholds(s) if _drafts(s) else self._thresholds(s) for s in going]
         waits_at = None if rounds.round is None else rounds.round.exit_index
         step = self._decoder.step(

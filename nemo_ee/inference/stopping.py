@@ -36,10 +36,11 @@ class StopRule:
             if text == END_OF_SEQUENCE and self.eos is not None:
                 continue
             token = special_token_id(tokenizer, text)
-            if token is not None:
-                self.token_ids.add(token)
-            if token is None or self._decode([token]):  # an ordinary word may also come as part of others
+            # An ordinary word may also come as part of others; what is not in the vocabulary is one token, too.
+            if token is None or self._decode([token]) or tokenizer.ids_to_tokens([token]) != [text]:
                 self.texts.append(text)
+            else:
+                self.token_ids.add(token)
         self._tail = max((len(text.encode()) for text in self.texts), default=0) + TAIL_TOKENS
 
     def __call__(self, generated: Sequence[int]) -> bool:

@@ -111,6 +111,14 @@ class DecodingModel:
             self._draft_heads[n] = head
         return self._draft_heads[n]
 
+    def prepare_drafts(self) -> None:
+        """Makes all of `draft_head`, and compiles their kernels, so that no request waits for that."""
+        for n in self.heads:
+            head = self.draft_head(n)
+            for limit, kernel in head.kernels:
+                x = self.hidden.new_zeros(limit, self.hidden.shape[-1], dtype=head.dtype)
+                run_head(kernel, head.rows.emittable, x)
+
     def layer_bytes(self, n: int) -> int:
         """Of weights that a pass through layer n reads."""
         return self.layers[n].bytes

@@ -97,7 +97,7 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(TimeoutError)
     async def late(_: Request, error: TimeoutError) -> Response:
-        return response(ApiError(504, "the request's time was up", code="timeout"))
+        return response(ApiError.late())
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> Response:

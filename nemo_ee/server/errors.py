@@ -42,6 +42,11 @@ class ApiError(Exception):
         texts = [_as_field(str(fault)) for fault in error.faults]
         return cls(400, "\n".join(texts), _as_field(error.faults[0].key), "invalid_value")
 
+    @classmethod
+    def late(cls) -> "ApiError":
+        """504 for a request whose time ran out while the server was busy."""
+        return cls(504, "the request's time was up", code="timeout")
+
     def body(self) -> dict[str, Any]:
         """OpenAI's JSON object."""
         kind = "invalid_request_error" if self.status < 500 and self.status != 429 else "server_error"

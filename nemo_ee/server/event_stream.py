@@ -58,10 +58,14 @@ class EventStream(Response):
             if not started:
                 raise
             end = _event(error.body())
-        except (ClientGone, TimeoutError):
+        except ClientGone:
             if not started:
                 raise
-            return  # the connection is closed: its reader is gone, or does not read
+            return
+        except TimeoutError:
+            if not started:
+                raise
+            end = _event(ApiError.late().body())  # the engine was busy for long, or nobody reads
         with suppress(TimeoutError):
             async with asyncio.timeout(SENDING_SECONDS):
                 await send({"type": "http.response.body", "body": end})

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Tokens
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nemo_ee.errors import ConfigError
+from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.inference.request import GenerationRequest, parse_request
 from nemo_ee.inference.sequence import Sequence
 from nemo_ee.server.errors import ApiError
@@ -149,7 +149,10 @@ def _generation_request(
     }
     try:
         request = parse_request(
-            {"max_length": limit}, sampling, exit_options(call.early_exit, config), model.early_exit
+            {"max_length": limit},
+            sampling,
+            exit_options(call.early_exit, config, model.usual),
+            model.early_exit,
         )
     except ConfigError as error:
         raise ApiError.from_faults(error) from error
@@ -161,11 +164,28 @@ def _generation_request(
     return request
 
 
-def exit_options(asked: dict[str, Any] | bool | None, config: ServerConfig) -> dict[str, Any]:
-    """A request's early-exit options, completed with the server's."""
+def exit_options(
+    asked: dict[str, Any] | bool | None, config: ServerConfig, server: GenerationRequest
+) -> dict[str, Any]:
+    """A request's early-exit options, completed with the server's.
+
+    Args:
+        asked: the request's.
+        config: the server's.
+        server: what a request gets that says nothing of exits.
+
+    Raises:
+        ConfigError: exits for which the server has no thresholds, where it has one for each.
+    """
     usual, own = asdict(config.early_exit), asked if isinstance(asked, dict) else {}
     if asked is False:
         return {**usual, "exits": [], "threshold": None, "lossless": False}
     if own.get("lossless"):
         usual["max_pending"] = None  # which lossless decoding does not have
+    layers = own.get("exits")
+    if "threshold" not in own and isinstance(layers, list) and isinstance(usual["threshold"], tuple):
+        if without := [n for n in layers if n not in server.exits]:
+            rule = f"this server has thresholds for exits {list(server.exits)}, none for {without}"
+            raise ConfigError(Fault("early_exit.threshold", None, rule, "give one, or one per exit"))
+        usual["threshold"] = [server.exits[n] for n in layers] or None
     return {**usual, **own}

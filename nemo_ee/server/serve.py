@@ -147,10 +147,9 @@ def decoding_session(
         usual: names the confidence rule and the KV policy.
     """
     with generating(model):
-        exits = list(model.early_exit.layers)
-        yield DecodingSession(
-            model.decoding_model(), exits, slots, longest, usual.kv_policy, usual.confidence
-        )
+        decoding, exits = model.decoding_model(), list(model.early_exit.layers)
+        decoding.prepare_drafts()
+        yield DecodingSession(decoding, exits, slots, longest, usual.kv_policy, usual.confidence)
 
 
 class Server(uvicorn.Server):

@@ -131,8 +131,8 @@ def measure(model: Any, case: dict, arguments: argparse.Namespace) -> dict:
     prompts, _ = read_prompts(arguments.data, batch * MOST_PAIRS, case["prompt"], model.true_vocab_size)
     if len(prompts) < batch * pairs:
         raise GenerationError(
-            f"--data {arguments.data}: {len(prompts)} prompts of {case['prompt']} tokens are too few for --pairs {pairs} "
-            f"of {batch}; give fewer pairs, or more text"
+            f"--data {arguments.data}: {len(prompts)} prompts of {case['prompt']} tokens are too few for "
+            f"--pairs {pairs} of {batch}; give fewer pairs, or more text"
         )
     exits = {"threshold": case["threshold"], "exits": list(model.early_exit.layers), "lossless": True}
     seconds: dict[str, list[float]] = {"full": [], "lossless": []}

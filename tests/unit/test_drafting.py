@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from nemo_ee.inference.drafting import CREDIT, LOSS, DraftingPolicy, Outcome, Round
+from nemo_ee.inference.drafting import CREDIT, LOSS, SAVED, DraftingPolicy, Outcome, Round
 from nemo_ee.inference.pass_costs import DRAFT_HEAD, GROWTH, PassCosts, pass_costs
 
 COSTS = PassCosts(to_exit=(1.0, 2.0), head=(0.2, 0.2), full=4.0, growth=GROWTH["gpu"])
@@ -73,6 +73,21 @@ def test_whatever_exits_do_the_loss_is_bounded(kind, sequences):
     for (name, (sure, right)), tokens in itertools.product(texts.items(), (8, 24, 64, 500)):
         cost, _ = play(DraftingPolicy(costs), sure, right, tokens, sequences=sequences)
         assert cost <= 1 + LOSS * (1 + CREDIT / tokens) + 1e-9, (name, tokens)
+
+
+@pytest.mark.parametrize("before", ["right", "never sure"])
+def test_a_bad_text_loses_little_after_many_good_ones(before):
+    """A server's policy lives as long as the server."""
+    costs = PassCosts(to_exit=(1.0,), head=(0.1,), full=4.0, growth=GROWTH["native"])
+    policy = DraftingPolicy(costs)
+    sure = 0.95 if before == "right" else 0.0
+    cost, _ = play(policy, (sure,), (0.98,), 20_000, exits=(0,))
+    assert cost < 0.9 or before == "never sure"
+    for seed in range(3):
+        cost, _ = play(policy, (0.95,), (0.0,), 500, seed, exits=(0,))
+        assert cost <= 1 + LOSS * (1 + (SAVED + CREDIT) / 500) + 1e-9
+    cost, _ = play(policy, (0.95,), (0.98,), 2000, exits=(0,))
+    assert cost < 0.95, "and comes back"
 
 
 def test_it_drafts_where_that_pays_and_from_the_exit_that_is_better():

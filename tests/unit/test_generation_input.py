@@ -89,6 +89,15 @@ def test_parameters_that_are_refused(model, length, sampling, key):
         parse_request(length, sampling, None, model.early_exit)
 
 
+@pytest.mark.parametrize("rule", ["similarity", "patience"])
+def test_lossless_decoding_refuses_rules_that_compare_exits(model, rule):
+    from nemo_ee.inference.request import parse_request
+
+    options = {"lossless": True, "confidence": rule, "threshold": 0.5}
+    with pytest.raises(ConfigError, match=f"confidence='?{rule}.*asks one exit per token.*max_probability"):
+        parse_request(None, None, options, model.early_exit)
+
+
 def test_the_lowest_temperature_is_greedy():
     from nemo_ee.inference.request import LOWEST_TEMPERATURE, SamplingOptions
     from nemo_ee.inference.sampling import token_distribution
@@ -159,6 +168,21 @@ def test_an_end_string_that_is_one_token_also_ends_within_others(bytes_tokenizer
     text = ids("ran after the")
     assert alone is not None and text[-1] != alone, "the token with the space in front is another"
     assert stop(text) and stop(ids("the")) and not stop(ids("the cat"))
+
+
+def test_an_end_string_out_of_vocabulary_does_not_end_at_every_unknown_token(tmp_path):
+    from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+    from tokenizers.pre_tokenizers import Whitespace
+
+    from nemo_ee.inference.stopping import StopRule
+    from tests.support import tiny_gpt
+
+    words = tiny_gpt.tokenizer()
+    words.backend_tokenizer.pre_tokenizer = Whitespace()  # which parts a word from the ">" before it
+    words.save_pretrained(tmp_path)
+    known = AutoTokenizer(str(tmp_path))
+    stop = StopRule(known, ["zzz"])
+    assert not stop(known.text_to_ids("zzz")) and stop([known.eos_id])
 
 
 def test_pieces_are_decoded_in_short_windows(bytes_tokenizer):

@@ -15,6 +15,24 @@ from nemo_ee.server.plan import Plan
 from nemo_ee.server.reply import Reply
 
 
+def test_a_stream_whose_time_is_up_while_the_engine_is_busy_ends_with_an_error():
+    @asynccontextmanager
+    async def generation():
+        reply = Reply(1)
+        reply.put(0, Delta(["w"], [8], [0.5], None, SequenceStatistics()))
+        async with asyncio.timeout(0.05):
+            yield reply
+
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    stream = EventStream(generation(), Answer("tiny", 8, Plan([[7]], [""], [None])), include_usage=False)
+    asyncio.run(asyncio.wait_for(stream({}, None, send), 10))
+    assert b'"code":"timeout"' in sent[-1]["body"].replace(b" ", b"") and not sent[-1].get("more_body")
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_reader_that_takes_no_end_is_given_up(monkeypatch, fails):
     """Its request would otherwise go on for as long as the client likes."""

@@ -238,6 +238,23 @@ def test_the_servers_exits_are_for_requests_that_do_not_say():
     assert request().max_pending == 3 and request(early_exit=dict(lossless=True)).max_pending is None
 
 
+def test_the_servers_thresholds_go_with_their_exits():
+    settings = dict(early_exit=dict(exits=[2, 4], threshold=[0.6, 0.7]))
+
+    def request(**fields):
+        return plan(completion(**fields), **settings).choices[0].sequence.request
+
+    assert request().exits == {2: 0.6, 4: 0.7}
+    assert request(early_exit=dict(exits=[4])).exits == {4: 0.7}
+    assert request(early_exit=dict(exits=[])).exits == {}
+    assert request(early_exit=dict(exits=[4], threshold=0.9)).exits == {4: 0.9}
+    settings = dict(early_exit=dict(exits=[4], threshold=[0.7]))
+    fields = dict(exits=[2, 4])
+    message = refused(400, "early_exit.threshold", plan, completion(early_exit=fields), **settings)
+    assert "thresholds for exits [4], none for [2]" in message
+    refused(400, "early_exit.exits", plan, completion(early_exit=dict(exits="4")), **settings)
+
+
 def test_all_requests_have_the_servers_rule_and_cache():
     settings = dict(early_exit=dict(threshold=0.6, confidence="entropy", kv_policy="state_copy"))
     request = plan(completion(early_exit=dict(confidence="entropy")), **settings).choices[0].sequence.request

@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 
+from nemo_ee.inference.sequence import Draft
 from tests.support.drafting import EagerDrafts
 from tests.support.tiny_gpt import HEADS, tiny_model, tiny_model_config
 from tests.support.uncached import generate_uncached
@@ -199,6 +200,33 @@ def test_removing_a_sequence_in_the_middle_of_a_round(gpt):
             session.step()
     for s in sequences[1:]:
         assert s.tokens == full_text(gpt, tuple(s.prompt))
+
+
+def test_those_that_come_during_a_round_do_not_prolong_it(gpt):
+    """Whoever comes and goes: clients may send and cancel for as long as they like."""
+    first = sequence(PROMPTS[0], {1: 0.0}, True)
+    with torch.inference_mode():
+        session = new_session(gpt, 2)
+        session.add([first])
+        others, steps = [], 0
+        while session.running and steps < 200:
+            if others:
+                session.remove(others[-1])
+            if first in session.running:
+                others.append(sequence(PROMPTS[1 + steps % 4], {1: 0.0}, True))
+                session.add(others[-1:])
+            session.step()
+            steps += 1
+    assert first.tokens == full_text(gpt, tuple(PROMPTS[0])) and first.statistics.drafts
+    assert steps <= 6 * STEPS  # rounds have four drafts at most, and each gives a token
+
+
+def test_random_numbers_of_discarded_drafts_are_not_used_again():
+    behind_a_draft, behind_a_token = (sequence(PROMPTS[0], {}, seed=3, temperature=1.0) for _ in range(2))
+    behind_a_draft.drafts.append(Draft(5, 1, 0.9, None))
+    behind_a_token.tokens.append(5)
+    drawn = [s.random("draw").random() for s in (behind_a_draft, behind_a_token)]
+    assert drawn[0] != drawn[1] and drawn[1] == behind_a_token.random("draw").random()
 
 
 def test_removing_all_that_draft_in_the_middle_of_a_round(gpt):
