@@ -142,7 +142,7 @@ def test_a_streamed_completion(client, expected):
     *chunks, last = list(stream)
     assert "".join(c.choices[0].text for c in chunks).split() == expected[1][1][0]
     assert sum((c.choices[0].early_exit["exit_layers"] for c in chunks), []) == expected[1][1][1]
-    assert len(chunks) > 5 and last.usage.completion_tokens == TOKENS
+    assert len(chunks) > 1 and last.usage.completion_tokens == TOKENS
 
 
 def test_chats(client, expected):
