@@ -3,12 +3,13 @@
 
 import hashlib
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from threading import local
 from typing import Any
 
 import numba
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic
 
@@ -77,6 +78,12 @@ def _pointer(typingctx: Any, address: Any, like: Any) -> Any:
 def array_at(address, shape, like):
     """The array at an address, of `like`'s type of numbers; whoever gives addresses keeps the memory."""
     return numba.carray(_pointer(address, like), shape)
+
+
+@cache
+def is_zen() -> bool:
+    """Whether this machine has a processor of AMD's Zen line."""
+    return binding.get_host_cpu_name().startswith("znver")
 
 
 def team(threads: int) -> tuple[int, bool]:

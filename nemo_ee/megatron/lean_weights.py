@@ -4,14 +4,13 @@
 Suffixes: T tokens, I input features, O output features of this tensor-parallel rank.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
-from llvmlite.binding import get_host_cpu_name
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear, rms_norm
 
+from nemo_ee.kernels.compiled import is_zen
 from nemo_ee.kernels.products import Linear
 from nemo_ee.megatron.cpu_kernels import KERNEL_TOKENS, kernel_linear, run_product, runs_kernels
 from nemo_ee.megatron.norms import TorchNorm
@@ -80,11 +79,10 @@ class DenseLinear:
         return self.weight.numel() * self.weight.element_size()
 
 
-@cache
 def one_dnn_is_faster() -> bool:
     """Whether torch's products of float32 take another way than MKL, which is half as fast on AMD's processors
     (24 to 512 tokens: oneDNN takes 0.36 to 0.54 of the time; two cores of Zen 5)."""
-    return torch.backends.mkldnn.is_available() and get_host_cpu_name().startswith("znver")
+    return torch.backends.mkldnn.is_available() and is_zen()
 
 
 class Bfloat16Linear(DenseLinear):
