@@ -1,7 +1,7 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """When a sequence ends: EOS, or generated text that ends with one of the end strings."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from nemo_ee.inference.text import known_id, text_decoder
@@ -35,9 +35,8 @@ class StopRule:
         for text in end_strings:
             if text == END_OF_SEQUENCE and self.eos is not None:
                 continue
-            token = special_token_id(tokenizer, text)
-            # An ordinary word may also come as part of others; what is not in the vocabulary is one token, too.
-            if token is None or self._decode([token]) or tokenizer.ids_to_tokens([token]) != [text]:
+            token = unseen_token_id(tokenizer, text, self._decode)
+            if token is None:
                 self.texts.append(text)
             else:
                 self.token_ids.add(token)
@@ -58,3 +57,20 @@ def special_token_id(tokenizer: Any, text: str) -> int | None:
     before = tokenizer.text_to_ids("<extra_id_1>")
     both = tokenizer.text_to_ids(f"<extra_id_1>{text}")
     return both[-1] if len(both) == len(before) + 1 and both[:-1] == before else None
+
+
+def unseen_token_id(tokenizer: Any, text: str, decode: Callable[[list[int]], str]) -> int | None:
+    """The id of the special token of that name, if it has no text; else None.
+
+    An ordinary word that is one token may also come as part of others, and what is not in the vocabulary is one token
+    too, the unknown one.
+
+    Args:
+        tokenizer: NeMo's.
+        text: the name.
+        decode: token ids to text.
+    """
+    token = special_token_id(tokenizer, text)
+    if token is None or decode([token]):
+        return None
+    return token if tokenizer.ids_to_tokens([token]) == [text] else None

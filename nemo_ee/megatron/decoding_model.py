@@ -9,7 +9,7 @@ from torch import Tensor
 from nemo_ee.megatron.cpu_kernels import KERNEL_TOKENS, run_head, runs_kernels
 from nemo_ee.megatron.decode import CachedLayer, PackedTokens, PositionTable
 from nemo_ee.megatron.gpt import EarlyExitGPTModel
-from nemo_ee.megatron.lean_head import LeanHead, LeanOutput
+from nemo_ee.megatron.lean_head import LeanHead, LeanOutput, Readout
 from nemo_ee.megatron.lean_layer import layer_mathematics
 from nemo_ee.megatron.segment import Segment
 
@@ -114,10 +114,7 @@ class DecodingModel:
     def prepare_drafts(self) -> None:
         """Makes all of `draft_head`, and compiles their kernels, so that no request waits for that."""
         for n in self.heads:
-            head = self.draft_head(n)
-            for limit, kernel in head.kernels:
-                x = self.hidden.new_zeros(limit, self.hidden.shape[-1], dtype=head.dtype)
-                run_head(kernel, head.rows.emittable, x)
+            self._run_head_kernels(self.draft_head(n))
 
     def layer_bytes(self, n: int) -> int:
         """Of weights that a pass through layer n reads."""
@@ -137,12 +134,16 @@ class DecodingModel:
         for limit, _ in whole:
             x = self.hidden.new_zeros(limit, self.hidden.shape[-1])
             Segment([layer])(x, PackedTokens(self.table(limit), [0], [0], [limit]))
-        for limit, head in [] if self.output is None else self.output.kernels:
-            x = self.hidden.new_zeros(limit, self.hidden.shape[-1], dtype=self.dtype)
-            run_head(head, self.output.rows.emittable, x)
-            if not whole:  # layers take their products one by one
-                self.output.projection(x)
+        if self.output is not None:
+            self._run_head_kernels(self.output)
+            for limit, _ in [] if whole else self.output.kernels:  # layers take their products one by one
+                self.output.projection(self.hidden.new_zeros(limit, self.hidden.shape[-1], dtype=self.dtype))
         _COMPILED.add(kind)
+
+    def _run_head_kernels(self, readout: Readout) -> None:
+        for limit, kernel in readout.kernels:
+            x = self.hidden.new_zeros(limit, self.hidden.shape[-1], dtype=readout.dtype)
+            run_head(kernel, readout.rows.emittable, x)
 
     def _hidden_dtype(self) -> torch.dtype:
         if self.gpt.config.fp32_residual_connection:

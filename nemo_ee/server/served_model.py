@@ -12,7 +12,7 @@ from nemo_ee.config import EarlyExitConfig
 from nemo_ee.errors import GenerationError
 from nemo_ee.inference.prompts import chat_tokens
 from nemo_ee.inference.request import GenerationRequest
-from nemo_ee.inference.stopping import special_token_id
+from nemo_ee.inference.stopping import unseen_token_id
 from nemo_ee.inference.text import known_id, text_decoder
 from nemo_ee.server.errors import ApiError
 
@@ -70,12 +70,8 @@ class SharedTokenizer:
         return frozenset(ids), texts
 
     def _unseen_token(self, string: str) -> int | None:
-        """The special token of that name, if it has no text; other strings may be one token too, the unknown one."""
         with self._encoding:
-            token = special_token_id(self._encoder, string)
-            if token is None or self._encoder.ids_to_text([token]):
-                return None
-            return token if self._encoder.ids_to_tokens([token]) == [string] else None
+            return unseen_token_id(self._encoder, string, self._encoder.ids_to_text)
 
     @property
     def eos(self) -> int | None:

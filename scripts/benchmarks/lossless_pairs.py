@@ -12,14 +12,13 @@ OUTPUT/lossless_pairs.md and .png.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from decoding import numbers, restore, save
+from decoding import load, numbers, restore, save
 
 from nemo_ee.report.markdown import table
 from nemo_ee.report.statistics import spread
@@ -56,20 +55,6 @@ def settings(arguments: argparse.Namespace) -> dict:
     files = {key: Path(getattr(arguments, key) or "").name for key in ("model", "adapter", "data")}
     kept = ("pairs", "seconds", "new_tokens", "precision")
     return {**{key: getattr(arguments, key) for key in kept}, **files}
-
-
-def load(path: Path, wanted: dict) -> list[dict]:
-    """The cases so far.
-
-    Raises:
-        SystemExit: they were measured with other settings.
-    """
-    cases = json.loads(path.read_text()) if path.exists() else []
-    if any(case["settings"] != wanted for case in cases):
-        raise SystemExit(
-            f"error: {path}: has results of other settings; choose another --output, or remove it"
-        )
-    return cases
 
 
 def run_pair(

@@ -3,15 +3,12 @@
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from nemo_ee.checkpoint import archive
+from tests.support.script import ROOT, run_script
 
-ROOT = Path(__file__).resolve().parents[2]
 HEAD = dict(mlp=True, linear=True, projection="shortlist", shortlist_size=100)
 LENGTH = 16
 
@@ -50,16 +47,8 @@ def workspace(tmp_path_factory, workers):
 
 
 def run(directory, *arguments):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     given = ["data.prefix=text", f"data.seq_length={LENGTH}", "data.batch_size=32", "levels=10", *arguments]
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "calibrate_early_exit.py"), *given],
-        cwd=directory,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    return run_script(directory, "calibrate_early_exit.py", *given)
 
 
 def generate(directory, thresholds):

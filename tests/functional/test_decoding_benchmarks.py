@@ -2,16 +2,13 @@
 """The benchmarks of decoding as a user runs them, on a tiny Llama: complete pages, no figures that mean anything."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support import tiny_llama
+from tests.support.script import run_script
 
-ROOT = Path(__file__).resolve().parents[2]
 EARLY_EXIT = {"layers": [1, 2], "head": {"projection": "shortlist", "shortlist_size": 50}}
 FILES = ("--model", "base.nemo", "--adapter", "exits.nemo", "--data", "text")
 
@@ -50,18 +47,7 @@ def workspace(tmp_path_factory, workers):
 
 
 def run(directory: Path, script: str, *arguments: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        str(ROOT / "scripts/benchmarks" / script),
-        *FILES,
-        "--output",
-        "out",
-        *arguments,
-    ]
-    done = subprocess.run(
-        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=400
-    )
+    done = run_script(directory, f"benchmarks/{script}", *FILES, "--output", "out", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

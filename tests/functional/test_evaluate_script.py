@@ -3,16 +3,13 @@
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from nemo_ee.report.write import read_report
+from tests.support.script import ROOT, run_script
 
-ROOT = Path(__file__).resolve().parents[2]
 HEAD = dict(mlp=True, linear=True, projection="shortlist", shortlist_size=100)
 SMALL = [
     "data.sequences=6",
@@ -66,14 +63,6 @@ def workspace(tmp_path_factory, workers):
     return directory
 
 
-def run(directory, script, *arguments):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "scripts" / script), *arguments]
-    return subprocess.run(
-        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=400
-    )
-
-
 def evaluate_twice(directory, overrides):
     """The script's own steps in this rank, with base and adapter and with the merged file."""
     from hydra import compose, initialize_config_dir
@@ -113,7 +102,7 @@ def test_merged_model_gives_the_same_report(workspace, workers):
 
 
 def test_script_writes_the_report(workspace):
-    done = run(
+    done = run_script(
         workspace,
         "evaluate_early_exit.py",
         "gpt_model_file=base.nemo",
@@ -184,7 +173,7 @@ def test_it_runs_in_one_process(workspace, monkeypatch):
 def test_recipes_benchmark_resumes(workspace):
     arguments = ["--model", "base.nemo", "--train", "train", "--validation", "validation", "--quick"]
     arguments += ["--layers", "2,4", "--sequences", "8", "--output", "recipes", "--set", *RECIPE]
-    first = run(workspace, "benchmarks/exit_recipes.py", *arguments)
+    first = run_script(workspace, "benchmarks/exit_recipes.py", *arguments)
     assert first.returncode == 0, first.stderr[-2000:]
     rows = {row["name"]: row for row in json.loads((workspace / "recipes/exit_recipes.json").read_text())}
     costs = rows.pop("costs")
@@ -197,7 +186,7 @@ def test_recipes_benchmark_resumes(workspace):
         assert f"| {row['name']} |" in (workspace / "recipes/exit_recipes.md").read_text()
     kept = [row for row in [*rows.values(), costs] if row is not copy]
     (workspace / "recipes/exit_recipes.json").write_text(json.dumps(kept))
-    again = run(workspace, "benchmarks/exit_recipes.py", *arguments)
+    again = run_script(workspace, "benchmarks/exit_recipes.py", *arguments)
     assert again.returncode == 0, again.stderr[-2000:]
     assert f"{ridge['name']}: done already" in again.stdout
     redone = {row["name"]: row for row in json.loads((workspace / "recipes/exit_recipes.json").read_text())}
@@ -206,7 +195,7 @@ def test_recipes_benchmark_resumes(workspace):
 
 def test_tuning_step_benchmark(workspace):
     arguments = ["--model", "base.nemo", "--text", "train", "--layers", "2,4", "--steps", "2", "--output"]
-    done = run(workspace, "benchmarks/tuning_step.py", *arguments, "step.md", "--set", *RECIPE)
+    done = run_script(workspace, "benchmarks/tuning_step.py", *arguments, "step.md", "--set", *RECIPE)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [line.split(" | ") for line in (workspace / "step.md").read_text().splitlines() if "depth" in line]
     page = (workspace / "step.md").read_text()

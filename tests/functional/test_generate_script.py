@@ -3,14 +3,13 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.script import ROOT, run_script
+
 HEAD = dict(block=True, mlp=True, linear=True, projection="shortlist", shortlist_size=100)
 PROMPTS = ["w1 w2 w3", "w9 w10 w11 w12 w13", "w40"]
 ARGUMENTS = ["inference.tokens_to_generate=8", "early_exit.threshold=0.6"]
@@ -49,11 +48,7 @@ def workspace(tmp_path_factory, workers):
 
 
 def run(directory, *overrides):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "scripts" / "megatron_gpt_ee_generate.py"), *overrides]
-    return subprocess.run(
-        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=300
-    )
+    return run_script(directory, "megatron_gpt_ee_generate.py", *overrides)
 
 
 def in_process(directory, overrides):
