@@ -228,13 +228,18 @@ class EarlyExitDecoder:
             The final exit's predictions after each token that had not been through all layers, sequence after
             sequence, and how many these are of each, one at least.
         """
-        for k, point in enumerate(self.exits):
-            some = [row for row in rows if self.pending(k, row)]
+        first = 0
+        while first < len(self.exits):
+            some = [row for row in rows if self.pending(first, row)]
+            last = first + 1
             if some:
-                packed = self._pending_pack(k, some)
-                x = self._run_segments(k + 1, k + 1, point.pending(packed), packed)
-                if k + 1 < len(self.exits):
-                    self.exits[k + 1].enter_block(x, packed)
+                packed = self._pending_pack(first, some)
+                while last < len(self.exits) and some == list(rows) and self._passes_by(last, some, packed):
+                    last += 1
+                x = self._run_segments(first + 1, last, self.exits[first].pending(packed), packed)
+                if last < len(self.exits):
+                    self.exits[last].enter_block(x, packed)
+            first = last
         assert packed.rows == list(rows), "every sequence must have pending tokens"
         return self.output.predict(x), packed.counts
 

@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from nemo_ee.inference.pass_costs import PassCosts
 
@@ -10,7 +11,7 @@ LONGEST = 8
 """Tokens drafted at most."""
 LOSS = 0.02
 """Share of full depth's cost that drafting may lose, all in all, whatever happens."""
-CREDIT = 8
+CREDIT = 24
 """Tokens whose share may be lost before they are decoded; without it a text would begin at full depth."""
 MARGIN = 0.03
 """Gain that a round must promise at least: `PassCosts` are not more exact than that."""
@@ -57,6 +58,19 @@ class Outcome:
     drafts: int = 0
     accepted: int = 0
     rejected: int = 0
+
+
+class RoundCosts(Protocol):
+    """What the passes of a round cost, see `PassCosts`."""
+
+    def shallow(self, exit_index: int, tokens: float) -> float:
+        """Tokens in one pass to an exit that is not asked."""
+
+    def asked(self, exit_index: int, tokens: float) -> float:
+        """An exit's head on tokens."""
+
+    def verify(self, exit_index: int, tokens: float) -> float:
+        """Tokens in one pass from an exit on."""
 
 
 class Frequency:
@@ -124,7 +138,7 @@ class DraftingPolicy:
             for n in range(1, LONGEST + 1):
                 if self._worst(k, n, sequences) > allowance:
                     break
-                expected = self._rate(k, n, sequences)
+                expected = expected_rate(self.costs, k, n, sequences, self.sure[k].mean, self.right[k].mean)
                 if expected > rate:
                     best, rate = Round(k, n), expected
                 if expected < before:  # longer rounds are worse still
@@ -155,19 +169,30 @@ class DraftingPolicy:
         rest = self.costs.shallow(k, sequences) + self.costs.verify(k, sequences * (n + 1))
         return drafting + rest - self.costs.full_depth(sequences)
 
-    def _rate(self, k: int, n: int, sequences: int) -> float:
-        """Tokens expected per cost."""
-        sure, right = self.sure[k].mean, self.right[k].mean
-        cost = tokens = fed = 0.0
-        for i in range(n + 1):
-            drafting = sequences * sure**i  # sequences that are not waiting yet
-            any_is = 1 - (1 - sure**i) ** sequences
-            if any_is > 0:
-                together = drafting / any_is
-                once = self.costs.shallow(k, together)
-                if i < n:
-                    once += self.costs.asked(k, together)
-                cost += any_is * once
-            fed += drafting
-            tokens += sequences * (sure * right) ** i
-        return tokens / (cost + self.costs.verify(k, fed))
+
+def expected_rate(
+    costs: RoundCosts, exit_index: int, length: int, sequences: int, sure: float, right: float
+) -> float:
+    """Tokens that a round is expected to give per cost.
+
+    Args:
+        costs: of passes.
+        exit_index: of the exit that drafts.
+        length: drafts per sequence, at most.
+        sequences: that decode together.
+        sure: how often the exit is sure of a token.
+        right: how often the full model agrees with it then.
+    """
+    cost = tokens = fed = 0.0
+    for i in range(length + 1):
+        drafting = sequences * sure**i  # sequences that are not waiting yet
+        any_is = 1 - (1 - sure**i) ** sequences
+        if any_is > 0:
+            together = drafting / any_is
+            once = costs.shallow(exit_index, together)
+            if i < length:
+                once += costs.asked(exit_index, together)
+            cost += any_is * once
+        fed += drafting
+        tokens += sequences * (sure * right) ** i
+    return tokens / (cost + costs.verify(exit_index, fed))

@@ -4,11 +4,11 @@
     python scripts/benchmarks/lossless_pairs.py --model base.nemo --adapter exits.nemo --data text_validation
 
 decoding.py compares many ways, a few times each; this answers one question of it more exactly: does lossless
-decoding ever lose, and how much? In a pair both decode the same prompts in one process and take turns after every
-step, so that whatever else slows the machine down slows both. A case (batch size, prompt length, threshold) takes
-pairs, each of other prompts, for `--seconds` or as far as the text goes, and at least `--pairs`. Results go to
-OUTPUT/lossless_pairs.json case by case; started again, the script does those that are missing, then writes
-OUTPUT/lossless_pairs.md and .png.
+decoding lose, where does it win, and was that to be expected (lossless_forecast.py)? In a pair both decode the same
+prompts in one process and take turns after every token or round, so that whatever else slows the machine down slows
+both. A case (batch size, prompt length, threshold) takes pairs, each of other prompts, for `--seconds` or as far as
+the text goes, and at least `--pairs`. Results go to OUTPUT/lossless_pairs.json case by case; started again, the script
+does those that are missing, then writes OUTPUT/lossless_pairs.md and .png.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def settings(arguments: argparse.Namespace) -> dict:
 def run_pair(
     model: Any, ways: dict[str, dict | bool], prompts: list[list[int]], count: int
 ) -> tuple[dict[str, float], dict[str, list]]:
-    """Continues prompts in every way at once, a step of one after a step of the other.
+    """Continues prompts in every way at once, a token or round of one after one of the other.
 
     Args:
         model: a `MegatronGPTEarlyExitModel`.
@@ -95,7 +95,9 @@ def run_pair(
                 if session.running:
                     synchronise()
                     begin = time.perf_counter()
-                    session.step()
+                    known = sum(len(each.tokens) for each in sequences[name])
+                    while session.running and known == sum(len(each.tokens) for each in sequences[name]):
+                        session.step()  # drafts, until they are verified
                     synchronise()
                     seconds[name] += time.perf_counter() - begin
     return seconds, sequences
@@ -108,6 +110,7 @@ def measure(model: Any, case: dict, arguments: argparse.Namespace) -> dict:
         GenerationError: the text has not enough prompts.
     """
     from decoding_cell import read_prompts
+    from lossless_forecast import RoundTimer, forecast, frequencies
 
     from nemo_ee.errors import GenerationError
     from nemo_ee.evaluation import provenance
@@ -122,6 +125,7 @@ def measure(model: Any, case: dict, arguments: argparse.Namespace) -> dict:
     exits = {"threshold": case["threshold"], "exits": list(model.early_exit.layers), "lossless": True}
     seconds: dict[str, list[float]] = {"full": [], "lossless": []}
     drafts = accepted = equal = done = 0
+    timer, full_texts = RoundTimer(model, batch, case["prompt"] + arguments.new_tokens // 2), []
     run_pair(model, {"full": False, "lossless": exits}, prompts[:batch], 4)
     begin = time.monotonic()
     while done < pairs or time.monotonic() - begin < arguments.seconds:
@@ -132,10 +136,14 @@ def measure(model: Any, case: dict, arguments: argparse.Namespace) -> dict:
         times, found = run_pair(model, ways, texts, arguments.new_tokens)
         for name in seconds:
             seconds[name].append(times[name])
+        timer.round()
+        full_texts += [(each.prompt, each.tokens) for each in found["full"]]
         drafts += sum(each.statistics.drafts for each in found["lossless"])
         accepted += sum(each.statistics.accepted for each in found["lossless"])
         equal += [each.tokens for each in found["full"]] == [each.tokens for each in found["lossless"]]
         done += 1
+    layers = model.early_exit.layers
+    often = frequencies(model, full_texts, case["threshold"])
     return {
         **case,
         "settings": settings(arguments),
@@ -143,6 +151,7 @@ def measure(model: Any, case: dict, arguments: argparse.Namespace) -> dict:
         "drafts": drafts,
         "accepted": accepted,
         "equal": equal,
+        "forecast": forecast(timer.costs(), often, layers, batch)._asdict(),
         "command": provenance.command(),
         "commit": provenance.commit(),
         "device": provenance.device(),
@@ -178,6 +187,7 @@ def page(cases: Sequence[dict]) -> str:
         "pairs",
         "lossless x full depth",
         "interval of the median",
+        "forecast",
         "drafts",
         "accepted",
         "equal texts",
@@ -188,9 +198,11 @@ def page(cases: Sequence[dict]) -> str:
 
 Commit {commits}. {first["device"]}; {cases[-1]["date"]}. Precision {first["settings"]["precision"]}, greedy,
 {first["settings"]["new_tokens"]} new tokens per prompt; tokens per second from the first token on. Both decode the same
-prompts in one process and take turns after every step. Medians (quartiles) of pairs, and where the median of all such
-pairs lies with 95 % confidence. *Equal texts* counts pairs with the same tokens (others differ where two tokens are as
-probable within rounding).
+prompts in one process and take turns after every token or round. Medians (quartiles) of pairs, and where the median of
+all such pairs lies with 95 % confidence. *Equal texts* counts pairs with the same tokens (others differ where two
+tokens are as probable within rounding). *Forecast*: the round that should pay most, and its speed, from how often its
+exit is sure, and right then, on full depth's texts and from the time of its passes, both measured apart from lossless
+decoding.
 
 The limit, a median of {LIMIT:.2f} or more, {held}; the worst is {_name(worst)}.
 
@@ -213,10 +225,18 @@ def _line(case: dict) -> list[str]:
         str(pairs),
         f"{found.median:.3f} ({found.q25:.3f} to {found.q75:.3f})",
         f"{low:.3f} to {high:.3f}",
+        _forecast(case["forecast"]),
         str(case["drafts"]),
         share,
         f"{case['equal']} of {pairs}",
     ]
+
+
+def _forecast(found: dict) -> str:
+    if not found["length"]:
+        return "1.000: no round pays"
+    drafts = f"{found['length']} draft{'s' * (found['length'] > 1)} of exit {found['layer']}"
+    return f"{found['speed']:.3f}: {drafts}, sure {found['sure']:.0%}, right {found['right']:.0%}"
 
 
 def plot(cases: Sequence[dict]) -> Any:
@@ -229,12 +249,14 @@ def plot(cases: Sequence[dict]) -> Any:
         axes.errorbar(
             middle, index, xerr=[[middle - low], [high - middle]], fmt="D", color="#882255", capsize=4
         )
+    speeds = [case["forecast"]["speed"] for case in cases]
+    axes.plot(speeds, range(len(cases)), "k|", markersize=18, markeredgewidth=2, label="forecast")
     axes.axvline(1.0, color=FINAL_LINE_COLOUR, label="full depth")
     axes.axvline(LIMIT, color=FINAL_LINE_COLOUR, linestyle="--", label="limit of the median")
     axes.set_yticks(range(len(cases)), [_name(case) for case in cases])
     axes.invert_yaxis()
     axes.set_xlabel("tokens/s of lossless decoding over full depth's, pairs and medians", fontsize=11)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False, fontsize=10)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False, fontsize=10)
     return figure
 
 
@@ -257,7 +279,9 @@ def main() -> None:
         for case in cases_of(arguments):
             if any(case.items() <= each.items() for each in done):
                 continue
-            model = model or restore(arguments)
+            if model is None:
+                model = restore(arguments)
+                model.prepare_decoding()
             print(f"{_name(case)}: …", flush=True)
             done.append(measure(model, case, arguments))
             save(path, done)

@@ -69,6 +69,8 @@ def test_lossless_in_pairs_goes_on_where_it_was_stopped(workspace):
     assert "batch 2, prompt 8, threshold 0.1: …" in printed
     cases = json.loads((workspace / "out/lossless_pairs.json").read_text())
     assert [case["equal"] for case in cases] == [3, 3]
+    for case in cases:  # exits of random weights are seldom right
+        assert case["forecast"]["speed"] >= 1 and 0 <= case["forecast"]["right"] < 0.5
     assert all(len(times) == 3 for case in cases for times in case["decoding_seconds"].values())
     printed = run(workspace, "lossless_pairs.py", *small, "--thresholds", "0.1,0.2")
     assert "threshold 0.1: …" not in printed and "threshold 0.2: …" in printed

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from nemo_ee.inference.drafting import CREDIT, LOSS, SAVED, DraftingPolicy, Outcome, Round
+from nemo_ee.inference.drafting import CREDIT, LOSS, SAVED, DraftingPolicy, Outcome, Round, expected_rate
 from nemo_ee.inference.pass_costs import DRAFT_HEAD, GROWTH, PassCosts, pass_costs
 
 COSTS = PassCosts(to_exit=(1.0, 2.0), head=(0.2, 0.2), full=4.0, growth=GROWTH["gpu"])
@@ -142,7 +142,7 @@ def test_expected_rate_is_the_average():
                 return Round(0, n)
 
         cost, _ = play(Fixed(COSTS), (chances[0],), (chances[1],), 60_000)
-        assert 1 / (cost * COSTS.full) == pytest.approx(policy._rate(0, n, 1), rel=0.02)
+        assert 1 / (cost * COSTS.full) == pytest.approx(expected_rate(COSTS, 0, n, 1, *chances), rel=0.02)
 
 
 def test_growth_interpolates():
