@@ -50,6 +50,14 @@ setup(
         # Apex is not on PyPI: it comes with NeMo's containers or from https://github.com/NVIDIA/apex.
         "gpu": ["transformer-engine[pytorch]>=2.2,<2.6"],
         "server": ["fastapi>=0.115,<1", "uvicorn>=0.34,<1", "prometheus-client>=0.20,<1"],
-        "dev": ["pytest>=8", "ruff>=0.6", "mypy>=1.11", "openai>=2", "httpx>=0.27,<1", "psutil>=5.9"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "ruff>=0.6",
+            "mypy>=1.11",
+            "openai>=2",
+            "httpx>=0.27,<1",
+            "psutil>=5.9",
+        ],
     },
 )

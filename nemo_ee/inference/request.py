@@ -13,6 +13,9 @@ from nemo_ee.schema import build_config, one_of
 
 NEVER = 1.0
 """A threshold: the exit is not asked."""
+DRAFTS_ABOVE = 0.4
+"""Threshold of lossless requests that give none, by the maximum probability. The model's own say when a token may stay;
+drafts only have to be worth their time (with SmolLM2-135M, 0.2 to 0.5 are equally good)."""
 LOWEST_TEMPERATURE = 1e-6
 """Below it logits divided by the temperature leave float32's range."""
 
@@ -67,7 +70,7 @@ class ExitOptions:
 
     Attributes:
         threshold: leave at a confidence strictly above it; one number, or one per exit in use. 1.0 never
-            exits.
+            exits. Null is `DRAFTS_ABOVE` for lossless requests by the maximum probability.
         exits: exit layers in use, ascending.
         max_pending: tokens of a sequence that may wait at an exit; the next one goes through all layers.
         lossless: exits only draft; the full model verifies every token, and the text is the full model's.
@@ -212,6 +215,8 @@ def parse_exits(
     if options.threshold is not None:
         return dict.fromkeys(layers, options.threshold), options
     own = config.inference.confidence
+    if options.lossless and (options.confidence or own) == "max_probability":
+        return dict.fromkeys(layers, DRAFTS_ABOVE), options
     if layers and options.confidence not in (None, own):
         rule = f"the model's thresholds are for confidence={own}, not for {options.confidence}"
         faults.append(Fault("early_exit.threshold", None, rule, "give one, or one per exit"))

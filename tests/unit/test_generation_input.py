@@ -98,6 +98,20 @@ def test_lossless_decoding_refuses_rules_that_compare_exits(model, rule):
         parse_request(None, None, options, model.early_exit)
 
 
+def test_lossless_requests_draft_above_a_threshold_of_their_own(model):
+    from nemo_ee.inference.request import DRAFTS_ABOVE, parse_request
+
+    def thresholds(**options):
+        return set(parse_request(None, None, options, model.early_exit).exits.values())
+
+    usual = {model.early_exit.inference.threshold}
+    assert thresholds(lossless=True) == {DRAFTS_ABOVE} and usual != {DRAFTS_ABOVE}
+    assert thresholds(lossless=True, threshold=0.7) == {0.7}
+    assert thresholds() == thresholds(lossless=False) == usual
+    with pytest.raises(ConfigError, match="thresholds are for confidence=max_probability, not for margin"):
+        thresholds(lossless=True, confidence="margin")
+
+
 def test_the_lowest_temperature_is_greedy():
     from nemo_ee.inference.request import LOWEST_TEMPERATURE, SamplingOptions
     from nemo_ee.inference.sampling import token_distribution

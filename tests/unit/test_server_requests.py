@@ -232,7 +232,9 @@ def test_the_servers_exits_are_for_requests_that_do_not_say():
     assert request(early_exit=dict(exits=[2, 4])).exits == {2: 0.6, 4: 0.6}
     assert request(early_exit=dict(threshold=0.9, lossless=False)).exits == {4: 0.9}
     assert request(early_exit=True).exits == {4: 0.6}
-    assert request(early_exit=dict(threshold=None)).exits == {4: 0.8}, "null is the checkpoint's"
+    assert request(early_exit=dict(threshold=None)).exits == {4: 0.4}, "null is lossless decoding's own"
+    checkpoint = request(early_exit=dict(threshold=None, lossless=False))
+    assert checkpoint.exits == {4: 0.8}, "null is the checkpoint's"
     assert request(early_exit=False).exits == {} and not request(early_exit=False).lossless
     settings = dict(early_exit=dict(max_pending=3))
     assert request().max_pending == 3 and request(early_exit=dict(lossless=True)).max_pending is None
