@@ -11,8 +11,9 @@ LONGEST = 8
 """Tokens drafted at most."""
 LOSS = 0.02
 """Share of full depth's cost that drafting may lose, all in all, whatever happens."""
-CREDIT = 24
-"""Tokens whose share may be lost before they are decoded; without it a text would begin at full depth."""
+CREDIT = 16
+"""Tokens whose share may be lost before they are decoded; without it a text would begin at full depth, with more a text
+of ten tokens could lose over 5 %."""
 MARGIN = 0.03
 """Gain that a round must promise at least: `PassCosts` are not more exact than that."""
 PRIOR_SURE, PRIOR_ACCEPTED, PRIOR_WEIGHT = 0.5, 0.8, 3.0

@@ -152,7 +152,7 @@ def frequencies(model: Any, texts: Sequence[tuple[list[int], list[int]]], thresh
         threshold: sure above it.
 
     Returns:
-        Of each exit counts: tokens, those that it is sure of, and those that it is right of, too.
+        Of each exit counts: tokens, those that it is sure of, and of these those that it is right in.
     """
     layers = model.early_exit.layers
     counts = np.zeros((len(layers), 3), dtype=int)
