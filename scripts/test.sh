@@ -6,10 +6,17 @@
 #   bash scripts/test.sh --slow               all tests
 #   bash scripts/test.sh tests/unit -k ridge  any pytest arguments
 #
-# Two pytest processes share the files of tests; -n 0 is one, which a debugger needs.
+# Two pytest processes share the files of tests; -n 0 is one, which a debugger needs. In a container that has no
+# pytest-xdist it is one, too.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-}" # empty unless set: the CPU tests mean the CPU everywhere
 source scripts/env.sh
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # distributed tests run a process per rank
-exec python -m pytest -q --durations=15 -n 2 --dist loadfile "$@"
+share=()
+if python -c 'import xdist' 2>/dev/null; then
+    share=(-n 2 --dist loadfile)
+else
+    echo "pytest-xdist is not installed: the tests run in one process"
+fi
+exec python -m pytest -q --durations=15 "${share[@]}" "$@"
