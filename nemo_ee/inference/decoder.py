@@ -234,7 +234,7 @@ class EarlyExitDecoder:
             last = first + 1
             if some:
                 packed = self._pending_pack(first, some)
-                while last < len(self.exits) and some == list(rows) and self._passes_by(last, some, packed):
+                while last < len(self.exits) and self._passes_by(last, list(rows), packed):
                     last += 1
                 x = self._run_segments(first + 1, last, self.exits[first].pending(packed), packed)
                 if last < len(self.exits):

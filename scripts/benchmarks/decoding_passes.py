@@ -8,7 +8,7 @@ and the exits' predictions are. That costs a few microseconds per pass.
 import statistics
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -180,9 +180,7 @@ class PassTimer:
         length = max(self.length, *(step.tokens // step.sequences for step in steps))
         with generating(self.model):
             model = DecodingModel(self.model.gpt)
-            decoder = EarlyExitDecoder(model, self.model.early_exit.layers, rows, length)
-            decoder.filled = [[length] * rows for _ in decoder.segments]
-            decoder.layers_run = [0] * rows
+            decoder = filled_decoder(model, self.model.early_exit.layers, rows, length)
             list(_timed_step(decoder, length, steps[0]))  # warms up
             for step in steps:
                 self._rounds[step] += 1
@@ -192,6 +190,24 @@ class PassTimer:
     def medians(self) -> dict[Pass, float]:
         """Of every pass."""
         return {each: statistics.median(times) for each, times in self.seconds.items()}
+
+
+def filled_decoder(
+    model: DecodingModel, exit_layers: Sequence[int], rows: int, length: int, more: int = 0
+) -> EarlyExitDecoder:
+    """A decoder of sequences that have been through all layers, as far as it knows; their keys are zero.
+
+    Args:
+        model: the whole model.
+        exit_layers: see `EarlyExitDecoder`.
+        rows: sequences.
+        length: tokens of each.
+        more: positions to reserve beyond.
+    """
+    decoder = EarlyExitDecoder(model, exit_layers, rows, length + more)
+    decoder.filled = [[length] * rows for _ in decoder.segments]
+    decoder.layers_run = [0] * rows
+    return decoder
 
 
 def _timed_step(decoder: EarlyExitDecoder, length: int, step: Step) -> Iterator[tuple[Pass, float]]:

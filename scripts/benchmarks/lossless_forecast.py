@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from decoding_passes import timed
+from decoding_passes import filled_decoder, timed
 
 from nemo_ee.inference.decoder import EarlyExitDecoder
 from nemo_ee.inference.drafting import expected_rate
@@ -88,20 +88,14 @@ class RoundTimer:
     def __init__(self, model: Any, batch: int, length: int):
         self._model, self._batch, self._length = model, batch, length
         self._seconds: dict[tuple[str, int], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-        self._warm = False
 
     def round(self) -> None:
         """Times every pass once."""
-        room = self._length + LONGEST + 1
         with generating(self._model):
-            decoder = EarlyExitDecoder(
-                self._model.decoding_model(), self._model.early_exit.layers, self._batch, room
-            )
-            decoder.filled = [[self._length] * self._batch for _ in decoder.segments]
-            decoder.layers_run = [0] * self._batch
-            for _ in range(1 if self._warm else 2):
+            model, layers = self._model.decoding_model(), self._model.early_exit.layers
+            decoder = filled_decoder(model, layers, self._batch, self._length, more=LONGEST + 1)
+            for _ in range(1 if self._seconds else 2):  # the very first warms up
                 found = list(self._passes(decoder))
-        self._warm = True
         for kind, exit_index, tokens, seconds in found:
             self._seconds[kind, exit_index][tokens].append(seconds)
 
@@ -112,7 +106,7 @@ class RoundTimer:
     def _passes(self, decoder: EarlyExitDecoder) -> Iterator[tuple[str, int, int, float]]:
         """Kind, exit index, tokens and seconds of passes, in the order of rounds: so each finds the processor's
         caches as in decoding."""
-        for n in self._together():
+        for n in sorted({self._batch, *(min(n, self._batch) for n in (1, 2, 4, 8, 16, 32))}):
             rows = list(range(self._batch - n, self._batch))
             for _ in range(2):
                 yield "full", 0, n, self._step(decoder, rows, None)
@@ -124,10 +118,6 @@ class RoundTimer:
                     yield "shallow", k, n, self._step(decoder, rows, k)
                     yield "verify", k, n * (drafts + 1), timed(lambda: decoder.flush(rows))[1]  # noqa: B023
                     self._forget(decoder)
-
-    def _together(self) -> list[int]:
-        """Numbers of sequences."""
-        return sorted({*(n for n in (1, 2, 4, 8, 16, 32) if n < self._batch), self._batch})
 
     def _step(
         self, decoder: EarlyExitDecoder, rows: list[int], exit_index: int | None, asked: bool = False

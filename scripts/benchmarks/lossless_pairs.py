@@ -97,12 +97,17 @@ def run_pair(
                 if session.running:
                     synchronise()
                     begin = time.perf_counter()
-                    known = sum(len(each.tokens) for each in sequences[name])
-                    while session.running and known == sum(len(each.tokens) for each in sequences[name]):
+                    known = count_tokens(sequences[name])
+                    while session.running and count_tokens(sequences[name]) == known:
                         session.step()  # drafts, until they are verified
                     synchronise()
                     seconds[name] += time.perf_counter() - begin
     return seconds, sequences
+
+
+def count_tokens(sequences: Sequence[Any]) -> int:
+    """That these have been continued by."""
+    return sum(len(each.tokens) for each in sequences)
 
 
 def measure(model: Any, case: dict, arguments: argparse.Namespace) -> dict:
@@ -168,6 +173,11 @@ def ratios(case: dict) -> list[float]:
     return [full / lossless for full, lossless in zip(times["full"], times["lossless"], strict=True)]
 
 
+def middle(case: dict) -> float:
+    """Median of `ratios`."""
+    return statistics.median(ratios(case))
+
+
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """That holds the median of all such pairs with 95 % confidence: two of the values, by their ranks (each is above
     the median with a chance of one half); all of them where there are fewer than six."""
@@ -182,10 +192,10 @@ def page(cases: Sequence[dict]) -> str:
     """The report as Markdown."""
     first, commits = cases[0], ", ".join(dict.fromkeys(case["commit"] for case in cases))
     lines = [_line(case) for case in cases]
-    worst = min(cases, key=lambda case: spread(ratios(case)).median)
-    held = "holds in all cases" if spread(ratios(worst)).median >= LIMIT else "does **not** hold in all cases"
+    worst = min(cases, key=middle)
+    held = "holds in all cases" if middle(worst) >= LIMIT else "does **not** hold in all cases"
     promising = [case for case in cases if case["forecast"]["speed"] >= PAYS]
-    faster = sum(spread(ratios(case)).median > 1 for case in promising)
+    faster = sum(middle(case) > 1 for case in promising)
     header = [
         "case",
         "pairs",
@@ -249,10 +259,10 @@ def plot(cases: Sequence[dict]) -> Any:
     figure, (axes,) = new_figure(1, width=9.0, height=1.2 + 0.4 * len(cases))
     for index, case in enumerate(cases):
         values = ratios(case)
-        (low, high), middle = interval(values), statistics.median(values)
+        (low, high), median = interval(values), middle(case)
         axes.plot(values, [index] * len(values), "o", color="#cc79a7", alpha=0.3, markersize=5)
         axes.errorbar(
-            middle, index, xerr=[[middle - low], [high - middle]], fmt="D", color="#882255", capsize=4
+            median, index, xerr=[[median - low], [high - median]], fmt="D", color="#882255", capsize=4
         )
     speeds = [case["forecast"]["speed"] for case in cases]
     axes.plot(speeds, range(len(cases)), "k|", markersize=18, markeredgewidth=2, label="forecast")

@@ -14,8 +14,8 @@ import torch
 from nemo_ee.checkpoint import archive
 from nemo_ee.errors import CheckpointError
 from tests.support import tiny_llama
+from tests.support.script import run_script
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_llama_hf_to_nemo.py"
 LLAMA3_SCALING = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -162,21 +162,14 @@ def test_precision_of_the_saved_weights(workers, tmp_path, precision, dtype):
     assert archive.read_config(tmp_path / "m.nemo").precision == precision
 
 
-def run_script(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1]), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments], cwd=folder, env=environment, capture_output=True, text=True
-    )
-
-
 def test_script_converts_and_then_refuses_to_overwrite(tmp_path):
     source = tiny_llama.write(tmp_path / "hf")
     arguments = (f"input_name_or_path={source}", f"output_path={tmp_path / 'm.nemo'}")
-    first = run_script(tmp_path, *arguments)
+    first = run_script(tmp_path, "convert_llama_hf_to_nemo.py", *arguments)
     assert first.returncode == 0, first.stderr
     assert "wrote" in first.stdout
     before = (tmp_path / "m.nemo").read_bytes()
-    second = run_script(tmp_path, *arguments)
+    second = run_script(tmp_path, "convert_llama_hf_to_nemo.py", *arguments)
     assert second.returncode == 1
     assert "exists; choose another or set overwrite=true" in second.stderr
     assert "Traceback" not in second.stderr
