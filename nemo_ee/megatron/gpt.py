@@ -308,7 +308,7 @@ class EarlyExitGPTModel(GPTModel):
         if self.output_copy is not None:
             source = "embedding.word_embeddings.weight" if self.tied_to_embedding else "output_layer.weight"
             state[f"{prefix}output_copy"] = make_tp_sharded_tensor_for_checkpoint(
-                self.output_copy.data,
+                self.output_copy,  # itself: an optimizer's state is matched to its parameter by identity
                 f"{prefix}{source}",
                 replica_id=(
                     1 + parallel_state.get_pipeline_model_parallel_rank(),

@@ -270,11 +270,6 @@ def check_pretraining(cfg: DictConfig) -> None:
         if cfg.get(key, False):
             rule = "not supported while exits are trained with the backbone"
             faults.append(Fault(f"model.{key}", cfg[key], rule, remedy))
-    name = cfg.optim.get("name")
-    if cfg.get("megatron_amp_O2", False) and name in ("adam", "adamw"):
-        rule = "with model.megatron_amp_O2 NeMo cannot save this optimizer's state"
-        remedy = "use mcore_distributed_optim, or fused_adam with Apex"
-        faults.append(Fault("model.optim.name", name, rule, remedy))
     if (
         cfg.get("data") is not None
         and cfg.data.get("seq_length", cfg.encoder_seq_length) != cfg.encoder_seq_length

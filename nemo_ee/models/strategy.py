@@ -1,14 +1,15 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """NeMo's training strategy for models with exits: idle stages and plain torch optimizers work too."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.optimizer import (
-    get_param_id_to_sharded_param_map,
-    optim_state_to_sharding_state,
-)
 from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
+from nemo.core.optim.optimizer_with_main_params import MainParamsOptimizerWrapper
 from nemo.core.optim.optimizers import init_optimizer_states
+from torch.optim import Adam, AdamW, Optimizer
 
 
 class EarlyExitDDPStrategy(NLPDDPStrategy):
@@ -33,52 +34,115 @@ class EarlyExitDDPStrategy(NLPDDPStrategy):
     def optimizer_sharded_state_dict(
         self, unsharded_optim_state: dict | None = None, is_loading: bool = False
     ) -> dict:
-        """State of a plain torch optimizer, sharded as its parameters are.
+        """NeMo's, for torch's Adam and AdamW too, by themselves or within Megatron's and NeMo's wrappers.
 
-        NeMo's version needs Apex for a name it imports, and takes torch's step counters for sharded tensors.
-        They are one number here, `common_step`: the highest of all ranks.
+        NeMo takes torch's step counters for sharded tensors. They are one number here, `common_step`: the
+        highest of all ranks. Megatron's distributed optimizer reads them, also of an optimizer that has made
+        no step yet.
 
-        Collectives: one all-reduce over the world.
+        Collectives: one all-reduce over the world, unless Megatron's optimizer is distributed.
         """
-        if self.lightning_module.with_distributed_adam or self.lightning_module.megatron_amp_O2:
+        optimizers = self._torch_optimizers()
+        for optimizer in optimizers:
+            init_optimizer_states(optimizer)
+            _complete_adam_states(optimizer)
+        if self.lightning_module.with_distributed_adam:
             return super().optimizer_sharded_state_dict(unsharded_optim_state, is_loading)
-        optimizer = self.lightning_module.optimizers(use_pl_optimizer=False)
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        init_optimizer_states(optimizer)
-        _complete_adam_states(optimizer)
-        state = optimizer.state_dict()
-        steps = [float(entry.get("step", 0.0)) for entry in state["state"].values()]
-        state["state"] = {
-            index: {key: value for key, value in entry.items() if key != "step"}
-            for index, entry in state["state"].items()
-        }
+        with _without_steps(optimizers) as steps:
+            state = super().optimizer_sharded_state_dict(unsharded_optim_state, is_loading)
         step = torch.tensor(max(steps, default=0.0), device=self.root_device)
         torch.distributed.all_reduce(step, torch.distributed.ReduceOp.MAX)
-        sharded = self.lightning_module.sharded_state_dict()
-        optim_state_to_sharding_state(state, get_param_id_to_sharded_param_map(sharded, parameters))
         state["common_step"] = step.item()
         return state
 
     def load_optimizer_state_dict(self, checkpoint: dict) -> None:
         """Gives every parameter its step counter back, then loads as Lightning does."""
+        if self.lightning_module.with_distributed_adam:
+            self._load_distributed(checkpoint)
+            return
         for state in checkpoint["optimizer_states"]:
-            state.setdefault("state", {})  # a stage without exits has none, and empty mappings are not stored
             step = state.pop("common_step", None)
+            inner = state.get("optimizer", state)
+            inner.setdefault("state", {})  # a stage without exits has none, and empty mappings are not stored
             if step is not None:
-                state["state"] = {
+                inner["state"] = {
                     index: {**entry, "step": torch.tensor(step)}
-                    for index, entry in state["state"].items()
+                    for index, entry in inner["state"].items()
                     if entry
                 }
         super().load_optimizer_state_dict(checkpoint)
 
+    def _load_distributed(self, checkpoint: dict) -> None:
+        """What Megatron's optimizer loads at once, in two parts: it looks for torch's counters among moments."""
+        (state,) = checkpoint["optimizer_states"]
+        state["optimizer"]["param_groups"] = self._own_order(state["optimizer"]["param_groups"])
+        shards, kind = state.pop("param_state", None), state.pop("param_state_sharding_type", None)
+        super().load_optimizer_state_dict(checkpoint)
+        for part in self._megatron_optimizers() if shards is not None else ():
+            load = {
+                "fully_sharded_model_space": part.load_parameter_state_from_fs_model_space,
+                "dp_zero_gather_scatter": part.load_parameter_state_from_dp_zero,
+            }[kind]
+            with _without_steps(self._torch_optimizers()):
+                load(shards)
 
-def _complete_adam_states(optimizer: torch.optim.Optimizer) -> None:
+    def _own_order(self, saved: list[dict]) -> list[dict]:
+        """Saved parameter groups in the order of this rank's.
+
+        A checkpoint has rank 0's, but Megatron orders each pipeline stage's by its first parameters: taken by
+        place, matrices would lose their weight decay to vectors.
+        """
+
+        def kind(group: dict) -> tuple:
+            return group["wd_mult"], group["lr_mult"], group["is_expert_parallel"], group["is_decoupled_lr"]
+
+        found = {kind(group): group for group in saved}
+        (mine,) = self._torch_optimizers()
+        return [found[kind(group)] for group in mine.param_groups]
+
+    def _megatron_optimizers(self) -> list:
+        """Megatron's distributed optimizers: one, since there are no experts."""
+        whole = self.lightning_module.optimizers(use_pl_optimizer=False).mcore_optimizer
+        return getattr(whole, "chained_optimizers", [whole])
+
+    def _torch_optimizers(self) -> list[Optimizer]:
+        """The optimizers of torch or Apex within Megatron's and NeMo's wrappers: theirs are the states."""
+        optimizer = self.lightning_module.optimizers(use_pl_optimizer=False)
+        if isinstance(optimizer, MainParamsOptimizerWrapper):
+            return [optimizer.optimizer]
+        if not hasattr(optimizer, "mcore_optimizer"):
+            return [optimizer]
+        inner = [part.optimizer for part in self._megatron_optimizers()]
+        return [one for one in inner if one is not None]  # None: there is nothing to train
+
+
+def _counts_by_tensor(optimizer: Optimizer) -> bool:
+    return isinstance(optimizer, Adam | AdamW)
+
+
+def _complete_adam_states(optimizer: Optimizer) -> None:
     """Step counters of 0 where NeMo's `init_optimizer_states` made moments alone: torch asks for both."""
-    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+    if not _counts_by_tensor(optimizer):
         return
     for group in optimizer.param_groups:
         on_device = group["capturable"] or group["fused"]
         for parameter in group["params"]:
             if (state := optimizer.state[parameter]) and "step" not in state:
                 state["step"] = torch.tensor(0.0, device=parameter.device if on_device else None)
+
+
+@contextmanager
+def _without_steps(optimizers: list[Optimizer]) -> Iterator[list[float]]:
+    """Takes the step counters out of the states while within; yields their values."""
+    taken = [
+        (state, state.pop("step"))
+        for optimizer in optimizers
+        if _counts_by_tensor(optimizer)
+        for state in optimizer.state.values()
+        if "step" in state
+    ]
+    try:
+        yield [float(step) for _, step in taken]
+    finally:
+        for state, step in taken:
+            state["step"] = step.clone()  # Megatron loads one tensor for all, which each would then count up

@@ -147,7 +147,9 @@ def tiny_trainer(world_size: int = 1, precision: Any = 32, **settings: Any) -> A
         accelerator="cpu",
         devices=world_size,
         num_nodes=1,
-        strategy=EarlyExitDDPStrategy(no_ddp_communication_hook=True, process_group_backend="gloo"),
+        strategy=EarlyExitDDPStrategy(
+            no_ddp_communication_hook=True, process_group_backend="gloo", dist_ckpt_parallel_save=True
+        ),
         precision=precision,
         logger=False,
         enable_checkpointing=False,

@@ -332,6 +332,7 @@ PRETRAINING = dict(
 SOUND_PRETRAINING = {
     "plain": {},
     "O2": dict(megatron_amp_O2=True, optim__name="mcore_distributed_optim"),
+    "O2 with adamw": dict(megatron_amp_O2=True),
     "recomputed": dict(activations_checkpoint_granularity="full"),
     "filled": dict(
         pipeline_model_parallel_size=4, early_exit__training=dict(bubble_filling=dict(warmup=True))
@@ -340,7 +341,6 @@ SOUND_PRETRAINING = {
 UNSOUND_PRETRAINING = {
     "no exits": (dict(early_exit=None), "model.early_exit"),
     "ridge": (dict(early_exit__init="ridge", early_exit__head=dict(linear=True)), "model.early_exit.init"),
-    "O2 with adamw": (dict(megatron_amp_O2=True), "model.optim.name"),
     "FSDP": (dict(fsdp=True), "model.fsdp"),
     "deferred": (dict(defer_embedding_wgrad_compute=True), "model.defer_embedding_wgrad_compute"),
     "other length": (dict(data__seq_length=32), "model.data.seq_length"),
