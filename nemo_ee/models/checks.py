@@ -11,6 +11,7 @@ from nemo_ee.config import EarlyExitConfig, parse_early_exit
 from nemo_ee.core.bubbles import most_fills
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.models.batch_checks import RAMP_UP, document_faults, ramp_up_faults
+from nemo_ee.models.key_rules import ANY_MODEL, CUSTOMIZATION, PRETRAINING, TUNING, key_faults
 
 NOT_ON_THIS_MACHINE = {
     "gradient_accumulation_fusion": "Apex",
@@ -24,20 +25,6 @@ NOT_ON_THIS_MACHINE = {
 
 LAYER_SPECS = ("", "te_gpt", "decoder_block_gpt")
 """NeMo's names (`model.name`) of megatron-core's plain GPT layers."""
-
-NOT_WITH_EXITS = {
-    "final_logit_softcapping": ("exits and their decoding project without it", "use another checkpoint"),
-    "drop_layers": ("exits are numbered by whole models", "set it to null"),
-    "enable_cuda_graph": ("graphs run no hooks, by which exits see hidden states", "set it to false"),
-    "external_cuda_graph": ("graphs run no hooks, by which exits see hidden states", "set it to false"),
-}
-"""Model keys that exits would bypass or that would bypass exits: the reason, and what to do instead."""
-
-NOT_WHILE_TRAINING = {
-    "fsdp": "use tensor, pipeline and data parallelism",
-    "defer_embedding_wgrad_compute": "set it to false",
-}
-"""Model keys that cannot be combined with training exits, and what to do instead."""
 
 
 def read_early_exit(cfg: DictConfig, vocab_size: int | None = None) -> EarlyExitConfig:
@@ -69,15 +56,7 @@ def check_model(cfg: DictConfig, world_size: int, layers: int | None = None) -> 
         faults.append(
             Fault("model.mcore_gpt", cfg.get("mcore_gpt"), rule, "convert the checkpoint to megatron-core")
         )
-    for key, wanted in (("context_parallel_size", 1), ("expert_model_parallel_size", 1)):
-        if cfg.get(key, 1) != wanted:
-            faults.append(
-                Fault(f"model.{key}", cfg[key], "not supported with early exits", f"set it to {wanted}")
-            )
-    if cfg.get("virtual_pipeline_model_parallel_size") not in (None, 1):
-        size = cfg.virtual_pipeline_model_parallel_size
-        rule = "interleaved pipelines are not supported with early exits"
-        faults.append(Fault("model.virtual_pipeline_model_parallel_size", size, rule, "set it to null"))
+    faults += key_faults(cfg, ANY_MODEL)
     if faults:
         raise ConfigError(*faults)
 
@@ -92,16 +71,14 @@ def _backbone_faults(cfg: DictConfig) -> Iterator[Fault]:
         rule = "names layers other than megatron-core's plain GPT's, which exits are built on"
         remedy = "use a checkpoint of such layers, e.g. of a Llama, Mistral, Qwen2 or GPT model"
         yield Fault("model.name", name, rule, remedy)
-    section = "mcore_customization_config"
-    custom = {key: value for key, value in (cfg.get(section) or {}).items() if value not in (None, False)}
-    for key, (rule, remedy) in NOT_WITH_EXITS.items():
-        where = f"model.{section}.{key}" if key in custom else f"model.{key}"
-        if value := custom.get(key, cfg.get(key)):
-            yield Fault(where, value, rule, remedy)
-    known = {field.name for field in dataclasses.fields(TransformerConfig)} | NOT_WITH_EXITS.keys()
+    custom = {
+        key: value for key, value in (cfg.get(CUSTOMIZATION) or {}).items() if value not in (None, False)
+    }
+    known = {field.name for field in dataclasses.fields(TransformerConfig)} | {rule.key for rule in ANY_MODEL}
     for key in custom.keys() - known:
         rule = "is unknown to megatron-core's plain GPT"
-        yield Fault(f"model.{section}.{key}", custom[key], rule, "use another checkpoint, or set it to null")
+        remedy = f"use another checkpoint, or set ++model.{CUSTOMIZATION}.{key}=null"
+        yield Fault(f"model.{CUSTOMIZATION}.{key}", custom[key], rule, remedy)
     window = custom.get("window_size", cfg.get("window_size"))
     if window is not None and not (cfg.get("transformer_engine", False) and have_transformer_engine()):
         rule = "attention within a window needs Transformer Engine and a GPU"
@@ -224,18 +201,7 @@ def check_tuning(cfg: DictConfig) -> None:
         rule = "no exit parameter would be tuned"
         remedy = "turn on one of block, mlp, norm, linear, or train_projection; or use projection=shortlist"
         faults.append(Fault("model.early_exit.head", str(head), rule, remedy))
-    if cfg.get("megatron_amp_O2", False):
-        rule = "the frozen backbone is kept in the compute dtype and the exits in float32 already"
-        faults.append(Fault("model.megatron_amp_O2", True, rule, "set it to false"))
-    if cfg.optim.get("name") in ("distributed_fused_adam", "mcore_distributed_optim"):
-        rule = "exits have too few parameters to shard their optimizer"
-        faults.append(Fault("model.optim.name", cfg.optim.name, rule, "use adamw (or fused_adam with Apex)"))
-    if cfg.get("activations_checkpoint_granularity") is not None:
-        rule = "a backbone without backward keeps no activations to recompute"
-        key = "model.activations_checkpoint_granularity"
-        faults.append(Fault(key, cfg.activations_checkpoint_granularity, rule, "set it to null"))
-    if ramp := cfg.get("rampup_batch_size"):
-        faults.append(Fault(RAMP_UP, ramp, "tuning has batches of one size", "set it to null"))
+    faults += key_faults(cfg, TUNING)
     faults += document_faults(cfg)
     if (data := cfg.get("data")) is not None:
         length, limit = data.seq_length, cfg.encoder_seq_length
@@ -266,10 +232,17 @@ def check_pretraining(cfg: DictConfig) -> None:
         faults.append(
             Fault("model.early_exit.init", "ridge", rule, "use random, or copy with restore_from_path")
         )
-    for key, remedy in NOT_WHILE_TRAINING.items():
-        if cfg.get(key, False):
-            rule = "not supported while exits are trained with the backbone"
-            faults.append(Fault(f"model.{key}", cfg[key], rule, remedy))
+    if early_exit.init == "copy" and not cfg.get("restore_from_path"):
+        rule = "there are no trained weights to copy without model.restore_from_path"
+        faults.append(
+            Fault(
+                "model.early_exit.init",
+                "copy",
+                rule,
+                "set model.early_exit.init=random, or give a checkpoint",
+            )
+        )
+    faults += key_faults(cfg, PRETRAINING)
     if (
         cfg.get("data") is not None
         and cfg.data.get("seq_length", cfg.encoder_seq_length) != cfg.encoder_seq_length

@@ -127,23 +127,29 @@ class MegatronGPTEEPretrainingModel(
     # --- optimization -------------------------------------------------------------------------------------
 
     def setup_optimizer_param_groups(self) -> None:
-        """Vectors (norms, biases) are not decayed, matrices are; NeMo knows Apex's norms only."""
-        decayed, plain = [], []
+        """Matrices are decayed, and vectors (norms, biases) with `do_layer_norm_weight_decay`."""
+        decayed, plain = [], []  # by shape, since NeMo knows Apex's norms only
         for parameter in self.parameters():
             if parameter.requires_grad:
-                (plain if parameter.dim() < 2 else decayed).append(parameter)
+                spared = parameter.dim() < 2 and not self._decays_vectors
+                (plain if spared else decayed).append(parameter)
         groups = (
             {"params": decayed, "is_expert": False},
             {"params": plain, "weight_decay": 0.0, "is_expert": False},
         )
         self._optimizer_param_groups = groups
 
+    @property
+    def _decays_vectors(self) -> bool:
+        return self.cfg.get("do_layer_norm_weight_decay", False)
+
     def setup_optimization(self, *args, **kwargs):
         """NeMo's; Megatron's optimizer decays what its own `wd_mult` says, which NeMo does not look at."""
         result = super().setup_optimization(*args, **kwargs)
         if self.use_mcore_dist_optim:
             for group in self._optimizer.param_groups:
-                group["weight_decay"] = self.cfg.optim.get("weight_decay", 0.0) * group.get("wd_mult", 1.0)
+                share = 1.0 if self._decays_vectors else group.get("wd_mult", 1.0)
+                group["weight_decay"] = self.cfg.optim.get("weight_decay", 0.0) * share
         return result
 
     def fwd_bwd_step(self, dataloader_iter: Iterator, forward_only: bool, first_val_step: bool | None = None):

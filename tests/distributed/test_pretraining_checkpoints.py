@@ -6,11 +6,9 @@ combinations: faults of combinations are nearly always faults of two things that
 """
 
 from itertools import combinations, product
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.distributed.test_pretraining_parallel import BEFORE, full, section
 from tests.support.pretraining import Case, Recorder, pretraining_config
@@ -115,7 +113,10 @@ def losses_of(
 
 def half_precision(choice: Choice) -> dict[str, Any]:
     """A trainer's settings for `megatron_amp_O2`, as NeMo's trainer builder makes them."""
-    from nemo.collections.nlp.parts.nlp_overrides import MegatronHalfPrecisionPlugin, PipelineMixedPrecisionPlugin
+    from nemo.collections.nlp.parts.nlp_overrides import (
+        MegatronHalfPrecisionPlugin,
+        PipelineMixedPrecisionPlugin,
+    )
 
     if not choice[3].startswith("O2"):
         return {}

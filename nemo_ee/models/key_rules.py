@@ -1,0 +1,185 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Keys of `model` that NeMo accepts and that mean nothing, or something else, in a model with exits.
+
+One table for each use: every model with exits, tuning, and pre-training. A key that is missing or null is in
+order. A remedy can be pasted behind the command: `++` overrides a key that a script's YAML has, and adds another.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from nemo_ee.errors import Fault
+
+CUSTOMIZATION = "mcore_customization_config"
+"""A section of `model` whose keys NeMo sets on megatron-core's configuration."""
+
+
+@dataclass(frozen=True)
+class KeyRule:
+    """The values of one key that work.
+
+    Attributes:
+        key: below `model`, dotted; it may also stand in `mcore_customization_config`.
+        use: the value that the remedy sets. Where it is empty or false, all such values work.
+        reason: why others are refused.
+        also: further values that work.
+        applies: whether the rule holds for a configuration.
+        remedy: what to do where `use` is no help.
+    """
+
+    key: str
+    use: Any
+    reason: str
+    also: tuple = ()
+    applies: Callable[[DictConfig], bool] = lambda cfg: True
+    remedy: str | None = None
+
+    def faults(self, cfg: DictConfig) -> Iterator[Fault]:
+        """What a `model` section has against it."""
+        for place in (self.key, f"{CUSTOMIZATION}.{self.key}"):
+            value = _plain(OmegaConf.select(cfg, place))
+            if value is None or self._works(value) or not self.applies(cfg):
+                continue
+            remedy = self.remedy or f"set ++model.{place}={_as_override(self.use)}"
+            yield Fault(f"model.{place}", value, self.reason, remedy)
+
+    def _works(self, value: Any) -> bool:
+        value = value.lower() if isinstance(value, str) else value
+        return value == self.use or value in self.also or not (value or self.use)
+
+
+def key_faults(cfg: DictConfig, rules: tuple[KeyRule, ...]) -> list[Fault]:
+    """What a `model` section has against these rules."""
+    return [fault for rule in rules for fault in rule.faults(cfg)]
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value) if isinstance(value, DictConfig | ListConfig) else value
+
+
+def _as_override(value: Any) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _same(reason: str, remedy: str | None = None, **use: Any) -> list[KeyRule]:
+    """Rules of several keys with one reason."""
+    return [KeyRule(key, value, reason, remedy=remedy) for key, value in use.items()]
+
+
+def _without_transformer_engine(cfg: DictConfig) -> bool:
+    from nemo_ee.megatron.specs import have_transformer_engine
+
+    return not (cfg.get("transformer_engine", False) and have_transformer_engine())
+
+
+def _copies_the_embedding(cfg: DictConfig) -> bool:
+    tied = OmegaConf.select(cfg, "early_exit.head.projection") == "tied"
+    return tied and cfg.get("pipeline_model_parallel_size", 1) > 2
+
+
+OTHER_CHECKPOINT = "use another checkpoint, e.g. of a Llama, Mistral, Qwen2 or GPT model"
+
+ANY_MODEL = (
+    KeyRule(
+        "position_embedding_type",
+        "rope",
+        "megatron-core's GPT has no such positions: the model would be built with none at all",
+        also=("learned_absolute", "none"),
+        remedy="use rope or learned_absolute, whichever the weights are trained with",
+    ),
+    KeyRule(
+        "virtual_pipeline_model_parallel_size",
+        None,
+        "interleaved pipelines are not supported with early exits",
+        also=(1,),
+    ),
+    *_same(
+        "not supported with early exits",
+        context_parallel_size=1,
+        expert_model_parallel_size=1,
+        expert_tensor_parallel_size=1,
+        mtp_num_layers=None,
+    ),
+    *_same(
+        "exits are built on plain layers with multi-head attention and one MLP",
+        OTHER_CHECKPOINT,
+        num_moe_experts=None,
+        multi_latent_attention=False,
+    ),
+    *_same("exits and their decoding project without it", OTHER_CHECKPOINT, final_logit_softcapping=None),
+    *_same("exits are numbered by whole models", drop_layers=None),
+    *_same(
+        "graphs run no hooks, by which exits see hidden states",
+        enable_cuda_graph=False,
+        external_cuda_graph=False,
+    ),
+    *_same(
+        "is known to NeMo's GPT of before megatron-core alone: it would change nothing",
+        transformer_block_type="pre_ln",
+        attention_type="multihead",
+        normalize_attention_scores=True,
+        headscale=False,
+        use_emha=False,
+        ffn_dropout=0.0,
+        activations_checkpoint_layers_per_pipeline=None,
+        num_micro_batches_with_partial_activation_checkpoints=None,
+    ),
+    *_same(
+        "exits are placed by whole layers; uneven stages are num_layers_in_first_pipeline_stage and …_last_…",
+        account_for_embedding_in_pipeline_split=False,
+        account_for_loss_in_pipeline_split=False,
+    ),
+    *_same("other formats cannot be read back", dist_ckpt_format="torch_dist"),
+)
+"""Of every model with exits."""
+
+SHARDING_OPTIMIZERS = ("distributed_fused_adam", "mcore_distributed_optim", "megatron_fused_adam")
+
+TUNING = (
+    *_same(
+        "the frozen backbone is kept in the compute dtype and the exits in float32 already",
+        megatron_amp_O2=False,
+    ),
+    *_same(
+        "a backbone without backward keeps no activations",
+        activations_checkpoint_granularity=None,
+        cpu_offloading=False,
+    ),
+    *_same("a frozen backbone has no gradients", fsdp=False, defer_embedding_wgrad_compute=False),
+    *_same("its buffers have the size of the backbone's own sequences", ub_tp_comm_overlap=False),
+    *_same("tuning has batches of one size", rampup_batch_size=None),
+    KeyRule(
+        "optim.name",
+        "adamw",
+        "exits have too few parameters to shard their optimizer",
+        applies=lambda cfg: cfg.optim.get("name") in SHARDING_OPTIMIZERS,
+    ),
+)
+"""Of tuning exits on a frozen backbone."""
+
+PRETRAINING = (
+    *_same(
+        "not supported while exits are trained with the backbone",
+        fsdp=False,
+        defer_embedding_wgrad_compute=False,
+        cpu_offloading=False,
+    ),
+    KeyRule(
+        "ub_tp_comm_overlap",
+        False,
+        "needs model.transformer_engine=true and a GPU",
+        applies=_without_transformer_engine,
+    ),
+    KeyRule(
+        "optim.name",
+        "mcore_distributed_optim",
+        "reduces copies of the output weight on stages between before their gradients are summed",
+        applies=lambda cfg: cfg.optim.get("name") == "distributed_fused_adam" and _copies_the_embedding(cfg),
+    ),
+)
+"""Of training exits with their backbone."""

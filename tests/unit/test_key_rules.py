@@ -1,0 +1,120 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Keys that would mean nothing are refused, and the remedy, pasted behind the command, is accepted."""
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from nemo_ee.errors import ConfigError
+from nemo_ee.models.checks import check_model, check_pretraining, check_tuning
+from nemo_ee.models.key_rules import ANY_MODEL, CUSTOMIZATION, PRETRAINING, TUNING, KeyRule
+from tests.support.script import ROOT
+
+GIVEN = {
+    "tuning": ["model.restore_from_path=base.nemo"],
+    "pretraining": ["model.tokenizer.type=x"],
+}
+CHECK = {"tuning": check_tuning, "pretraining": check_pretraining}
+RULES = {"tuning": ANY_MODEL + TUNING, "pretraining": ANY_MODEL + PRETRAINING}
+BASE = dict(
+    mcore_gpt=True,
+    num_layers=8,
+    hidden_size=64,
+    ffn_hidden_size=96,
+    num_attention_heads=8,
+    encoder_seq_length=512,
+)
+REFUSED = {
+    "position_embedding_type": ["alibi", "kerple", "xpos", "sandwich", "mrope"],
+    "virtual_pipeline_model_parallel_size": [2],
+    "context_parallel_size": [2],
+    "expert_model_parallel_size": [4],
+    "expert_tensor_parallel_size": [2],
+    "mtp_num_layers": [1],
+    "num_moe_experts": [8],
+    "final_logit_softcapping": [30.0],
+    "drop_layers": [[3]],
+    "transformer_block_type": ["post_ln", "normformer"],
+    "attention_type": ["multiquery"],
+    "normalize_attention_scores": [False],
+    "ffn_dropout": [0.1],
+    "activations_checkpoint_layers_per_pipeline": [1],
+    "num_micro_batches_with_partial_activation_checkpoints": [1],
+    "dist_ckpt_format": ["zarr"],
+    "activations_checkpoint_granularity": ["full", "selective"],
+    "rampup_batch_size": [[2, 2, 8]],
+}
+"""Of keys whose other value is not true."""
+
+
+def faults(script: str, overrides: list[str]) -> dict:
+    """Faults by key of a command's `model` section, laid over a base as far as the architecture goes."""
+    given = [*GIVEN[script], "model.early_exit.layers=[2]", "model.data.data_prefix=[a]"]
+    with initialize_config_dir(f"{ROOT}/conf", version_base=None):
+        cfg = compose(f"megatron_gpt_ee_{script}", overrides=[*given, *overrides]).model
+    cfg = OmegaConf.merge(BASE, OmegaConf.to_container(cfg, resolve=True))
+    found = {}
+    for check in (lambda: check_model(cfg, cfg.pipeline_model_parallel_size), lambda: CHECK[script](cfg)):
+        try:
+            check()
+        except ConfigError as error:
+            found |= {fault.key: fault for fault in error.faults}
+    return found
+
+
+@pytest.mark.parametrize("section", ["", f"{CUSTOMIZATION}."])
+@pytest.mark.parametrize("script", RULES)
+def test_keys_that_would_mean_nothing_are_refused_and_remedies_work(script, section):
+    rules = {f"{section}{rule.key}": rule for rule in RULES[script] if rule.key != "optim.name"}
+    values = {key: REFUSED.get(rule.key, [True]) for key, rule in rules.items()}
+    for number in range(max(map(len, values.values()))):
+        bad = {key: some[number] for key, some in values.items() if number < len(some)}
+        given = [f"++model.{key}={str(value).replace(' ', '')}" for key, value in bad.items()]
+        found = faults(script, given)
+        for key, value in bad.items():
+            assert found[f"model.{key}"].value == value and found[f"model.{key}"].rule == rules[key].reason
+        pasted = [
+            fault.remedy.removeprefix("set ") for fault in found.values() if fault.remedy.startswith("set ++")
+        ]
+        left = faults(script, [*given, *pasted])
+        assert left.keys() == {f"model.{key}" for key in bad if rules[key].remedy is not None}
+
+
+@pytest.mark.parametrize("script", ["tuning", "pretraining"])
+def test_what_is_in_order_passes(script):
+    both = ["++model.position_embedding_type=rope", "++model.virtual_pipeline_model_parallel_size=1"]
+    off = [
+        "++model.drop_layers=[]",
+        "++model.num_moe_experts=null",
+        "++model.headscale=false",
+        "++model.ffn_dropout=0",
+    ]
+    assert faults(script, [*both, *off, "++model.dist_ckpt_format=TORCH_DIST"]) == {}
+
+
+@pytest.mark.parametrize("name", ["distributed_fused_adam", "mcore_distributed_optim", "megatron_fused_adam"])
+def test_tuning_shards_no_optimizer(name):
+    fault = faults("tuning", [f"model.optim.name={name}"])["model.optim.name"]
+    assert fault.remedy == "set ++model.optim.name=adamw"
+    assert faults("tuning", [f"model.optim.name={name}", fault.remedy.removeprefix("set ")]) == {}
+
+
+def test_apexs_distributed_optimizer_reduces_copies_too_early():
+    apex = ["model.optim.name=distributed_fused_adam", "model.pipeline_model_parallel_size=4"]
+    fault = faults("pretraining", apex)["model.optim.name"]
+    assert "copies" in fault.rule
+    assert faults("pretraining", [*apex, fault.remedy.removeprefix("set ")]) == {}
+    assert faults("pretraining", [*apex, "model.early_exit.head.projection=untied"]) == {}
+    assert faults("pretraining", [apex[0], "model.pipeline_model_parallel_size=2"]) == {}
+
+
+def test_nothing_is_copied_from_nowhere():
+    fault = faults("pretraining", ["model.early_exit.init=copy"])["model.early_exit.init"]
+    assert "restore_from_path" in fault.rule
+    assert faults("pretraining", ["model.early_exit.init=copy", "model.restore_from_path=base.nemo"]) == {}
+
+
+def test_a_rule_is_for_one_key_once():
+    for rules in (ANY_MODEL, TUNING, PRETRAINING):
+        assert len({rule.key for rule in rules}) == len(rules)
+    assert list(KeyRule("a.b", 1, "").faults(OmegaConf.create(dict(a=dict(b=1))))) == []
