@@ -1,8 +1,12 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Core attention by torch's scaled_dot_product_attention, for machines without Transformer Engine."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -78,17 +82,28 @@ class TorchAttention(MegatronModule):
         causal = mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         visible = visible_positions(q.shape[2], k.shape[2], causal, attention_mask, q.device)
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=visible,
-            is_causal=causal and visible is None and q.shape[2] > 1,
-            dropout_p=self.dropout if self.training else 0.0,
-            scale=self.scale,
-            enable_gqa=k.shape[1] != q.shape[1],
-        )
+        with self._random_numbers_of_own():
+            out = torch.nn.functional.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=visible,
+                is_causal=causal and visible is None and q.shape[2] > 1,
+                dropout_p=self.dropout if self.training else 0.0,
+                scale=self.scale,
+                enable_gqa=k.shape[1] != q.shape[1],
+            )
         return out.permute(2, 0, 1, 3).reshape(q.shape[2], q.shape[0], -1)
+
+    def _random_numbers_of_own(self) -> AbstractContextManager:
+        """Other heads, other dropout: tensor-parallel ranks share the default random numbers.
+
+        With sequence parallelism megatron-core's transformer block has forked already.
+        """
+        ranks = parallel_state.get_tensor_model_parallel_world_size()
+        if not (self.training and self.dropout and ranks > 1) or self.config.sequence_parallel:
+            return nullcontext()
+        return get_cuda_rng_tracker().fork()
 
 
 def visible_positions(

@@ -21,6 +21,7 @@ from nemo_ee.megatron.bubble_schedule import Links
 from nemo_ee.megatron.deferred_loss import ExitTargets
 from nemo_ee.megatron.exit_loss import ExitLossResult
 from nemo_ee.megatron.layer_dropout import LayerDropout
+from nemo_ee.megatron.query_key_norms import sum_query_key_norms
 from nemo_ee.megatron.tied_weight import tie_output_weights
 from nemo_ee.models.bubble_filling_mixin import BubbleFillingMixin
 from nemo_ee.models.checks import check_model, check_pretraining, read_early_exit
@@ -170,8 +171,10 @@ class MegatronGPTEEPretrainingModel(
         return loss
 
     def training_step_fwd_bwd_step_call(self, dataloader_iter: Iterator, forward_only: bool) -> Tensor:
-        """As NeMo's; sums copies of the output weight where NeMo sums no embedding's gradients."""
+        """As NeMo's; sums copies of the output weight where NeMo sums no embedding's gradients, and q/k norms."""
         loss = super().training_step_fwd_bwd_step_call(dataloader_iter, forward_only)
+        if not self.use_mcore_dist_optim:
+            sum_query_key_norms(self.gpt, self.cfg.get("sequence_parallel", False))
         if not self.gpt.tied_to_embedding and not self.use_mcore_dist_optim and self.tied_weight is not None:
             self.tied_weight.sum_gradients()
         return loss
@@ -214,6 +217,7 @@ class MegatronGPTEEPretrainingModel(
     def _run_micro_batch(self, model: torch.nn.Module, batch: dict, index: int, **arguments) -> Tensor:
         kind = FULL if self.running is None else self.running.kind
         if kind == COOLDOWN and not torch.is_grad_enabled():
+            self.gpt.layer_dropout = self.layer_dropout(index)
             return model(**arguments)  # a stage that a fill only passes through
         device = self.device_of_batches
         needed = self.gpt.exit_layers or parallel_state.is_pipeline_last_stage()

@@ -20,6 +20,7 @@ from nemo_ee.megatron import exit_init
 from nemo_ee.megatron.gpt import StageStates
 from nemo_ee.megatron.heads import trainable_parameters
 from nemo_ee.megatron.projection import ExitProjection
+from nemo_ee.megatron.query_key_norms import sum_query_key_norms
 from nemo_ee.megatron.tuning_step import MicroBatch, exit_step, run_backbone
 from nemo_ee.models.checks import check_model, check_tuning, read_early_exit
 from nemo_ee.models.exit_metrics import ExitMetrics, validation_values
@@ -127,6 +128,12 @@ class MegatronGPTEETuningModel(TrainingDataMixin, FirstWeightsMixin, MegatronGPT
     def exit_parameters_in_order(self) -> list[torch.nn.Parameter]:
         """Parameters of this stage that tuning changes, in the order of their names in the module."""
         return [parameter for _, parameter in trainable_parameters(self.gpt.exits)]
+
+    def training_step_fwd_bwd_step_call(self, dataloader_iter: Iterator, forward_only: bool) -> Tensor:
+        """As NeMo's; then sums the gradients of norms of queries and keys."""
+        loss = super().training_step_fwd_bwd_step_call(dataloader_iter, forward_only)
+        sum_query_key_norms(self.gpt, self.cfg.get("sequence_parallel", False))
+        return loss
 
     def fwd_bwd_step(self, dataloader_iter: Iterator, forward_only: bool, first_val_step: bool | None = None):
         """One global batch: statistics, and unless `forward_only` the exits' gradients.

@@ -71,7 +71,8 @@ CASES = {
         section("block, shortlist", [1, 2], token_weighting="confidence"), full("block", 1)
     ),
     "everything, pre_exit": Case(
-        section("block, MLP, linear, untied", [2, 3, 6], **BEFORE), {**UNTIED, **full("block", 2)}
+        section("block, MLP, linear, untied", [2, 3, 6], **BEFORE),
+        {**UNTIED, **full("block", 2), "qk_layernorm": True},
     ),
     "warming up": Case(
         section(

@@ -79,7 +79,9 @@ def variants() -> dict[str, Case]:
     shortlist = dict(mlp=True, linear=True, projection="shortlist", shortlist_size=90)
     ridge = dict(init="ridge", ridge=dict(tokens=512, penalty=0.01))
     return {
-        "untied embeddings": Case(dict(layers=[2, 5, 8], init="random", head=everything), untied),
+        "untied embeddings, norms of queries and keys": Case(
+            dict(layers=[2, 5, 8], init="random", head=everything), dict(untied, qk_layernorm=True)
+        ),
         "tied heads on untied embeddings": Case(
             dict(layers=[2, 5], init="random", head=HEADS["norm, tied"]), untied
         ),
@@ -161,7 +163,9 @@ def test_tuning_moves_the_exits_and_nothing_else(alone):
 def test_nothing_above_the_last_exit_is_built_without_distillation(text, alone, workers):
     """The truncated backbone gives the losses of the whole one, which a third exit of no weight asks for."""
     case = CHOSEN["truncated"]
-    assert alone["truncated"].layers == 6 and alone["untied embeddings"].layers == 8
+    assert (
+        alone["truncated"].layers == 6 and alone["untied embeddings, norms of queries and keys"].layers == 8
+    )
     assert 0 not in alone["truncated"].validation[-1], "there is no final exit to report"
     section = {
         **case.early_exit,
