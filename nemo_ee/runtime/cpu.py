@@ -56,6 +56,7 @@ class Patch:
         replacement: called with the original (None where ``missing``); returns what takes its place.
         missing: True for a name that the module uses but does not have, because the ``import apex`` that
             defines it failed. Such a name is added only while it is missing.
+        of_the_device: with ``missing``, what is there takes CUDA tensors alone, so it is replaced, too.
     """
 
     module: str
@@ -64,6 +65,7 @@ class Patch:
     reason: str
     replacement: Callable[[Any], Any]
     missing: bool = False
+    of_the_device: bool = False
 
     @property
     def target(self) -> str:
@@ -82,7 +84,7 @@ class Patch:
         for part in path:
             owner = getattr(owner, part)
         if self.missing:
-            if not hasattr(owner, name):
+            if self.of_the_device or not hasattr(owner, name):
                 setattr(owner, name, self.replacement(None))
         elif not hasattr(owner, name):
             raise AttributeError(
@@ -489,10 +491,21 @@ PATCHES: tuple[Patch, ...] = (
         _from("torch.nn", "RMSNorm"),
         missing=True,
     ),
-    Patch(
-        f"{_COMMON}.clip_grads", "multi_tensor_applier", NEMO, _APEX_IMPORT, _apply_multi_tensor, missing=True
+    *(
+        Patch(
+            f"{_COMMON}.clip_grads",
+            name,
+            NEMO,
+            "from Apex: not there, or for CUDA tensors alone, as in a container on a machine without a GPU",
+            replacement,
+            missing=True,
+            of_the_device=True,
+        )
+        for name, replacement in (
+            ("multi_tensor_applier", _apply_multi_tensor),
+            ("amp_C", lambda _: _MultiTensor),
+        )
     ),
-    Patch(f"{_COMMON}.clip_grads", "amp_C", NEMO, _APEX_IMPORT, lambda _: _MultiTensor, missing=True),
 )
 """Every change that `enable` makes to another package."""
 

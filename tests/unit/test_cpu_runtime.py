@@ -1,11 +1,13 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """The CPU runtime: every patched symbol exists upstream, is patched, and means what it should."""
 
+import dataclasses
 import importlib
 import importlib.util
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 import pytest
@@ -121,6 +123,17 @@ def test_two_norm_stand_in():
     norm, each = clip_grads.multi_tensor_applier(clip_grads.amp_C.multi_tensor_l2norm, None, [tensors], True)
     assert norm.tolist() == [4.0]
     assert each.tolist() == pytest.approx([12**0.5, 2.0])
+
+
+def test_apexs_kernels_for_cuda_tensors_are_replaced_where_apex_is_installed(monkeypatch):
+    clipping = types.ModuleType("clipping")
+    clipping.amp_C, clipping.FusedLayerNorm = "Apex's", "Apex's"
+    monkeypatch.setitem(sys.modules, "clipping", clipping)
+    for name in ("amp_C", "FusedLayerNorm"):
+        (patch,) = (patch for patch in cpu.PATCHES if patch.name == name)
+        dataclasses.replace(patch, module="clipping").apply()
+    assert clipping.amp_C.multi_tensor_l2norm([[torch.full((4,), 2.0)]], False)[0].tolist() == [4.0]
+    assert clipping.FusedLayerNorm == "Apex's"
 
 
 @ON_CPU
