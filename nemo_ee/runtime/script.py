@@ -10,6 +10,9 @@ from omegaconf.errors import MissingMandatoryValue
 
 from nemo_ee.errors import CheckpointError, ConfigError, DataError, Fault, GenerationError
 from nemo_ee.runtime import cpu
+from nemo_ee.runtime.children import end_with_parent
+
+end_with_parent()  # in a process of multiprocessing's, which imports its script, and so this, again
 
 APEX_IS_MISSING = "Apex was not found"
 """How NeMo's ImportError begins where there is a GPU."""

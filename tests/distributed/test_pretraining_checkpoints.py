@@ -6,6 +6,7 @@ combinations: faults of combinations are nearly always faults of two things that
 """
 
 from itertools import combinations, product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,32 +77,27 @@ def case_of(choice: Choice) -> Case:
     return Case(section(HEADS[head], [2, 4, 6], **training), {**OPTIMIZERS[optimizer], **overrides})
 
 
-def losses_of(
-    prefixes: dict, folder: str, choices: list[Choice], stop: int = STEPS, saves: bool = True
-) -> dict[Choice, list[float]]:
-    """The final exit's losses of each choice's run up to a step.
+def losses_of(prefixes: dict, folder: str, choices: list[Choice], resumes: bool) -> dict[Choice, list[float]]:
+    """The final exit's losses of each choice's run: of all steps, or of those since the checkpoint that it wrote.
 
     Args:
         prefixes: `data_prefix`.
-        folder: of each run's checkpoints, from whose last it goes on.
+        folder: of each run's checkpoints.
         choices: of one layout.
-        stop: the step after which to stop, as by a time limit.
-        saves: without it no checkpoints are written, nor read.
+        resumes: go on from the runs' checkpoints; without it they are written.
     """
-    from lightning.pytorch.callbacks import Callback
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
-
-    class Stop(Callback):
-        def on_train_batch_end(self, trainer, *_):
-            trainer.should_stop = trainer.global_step == stop
 
     found = {}
     for number, choice in enumerate(choices):
         case, layout = case_of(choice), LAYOUTS[choice[:2]]
-        settings = dict(callbacks=[Stop()], limit_val_batches=1 if saves else 0, val_check_interval=SAVED_AT)
+        settings = dict(limit_val_batches=0 if resumes else 1, val_check_interval=SAVED_AT)
         trainer = tuning_trainer(layout, STEPS, **settings, **half_precision(choice))
-        if saves:
+        if resumes:
+            (trainer.ckpt_path,) = map(str, Path(folder, str(number)).rglob(f"*step={SAVED_AT}-*[0-9]"))
+        else:
             resume_in(f"{folder}/{number}", trainer)
+            trainer.checkpoint_callback.save_top_k = -1  # keep all
         model = Recorder()(pretraining_config(prefixes, case, layout), trainer)
         fill(model)
         model.exits_initialised, model.keep_gradients = True, False
@@ -145,11 +141,9 @@ def test_every_pair_that_can_meet_does():
 def test_resumed_runs_have_the_losses_of_whole_ones(layout, text, workers, tmp_path):
     mine = [choice for choice in choices() if choice[:2] == layout]
     pool, folder = workers(LAYOUTS[layout].world_size), str(tmp_path)
-    whole = pool.run(losses_of, text, folder, mine, saves=False)
-    begun = pool.run(losses_of, text, folder, mine, stop=SAVED_AT)
-    resumed = pool.run(losses_of, text, folder, mine)
+    whole = pool.run(losses_of, text, folder, mine, False)
+    resumed = pool.run(losses_of, text, folder, mine, True)
     for choice in mine:
         expected = whole[-1][choice]
         assert len(expected) == STEPS and len(set(expected)) == STEPS
-        assert begun[-1][choice] == expected[:SAVED_AT], choice
         assert resumed[-1][choice] == expected[SAVED_AT:], choice

@@ -32,6 +32,7 @@ CASES = {
         ),
         Layout(pp=3, first=1, last=2),
     ),
+    "PP3, tied, while it writes": (Case(section("norm, tied", [2, 4, 6])), Layout(pp=3, first=2, last=3)),
     "batches grow": (  # by the step: 2, 2, 4, 6, 6, 6 samples; it is resumed at the third
         Case(
             section("MLP, untied", [2, 6], schedule="cosine", schedule_steps=5),
@@ -46,12 +47,20 @@ CASES = {
 }
 
 
-def run(prefixes: dict, folder: str, case: Case, layout: Layout, kill_at: int | None) -> dict:
-    """One start of the training script, as far as it gets."""
+def run(prefixes: dict, folder: str, case: Case, layout: Layout, kill_at: int | None, writing: bool) -> dict:
+    """One start of the training script, as far as it gets: to the end of a step, or to a checkpoint half written."""
     from lightning.pytorch.callbacks import Callback
 
     class Kill(Callback):
         def on_train_batch_end(self, trainer, *_):
+            if not writing:
+                self.kill(trainer)
+
+        def on_save_checkpoint(self, trainer, *_):
+            if writing:
+                self.kill(trainer)
+
+        def kill(self, trainer):
             if trainer.global_step == kill_at and trainer.global_rank == trainer.world_size - 1:
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -79,12 +88,15 @@ def text(tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 def test_killed_and_resumed_is_uninterrupted(name, text, workers, tmp_path):
     case, layout = CASES[name]
-    pool = workers(layout.world_size)
-    whole = pool.run(run, text, str(tmp_path / "whole"), case, layout, None)
+    pool, writing = workers(layout.world_size), "while it writes" in name
+    whole = pool.run(run, text, str(tmp_path / "whole"), case, layout, None, False)
     with pytest.raises(WorkerError, match="exit code -9"):
-        pool.run(run, text, str(tmp_path / "killed"), case, layout, KILLED_AT)
+        pool.run(
+            run, text, str(tmp_path / "killed"), case, layout, 2 * EVERY if writing else KILLED_AT, writing
+        )
     assert list(Path(tmp_path, "killed").rglob("*last*")), "the killed run left a checkpoint"
-    resumed = pool.run(run, text, str(tmp_path / "killed"), case, layout, None)
+    assert bool(list(Path(tmp_path, "killed").rglob("*-unfinished"))) == writing
+    resumed = pool.run(run, text, str(tmp_path / "killed"), case, layout, None, False)
     for mine, other in zip(resumed, whole, strict=True):
         assert len(other["losses"]) == STEPS
         assert mine["losses"] == other["losses"][EVERY:], "it goes on at the checkpoint"
