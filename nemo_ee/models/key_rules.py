@@ -47,7 +47,6 @@ class KeyRule:
             yield Fault(f"model.{place}", value, self.reason, remedy)
 
     def _works(self, value: Any) -> bool:
-        value = value.lower() if isinstance(value, str) else value
         return value == self.use or value in self.also or not (value or self.use)
 
 
@@ -75,6 +74,12 @@ def _without_transformer_engine(cfg: DictConfig) -> bool:
     from nemo_ee.megatron.specs import have_transformer_engine
 
     return not (cfg.get("transformer_engine", False) and have_transformer_engine())
+
+
+def _have_apex() -> bool:
+    from nemo.core.optim.optimizers import AVAILABLE_OPTIMIZERS
+
+    return "fused_adam" in AVAILABLE_OPTIMIZERS
 
 
 def _copies_the_embedding(cfg: DictConfig) -> bool:
@@ -138,9 +143,27 @@ ANY_MODEL = (
 )
 """Of every model with exits."""
 
-SHARDING_OPTIMIZERS = ("distributed_fused_adam", "mcore_distributed_optim", "megatron_fused_adam")
+APEX_OPTIMIZERS = ("fused_adam", "megatron_fused_adam", "distributed_fused_adam")
+SHARDING_OPTIMIZERS = ("mcore_distributed_optim", "distributed_fused_adam")
+
+OPTIMIZERS = (
+    KeyRule(
+        "optim.name",
+        "adamw",
+        "checkpoints hold the state of adam, adamw, mcore_distributed_optim and Apex's optimizers alone",
+        also=("adam", *APEX_OPTIMIZERS, *SHARDING_OPTIMIZERS),
+    ),
+    KeyRule(
+        "optim.name",
+        "adamw",
+        "is Apex's, which is not installed",
+        applies=lambda cfg: cfg.optim.get("name") in APEX_OPTIMIZERS and not _have_apex(),
+    ),
+)
+"""Of whatever is trained."""
 
 TUNING = (
+    *OPTIMIZERS,
     *_same(
         "the frozen backbone is kept in the compute dtype and the exits in float32 already",
         megatron_amp_O2=False,
@@ -163,6 +186,7 @@ TUNING = (
 """Of tuning exits on a frozen backbone."""
 
 PRETRAINING = (
+    *OPTIMIZERS,
     *_same(
         "not supported while exits are trained with the backbone",
         fsdp=False,

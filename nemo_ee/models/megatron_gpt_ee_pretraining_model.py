@@ -31,6 +31,7 @@ from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitMod
 from nemo_ee.models.rampup_batch_size_mixin import RampupBatchSizeMixin
 from nemo_ee.models.training_data_mixin import TrainingDataMixin
 from nemo_ee.models.training_metrics import TrainingMetrics
+from nemo_ee.models.weight_decay import decays_vectors, parameter_groups
 
 DESCRIPTION = (
     *(
@@ -128,30 +129,22 @@ class MegatronGPTEEPretrainingModel(
     # --- optimization -------------------------------------------------------------------------------------
 
     def setup_optimizer_param_groups(self) -> None:
-        """Matrices are decayed, and vectors (norms, biases) with `do_layer_norm_weight_decay`."""
-        decayed, plain = [], []  # by shape, since NeMo knows Apex's norms only
-        for parameter in self.parameters():
-            if parameter.requires_grad:
-                spared = parameter.dim() < 2 and not self._decays_vectors
-                (plain if spared else decayed).append(parameter)
-        groups = (
-            {"params": decayed, "is_expert": False},
-            {"params": plain, "weight_decay": 0.0, "is_expert": False},
-        )
-        self._optimizer_param_groups = groups
-
-    @property
-    def _decays_vectors(self) -> bool:
-        return self.cfg.get("do_layer_norm_weight_decay", False)
+        """Matrices decay; norms and biases with `do_layer_norm_weight_decay`."""
+        trained = (parameter for parameter in self.parameters() if parameter.requires_grad)
+        self._optimizer_param_groups = parameter_groups(trained, self.cfg)
 
     def setup_optimization(self, *args, **kwargs):
-        """NeMo's; Megatron's optimizer decays what its own `wd_mult` says, which NeMo does not look at."""
+        """NeMo's; then weight decay in Megatron's optimizer."""
         result = super().setup_optimization(*args, **kwargs)
         if self.use_mcore_dist_optim:
-            for group in self._optimizer.param_groups:
-                share = 1.0 if self._decays_vectors else group.get("wd_mult", 1.0)
-                group["weight_decay"] = self.cfg.optim.get("weight_decay", 0.0) * share
+            self.decay_megatrons_groups()
         return result
+
+    def decay_megatrons_groups(self) -> None:
+        """Sets what Megatron's own `wd_mult` says, which NeMo does not look at."""
+        for group in self._optimizer.param_groups:
+            share = 1.0 if decays_vectors(self.cfg) else group.get("wd_mult", 1.0)
+            group["weight_decay"] = self.cfg.optim.get("weight_decay", 0.0) * share
 
     def fwd_bwd_step(self, dataloader_iter: Iterator, forward_only: bool, first_val_step: bool | None = None):
         """One global batch, as NeMo's; collects the exits' statistics on the way."""

@@ -27,6 +27,7 @@ from nemo_ee.models.exit_metrics import ExitMetrics, validation_values
 from nemo_ee.models.first_weights_mixin import FirstWeightsMixin
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
 from nemo_ee.models.training_data_mixin import TrainingDataMixin
+from nemo_ee.models.weight_decay import parameter_groups
 
 BASE_KEY = "nemo_ee_base"
 """In a checkpoint written while tuning: name and content hash of its base."""
@@ -119,11 +120,8 @@ class MegatronGPTEETuningModel(TrainingDataMixin, FirstWeightsMixin, MegatronGPT
     # --- optimization -------------------------------------------------------------------------------------
 
     def setup_optimizer_param_groups(self) -> None:
-        """Exit parameters only, in two groups; both are there on every stage, also when empty."""
-        decayed, plain = [], []
-        for parameter in self.exit_parameters_in_order():
-            (plain if parameter.dim() < 2 else decayed).append(parameter)
-        self._optimizer_param_groups = ({"params": decayed}, {"params": plain, "weight_decay": 0.0})
+        """Exit parameters only."""
+        self._optimizer_param_groups = parameter_groups(self.exit_parameters_in_order(), self.cfg)
 
     def exit_parameters_in_order(self) -> list[torch.nn.Parameter]:
         """Parameters of this stage that tuning changes, in the order of their names in the module."""

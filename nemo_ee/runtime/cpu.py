@@ -477,19 +477,13 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(_OVERRIDES, "MegatronDistributedFusedAdam", NEMO, _APEX_IMPORT, _no_class, missing=True),
     Patch(f"{_COMMON}.utils", "listify_model", NEMO, _APEX_IMPORT, _listify_model, missing=True),
-    Patch(
-        f"{_COMMON}.utils", "FusedLayerNorm", NEMO, _APEX_IMPORT, _from("torch.nn", "LayerNorm"), missing=True
-    ),
-    Patch(
-        f"{_COMMON}.utils", "FastLayerNorm", NEMO, _APEX_IMPORT, _from("torch.nn", "LayerNorm"), missing=True
-    ),
-    Patch(
-        f"{_COMMON}.utils",
-        "MixedFusedRMSNorm",
-        NEMO,
-        _APEX_IMPORT,
-        _from("torch.nn", "RMSNorm"),
-        missing=True,
+    *(
+        Patch(f"{_COMMON}.utils", name, NEMO, _APEX_IMPORT, _from("torch.nn", norm), missing=True)
+        for name, norm in (
+            ("FusedLayerNorm", "LayerNorm"),
+            ("FastLayerNorm", "LayerNorm"),
+            ("MixedFusedRMSNorm", "RMSNorm"),
+        )
     ),
     *(
         Patch(

@@ -1,11 +1,14 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Keys that would mean nothing are refused, and the remedy, pasted behind the command, is accepted."""
 
+import importlib.util
+
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from nemo_ee.errors import ConfigError
+from nemo_ee.models import key_rules
 from nemo_ee.models.checks import check_model, check_pretraining, check_tuning
 from nemo_ee.models.key_rules import ANY_MODEL, CUSTOMIZATION, PRETRAINING, TUNING, KeyRule
 from tests.support.script import ROOT
@@ -89,23 +92,46 @@ def test_what_is_in_order_passes(script):
         "++model.headscale=false",
         "++model.ffn_dropout=0",
     ]
-    assert faults(script, [*both, *off, "++model.dist_ckpt_format=TORCH_DIST"]) == {}
+    assert faults(script, [*both, *off, "++model.dist_ckpt_format=torch_dist"]) == {}
 
 
-@pytest.mark.parametrize("name", ["distributed_fused_adam", "mcore_distributed_optim", "megatron_fused_adam"])
-def test_tuning_shards_no_optimizer(name):
-    fault = faults("tuning", [f"model.optim.name={name}"])["model.optim.name"]
-    assert fault.remedy == "set ++model.optim.name=adamw"
-    assert faults("tuning", [f"model.optim.name={name}", fault.remedy.removeprefix("set ")]) == {}
+def optimizer_faults(script: str, name: str, *more: str) -> list:
+    """Rules that an optimizer breaks; the remedy of the last is seen to work."""
+    overrides = [f"model.optim.name={name}", *more]
+    found = faults(script, overrides)
+    assert found.keys() <= {"model.optim.name"}
+    if found:
+        remedy = found["model.optim.name"].remedy.removeprefix("set ")
+        assert faults(script, [*overrides, remedy]) == {}
+    return [fault.rule for fault in found.values()]
 
 
-def test_apexs_distributed_optimizer_reduces_copies_too_early():
-    apex = ["model.optim.name=distributed_fused_adam", "model.pipeline_model_parallel_size=4"]
-    fault = faults("pretraining", apex)["model.optim.name"]
-    assert "copies" in fault.rule
-    assert faults("pretraining", [*apex, fault.remedy.removeprefix("set ")]) == {}
-    assert faults("pretraining", [*apex, "model.early_exit.head.projection=untied"]) == {}
-    assert faults("pretraining", [apex[0], "model.pipeline_model_parallel_size=2"]) == {}
+def test_tuning_shards_no_optimizer():
+    assert "too few parameters" in optimizer_faults("tuning", "mcore_distributed_optim")[0]
+    assert optimizer_faults("pretraining", "mcore_distributed_optim") == []
+
+
+@pytest.mark.parametrize("script", RULES)
+def test_optimizers_that_no_checkpoint_can_hold_are_refused(script):
+    for name in ("sgd", "adagrad", "adafactor", "novograd", "lamb", "AdamW"):
+        assert "checkpoints hold" in optimizer_faults(script, name)[0]
+    for name in ("adam", "adamw"):
+        assert optimizer_faults(script, name) == []
+
+
+@pytest.mark.skipif(importlib.util.find_spec("apex") is not None, reason="Apex is installed")
+@pytest.mark.parametrize("script", RULES)
+def test_apexs_optimizers_are_refused_without_apex(script):
+    for name in ("fused_adam", "megatron_fused_adam"):
+        assert optimizer_faults(script, name) == ["is Apex's, which is not installed"]
+
+
+def test_apexs_distributed_optimizer_reduces_copies_too_early(monkeypatch):
+    monkeypatch.setattr(key_rules, "_have_apex", lambda: True)
+    four, name = "model.pipeline_model_parallel_size=4", "distributed_fused_adam"
+    assert "copies" in optimizer_faults("pretraining", name, four)[0]
+    assert optimizer_faults("pretraining", name, four, "model.early_exit.head.projection=untied") == []
+    assert optimizer_faults("pretraining", name, "model.pipeline_model_parallel_size=2") == []
 
 
 def test_nothing_is_copied_from_nowhere():
@@ -116,5 +142,5 @@ def test_nothing_is_copied_from_nowhere():
 
 def test_a_rule_is_for_one_key_once():
     for rules in (ANY_MODEL, TUNING, PRETRAINING):
-        assert len({rule.key for rule in rules}) == len(rules)
+        assert len({(rule.key, rule.reason) for rule in rules}) == len(rules)
     assert list(KeyRule("a.b", 1, "").faults(OmegaConf.create(dict(a=dict(b=1))))) == []
