@@ -53,10 +53,9 @@ class Patch:
         name: the attribute of that module, dotted for a member of a class.
         upstream: package and release that the change was checked against.
         reason: why the symbol cannot stay as it is.
-        replacement: called with the original (None where ``missing``); returns what takes its place.
-        missing: True for a name that the module uses but does not have, because the ``import apex`` that
-            defines it failed. Such a name is added only while it is missing.
-        of_the_device: with ``missing``, what is there takes CUDA tensors alone, so it is replaced, too.
+        replacement: called with the original (None where there is none); returns what takes its place.
+        missing: True for a name that the module uses and may not have, because the ``import apex`` that
+            defines it failed.
     """
 
     module: str
@@ -65,7 +64,6 @@ class Patch:
     reason: str
     replacement: Callable[[Any], Any]
     missing: bool = False
-    of_the_device: bool = False
 
     @property
     def target(self) -> str:
@@ -83,15 +81,11 @@ class Patch:
         *path, name = self.name.split(".")
         for part in path:
             owner = getattr(owner, part)
-        if self.missing:
-            if self.of_the_device or not hasattr(owner, name):
-                setattr(owner, name, self.replacement(None))
-        elif not hasattr(owner, name):
+        if not self.missing and not hasattr(owner, name):
             raise AttributeError(
                 f"{self.target} does not exist; nemo_ee's CPU runtime was checked against {self.upstream}"
             )
-        else:
-            setattr(owner, name, self.replacement(getattr(owner, name)))
+        setattr(owner, name, self.replacement(getattr(owner, name, None)))
 
 
 def enable() -> bool:
@@ -334,12 +328,12 @@ def _synchronous_gradients(original):
 
 
 def _from(module: str, name: str) -> Callable[[Any], Any]:
-    """A stand-in found in another module, imported when the patch is applied."""
-    return lambda original: getattr(importlib.import_module(module), name)
+    """The original, or else a stand-in found in another module, imported when the patch is applied."""
+    return lambda original: original or getattr(importlib.import_module(module), name)
 
 
 def _listify_model(original):
-    return lambda model: model if isinstance(model, list) else [model]
+    return original or (lambda model: model if isinstance(model, list) else [model])
 
 
 class _MultiTensor:
@@ -366,8 +360,8 @@ _FACTORIES = (
 _TENSOR_TYPES = [f"{kind}Tensor" for kind in "BFloat16 Bool Byte Double Float Half Int Long".split()]
 
 
-def _no_class(_original):
-    return type("Never", (), {})  # NeMo only asks whether an optimizer is one
+def _no_class(original):
+    return original or type("Never", (), {})  # NeMo only asks whether an optimizer is one
 
 
 _COMMON = "nemo.collections.nlp.modules.common.megatron"
@@ -485,21 +479,11 @@ PATCHES: tuple[Patch, ...] = (
             ("MixedFusedRMSNorm", "RMSNorm"),
         )
     ),
-    *(
-        Patch(
-            f"{_COMMON}.clip_grads",
-            name,
-            NEMO,
-            "from Apex: not there, or for CUDA tensors alone, as in a container on a machine without a GPU",
-            replacement,
-            missing=True,
-            of_the_device=True,
-        )
-        for name, replacement in (
-            ("multi_tensor_applier", _apply_multi_tensor),
-            ("amp_C", lambda _: _MultiTensor),
-        )
+    # These two are replaced where Apex is installed, too: its kernels take CUDA tensors alone.
+    Patch(
+        f"{_COMMON}.clip_grads", "multi_tensor_applier", NEMO, _APEX_IMPORT, _apply_multi_tensor, missing=True
     ),
+    Patch(f"{_COMMON}.clip_grads", "amp_C", NEMO, _APEX_IMPORT, lambda _: _MultiTensor, missing=True),
 )
 """Every change that `enable` makes to another package."""
 
