@@ -16,10 +16,13 @@ OPTIMIZERS = {
     "overlapped": OVERLAPPED,
     "overlapped, small buckets": dict(OVERLAPPED, ddp_bucket_size=1000),
 }
+BARE = dict(mlp=False, norm=False, linear=True, projection="tied")
+"""Large enough that no exit's weight shares a small bucket with the output layer's, which exits read before it."""
 ALL = tuple(OPTIMIZERS)
 GATHERED = ("overlapped", "overlapped, small buckets")
 HEADS = {
     "tied": section("norm, tied", [2, 4, 6]),
+    "tied, untied embeddings": dict(layers=[2, 4], init="random", head=BARE),
     "tied twice on a stage": section("norm, tied", [1, 2, 3, 4, 7, 8], **BEFORE),
     "untied": section("MLP, untied", [2, 6]),
     "shortlist": section("linear, shortlist", [1, 5]),
@@ -28,16 +31,21 @@ HEADS = {
     "filled": section("norm, tied", [2, 4, 6], bubble_filling=dict(warmup=True, cooldown=True)),
     "block": section("block, MLP, linear, untied", [3, 8], **BEFORE),
 }
-OVERRIDES = {"tied twice on a stage": full("uniform", 1), "block": UNTIED, "shortlist": full("block", 1)}
+OVERRIDES = {
+    "tied, untied embeddings": UNTIED,
+    "tied twice on a stage": full("uniform", 1),
+    "block": UNTIED,
+    "shortlist": full("block", 1),
+}
 LAYOUTS = {
-    "DP1": (Layout(), {"tied": GATHERED, "untied": GATHERED, "block": GATHERED}),
+    "DP1": (Layout(), {"untied": GATHERED}),
     "DP2": (
         Layout(dp=2),
         {
             "tied twice on a stage": ALL,
             "shortlist": GATHERED,
             "rotating, untied": GATHERED,
-            "block": GATHERED,
+            "tied, untied embeddings": GATHERED,
         },
     ),
     "PP4": (Layout(pp=4), {"tied": ALL, "rotating": ALL, "filled": ALL}),
@@ -47,12 +55,13 @@ LAYOUTS = {
     ),
     "DP2 x PP3": (
         Layout(dp=2, pp=3, first=2, last=3),
-        {"tied": GATHERED, "rotating": GATHERED, "rotating, untied": GATHERED, "block": GATHERED},
+        {"tied": GATHERED, "rotating": GATHERED, "rotating, untied": GATHERED, "block": GATHERED}
+        | {"tied, untied embeddings": GATHERED},
     ),
     "DP2 x PP4": (Layout(dp=2, pp=4), {"tied": ALL, "filled": ALL}),
 }
 SLOW = {"DP2 x PP3", "DP2 x PP4"}
-VALIDATED = dict(val_check_interval=2, limit_val_batches=1)
+VALIDATED = dict(val_check_interval=3, limit_val_batches=1)
 """Validation after a step needs parameters that would be gathered in the next one."""
 
 
@@ -79,7 +88,7 @@ def test_steps_are_those_of_adamw(name, text, workers):
                 assert mine.losses == pytest.approx(plain.losses, rel=1e-5), (head, kind)
                 for what, value in plain.logged.items():
                     if what.startswith(("val_loss", "val_confidence")):
-                        assert mine.logged[what] == pytest.approx(value, rel=1e-4), (head, kind, what)
+                        assert mine.logged[what] == pytest.approx(value, rel=1e-5), (head, kind, what)
                 gap, where = largest_gap(mine.final, plain.final)
                 assert gap < 1e-3, (head, kind, where, gap)
             same_copies([rank[f"{head} | {kind}"].copies for rank in found], layout)
