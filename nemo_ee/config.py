@@ -71,7 +71,8 @@ class TuningConfig:
             `kl_weight` at 0 nothing above the last exit is built, unless `init` needs it.
         token_weighting: `none`, or `confidence`: each token's loss is multiplied by the exit's own detached
             confidence (EE-Tuning's dynamic token-wise weights, arXiv:2402.00518 section 3).
-        loss_chunk_tokens: tokens whose logits exist at one time, per exit.
+        loss_chunk_tokens: tokens whose logits exist at one time, per exit; null: as many as need 128 MiB per
+            rank, which depends on the vocabulary and on tensor parallelism.
     """
 
     loss_weights: tuple[float, ...] | None = None
@@ -79,7 +80,7 @@ class TuningConfig:
     kl_weight: float = 0.5
     argmax_weight: float = 0.5
     token_weighting: str = "none"
-    loss_chunk_tokens: int = 256
+    loss_chunk_tokens: int | None = 256
 
     @property
     def distils(self) -> bool:
@@ -157,7 +158,7 @@ class TrainingConfig:
     curriculum_period: int | None = None
     curriculum_steps: int = 0
     token_weighting: str = "none"
-    loss_chunk_tokens: int = 1024
+    loss_chunk_tokens: int | None = 1024
     pre_exit: bool = False
     layer_dropout: LayerDropoutConfig = field(default_factory=LayerDropoutConfig)
     bubble_filling: BubbleFillingConfig = field(default_factory=BubbleFillingConfig)
@@ -348,7 +349,7 @@ def _check_tokens(section: TuningConfig | TrainingConfig, key: str) -> list[Faul
     faults = []
     if section.token_weighting not in TOKEN_WEIGHTINGS:
         faults.append(one_of(f"{key}.token_weighting", section.token_weighting, TOKEN_WEIGHTINGS))
-    if section.loss_chunk_tokens < 1:
+    if section.loss_chunk_tokens is not None and section.loss_chunk_tokens < 1:
         faults.append(
             Fault(f"{key}.loss_chunk_tokens", section.loss_chunk_tokens, "must be positive", "use e.g. 256")
         )

@@ -4,7 +4,7 @@
 import os
 from pathlib import Path
 
-from nemo_ee.checkpoint import collective
+from nemo_ee.checkpoint import collective, hash_sidecar
 from nemo_ee.checkpoint.content_hash import backbone_content_hash
 from nemo_ee.errors import CheckpointError
 
@@ -18,7 +18,7 @@ class BaseCheckpoint:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        self._stamp = _stamp(self.path)
+        self._stamp = hash_sidecar.stamp_of(self.path)
         self._hash: str | None = None
 
     @property
@@ -27,18 +27,32 @@ class BaseCheckpoint:
         return self.path.name
 
     def hash_now(self, extracted: str | os.PathLike | None = None) -> str:
-        """Computes the hash, from an extracted copy if there is one. Collective over the world; rank 0 reads.
+        """Reads the hash that is kept beside the file (`hash_sidecar`), or computes it and keeps it there.
+
+        Collective over the world; rank 0 reads.
+
+        Args:
+            extracted: a copy of the content, to compute it from.
 
         Raises:
             CheckpointError: the file has changed or gone since the model was restored from it.
         """
 
         def compute() -> str:
-            if extracted is None and _stamp(self.path) != self._stamp:
+            now = hash_sidecar.stamp_of(self.path)
+            if extracted is None and now != self._stamp:
                 raise CheckpointError(
                     f"{self.path}: has changed since the model was restored from it; restore the model again"
                 )
-            return backbone_content_hash(extracted or self.path)
+            if now is None or now != self._stamp:
+                return backbone_content_hash(extracted or self.path)
+            if (kept := hash_sidecar.read(self.path, now)) is not None:
+                return kept
+            settled = hash_sidecar.is_settled(self.path)
+            found = backbone_content_hash(extracted or self.path)
+            if settled and hash_sidecar.stamp_of(self.path) == now:
+                hash_sidecar.write(self.path, now, found)
+            return found
 
         if self._hash is None:
             self._hash = collective.on_rank_zero(compute)
@@ -48,10 +62,3 @@ class BaseCheckpoint:
     def content_hash(self) -> str:
         """See :func:`nemo_ee.checkpoint.content_hash.backbone_content_hash`. Collective at the first call."""
         return self.hash_now()
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    if not path.exists():
-        return None
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns

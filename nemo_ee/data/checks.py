@@ -6,19 +6,20 @@ BlendedMegatronDatasetBuilder (megatron-core 0.13) loops for ever on a split tha
 
 from collections.abc import Mapping
 
-import numpy as np
-
 from nemo_ee.data.data_config import PREFIX_KEY, DatasetPart, dataset_parts
 from nemo_ee.data.index_file import IndexedFile, open_indexed_file
 from nemo_ee.errors import DataError, Fault
 
 LENGTH_KEY = "model.data.seq_length"
-MAX_SCANNED_TOKENS = 1 << 30
+MAX_SCANNED_TOKENS = 100_000_000
+"""Token ids that are read in all: a corpus of any size is checked in seconds."""
 _REMEDY = "write it with scripts/preprocess_text.py"
 
 
 def check_data_config(data: Mapping, sequence_length: int, vocab_size: int) -> None:
     """Checks everything that ``model.data`` names. Reads files only; call it on one rank.
+
+    Of more than `MAX_SCANNED_TOKENS` in all, token ids are read in blocks evenly spread over every dataset.
 
     Args:
         data: NeMo's ``model.data`` section.
@@ -34,12 +35,14 @@ def check_data_config(data: Mapping, sequence_length: int, vocab_size: int) -> N
         return
     extra = 0 if data.get("no_seqlen_plus_one_input_tokens") else 1
     faults: list[Fault] = []
-    for split, parts in dataset_parts(data.get("data_prefix"), data.get("splits_string")).items():
+    splits = dataset_parts(data.get("data_prefix"), data.get("splits_string"))
+    budget = MAX_SCANNED_TOKENS // sum(len(parts) for parts in splits.values())
+    for split, parts in splits.items():
         key = (
             f"{PREFIX_KEY}.{split}" if isinstance(data["data_prefix"], Mapping) else f"{PREFIX_KEY} ({split})"
         )
         for part in parts:
-            faults += _part_faults(part, sequence_length, vocab_size, split, key, extra)
+            faults += _part_faults(part, sequence_length, vocab_size, split, key, extra, budget=budget)
     if faults:
         raise DataError("\n".join(map(str, faults)))
 
@@ -83,6 +86,7 @@ def _part_faults(
     key: str,
     extra: int,
     length_key: str = LENGTH_KEY,
+    budget: int = MAX_SCANNED_TOKENS,
 ) -> list[Fault]:
     try:
         file = open_indexed_file(part.prefix)
@@ -99,18 +103,14 @@ def _part_faults(
         )
         remedy = f"give more text, a larger share of it, or a smaller {length_key}"
         return [Fault(key, part.prefix, rule, remedy)]
-    low, high = _id_range(file, covered)
+    low, high = _id_range(file, covered, budget)
     if low < 0 or high >= vocab_size:
         rule = f"{name} must have token ids from 0 to {vocab_size - 1}, has {low} to {high}"
         return [Fault(key, part.prefix, rule, "preprocess the text with the tokenizer of this model")]
     return []
 
 
-def _id_range(file: IndexedFile, part: slice) -> tuple[int, int]:
-    """Least and largest token id; of more than MAX_SCANNED_TOKENS, evenly spaced blocks are read."""
-    size = 1 << 24
-    step = size * max(1, (part.stop - part.start) // MAX_SCANNED_TOKENS)
-    ids = file.token_ids()
-    blocks = (ids[start : min(start + size, part.stop)] for start in range(part.start, part.stop, step))
-    ranges = np.array([(int(block.min()), int(block.max())) for block in blocks])
-    return int(ranges[:, 0].min()), int(ranges[:, 1].max())
+def _id_range(file: IndexedFile, part: slice, budget: int) -> tuple[int, int]:
+    """Least and largest token id, of `budget` tokens at most."""
+    ranges = [(int(block.min()), int(block.max())) for block in file.spread_blocks(part, budget)]
+    return min(low for low, _ in ranges), max(high for _, high in ranges)

@@ -58,6 +58,15 @@ class IndexedFile:
         for start in range(part.start, part.stop, size):
             yield ids[start : min(start + size, part.stop)]
 
+    def spread_blocks(self, part: slice, tokens: int, size: int = 1 << 20) -> Iterator[np.ndarray]:
+        """As :meth:`blocks`; of more than ``tokens``, so many at most, in blocks of ``size`` evenly spread."""
+        if part.stop - part.start <= tokens:
+            yield from self.blocks(part)
+            return
+        ids, size = self.token_ids(), max(1, min(size, tokens))
+        for start in np.linspace(part.start, part.stop - size, max(1, tokens // size)).astype(np.int64):
+            yield ids[start : start + size]
+
 
 def open_indexed_file(prefix: str) -> IndexedFile:
     """Opens an indexed dataset and checks that it is whole.

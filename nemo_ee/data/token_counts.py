@@ -10,6 +10,9 @@ from nemo_ee.data.data_config import dataset_parts
 from nemo_ee.data.index_file import IndexedFile, open_indexed_file
 from nemo_ee.errors import DataError
 
+ENOUGH_TOKENS = 100_000_000
+"""So many rank the tokens that a shortlist keeps, whatever the size of the corpus."""
+
 
 def token_counts(
     data_prefix: object, vocab_size: int, splits_string: object = None, max_tokens: int | None = None
@@ -23,7 +26,7 @@ def token_counts(
         data_prefix: any form of NeMo's ``model.data.data_prefix``.
         vocab_size: number of token ids.
         splits_string: NeMo's ``model.data.splits_string``; needed unless ``data_prefix`` names splits.
-        max_tokens: read at most about this many tokens, the first ones of each dataset.
+        max_tokens: read at most about this many tokens, evenly spread over each dataset.
 
     Returns:
         Counts per token id, int64 [vocab_size].
@@ -47,15 +50,14 @@ def token_counts(
     budgets = sizes if max_tokens is None else np.minimum(sizes, np.ceil(shares * max_tokens))
     counts = np.zeros(vocab_size, dtype=np.float64)
     for file, part, budget, share in zip(files, covered, budgets, shares, strict=True):
-        counts += _count(file, slice(part.start, part.start + math.ceil(budget)), vocab_size) * (
-            share * budgets.sum() / budget
-        )
+        mine = _count(file, part, math.ceil(budget), vocab_size)
+        counts += mine * (share * budgets.sum() / mine.sum())
     return torch.from_numpy(np.rint(counts).astype(np.int64))
 
 
-def _count(file: IndexedFile, part: slice, vocab_size: int) -> np.ndarray:
+def _count(file: IndexedFile, part: slice, max_tokens: int, vocab_size: int) -> np.ndarray:
     counts = np.zeros(vocab_size, dtype=np.int64)
-    for block in file.blocks(part):
+    for block in file.spread_blocks(part, max_tokens):
         if block.min() < 0 or block.max() >= vocab_size:
             raise DataError(
                 f"model.data.data_prefix={file.prefix}: must have token ids from 0 to {vocab_size - 1}, has "

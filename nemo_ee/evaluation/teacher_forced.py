@@ -14,7 +14,12 @@ from nemo_ee.config import HeadConfig
 from nemo_ee.core.confidence import confidence, is_sure, summarise_rows
 from nemo_ee.megatron.gpt import EarlyExitGPTModel, StageStates
 from nemo_ee.megatron.projection import ExitProjection
-from nemo_ee.megatron.vocab_parallel import log_sum_over_ranks, max_over_ranks, reduce_over_ranks
+from nemo_ee.megatron.vocab_parallel import (
+    chunk_tokens,
+    log_sum_over_ranks,
+    max_over_ranks,
+    reduce_over_ranks,
+)
 
 CONFIDENCE_RULE = "max_probability"
 """By which text is scored: the probability of an exit's most probable token."""
@@ -97,8 +102,8 @@ def score_exit(gpt: EarlyExitGPTModel, layer: int, states: StageStates, labels: 
 def _score(state: Tensor, projection: ExitProjection, gpt: EarlyExitGPTModel, labels: Tensor) -> ExitScores:
     length, batch, size = state.shape
     wide = torch.promote_types(state.dtype, torch.float32)
-    weight = gpt.output_weight().to(wide) if projection.weight is None else None
-    chunk = gpt.early_exit.tuning.loss_chunk_tokens
+    weight = gpt.output_weight() if projection.weight is None else None
+    chunk = chunk_tokens(gpt.early_exit.tuning.loss_chunk_tokens, projection.columns)
     with torch.autocast(state.device.type, enabled=False):
         pieces = [
             _score_tokens(rows, projection, weight, wanted)
@@ -121,8 +126,7 @@ def _score_tokens(
     best, row = max_over_ranks(summary.best, summary.row + projection.first_row)
     highest = reduce_over_ranks(logits.amax(-1), torch.distributed.ReduceOp.MAX)
     normaliser = log_sum_over_ranks(summary.log_sum)
-    held, columns = projection.held(projection.rows_of(labels))
-    label_logits = logits.new_zeros(len(labels))
-    label_logits[held] = logits[held, columns]
+    columns, held = projection.held(projection.rows_of(labels))
+    label_logits = logits.gather(-1, columns[:, None])[:, 0].where(held, 0.0)
     losses = normaliser - reduce_over_ranks(label_logits)
     return projection.tokens_of(row), confidence(best, normaliser), losses, highest > best

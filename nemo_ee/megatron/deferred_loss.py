@@ -128,9 +128,8 @@ class _Evaluation:
         """
         state = self._state(hidden)
         wide = torch.promote_types(state.dtype, torch.float32)
-        weight = None if self.output_weight is None else self.output_weight.to(wide)
         with torch.autocast(hidden.device.type, enabled=False):
-            self.targets.record(self._losses(state.to(wide), weight, None))
+            self.targets.record(self._losses(state.to(wide), self.output_weight, None))
 
     def gradients(self, hidden: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor | None, list[Tensor]]:
         """Gradients of the weighted loss with respect to the hidden state and to `parameters`."""

@@ -15,7 +15,12 @@ from nemo_ee.megatron.projection import ExitProjection
 from nemo_ee.megatron.replicated import replicated
 from nemo_ee.megatron.token_layout import by_position, whole_tokens
 from nemo_ee.megatron.tuning_step import MicroBatch
-from nemo_ee.megatron.vocab_parallel import gather_columns, log_sum_over_ranks, reduce_over_ranks
+from nemo_ee.megatron.vocab_parallel import (
+    chunk_tokens,
+    gather_columns,
+    log_sum_over_ranks,
+    reduce_over_ranks,
+)
 
 NEVER = -100.0
 """A logit that stands for probability zero and still fits a least-squares problem."""
@@ -260,7 +265,7 @@ def log_sum_of_others(state: Tensor, projection: ExitProjection, gpt: EarlyExitG
     others = others[first : first + weight.shape[0]]
     rows = weight[: len(others)][others]
     chunks = []
-    for chunk in state.split(gpt.early_exit.tuning.loss_chunk_tokens):
+    for chunk in state.split(chunk_tokens(gpt.early_exit.tuning.loss_chunk_tokens, max(1, len(rows)))):
         logits = torch.nn.functional.linear(chunk.to(rows.dtype), rows)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         chunks.append(log_sum_over_ranks(logits.logsumexp(-1).clamp_min(NEVER)))

@@ -2,8 +2,9 @@
 """Losses of exits and their gradients, in chunks of tokens, over a vocabulary sharded by tensor parallelism.
 
 Logits are never kept: a chunk's logits, loss and gradient with respect to the exit's state are computed
-together, so that besides the teacher's at most one exit's logits of one chunk exist at any time. Suffixes:
-T tokens, C tokens of a chunk, H hidden size, R rows of this rank.
+together, in the same memory, so that besides the teacher's at most one exit's [C, R] of one chunk is kept at any
+time. Nothing between chunks waits for the device. Suffixes: T tokens, C tokens of a chunk, H hidden size, R rows
+of this rank.
 """
 
 from collections.abc import Sequence
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from nemo_ee.config import TuningConfig
 from nemo_ee.core.confidence import best_row, confidence
-from nemo_ee.megatron.projection import ExitProjection
-from nemo_ee.megatron.vocab_parallel import max_over_ranks, reduce_over_ranks, sum_over_ranks
+from nemo_ee.megatron.projection import ExitProjection, ProjectionWeights
+from nemo_ee.megatron.vocab_parallel import chunk_tokens, max_over_ranks, reduce_over_ranks, sum_over_ranks
 
 
 @dataclass
@@ -38,13 +39,23 @@ class ExitLossResult:
     parameter_gradients: dict[Tensor, Tensor] = field(default_factory=dict)
     best_tokens: dict[int, Tensor] = field(default_factory=dict)
 
-    def add_parameter_gradient(self, parameter: Tensor, gradient: Tensor) -> None:
-        """Adds to `parameter_gradients`."""
-        if parameter not in self.parameter_gradients:
-            wide = torch.promote_types(parameter.dtype, torch.float32)
-            self.parameter_gradients[parameter] = gradient.to(wide)
+    def add_product(self, parameter: Tensor, left: Tensor, right: Tensor) -> None:
+        """Adds left @ right to a parameter's gradient, in one buffer that lasts for all chunks."""
+        found = self.parameter_gradients.get(parameter)
+        if found is None:
+            dtype = torch.promote_types(parameter.dtype, torch.float32)
+            found = self.parameter_gradients[parameter] = torch.zeros_like(parameter, dtype=dtype)
+        if left.dtype == found.dtype:
+            found.addmm_(left, right)
         else:
+            found += left @ right
+
+    def add_parameter_gradient(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Adds to `parameter_gradients`; the gradient is this object's from then on."""
+        if parameter in self.parameter_gradients:
             self.parameter_gradients[parameter] += gradient
+        else:
+            self.parameter_gradients[parameter] = gradient
 
 
 @dataclass(frozen=True)
@@ -102,19 +113,35 @@ def exit_losses(
     )
     if scale is not None:
         result.state_gradients = {n: torch.empty_like(e.state) for n, e in exits.items()}
+    projections = [item.projection for item in ([teacher] if teacher else []) + list(exits.values())]
     with torch.no_grad():
-        for start in range(0, len(labels), objective.loss_chunk_tokens):
-            chunk = slice(start, start + objective.loss_chunk_tokens)
-            final = None
+        # Gradients need the weights twice in each chunk, in the states' dtype; statistics once, in a wider one.
+        dtype = None if scale is None else state.dtype
+        tied = output_weight if output_weight is None or dtype is None else output_weight.to(dtype)
+        weights = [projection(tied, dtype) for projection in projections]
+        count = chunk_tokens(objective.loss_chunk_tokens, max((p.columns for p in projections), default=1))
+        for start in range(0, len(labels), count):
+            chunk = slice(start, start + count)
+            final, of_exits = None, weights
             if teacher is not None:
-                final = _Distribution(
-                    teacher.state[chunk], teacher.projection, output_weight, [labels[chunk]]
-                )
+                first, *of_exits = weights
+                final = _Distribution(teacher.state[chunk], teacher.projection, first, [labels[chunk]])
                 final.add_stats(result.stats[0], mask[chunk])
                 result.best_tokens[0][chunk] = final.best_token
-            for n, item in exits.items():
+            for (n, item), own in zip(exits.items(), of_exits, strict=True):
+                parameter = output_weight if item.projection.weight is None else item.projection.weight
                 _one_exit(
-                    n, item, chunk, output_weight, labels[chunk], mask[chunk], objective, final, scale, result
+                    n,
+                    item,
+                    chunk,
+                    own,
+                    parameter,
+                    labels[chunk],
+                    mask[chunk],
+                    objective,
+                    final,
+                    scale,
+                    result,
                 )
     return result
 
@@ -127,17 +154,16 @@ class _Distribution:
     Args:
         state: [C, H].
         projection: what projects it.
-        tied_weight: the backbone's output weight, for a tied projection.
+        weights: of the projection.
         labels: tensors [C] of tokens whose cross-entropies are wanted.
         target: [C, R] probabilities of the same rows, if the divergence from it is wanted.
 
     Attributes:
-        logits: [C, R] in float32 or wider.
-        probabilities: [C, R].
+        probabilities: [C, R] in float32 or wider, in the logits' memory.
         best: [C] the highest logit of a token that can be emitted.
         best_token: [C] that token.
         log_normaliser: [C].
-        held: per tensor of labels, this rank's (token, column) indices of those that it holds.
+        held: per tensor of labels, see `ExitProjection.held`.
         cross_entropies: per tensor of labels, [C] in nats.
         divergence: [C] KL(target, this) in nats; None without a target.
     """
@@ -146,34 +172,28 @@ class _Distribution:
         self,
         state: Tensor,
         projection: ExitProjection,
-        tied_weight: Tensor | None,
+        weights: ProjectionWeights,
         labels: Sequence[Tensor],
         target: Tensor | None = None,
     ):
         self.projection = projection
-        logits = projection.local_logits(state, tied_weight)
-        self.logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        best, row = best_row(self.logits, projection.emittable_rows())
-        self.best, rows, highest = max_over_ranks(best, row + projection.first_row, self.logits.amax(-1))
+        logits = projection.logits(state, weights)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        best, row = best_row(logits, projection.emittable_rows())
+        self.best, rows, highest = max_over_ranks(best, row + projection.first_row, logits.amax(-1))
         self.best_token = projection.tokens_of(rows)
         self.held = [projection.held(projection.rows_of(tokens)) for tokens in labels]
-        parts = [self._held_logits(*held) for held in self.held]
+        parts = [logits.gather(-1, columns[:, None])[:, 0].where(here, 0) for columns, here in self.held]
         if target is not None:
-            log_ratio = target.clamp_min(1e-30).log() - self.logits.clamp_min(-1e30)
-            parts.append((target * log_ratio).sum(-1))
+            log_ratio = target.clamp_min(1e-30).log_().sub_(logits.clamp_min_(-1e30))
+            parts.append(log_ratio.mul_(target).sum(-1))
             del log_ratio
-        exponentials = (self.logits - highest[:, None]).exp_()
+        exponentials = logits.sub_(highest[:, None]).exp_()
         total, *sums = sum_over_ranks(exponentials.sum(-1), *parts)
         self.log_normaliser = highest + total.log()
         self.probabilities = exponentials.div_(total[:, None])
         self.cross_entropies = [self.log_normaliser - logit for logit in sums[: len(labels)]]
         self.divergence = None if target is None else sums[-1] + self.log_normaliser
-
-    def _held_logits(self, tokens: Tensor, columns: Tensor) -> Tensor:
-        """[C] logits at these (token, column) indices, 0 for tokens without one."""
-        logits = self.logits.new_zeros(len(self.logits))
-        logits[tokens] = self.logits[tokens, columns]
-        return logits
 
     @property
     def confidence(self) -> Tensor:
@@ -189,14 +209,11 @@ class _Distribution:
         """On another projection's rows, [C, R]: a bucket takes what is off the shortlist."""
         if projection.kind != "shortlist":
             return self.probabilities
-        mine = self.projection
-        first, last = mine.first_row, mine.first_row + mine.emittable_rows()
-        kept = projection.token_ids
-        low, high = torch.searchsorted(kept, torch.tensor([first, last], device=kept.device)).tolist()
-        selected = self.probabilities[:, kept[low:high] - first]
-        bucket = self.probabilities.sum(-1) - selected.sum(-1)
-        rows = self.logits.new_zeros(len(self.logits), projection.num_rows + 1)
-        rows[:, low:high], rows[:, -1] = selected, bucket.clamp_min(0)
+        columns, here = self.projection.held(projection.token_ids)
+        selected = self.probabilities.index_select(-1, columns).mul_(here)
+        rows = selected.new_zeros(len(selected), projection.num_rows + 1)
+        rows[:, : selected.shape[1]] = selected
+        rows[:, -1] = (self.probabilities.sum(-1) - selected.sum(-1)).clamp_min_(0)
         rows = reduce_over_ranks(rows)
         return rows[:, projection.first_row : projection.first_row + projection.columns]
 
@@ -205,7 +222,8 @@ def _one_exit(
     n: int,
     item: ExitInput,
     chunk: slice,
-    output_weight: Tensor | None,
+    weights: ProjectionWeights,
+    parameter: Tensor,
     labels: Tensor,
     mask: Tensor,
     objective: TuningConfig,
@@ -213,12 +231,12 @@ def _one_exit(
     scale: Tensor | float | None,
     result: ExitLossResult,
 ) -> None:
-    """One chunk of one exit; adds to `result`."""
+    """One chunk of one exit, whose rows are `parameter`; adds to `result`."""
     state, projection = item.state[chunk], item.projection
     wanted, target = [labels], None
     if final is not None:
         wanted, target = [labels, final.best_token], final.on_rows_of(projection)
-    mine = _Distribution(state, projection, output_weight, wanted, target)
+    mine = _Distribution(state, projection, weights, wanted, target)
     ce = mine.cross_entropies[0]
     kl = torch.zeros_like(ce) if final is None else mine.divergence
     hard = torch.zeros_like(ce) if final is None else mine.cross_entropies[1]
@@ -232,23 +250,21 @@ def _one_exit(
     result.best_tokens[n][chunk] = mine.best_token
     if scale is None:
         return
-    gradient = mine.probabilities * (objective.ce_weight + objective.kl_weight + objective.argmax_weight)
-    if objective.ce_weight:
-        gradient[mine.held[0]] -= objective.ce_weight
+    gradient = mine.probabilities.mul_(objective.ce_weight + objective.kl_weight + objective.argmax_weight)
+    for (columns, here), term in zip(mine.held, (objective.ce_weight, objective.argmax_weight), strict=False):
+        if term:
+            gradient.scatter_add_(-1, columns[:, None], here[:, None].to(gradient.dtype) * -term)
     if objective.kl_weight:
         gradient.sub_(target, alpha=objective.kl_weight)
-    if objective.argmax_weight:
-        gradient[mine.held[1]] -= objective.argmax_weight
     gradient *= (token_weight * (item.weight * scale))[:, None]
     rows = gradient[:, : projection.rows_per_rank].to(state.dtype)
-    weight = output_weight if projection.weight is None else projection.weight
     state_gradient = result.state_gradients[n][chunk]
-    state_gradient.copy_(rows @ weight.to(state.dtype))
-    if weight.requires_grad:
-        result.add_parameter_gradient(weight, rows.T @ state)
+    torch.mm(rows, weights.rows, out=state_gradient)
+    if parameter.requires_grad:
+        result.add_product(parameter, rows.T, state)
     if projection.kind == "shortlist":
         bucket = gradient[:, -1] if projection.holds_bucket else torch.zeros_like(gradient[:, 0])
-        state_gradient.addr_(bucket.to(state.dtype), projection.bucket_weight.to(state.dtype))
+        state_gradient.addr_(bucket.to(state.dtype), weights.bucket_weight)
         both = torch.cat([bucket @ state.to(bucket.dtype), bucket.sum()[None]])
         reduce_over_ranks(both)
         result.add_parameter_gradient(projection.bucket_weight, both[:-1])

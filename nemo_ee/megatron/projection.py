@@ -1,6 +1,8 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Output projections of exits, sharded over the vocabulary: tied, untied, or a shortlist with a bucket."""
 
+from dataclasses import dataclass
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -16,6 +18,23 @@ BUCKET = -1
 """The token id that stands for "any token not on the shortlist"; it is never emitted."""
 PADDING = -2
 """The token id of rows that exist only so that the rows divide among tensor-parallel ranks."""
+WIDENED_BYTES = 2**25
+"""Rows whose states are of a wider dtype are widened so many bytes at a time."""
+
+
+@dataclass(frozen=True)
+class ProjectionWeights:
+    """What a call of `ExitProjection` gives to multiply states with.
+
+    Attributes:
+        rows: [rows/TP, H].
+        bucket_weight: [H], only for a shortlist, else None.
+        bucket_bias: [1], likewise.
+    """
+
+    rows: Tensor
+    bucket_weight: Tensor | None = None
+    bucket_bias: Tensor | None = None
 
 
 class ExitProjection(MegatronModule):
@@ -109,21 +128,52 @@ class ExitProjection(MegatronModule):
         """How many of this rank's rows stand for a token of their own."""
         return max(0, min(self.rows_per_rank, self.num_kept - self.first_row))
 
-    def local_logits(self, state: Tensor, tied_weight: Tensor | None = None) -> Tensor:
-        """This rank's logits before any collective, padding at -inf: [..., H] -> [..., columns]."""
-        weight = tied_weight if self.weight is None else self.weight
-        logits = torch.nn.functional.linear(state, weight.to(state.dtype))
+    def forward(
+        self, tied_weight: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> ProjectionWeights:
+        """The weights, for all tokens of one micro-batch.
+
+        Who reads them calls the module: where parameters are gathered over data parallelism while the model
+        computes, Megatron waits for a module's own when that module is called.
+
+        Args:
+            tied_weight: the backbone's output weight [Vp/TP, H], if this projection is tied.
+            dtype: to cast to, once; None leaves the weights as they are.
+        """
+        rows = tied_weight if self.weight is None else self.weight
+        weights = (rows, self.bucket_weight, self.bucket_bias)
+        return ProjectionWeights(*(w if w is None or dtype is None else w.to(dtype) for w in weights))
+
+    def logits(self, state: Tensor, weights: ProjectionWeights) -> Tensor:
+        """This rank's logits before any collective, padding at -inf: [..., H] -> [..., columns].
+
+        Weights of another dtype than the state's are cast some rows at a time.
+        """
+        if weights.rows.dtype == state.dtype:
+            logits = torch.nn.functional.linear(state, weights.rows)
+        else:
+            logits = state.new_empty(*state.shape[:-1], self.rows_per_rank)
+            count = max(1, WIDENED_BYTES // (state.shape[-1] * state.element_size()))
+            for first in range(0, self.rows_per_rank, count):
+                rows = weights.rows[first : first + count].to(state.dtype)
+                logits[..., first : first + count] = torch.nn.functional.linear(state, rows)
         logits[..., self.emittable_rows() :] = float("-inf")
         if not self.holds_bucket:
             return logits
-        bucket = state @ self.bucket_weight.to(state.dtype) + self.bucket_bias.to(state.dtype)
+        bucket = state @ weights.bucket_weight.to(state.dtype) + weights.bucket_bias.to(state.dtype)
         return torch.cat([logits, bucket[..., None]], dim=-1)
 
+    def local_logits(self, state: Tensor, tied_weight: Tensor | None = None) -> Tensor:
+        """`logits` of a single call."""
+        return self.logits(state, self(tied_weight))
+
     def held(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of the rows [C] this rank holds: their indices in [C], and their columns."""
+        """Columns [C] of the rows [C] on this rank, and which of them it holds; others have some column.
+
+        No indices of those that it holds: to count them, a GPU would have to be waited for.
+        """
         columns = rows - self.first_row
-        (index,) = torch.nonzero((columns >= 0) & (columns < self.columns), as_tuple=True)
-        return index, columns[index]
+        return columns.clamp(0, self.columns - 1), (columns >= 0) & (columns < self.columns)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -160,7 +160,7 @@ def exit_step(
             )
             for n, x in exit_states.items()
         },
-        prepared(gpt.output_weight()),
+        gpt.output_weight(),
         by_position(batch.labels),
         by_position(batch.loss_mask),
         config.tuning,

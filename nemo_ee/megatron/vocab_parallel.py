@@ -8,6 +8,14 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+CHUNK_BYTES = 2**27
+"""Of one exit's logits on one rank in float32, where no number of tokens is given."""
+
+
+def chunk_tokens(tokens: int | None, columns: int) -> int:
+    """How many tokens to compute logits of at a time: `tokens`, or None for as many as `CHUNK_BYTES` hold."""
+    return max(1, CHUNK_BYTES // (4 * columns)) if tokens is None else tokens
+
 
 def reduce_over_ranks(
     tensor: Tensor, op: torch.distributed.ReduceOp = torch.distributed.ReduceOp.SUM

@@ -4,7 +4,8 @@
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 
-from nemo_ee.data.token_counts import token_counts
+from nemo_ee.checkpoint.collective import on_rank_zero
+from nemo_ee.data.token_counts import ENOUGH_TOKENS, token_counts
 from nemo_ee.megatron import exit_init
 
 
@@ -24,14 +25,14 @@ class FirstWeightsMixin:
             self.initialise_exits()
 
     def initialise_exits(self) -> None:
-        """Sets the exits' first weights as `early_exit.init` says; copied weights came with the checkpoint."""
+        """Sets the exits' first weights as `early_exit.init` says; copied weights came with the checkpoint.
+
+        Collective over the world; rank 0 reads the training text for a shortlist.
+        """
         config, std = self.early_exit, self.cfg.get("init_method_std", 0.02)
         shortlist = None
         if config.head.projection == "shortlist":
-            counts = token_counts(
-                self.cfg.data.data_prefix, self.true_vocab_size, self.cfg.data.get("splits_string")
-            )
-            shortlist = torch.topk(counts, config.head.shortlist_size).indices
+            shortlist = on_rank_zero(self.most_frequent_tokens)
         seed = self.cfg.get("seed", 1234)
         exit_init.initialise_projections(self.gpt, shortlist, std if config.init == "random" else None, seed)
         if config.init == "random":
@@ -41,6 +42,14 @@ class FirstWeightsMixin:
         else:
             self.fit_translators()
         self.exits_initialised = True
+
+    def most_frequent_tokens(self) -> torch.Tensor:
+        """[shortlist_size] token ids of the training text. Reads files only; call it on one rank."""
+        data = self.cfg.data
+        counts = token_counts(
+            data.data_prefix, self.true_vocab_size, data.get("splits_string"), max_tokens=ENOUGH_TOKENS
+        )
+        return torch.topk(counts, self.early_exit.head.shortlist_size).indices
 
     def state_to_restore(self, with_exits: bool) -> ShardedStateDict:
         """What restoring reads from a full checkpoint; notes whether exits come with it."""

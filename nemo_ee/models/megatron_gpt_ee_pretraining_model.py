@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from lightning.pytorch import Trainer
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -21,6 +22,7 @@ from nemo_ee.megatron.bubble_schedule import Links
 from nemo_ee.megatron.deferred_loss import ExitTargets
 from nemo_ee.megatron.exit_loss import ExitLossResult
 from nemo_ee.megatron.layer_dropout import LayerDropout
+from nemo_ee.megatron.parameter_gathering import finish_gathering, gather_all
 from nemo_ee.megatron.query_key_norms import sum_query_key_norms
 from nemo_ee.megatron.tied_weight import tie_output_weights
 from nemo_ee.models.bubble_filling_mixin import BubbleFillingMixin
@@ -88,6 +90,7 @@ class MegatronGPTEEPretrainingModel(
         self.links = Links() if self.training_config.bubble_filling.enabled else None
         self.metrics = TrainingMetrics(self.early_exit.layers, self.gpt)
         self._validation_sums: list[Tensor] = []
+        self._parameters_are_shares = False
 
     # --- construction -------------------------------------------------------------------------------------
 
@@ -148,6 +151,8 @@ class MegatronGPTEEPretrainingModel(
 
     def fwd_bwd_step(self, dataloader_iter: Iterator, forward_only: bool, first_val_step: bool | None = None):
         """One global batch, as NeMo's; collects the exits' statistics on the way."""
+        if forward_only:
+            self.gather_parameters()
         self.choose_batch_size(training=not forward_only)
         self.metrics.start(self.device_of_batches, observe=forward_only or self.logs_this_step)
         self._next_micro_batch = 0
@@ -155,6 +160,9 @@ class MegatronGPTEEPretrainingModel(
             loss = self.fwd_bwd_step_with_fills(dataloader_iter)
         else:
             loss = super().fwd_bwd_step(dataloader_iter, forward_only, first_val_step)
+        if self.overlaps_gathering and not forward_only:
+            finish_gathering(self.model)
+            self._parameters_are_shares = True
         if self.metrics.observing:
             means = self.metrics.finish(get_num_microbatches())
             if forward_only:
@@ -162,6 +170,30 @@ class MegatronGPTEEPretrainingModel(
             else:
                 self.log_training(means)
         return loss
+
+    @property
+    def overlaps_gathering(self) -> bool:
+        """Whether forward passes begin while parameters are still gathered over data parallelism."""
+        return self.use_mcore_dist_optim and self.cfg.optim.get("overlap_param_sync", False)
+
+    def gather_parameters(self) -> None:
+        """Makes parameters whole after an optimizer step, for whoever reads them outside a training step.
+
+        Collective over data parallelism where gathering overlaps, see `parameter_gathering.gather_all`.
+        """
+        if self._parameters_are_shares:
+            gather_all(self.model)
+            self._parameters_are_shares = False
+
+    def sharded_state_dict(self, prefix: str = "") -> ShardedStateDict:
+        """NeMo's, of whole parameters. Collective over data parallelism where gathering overlaps."""
+        self.gather_parameters()
+        return super().sharded_state_dict(prefix)
+
+    def on_train_end(self) -> None:
+        """NeMo's; the model may be used now."""
+        self.gather_parameters()
+        super().on_train_end()
 
     def training_step_fwd_bwd_step_call(self, dataloader_iter: Iterator, forward_only: bool) -> Tensor:
         """As NeMo's; sums copies of the output weight where NeMo sums no embedding's gradients, and q/k norms."""

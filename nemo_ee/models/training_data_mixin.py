@@ -3,6 +3,7 @@
 
 import torch
 
+from nemo_ee.checkpoint.collective import on_rank_zero
 from nemo_ee.data.checks import check_data_config
 from nemo_ee.data.padding import separate_padding
 
@@ -11,8 +12,9 @@ class TrainingDataMixin:
     """To be put before the NeMo model class."""
 
     def build_train_valid_test_datasets(self):
-        """NeMo's, after a check that says what Megatron would answer with a hang."""
-        check_data_config(self.cfg.data, self.cfg.data.seq_length, self.true_vocab_size)
+        """NeMo's, after a check that says what Megatron would answer with a hang; rank 0 reads for it."""
+        data = self.cfg.data
+        on_rank_zero(lambda: check_data_config(data, data.seq_length, self.true_vocab_size))
         datasets = super().build_train_valid_test_datasets()
         for dataset in datasets:
             separate_padding(dataset)

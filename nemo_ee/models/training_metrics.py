@@ -12,9 +12,10 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from nemo_ee.megatron.exit_loss import ExitLossResult
+from nemo_ee.config import HeadConfig, TuningConfig
+from nemo_ee.megatron.exit_loss import ExitLossResult, Teacher, exit_losses
 from nemo_ee.megatron.gpt import EarlyExitGPTModel
-from nemo_ee.megatron.prediction import Prediction, Rows
+from nemo_ee.megatron.projection import ExitProjection
 from nemo_ee.megatron.token_layout import by_position, whole_tokens
 from nemo_ee.models.exit_metrics import ExitMeans, ExitMetrics
 
@@ -30,9 +31,9 @@ class TrainingMetrics(ExitMetrics):
     def __init__(self, layers: tuple[int, ...], gpt: EarlyExitGPTModel):
         super().__init__(layers)
         self.gpt, self.observing = gpt, False
+        self.objective = TuningConfig(loss_chunk_tokens=gpt.early_exit.training.loss_chunk_tokens)
         self._best: dict[tuple[int, int], Tensor] = {}
         self._masks: dict[int, Tensor] = {}
-        self._predicted: Prediction | None = None
 
     def start(self, device: torch.device, observe: bool) -> None:
         """Begins a global batch; without `observe` nothing is kept."""
@@ -52,29 +53,42 @@ class TrainingMetrics(ExitMetrics):
 
     @contextmanager
     def final_exit(self, index: int, mask: Tensor) -> Iterator[None]:
-        """Observes the final exit's logits within, on the last stage; elsewhere nothing."""
+        """Observes the final exit within, on the last stage; elsewhere nothing. Chunk by chunk, as exits."""
         if not self.observing or not parallel_state.is_pipeline_last_stage():
             yield
             return
 
-        def observe(_module: torch.nn.Module, args: tuple, _output: tuple) -> None:
-            # Again, in float32 as the exits' statistics: logits in half precision have many equal maxima.
-            weight, parallel = self.gpt.output_weight(), self.gpt.config.sequence_parallel
-            dtype = torch.promote_types(weight.dtype, torch.float32)
-            with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-                state = whole_tokens(args[0].detach(), parallel).to(dtype)
-                rows = Rows.of_output_layer(self.gpt)
-                logits = torch.nn.functional.linear(state, weight.to(dtype))
-                logits[:, rows.emittable :] = float("-inf")
-                found = Prediction.from_logits(logits, rows)
-                self._best[0, index] = found.tokens
+        def observe(_module: torch.nn.Module, args: tuple) -> None:
+            # Before the output layer makes all logits; again, in float32 as the exits' statistics: logits in half
+            # precision have many equal maxima. The cross-entropy is Megatron's own, see `add_final_loss`.
+            with torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
+                state = whole_tokens(args[0].detach(), self.gpt.config.sequence_parallel)
+                state = state.to(torch.promote_types(state.dtype, torch.float32))
                 self._masks[index] = counted = by_position(mask)
-                wide = counted.double()
-                self.sums[0, 3] += found.confidence.double() @ wide
-                self.sums[0, 2] += wide.sum()
-                self.sums[0, 5] += wide.sum()
+                weight, world = (
+                    self.gpt.output_weight(),
+                    parallel_state.get_tensor_model_parallel_world_size(),
+                )
+                projection = ExitProjection(
+                    self.gpt.config,
+                    HeadConfig(projection="tied"),
+                    self.gpt.true_vocab_size,
+                    world * len(weight),
+                )
+                result = exit_losses(
+                    {},
+                    weight,
+                    torch.zeros_like(counted, dtype=torch.long),
+                    counted,
+                    self.objective,
+                    Teacher(state, projection),
+                )
+                self._best[0, index] = result.best_tokens[0]
+                self.sums[0, 3] += result.stats[0][3]
+                self.sums[0, 2] += result.stats[0][2]
+                self.sums[0, 5] += result.tokens
 
-        hook = self.gpt.output_layer.register_forward_hook(observe)
+        hook = self.gpt.output_layer.register_forward_pre_hook(observe)
         try:
             yield
         finally:

@@ -27,6 +27,7 @@ class Case:
         loss_scale: of half precision, imitated; gradients are divided by it before they are returned.
         without_targets: NeMo's own step function runs, so the module is a plain GPT.
         micro_batches: of every step, for the reference; None takes Megatron's number.
+        trainer: further settings of the trainer.
     """
 
     early_exit: dict[str, Any]
@@ -37,6 +38,7 @@ class Case:
     loss_scale: float = 1.0
     without_targets: bool = False
     micro_batches: tuple[int, ...] | None = None
+    trainer: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -49,7 +51,7 @@ class Outcome:
         losses: the final exit's loss of every step.
         statistics: what every step logged under names that begin with `train_`.
         logged: what the trainer logged at the end.
-        copies: this stage's copies of the output weight after each step.
+        copies: this stage's copies of the output weight after each step, where they are whole then.
     """
 
     gradients: dict[str, torch.Tensor]
@@ -98,7 +100,7 @@ def pretrain_one(
     """One run through Trainer.fit."""
     from tests.support.plain_objective import PlainObjective
 
-    trainer = tuning_trainer(layout, case.steps, gradient_clip_val=0.5)
+    trainer = tuning_trainer(layout, case.steps, gradient_clip_val=0.5, **case.trainer)
     if dtype == torch.float64:
         torch.cuda.FloatTensor = torch.DoubleTensor  # NeMo's clipping asserts float32 gradients
     config = pretraining_config(prefixes, case, layout)
@@ -168,7 +170,9 @@ def Recorder() -> type:  # noqa: N802  (a class, made late: importing NeMo takes
 
         def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
             super().on_train_batch_end(*args, **kwargs)
-            if self.gpt.early_exit.head.projection == "tied" and self.gpt.output_weight() is not None:
+            tied = self.gpt.early_exit.head.projection == "tied"
+            # Reading parameters that a step has left to be gathered would have to gather them.
+            if tied and self.gpt.output_weight() is not None and not self.overlaps_gathering:
                 self.copies.append(self.gpt.output_weight().detach().clone())
 
     return Recording

@@ -168,3 +168,29 @@ def test_token_counts_follow_blend_weights(dataset, tmp_path):
 def test_token_counts_refuse_foreign_tokens(dataset):
     with pytest.raises(DataError, match="must have token ids from 0 to 3"):
         token_counts({"train": [dataset], "validation": None, "test": None}, 4)
+
+
+def test_of_a_large_corpus_spread_blocks_are_read(dataset, tmp_path, monkeypatch):
+    """At most so many tokens in all parts together, and from beginning to end."""
+    from nemo_ee.data import checks
+    from nemo_ee.data.index_file import IndexedFile, open_indexed_file
+
+    file, read, whole = open_indexed_file(dataset), [], IndexedFile.spread_blocks
+
+    def record(self, part, tokens, size=7):
+        for block in whole(self, part, tokens, size):
+            read.append(len(block))
+            yield block
+
+    blocks = [block.tolist() for block in file.spread_blocks(slice(10, 990), 35, 7)]
+    assert len(blocks) == 5 and all(len(block) == 7 for block in blocks)
+    assert blocks[0] == file.token_ids()[10:17].tolist() and blocks[-1] == file.token_ids()[983:990].tolist()
+    assert sum(map(len, file.spread_blocks(slice(10, 990), 980, 7))) == 980
+    monkeypatch.setattr(IndexedFile, "spread_blocks", record)
+    monkeypatch.setattr(checks, "MAX_SCANNED_TOKENS", 90)
+    other = write_dataset(tmp_path / "other", [[3] * 10] * 50 + [[8] * 10])
+    blend = {"train": [0.5, dataset, 0.5, other], "validation": [dataset], "test": None}
+    with pytest.raises(DataError, match="train must have token ids from 0 to 6, has 3 to 8"):
+        check_data_config({"data_prefix": blend}, 5, 7)
+    assert 60 < sum(read) <= 90
+    assert token_counts({**blend, "train": [other]}, 9, max_tokens=80)[8] > 0, "the end is read, too"

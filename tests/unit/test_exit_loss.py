@@ -241,3 +241,69 @@ def test_logits_of_hundreds_stay_finite(transformer_config):
     result = compute(given, OBJECTIVES["mix"])
     for n in given.exits:
         assert torch.isfinite(result.stats[n]).all() and torch.isfinite(result.state_gradients[n]).all()
+
+
+class _Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts operators, and casts of tensors of a shape."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        self.shape, self.seen, self.casts = shape, set(), 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator.overloadpacket.__name__
+        self.seen.add(name)
+        if name == "_to_copy" and tuple(args[0].shape) == self.shape:
+            self.casts += 1
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("projection", ["untied", "shortlist", "tied"])
+def test_no_chunk_waits_for_the_device_or_casts_weights_again(transformer_config, projection):
+    given = problem(transformer_config, PROJECTIONS[projection])
+    states = {n: dataclasses.replace(item, state=item.state.bfloat16()) for n, item in given.exits.items()}
+    given = dataclasses.replace(
+        given, exits=states, teacher=dataclasses.replace(given.teacher, state=given.teacher.state.bfloat16())
+    )
+    rows = given.output_weight if projection == "tied" else given.exits[2].projection.weight
+    with _Watch(tuple(rows.shape)) as watch:
+        compute(given, dataclasses.replace(OBJECTIVES["mix"], loss_chunk_tokens=5))
+    assert not watch.seen & {"nonzero", "_local_scalar_dense", "item", "masked_select", "is_nonzero"}
+    # Once for each exit, or for all that share a weight; an untied one has the shape of the teacher's.
+    assert watch.casts == {"tied": 1, "untied": 2 + 1, "shortlist": 2}[projection]
+
+
+def test_chunks_by_bytes(transformer_config, monkeypatch):
+    from nemo_ee.megatron import exit_loss, vocab_parallel
+
+    monkeypatch.setattr(vocab_parallel, "CHUNK_BYTES", 4 * PADDED * 6 + 3)
+    taken, whole = [], exit_loss._Distribution
+
+    def spy(state, *args):
+        taken.append(len(state))
+        return whole(state, *args)
+
+    monkeypatch.setattr(exit_loss, "_Distribution", spy)
+    given = problem(transformer_config, PROJECTIONS["untied"])
+    result = compute(given, dataclasses.replace(OBJECTIVES["ce"], loss_chunk_tokens=None), teacher=False)
+    assert taken == [n for n in (6, 6, 6, 5) for _ in given.exits]
+    close(result.stats[5][0], reference(given, OBJECTIVES["ce"]).stats[5][0])
+
+
+@pytest.mark.parametrize("projection", ["tied", "shortlist"])
+def test_statistics_of_narrow_weights_are_those_of_the_weights_widened(
+    transformer_config, projection, monkeypatch
+):
+    from nemo_ee.megatron import projection as projections
+
+    monkeypatch.setattr(projections, "WIDENED_BYTES", HIDDEN * 8 * 4 + 1)  # four rows at a time
+    given = problem(transformer_config, PROJECTIONS[projection])
+    for item in given.exits.values():
+        item.projection.bfloat16()
+    narrow = dataclasses.replace(given, output_weight=given.output_weight.bfloat16())
+    found = compute(narrow, OBJECTIVES["mix"], scale=None)
+    for item in given.exits.values():
+        item.projection.double()
+    wide = dataclasses.replace(given, output_weight=narrow.output_weight.double())
+    for n, values in compute(wide, OBJECTIVES["mix"], scale=None).stats.items():
+        close(found.stats[n], values)
