@@ -56,6 +56,10 @@ class EarlyExitTrainerBuilder(MegatronTrainerBuilder):
         trainer = self.cfg.trainer
         gpu = torch.cuda.is_available()
         faults = _faults(trainer, gpu) + list(validation_faults(trainer, self.cfg.model.get("data")))
+        limit = self.cfg.model.get("distributed_timeout_minutes")
+        if limit is not None and (not isinstance(limit, int | float) or limit <= 0):
+            rule, remedy = "must be a number of minutes above 0", f"use e.g. {TIMEOUT_MINUTES:g}, or null"
+            faults.append(Fault("model.distributed_timeout_minutes", limit, rule, remedy))
         if faults:
             raise ConfigError(*faults)
         with open_dict(self.cfg):
