@@ -71,7 +71,12 @@ def ranks(folder: Path, world: int, faulty: int | None = None) -> list:
 
 @pytest.mark.parametrize(
     ("world", "victim", "number"),
-    [(3, 1, signal.SIGKILL), (3, 0, signal.SIGKILL), (2, 1, signal.SIGSTOP), (3, 0, signal.SIGSTOP)],
+    [
+        (3, 1, signal.SIGKILL),
+        (3, 0, signal.SIGKILL),
+        (2, 1, signal.SIGSTOP),
+        pytest.param(3, 0, signal.SIGSTOP, marks=pytest.mark.slow),
+    ],
 )
 def test_the_missing_rank_is_named(world, victim, number, workers, tmp_path):
     started = ranks(tmp_path, world)
