@@ -47,3 +47,7 @@ class DataError(ValueError):
 
 class GenerationError(ValueError):
     """A generation request that cannot be served, e.g. a prompt beyond the position limit."""
+
+
+class RankMissingError(RuntimeError):
+    """Other processes of the run do not answer: they were killed, stopped or cut off."""

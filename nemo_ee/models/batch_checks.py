@@ -1,11 +1,13 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""Checks of what batches are like: their sizes while they grow, and the documents that share a sequence."""
+"""Checks of what batches are like: their sizes while they grow, the documents that share a sequence, and how
+many of them are for validation."""
 
 from collections.abc import Iterator
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from nemo_ee.errors import Fault
+from nemo_ee.data.data_config import dataset_parts
+from nemo_ee.errors import ConfigError, Fault
 
 RAMP_UP = "model.rampup_batch_size"
 
@@ -59,3 +61,50 @@ def document_faults(cfg: DictConfig) -> Iterator[Fault]:
         rule = "would change nothing: rotary embeddings see the distances of positions alone"
         remedy = "set it to false, or reset_attention_mask to true"
         yield Fault("model.data.reset_position_ids", True, rule, remedy)
+
+
+def validation_faults(trainer: DictConfig, data: DictConfig | None) -> Iterator[Fault]:
+    """Numbers of steps and of batches that are none, and shares of what has no end.
+
+    Args:
+        trainer: the `trainer` section; of a script that does not train it lacks these keys.
+        data: the `model.data` section, if there is one.
+    """
+    interval, limit = trainer.get("val_check_interval"), trainer.get("limit_val_batches")
+    steps = trainer.get("max_steps")
+    if data is not None and data.get("data_prefix") is not None and steps is not None and steps < 0:
+        rule = "Megatron's datasets are built for a number of steps"
+        yield Fault("trainer.max_steps", steps, rule, "set it to 1 or more")
+        return
+    for key, value, least in (("val_check_interval", interval, 1), ("limit_val_batches", limit, 0)):
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        share = isinstance(value, float) and (0.0 < value <= 1.0 or value == least == 0)
+        if value is not None and not (whole or share):
+            what = "steps, or a share of trainer.max_steps" if least else "global batches, or a share of all"
+            remedy = f"use {least} or more, or a share above 0.0 and at most 1.0"
+            yield Fault(f"trainer.{key}", value, f"must be a number of {what}", remedy)
+    if isinstance(limit, float) and 0.0 < limit <= 1.0 and _is_weighted(data):
+        rule = "a weighted blend has no end that this could be a share of"
+        remedy = "use a number of global batches, e.g. trainer.limit_val_batches=50"
+        yield Fault("trainer.limit_val_batches", limit, rule, remedy)
+
+
+def _is_weighted(data: DictConfig | None) -> bool:
+    """Whether the validation data is a blend with weights; what is wrong with its form is said elsewhere."""
+    if data is None or data.get("data_prefix") is None:
+        return False
+    prefix = data.data_prefix
+    try:
+        parts = dataset_parts(
+            OmegaConf.to_container(prefix) if OmegaConf.is_config(prefix) else prefix,
+            data.get("splits_string"),
+        )
+    except ConfigError:
+        return False
+    return any(part.weight is not None for part in parts.get("validation", ()))
+
+
+def validation_interval(trainer: DictConfig) -> int:
+    """Steps between validations, of a share: Megatron's training data is as long as the run, so what is a share
+    of the training data to Lightning is one of `max_steps`."""
+    return max(1, int(trainer.val_check_interval * trainer.max_steps))

@@ -2,19 +2,22 @@
 """NeMo's exp_manager and fit for runs that may have been killed at any moment."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from nemo.utils import logging
+from nemo.utils import AppState, logging
 from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
 from nemo.utils.exp_manager import exp_manager
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.checkpoint import collective
 from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.models.run_checkpoint import RunCheckpoint, StopOnSignal, ValidateAfterResuming
+from nemo_ee.runtime.missing_ranks import naming_missing_ranks
 
 DEFAULT_DIRECTORY = "nemo_experiments"
 """NeMo's, where neither `explicit_log_dir` nor `exp_dir` is given."""
@@ -25,18 +28,54 @@ def start_experiment(trainer: Trainer, cfg: DictConfig) -> None:
 
     A run that is killed while it writes a checkpoint leaves it marked as unfinished. NeMo deletes such
     checkpoints when training starts, but refuses to get that far where there is no older one to resume from;
-    here they are deleted first, and the run begins anew.
+    here they are deleted first, and the run begins anew. Checkpoints are `RunCheckpoint`'s.
 
     Args:
         trainer: without logger and checkpoint callback of its own.
         cfg: the `exp_manager` section.
+
+    Raises:
+        ConfigError: a time or a number of steps that is none.
     """
+    settings = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    every = (settings.get("checkpoint_callback_params") or {}).pop("every_n_train_steps", None)
+    if faults := list(_faults(settings, every)):
+        raise ConfigError(*faults)
     if cfg.get("resume_if_exists", False):
         directory = cfg.get("explicit_log_dir")
         if directory is None:
             directory = Path(cfg.get("exp_dir") or DEFAULT_DIRECTORY, cfg.get("name") or "default")
         remove_unfinished(Path(directory))
-    exp_manager(trainer, cfg)
+        remove_superseded(Path(directory))
+    stops = settings.get("create_preemption_callback", True)
+    settings.create_preemption_callback = False
+    exp_manager(trainer, settings)
+    trainer.callbacks.append(ValidateAfterResuming())
+    for index, callback in enumerate(trainer.callbacks):
+        if type(callback) is NeMoModelCheckpoint:
+            params = {**AppState().checkpoint_callback_params, "every_n_train_steps": every}
+            checkpoint = RunCheckpoint(n_resume=settings.get("resume_if_exists", False), **params)
+            checkpoint.last_model_path = _with_ending(trainer.ckpt_path)
+            trainer.callbacks[index] = checkpoint
+            if stops:
+                trainer.callbacks.append(StopOnSignal(checkpoint))
+            break
+
+
+def _faults(settings: DictConfig, every: object) -> Iterator[Fault]:
+    limit = settings.get("max_time_per_run")
+    if limit is not None and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", str(limit)):
+        rule = "must be a time as days:hours:minutes:seconds"
+        yield Fault("exp_manager.max_time_per_run", limit, rule, "write e.g. 00:03:50:00")
+    if every is not None and (not isinstance(every, int) or every < 0):
+        key = "exp_manager.checkpoint_callback_params.every_n_train_steps"
+        yield Fault(key, every, "must be a number of steps", "use 1 or more, or null")
+
+
+def _with_ending(checkpoint: str | None) -> str:
+    """How Lightning, which removes it once there is a newer one, names the checkpoint resumed from."""
+    ending = NeMoModelCheckpoint.FILE_EXTENSION
+    return f"{checkpoint}".removesuffix(ending) + ending if checkpoint else ""
 
 
 def remove_unfinished(directory: Path) -> None:
@@ -55,6 +94,30 @@ def remove_unfinished(directory: Path) -> None:
             else:
                 path.unlink(missing_ok=True)
         mark.unlink(missing_ok=True)
+
+
+def remove_superseded(directory: Path) -> None:
+    """Deletes all but the newest of the last checkpoints within `directory`: killed between writing one and
+    deleting the one before, a run leaves both, and NeMo would not know which to resume from.
+
+    Every rank does it, as `remove_unfinished`.
+    """
+    last: dict[Path, list[Path]] = {}
+    for folder, folders, files in os.walk(directory):
+        for name in folders + files:
+            if name.endswith(("-last", "-last.ckpt")):
+                last.setdefault(Path(folder), []).append(Path(folder, name))
+    for checkpoints in last.values():
+        for old in sorted(checkpoints, key=_age)[:-1]:
+            logging.warning(f"{old}: there is a newer one; it is deleted.")
+            NeMoModelCheckpoint.format_checkpoint_unfinished_marker_path(old).touch()
+    remove_unfinished(directory)
+
+
+def _age(checkpoint: Path) -> tuple[int, str]:
+    """Orders checkpoints by the step that their names tell."""
+    steps = re.findall(r"(?:^|-)step=(\d+)", checkpoint.name)
+    return (int(steps[0]) if steps else -1, checkpoint.name)
 
 
 def _marks(directory: Path) -> Iterator[Path]:
@@ -86,10 +149,12 @@ def fit(trainer: Trainer, model: Any) -> None:
 
     Raises:
         ConfigError: no step was made, by this start or an earlier one.
+        RankMissingError: other ranks do not answer.
     """
     noted = _Started()
     trainer.callbacks.insert(0, noted)
-    trainer.fit(model)
+    with naming_missing_ranks(getattr(trainer.strategy.launcher, "procs", ())):
+        trainer.fit(model)
     if noted.started:
         return
     if trainer.global_step == 0:

@@ -1,11 +1,18 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Data of the models that are trained: checked datasets, and loaders that go on where a run was stopped."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from nemo.utils import logging
 
 from nemo_ee.checkpoint.collective import on_rank_zero
 from nemo_ee.data.checks import check_data_config
 from nemo_ee.data.padding import separate_padding
+from nemo_ee.errors import ConfigError, Fault
 
 
 class TrainingDataMixin:
@@ -15,10 +22,55 @@ class TrainingDataMixin:
         """NeMo's, after a check that says what Megatron would answer with a hang; rank 0 reads for it."""
         data = self.cfg.data
         on_rank_zero(lambda: check_data_config(data, data.seq_length, self.true_vocab_size))
-        datasets = super().build_train_valid_test_datasets()
+        with self._splits_of_one_batch():
+            datasets = super().build_train_valid_test_datasets()
         for dataset in datasets:
             separate_padding(dataset)
+        if self._validation_ds is None and self.trainer.limit_val_batches:
+            logging.warning("model.data has no text for validation: there will be none.")
+            self.trainer.limit_val_batches = 0
         return datasets
+
+    @contextmanager
+    def _splits_of_one_batch(self) -> Iterator[None]:
+        """Within, limits of no batches are limits of one: megatron-core cannot blend nothing."""
+        trainer = self.trainer
+        limits = trainer.limit_val_batches, trainer.limit_test_batches
+        trainer.limit_val_batches, trainer.limit_test_batches = limits[0] or 1, 1  # no script of ours tests
+        try:
+            yield
+        finally:
+            trainer.limit_val_batches, trainer.limit_test_batches = limits
+
+    def setup_validation_data(self, cfg: Any) -> None:
+        """NeMo's, where there is something to validate on."""
+        if self._validation_ds is None:
+            self._validation_dl = None
+        else:
+            super().setup_validation_data(cfg)
+
+    def _reconfigure_limit_batches(self, limit_batches: int | float, dataloader: Any, mode: str) -> None:
+        """NeMo's, which turns global batches into the micro-batches that Lightning counts. Its validations of a
+        share of the data come out empty or end within a batch.
+
+        Raises:
+            ConfigError: the share is less than one global batch.
+        """
+        if mode == "train":
+            super()._reconfigure_limit_batches(limit_batches, dataloader, mode)
+            return
+        each = get_num_microbatches()
+        there = 0 if dataloader is None else len(dataloader) // each
+        count = int(limit_batches * there) if isinstance(limit_batches, float) else limit_batches
+        if limit_batches and not count or count and not there:
+            rule = f"is less than one of the {there} global batches that there are for validation"
+            remedy = "use a larger share, a smaller model.global_batch_size, more text, or 0 for none"
+            raise ConfigError(Fault("trainer.limit_val_batches", limit_batches, rule, remedy))
+        if count > there:
+            logging.warning(
+                f"trainer.limit_val_batches={count}: validations have {there} global batches, all."
+            )
+        self.trainer.limit_val_batches = min(count, there) * each
 
     @property
     def device_of_batches(self) -> torch.device:
@@ -27,10 +79,13 @@ class TrainingDataMixin:
 
     @staticmethod
     def forget_batch_progress(checkpoint: dict) -> None:
-        """Corrects Lightning's count of batches in a checkpoint that a run resumes from.
+        """Corrects Lightning's counts of batches in a checkpoint that a run resumes from.
 
         The data loader of a resumed run holds only what is left; Lightning would count what has been read
         before towards its length, end the epoch early and then read the first of what is left again.
         """
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        loops = checkpoint["loops"]["fit_loop"]
+        progress = loops["epoch_loop.batch_progress"]
         progress["current"] = dict.fromkeys(progress["current"], 0)
+        # Lightning writes checkpoints before it counts the step for its loggers.
+        loops["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from nemo_ee.errors import CheckpointError, ConfigError, DataError, Fault, GenerationError
+from nemo_ee.errors import CheckpointError, ConfigError, DataError, Fault, GenerationError, RankMissingError
 from nemo_ee.runtime import cpu
 from nemo_ee.runtime.children import end_with_parent
 
@@ -33,7 +33,7 @@ def user_errors(cfg: DictConfig | None = None, nemo: bool = True) -> Iterator[No
             cpu.enable()
             _quieten_nemo()
         yield
-    except (CheckpointError, ConfigError, DataError, GenerationError) as error:
+    except (CheckpointError, ConfigError, DataError, GenerationError, RankMissingError) as error:
         sys.exit(f"error: {error}")
     except MissingMandatoryValue as error:
         sys.exit(f"error: {_missing(error.full_key)}")

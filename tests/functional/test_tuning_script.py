@@ -371,3 +371,69 @@ def test_bad_input(case, workspace, workers, tmp_path):
     assert message in left
     written = [path for path in run.rglob("*") if path.suffix in (".nemo", ".ckpt", ".distcp")]
     assert written == [] and not list(run.rglob("*.staging"))
+
+
+def processes_of(run: Path) -> dict[int, int]:
+    """Local rank -> process that trains into a folder; writers of checkpoints, which they fork, left out."""
+    found: dict[int, int] = {}
+    for folder in Path("/proc").iterdir():
+        try:
+            line = (folder / "cmdline").read_text().split("\0")
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            continue
+        if f"exp_manager.explicit_log_dir={run}" in line:
+            rank = 1 if any("train_ddp_process_1" in argument for argument in line) else 0
+            if rank not in found or parent not in found.values():
+                found[rank] = min(found.get(rank, int(folder.name)), int(folder.name))
+    return found
+
+
+def at_work(process: subprocess.Popen, run: Path) -> None:
+    """Waits for a run's first checkpoint."""
+    deadline = time.monotonic() + 240
+    while not finished_checkpoints(run) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    assert process.poll() is None, process.communicate()[0][-3000:]
+
+
+@pytest.mark.slow
+def test_asked_to_end_and_resumed_is_uninterrupted(workspace, uninterrupted):
+    """As sbatch --signal=TERM@300 asks: a checkpoint, status 0, and no exits yet."""
+    run = workspace / "asked"
+    process = start(workspace, long_run(workspace, run))
+    at_work(process, run)
+    process.terminate()
+    output, _ = process.communicate(timeout=DEFAULT_TIMEOUT)
+    assert process.returncode == 0 and "SIGTERM was received" in output, output[-3000:]
+    assert not (run / "checkpoints" / NAME).exists()
+    succeed(workspace, long_run(workspace, run))
+    expected, found = exits_of(uninterrupted), exits_of(run / "checkpoints" / NAME)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_process_that_is_gone_ends_the_run_by_name(number, workspace):
+    """Two processes that the script starts itself; nothing of them is left behind."""
+    run = workspace / f"lost_{number}"
+    changes = dict(
+        trainer__devices="2",
+        model__pipeline_model_parallel_size="2",
+        model__distributed_timeout_minutes="0.5",
+        trainer__max_steps="100000",
+    )
+    process = start(workspace, [*long_run(workspace, run), *arguments_of(changes)])
+    at_work(process, run)
+    os.kill(processes_of(run)[1], number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "error: rank 1 (" in output, output[-3000:]
+    deadline = time.monotonic() + 20
+    while processes_of(run) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not processes_of(run)
+
+
+def arguments_of(changes: dict[str, str]) -> list[str]:
+    return [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_ee.models.experiment import remove_unfinished
+from nemo_ee.models.experiment import remove_superseded, remove_unfinished
 
 
 def torn(folder: Path, count: int) -> None:
@@ -48,3 +48,15 @@ def test_what_cannot_be_deleted_keeps_its_mark(tmp_path, monkeypatch):
     with pytest.raises(PermissionError):
         remove_unfinished(tmp_path)
     assert (tmp_path / "run_1" / "model--step=1[x]-unfinished").exists()
+
+
+def test_of_two_last_checkpoints_the_newer_stays(tmp_path):
+    """Killed between writing one and deleting the one before: NeMo would refuse to choose."""
+    names = [f"run--val_loss=0.1-step={step}-consumed_samples={4.0 * step}" for step in (9, 10)]
+    for name in (*names, f"{names[0]}-last", f"{names[1]}-last"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "weights").write_text("whole")
+    with ThreadPoolExecutor(8) as ranks:
+        list(ranks.map(remove_superseded, [tmp_path] * 8))
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == sorted([*names, f"{names[1]}-last"]), "the best ones are not touched"

@@ -1,0 +1,177 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Which rank was missed, when a collective fails or times out: a process that was killed, stopped or cut off.
+
+Every rank counts in the store that the process group was brought up with, from a thread of its own. So a rank
+that waits for another one still counts, and one that does not count is gone.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from nemo_ee.errors import RankMissingError
+
+PERIOD = 0.5
+"""Seconds between two counts."""
+
+PATIENCE = 4.0
+"""Seconds that a rank may take to count, and the store to answer, once something failed."""
+
+SILENCE = 60.0
+"""Seconds without a count after which rank 0 says so, while everything still waits."""
+
+ENDED = "ended"
+"""In place of the count of a rank that has left by itself."""
+
+FOUND = "missing"
+"""Where the rank that first finds out writes who is missing, for those that still wait."""
+
+REMEDY = (
+    "out of memory, a node that failed, or a process that hangs; the same command goes on from the last "
+    "checkpoint. How long the others wait is model.distributed_timeout_minutes"
+)
+
+
+@contextmanager
+def naming_missing_ranks(children: Sequence[subprocess.Popen] = ()) -> Iterator[None]:
+    """Within, a failed collective becomes an error that names the ranks that no longer answer.
+
+    Collective over the world at its begin: a barrier. Without torch.distributed or others it does nothing.
+
+    Args:
+        children: the processes of ranks 1, 2, ... where this one started them. They are ended with a failure.
+
+    Raises:
+        RankMissingError: instead of torch.distributed's error, where a rank is missing.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        yield
+        return
+    counting = _Counting(children)
+    try:
+        yield
+    except BaseException as error:
+        missing = counting.find_missing() if _is_of_a_collective(error) else {}
+        counting.end()
+        for child in children:
+            child.send_signal(signal.SIGKILL)
+        if missing:
+            raise RankMissingError(describe(missing)) from error
+        raise
+    counting.end()
+
+
+def describe(missing: dict[int, str]) -> str:
+    """The message for users; `missing`: rank -> what is known of it."""
+    ranks = ", ".join(f"rank {rank} ({known})" for rank, known in sorted(missing.items()))
+    return f"{ranks}: no answer; {REMEDY}"
+
+
+def _is_of_a_collective(error: BaseException) -> bool:
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+class _Counting:
+    """This rank's count and its view of the others'."""
+
+    def __init__(self, children: Sequence[subprocess.Popen]):
+        self.rank, self.world, self.children = dist.get_rank(), dist.get_world_size(), children
+        whole = dist.distributed_c10d._get_default_store().clone()
+        self.store = dist.PrefixStore("nemo_ee/counts", whole)
+        self.store.set(f"host {self.rank}", socket.gethostname())
+        self.store.set(str(self.rank), "0")
+        dist.barrier()  # afterwards all keys are there
+        self.hosts = [self.store.get(f"host {rank}").decode() for rank in range(self.world)]
+        self._ended, self._told, self._found = threading.Event(), set[int](), dict[int, str]()
+        self._thread = threading.Thread(target=self._count, daemon=True, name="rank-count")
+        self._thread.start()
+
+    def end(self) -> None:
+        """Leaves: others are not to miss this rank."""
+        self._ended.set()
+        self._within_patience(lambda: self.store.set(str(self.rank), ENDED))
+
+    def find_missing(self) -> dict[int, str]:
+        """Rank -> what is known of it, of all that do not count any more. Takes `PATIENCE` seconds or some."""
+        missing = self._found or self._dead_children() or self._silent()
+        if missing:
+            self._within_patience(lambda: self.store.set(FOUND, json.dumps(missing)))
+            if self.rank == 0:
+                time.sleep(PATIENCE)  # the others hear of it while the store is there
+        return missing
+
+    def _silent(self) -> dict[int, str]:
+        first = self._within_patience(self._counts)
+        if first is not None:
+            time.sleep(PATIENCE)
+            second = self._within_patience(self._counts)
+        if self._found:
+            return self._found
+        if first is None or second is None:
+            return {0: f"on {self.hosts[0]}, where the ranks met"}
+        silent = [r for r in range(self.world) if first[r] == second[r] != ENDED and r != self.rank]
+        return {rank: f"on {self.hosts[rank]}" for rank in silent}
+
+    def _count(self) -> None:
+        count, seen = 0, {rank: ("", time.monotonic()) for rank in range(self.world)}
+        while not self._ended.wait(PERIOD):
+            count += 1
+            try:
+                self.store.set(str(self.rank), str(count))
+                if self.store.check([FOUND]):
+                    self._found = {int(r): known for r, known in json.loads(self.store.get(FOUND)).items()}
+                if self.rank == 0:
+                    self._watch(seen)
+            except Exception:  # the store went with rank 0; collectives will fail, and find_missing says so
+                return
+
+    def _watch(self, seen: dict[int, tuple[str, float]]) -> None:
+        now = time.monotonic()
+        for rank, value in enumerate(self._counts()):
+            if value != seen[rank][0] or value == ENDED:
+                seen[rank] = (value, now)
+        silent = {
+            rank: f"on {self.hosts[rank]}, since {now - at:.0f} s"
+            for rank, (_, at) in seen.items()
+            if now - at > SILENCE
+        }
+        found = {rank: known for rank, known in {**silent, **self._dead_children()}.items()}
+        if found.keys() - self._told:
+            self._told |= found.keys()
+            print(f"error: {describe(found)}", file=sys.stderr, flush=True)
+
+    def _counts(self) -> list[str]:
+        return [self.store.get(str(rank)).decode() for rank in range(self.world)]
+
+    def _dead_children(self) -> dict[int, str]:
+        codes = {rank: child.poll() for rank, child in enumerate(self.children, 1)}
+        return {rank: _ending(code) for rank, code in codes.items() if code is not None and code < 0}
+
+    @staticmethod
+    def _within_patience(work: Callable) -> object:
+        """What `work` returns; None if it fails or takes too long: a stopped store answers nothing at all."""
+        results: list = []
+
+        def attempt() -> None:
+            try:
+                results.append(work())
+            except Exception:
+                return
+
+        thread = threading.Thread(target=attempt, daemon=True)
+        thread.start()
+        thread.join(PATIENCE)
+        return results[0] if results else None
+
+
+def _ending(code: int) -> str:
+    return f"ended by {signal.Signals(-code).name} on {os.uname().nodename}"
