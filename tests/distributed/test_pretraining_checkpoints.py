@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.test_pretraining_parallel import BEFORE, full, section
+from tests.distributed.test_pretraining_parallel import BEFORE, UNTIED, full, section
 from tests.support.pretraining import Case, Recorder, pretraining_config
 from tests.support.tiny_gpt import fill
 from tests.support.tuning import OPTIMIZER, Layout, resume_in, tuning_trainer, write_text
@@ -43,6 +43,7 @@ SPECIAL: dict[str, tuple[dict, dict]] = {  # of the exits' training, of the mode
     "pre_exit": (BEFORE, {}),
     "filled": (dict(bubble_filling=dict(warmup=True, cooldown=True)), {}),
     "rotating": (dict(curriculum="rotational"), {}),
+    "untied embeddings": ({}, UNTIED),
 }
 NEEDS_STAGES = {"pre_exit": 2, "filled": 3}
 
@@ -77,7 +78,9 @@ def case_of(choice: Choice) -> Case:
     return Case(section(HEADS[head], [2, 4, 6], **training), {**OPTIMIZERS[optimizer], **overrides})
 
 
-def losses_of(prefixes: dict, folder: str, choices: list[Choice], resumes: bool) -> dict[Choice, list[float]]:
+def losses_of(
+    prefixes: dict, folder: str, choices: list[Choice], resumes: bool, layout: Layout, **optim: Any
+) -> dict[Choice, list[float]]:
     """The final exit's losses of each choice's run: of all steps, or of those since the checkpoint that it wrote.
 
     Args:
@@ -85,12 +88,15 @@ def losses_of(prefixes: dict, folder: str, choices: list[Choice], resumes: bool)
         folder: of each run's checkpoints.
         choices: of one layout.
         resumes: go on from the runs' checkpoints; without it they are written.
+        layout: of this job.
+        **optim: further settings of the optimizer.
     """
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
 
     found = {}
     for number, choice in enumerate(choices):
-        case, layout = case_of(choice), LAYOUTS[choice[:2]]
+        case = case_of(choice)
+        case.overrides["optim"] = {**case.overrides["optim"], **optim}
         settings = dict(limit_val_batches=0 if resumes else 1, val_check_interval=SAVED_AT)
         trainer = tuning_trainer(layout, STEPS, **settings, **half_precision(choice))
         if resumes:
@@ -140,10 +146,23 @@ def test_every_pair_that_can_meet_does():
 )
 def test_resumed_runs_have_the_losses_of_whole_ones(layout, text, workers, tmp_path):
     mine = [choice for choice in choices() if choice[:2] == layout]
-    pool, folder = workers(LAYOUTS[layout].world_size), str(tmp_path)
-    whole = pool.run(losses_of, text, folder, mine, False)
-    resumed = pool.run(losses_of, text, folder, mine, True)
-    for choice in mine:
+    resumed_is_whole(text, workers, tmp_path, mine, LAYOUTS[layout])
+
+
+DISTRIBUTED = [(2, 1, "tied", name, "recomputed") for name in OPTIMIZERS if "distributed" in name]
+
+
+@pytest.mark.parametrize("layout", [Layout(dp=2), Layout(dp=2, pp=2)], ids=["DP2", "DP2 x PP2"])
+def test_shares_of_data_parallel_ranks_are_found_again(layout, text, workers, tmp_path):
+    overlapped = dict(overlap_grad_sync=True, overlap_param_sync=True, ddp_bucket_size=1000)
+    resumed_is_whole(text, workers, tmp_path, DISTRIBUTED, layout, **overlapped)
+
+
+def resumed_is_whole(text, workers, tmp_path, choices: list[Choice], layout: Layout, **optim: Any) -> None:
+    pool, folder = workers(layout.world_size), str(tmp_path)
+    whole = pool.run(losses_of, text, folder, choices, False, layout, **optim)
+    resumed = pool.run(losses_of, text, folder, choices, True, layout, **optim)
+    for choice in choices:
         expected = whole[-1][choice]
         assert len(expected) == STEPS and len(set(expected)) == STEPS
         assert resumed[-1][choice] == expected[SAVED_AT:], choice
