@@ -166,3 +166,18 @@ def resumed_is_whole(text, workers, tmp_path, choices: list[Choice], layout: Lay
         expected = whole[-1][choice]
         assert len(expected) == STEPS and len(set(expected)) == STEPS
         assert resumed[-1][choice] == expected[SAVED_AT:], choice
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["distributed", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adamw", "O2"))]
+)
+def test_a_run_goes_on_in_another_layout(optimizer, text, workers, tmp_path):
+    choice, layouts = (3, 1, "tied", optimizer, "rotating"), [LAYOUTS[3, 1], LAYOUTS[1, 1]]
+    jobs = zip((False, True), layouts, strict=True)
+    whole, resumed = (
+        workers(layout.world_size).run(losses_of, text, str(tmp_path), [choice], resumes, layout)[-1][choice]
+        for resumes, layout in jobs
+    )
+    rounding = 1e-6 if optimizer != "O2" else 1e-3  # sums in another order, in bfloat16
+    assert resumed == pytest.approx(whole[SAVED_AT:], rel=rounding)
+    assert resumed[-1] != pytest.approx(resumed[0], rel=0.05), "the second step learns"
