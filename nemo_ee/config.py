@@ -51,12 +51,17 @@ class RidgeConfig:
     """Closed-form fit of the translator: ridge regression from the exit's state to the final normed state.
 
     Attributes:
-        tokens: tuning tokens that the fit reads (rounded up to whole global batches).
+        tokens: tuning tokens that the fit reads (rounded up to whole micro-batches of all ranks); null: 40960, or
+            ten for each feature (hidden size, and the MLP's width) if that is more: 184,320 at 8B parameters.
         penalty: ridge penalty, relative to the mean diagonal of X'X.
     """
 
-    tokens: int = 40960
+    tokens: int | None = None
     penalty: float = 0.01
+
+    def tokens_for(self, features: int) -> int:
+        """`tokens`, or how many a fit of so many features reads by default."""
+        return max(40960, 10 * features) if self.tokens is None else self.tokens
 
 
 @dataclass(frozen=True)
@@ -308,7 +313,7 @@ def _check_head(config: EarlyExitConfig, vocab_size: int | None, key: str) -> li
     if config.init == "ridge" and not head.linear:
         rule = "ridge fits the linear translator, which this head lacks"
         faults.append(Fault(f"{key}.init", "ridge", rule, "set head.linear=true, or init=copy"))
-    if config.ridge.tokens < 1:
+    if config.ridge.tokens is not None and config.ridge.tokens < 1:
         faults.append(Fault(f"{key}.ridge.tokens", config.ridge.tokens, "must be positive", "use e.g. 40960"))
     if not config.ridge.penalty > 0:
         faults.append(

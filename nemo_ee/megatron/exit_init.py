@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nemo_ee.core.ridge import RidgeAccumulator
 from nemo_ee.megatron.gpt import EarlyExitGPTModel, StageStates
-from nemo_ee.megatron.heads import Translator
+from nemo_ee.megatron.heads import ExitHead, Translator
 from nemo_ee.megatron.projection import ExitProjection
 from nemo_ee.megatron.replicated import replicated
 from nemo_ee.megatron.token_layout import by_position, whole_tokens
@@ -22,6 +22,8 @@ from nemo_ee.megatron.vocab_parallel import (
     reduce_over_ranks,
 )
 
+SUMS_BYTES = 2**34
+"""Of a closed form's sums on one rank, for all exits that are fitted in one pass over the text."""
 NEVER = -100.0
 """A logit that stands for probability zero and still fits a least-squares problem."""
 
@@ -168,18 +170,19 @@ class RidgeInitialiser:
     Args:
         gpt: this stage's module, its heads' other weights set already: what they compute up to the translator
             and the MLP's output projection is what the fit reads.
+        only: exit layers to fit; None means all of this stage.
     """
 
-    def __init__(self, gpt: EarlyExitGPTModel):
+    def __init__(self, gpt: EarlyExitGPTModel, only: Container[int] | None = None):
         self.gpt, self.sums, self.bucket_sums = gpt, {}, None
+        layers = _chosen(gpt, only)
         size, device = gpt.config.hidden_size, next(gpt.parameters()).device
         self.inputs: dict[torch.nn.Module, Tensor] = {}
         self.hooks = []
-        for n in gpt.exit_layers:
-            width = sum(self._width(module) for module in self._fitted(n))
-            self.sums[n] = RidgeAccumulator(width, size, device)
+        for n in layers:
+            self.sums[n] = RidgeAccumulator(features(gpt.exits[str(n)]), size, device)
             self.hooks += [module.register_forward_pre_hook(self._keep_input) for module in self._fitted(n)]
-        if any(gpt.exits[str(n)].projection.kind == "shortlist" for n in gpt.exit_layers):
+        if any(gpt.exits[str(n)].projection.kind == "shortlist" for n in layers):
             self.bucket_sums = RidgeAccumulator(size, 1, device)
 
     def _fitted(self, n: int) -> list[torch.nn.Module]:
@@ -205,10 +208,10 @@ class RidgeInitialiser:
             head = self.gpt.exits[str(n)]
             hidden = states.exits[n].to(head.linear.weight.dtype)
             head(hidden, batch.attention_mask, states.rotary_pos_emb)
-            features = [self._whole_input(module)[keep] for module in self._fitted(n)]
-            sums.update(torch.cat(features, dim=1), target)
+            read = [self._whole_input(module)[keep] for module in self._fitted(n)]
+            sums.update(torch.cat(read, dim=1), target)
         if self.bucket_sums is not None:
-            projection = self.gpt.exits[str(self.gpt.exit_layers[0])].projection
+            projection = self.gpt.exits[str(next(iter(self.sums)))].projection
             self.bucket_sums.update(target, log_sum_of_others(target, projection, self.gpt)[:, None])
 
     def _whole_input(self, module: torch.nn.Module) -> Tensor:
@@ -228,9 +231,11 @@ class RidgeInitialiser:
             if self.bucket_sums is None
             else _solve(self.bucket_sums, [self.gpt.config.hidden_size], penalty)
         )
-        for n, sums in self.sums.items():
+        for n in list(self.sums):
             head = self.gpt.exits[str(n)]
-            weight, bias = _solve(sums, [self._width(module) for module in self._fitted(n)], penalty)
+            weight, bias = _solve(
+                self.sums.pop(n), [self._width(module) for module in self._fitted(n)], penalty
+            )
             with torch.no_grad():
                 translator, *mlp = weight.split([self._width(module) for module in self._fitted(n)], dim=1)
                 head.linear.weight.copy_(translator)
@@ -243,6 +248,36 @@ class RidgeInitialiser:
                 if bucket is not None:
                     head.projection.bucket_weight.copy_(bucket[0][0])
                     head.projection.bucket_bias.copy_(bucket[1])
+
+
+def features(head: ExitHead) -> int:
+    """Width of what the closed form regresses on, without the constant."""
+    config = head.config
+    return config.hidden_size + (0 if head.mlp is None else config.ffn_hidden_size)
+
+
+def ridge_passes(gpt: EarlyExitGPTModel, most_bytes: int = SUMS_BYTES) -> list[tuple[int, ...]]:
+    """Which exits of this stage to fit in each pass over the text, so that their sums fit into `most_bytes`.
+
+    Every exit has (features + 1) x (features + 1 + H) numbers of 8 bytes: 0.7 GB at 8B parameters without an MLP,
+    3.3 GB with one, 13 GB at 70B. A pass costs forward passes of the backbone, so all are fitted at once where
+    they fit; each has at least a pass of its own where they do not.
+
+    Collectives: one all-reduce over the pipeline: all stages take part in every pass, some with no exit.
+    """
+    passes: list[tuple[int, ...]] = []
+    taken = most_bytes
+    for n in gpt.exit_layers:
+        width = features(gpt.exits[str(n)]) + 1
+        size = 8 * width * (width + gpt.config.hidden_size)
+        if taken + size > most_bytes:
+            passes, taken = [*passes, ()], 0
+        passes[-1] += (n,)
+        taken += size
+    count = torch.tensor(len(passes), device=next(gpt.parameters()).device)
+    group = parallel_state.get_pipeline_model_parallel_group()
+    torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX, group=group)
+    return passes + [()] * (int(count) - len(passes))
 
 
 def _solve(sums: RidgeAccumulator, widths: list[int], penalty: float) -> tuple[Tensor, Tensor]:

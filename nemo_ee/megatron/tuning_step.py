@@ -42,6 +42,9 @@ class MicroBatch:
     attention_mask: Tensor | None = None
 
 
+WINDOW = 4
+"""Micro-batches per pipeline stage whose states wait for the final one: more cost memory, fewer idle stages."""
+
 Consumer = Callable[[MicroBatch, StageStates, Tensor | None], None]
 """Called once per micro-batch with the stage's states and, if wanted, the final normed state [S, B, H].
 
@@ -60,8 +63,12 @@ def run_backbone(
 ) -> None:
     """Runs micro-batches through the frozen backbone and hands each one's states to `consume`.
 
+    With `needs_final` and P > 1 stages they run in windows of at most `WINDOW` P micro-batches: at most so many
+    wait with their states for the final one, however many a global batch has. A window of W costs the time of
+    W + P - 1 forward passes.
+
     Collectives: Megatron's forward sends between stages; with `needs_final` and more than one stage, one
-    broadcast of [S, B, H] over the pipeline group per micro-batch, after the last stage has seen them all.
+    broadcast of [S, B, H] over the pipeline group per micro-batch, after the last stage has seen its window.
 
     Args:
         gpt: this stage's module.
@@ -72,7 +79,11 @@ def run_backbone(
         needs_final: whether `consume` gets the final normed state.
         consume: called in order of micro-batches; gradients are enabled by it where it needs them.
     """
-    pipelined = parallel_state.get_pipeline_model_parallel_world_size() > 1
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    pipelined = stages > 1
+    windows = [num_microbatches]
+    if pipelined and needs_final:
+        windows = even_parts(num_microbatches, WINDOW * stages)
     last = parallel_state.is_pipeline_last_stage()
     waiting: deque[tuple[MicroBatch, StageStates]] = deque()
     received: Tensor | None = None
@@ -90,25 +101,34 @@ def run_backbone(
             consume(batch, states, states.output if needs_final else None)
         return states.output, lambda output: (output.new_zeros(()), {})
 
-    with torch.no_grad():
-        get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=batches,
-            model=[gpt],
-            num_microbatches=num_microbatches,
-            seq_length=sequence_length,
-            micro_batch_size=micro_batch_size,
-            forward_only=True,
+    def deliver(batch: MicroBatch, states: StageStates) -> None:
+        final = states.output if last else received
+        torch.distributed.broadcast(
+            final,
+            parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
         )
-        while waiting:
-            batch, states = waiting.popleft()
-            final = states.output if last else received
-            torch.distributed.broadcast(
-                final,
-                parallel_state.get_pipeline_model_parallel_last_rank(),
-                group=parallel_state.get_pipeline_model_parallel_group(),
+        consume(batch, states, final)
+
+    with torch.no_grad():
+        for window in windows:
+            get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=batches,
+                model=[gpt],
+                num_microbatches=window,
+                seq_length=sequence_length,
+                micro_batch_size=micro_batch_size,
+                forward_only=True,
             )
-            consume(batch, states, final)
+            while waiting:
+                deliver(*waiting.popleft())
+
+
+def even_parts(count: int, largest: int) -> list[int]:
+    """Splits a number into as few parts of at most `largest` as can be, nearly equal, larger ones first."""
+    parts = -(-count // largest)
+    return [count // parts + (index < count % parts) for index in range(parts)]
 
 
 def exit_step(

@@ -17,6 +17,7 @@ from nemo_ee.checkpoint.keys import is_exit
 from nemo_ee.config import HeadConfig
 from nemo_ee.errors import CheckpointError
 from nemo_ee.megatron import exit_init
+from nemo_ee.megatron.fit_quality import HeldOutFit
 from nemo_ee.megatron.gpt import StageStates
 from nemo_ee.megatron.heads import trainable_parameters
 from nemo_ee.megatron.projection import ExitProjection
@@ -248,16 +249,23 @@ class MegatronGPTEETuningModel(TrainingDataMixin, FirstWeightsMixin, MegatronGPT
     # --- data and first weights ---------------------------------------------------------------------------
 
     def fit_translators(self) -> None:
-        """Ridge regression on the last `ridge.tokens` tokens of the training samples."""
+        """Ridge regression on the last `ridge.tokens` tokens of the training samples.
+
+        Logs R² of every exit on a tenth as many tokens before them, where there are so many.
+        """
         for head in self.gpt.exits.values():
             head.reset_for_fit()
         dp, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
         size, sequence = self.cfg.micro_batch_size, self.sequence_length
-        count = -(-self.early_exit.ridge.tokens // (size * sequence * dp))
-        samples = len(self._train_ds)
+        widest = self.transformer_config.hidden_size
+        if self.early_exit.head.mlp:
+            widest += self.transformer_config.ffn_hidden_size
+        tokens = self.early_exit.ridge.tokens_for(widest)
+        count = -(-tokens // (size * sequence * dp))
+        samples, more = len(self._train_ds), -(-count // 10)
 
-        def batches() -> Iterator[MicroBatch]:
-            for index in range(count):
+        def batches(first_index: int, end: int) -> Iterator[MicroBatch]:
+            for index in range(first_index, end):
                 first = (index * dp + rank) * size
                 chosen = [self._train_ds[samples - 1 - (first + i) % samples] for i in range(size)]
                 yield self.to_micro_batch(default_collate(chosen))
@@ -265,9 +273,19 @@ class MegatronGPTEETuningModel(TrainingDataMixin, FirstWeightsMixin, MegatronGPT
         logging.info(
             f"Fitting {len(self.early_exit.layers)} translators on {count * size * sequence * dp} tokens."
         )
-        fit = exit_init.RidgeInitialiser(self.gpt)
-        run_backbone(self.gpt, batches(), count, sequence, size, True, fit)
-        fit.finish(self.early_exit.ridge.penalty)
+        for layers in exit_init.ridge_passes(self.gpt):
+            fit = exit_init.RidgeInitialiser(self.gpt, layers)
+            run_backbone(self.gpt, batches(0, count), count, sequence, size, True, fit)
+            fit.finish(self.early_exit.ridge.penalty)
+        if (count + more) * size * dp > samples:
+            logging.warning("No text is left to hold out: how well the closed form fits is not known.")
+            return
+        held_out = HeldOutFit(self.gpt)
+        run_backbone(self.gpt, batches(count, count + more), more, sequence, size, True, held_out)
+        for n, value in sorted(held_out.finish().items()):
+            logging.info(
+                f"Exit {n}: R² {value:.4f} on {more * size * sequence * dp} tokens that were held out."
+            )
 
     # --- checkpoints --------------------------------------------------------------------------------------
 

@@ -88,6 +88,7 @@ def compose(arguments: argparse.Namespace, changes: tuple[str, ...]) -> Any:
         "trainer.val_check_interval=195",
         "trainer.limit_val_batches=1",
         "model.validate_at_start=false",
+        "model.early_exit.ridge.tokens=40960",
         "exp_manager=null",
     )
     quick = ("trainer.val_check_interval=2", *QUICK) if arguments.quick else ()

@@ -305,3 +305,13 @@ def test_null_sections_take_their_defaults():
 @pytest.mark.parametrize(("threshold", "exits"), [(0, 2), (1, 2), (0.5, 0), ([0.1, 0.9], 2)])
 def test_thresholds_within_bounds(threshold, exits):
     assert check_thresholds(threshold, exits, "threshold") == []
+
+
+@pytest.mark.parametrize(
+    ("tokens", "features", "expected"),
+    [(None, 576 + 1536, 40960), (None, 4096 + 14336, 184_320), (512, 18432, 512)],
+)
+def test_the_closed_form_reads_tokens_by_features(tokens, features, expected):
+    from nemo_ee.config import RidgeConfig
+
+    assert RidgeConfig(tokens).tokens_for(features) == expected

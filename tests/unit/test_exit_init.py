@@ -110,6 +110,58 @@ def test_closed_form_is_the_least_squares_solution(block, mlp, biases):
         assert error < 0.8, f"exit {n} learns nothing of the final state: {error:.2f}"
 
 
+def test_one_exit_at_a_time_is_fitted_as_all_together():
+    from nemo_ee.megatron.exit_init import RidgeInitialiser, ridge_passes
+    from nemo_ee.megatron.tuning_step import run_backbone
+
+    fits = []
+    for most in (2**34, 2 * 8 * 161 * (161 + 64), 1):  # 64 + 96 features and the constant, 64 targets
+        gpt = build(dict(mlp=True, linear=True, projection="shortlist", shortlist_size=50), exits=(2, 3, 8))
+        passes = ridge_passes(gpt, most)
+        for head in gpt.exits.values():
+            head.reset_for_fit()
+        for layers in passes:
+            closed_form = RidgeInitialiser(gpt, layers)
+            run_backbone(gpt, iter(micro_batches()), BATCHES, LENGTH, ROWS, True, closed_form)
+            closed_form.finish(PENALTY)
+            assert closed_form.sums == {}, "nothing of the sums is left"
+        fits.append((passes, {name: p.detach().clone() for name, p in gpt.exits.named_parameters()}))
+    assert [passes for passes, _ in fits] == [[(2, 3, 8)], [(2, 3), (8,)], [(2,), (3,), (8,)]]
+    for _, found in fits[1:]:
+        assert all(found[name].equal(value) for name, value in fits[0][1].items())
+
+
+def test_held_out_r2_is_that_of_the_least_squares_prediction():
+    from nemo_ee.megatron.exit_init import RidgeInitialiser
+    from nemo_ee.megatron.fit_quality import HeldOutFit
+    from nemo_ee.megatron.tuning_step import run_backbone
+
+    gpt = build(dict(mlp=True, linear=True, projection="tied"))
+    hidden, final = collect(gpt)
+    read = [int((batch.loss_mask > 0).sum()) for batch in micro_batches()]
+    first = sum(read[:-1])  # the last micro-batch is held out
+    for head in gpt.exits.values():
+        head.reset_for_fit()
+    expected = {}
+    for n in gpt.exit_layers:
+        groups = [
+            F.rms_norm(hidden[n], (64,), eps=1e-5),
+            activations(hidden[n], gpt.exits[str(n)].mlp).detach(),
+        ]
+        solution = ridge([group[:first] for group in groups], final[:first])
+        rows = torch.cat([*groups, torch.ones(len(final), 1, dtype=torch.float64)], 1)[first:].numpy()
+        target = final[first:].numpy()
+        error = np.square(rows @ solution - target).sum()
+        expected[n] = 1 - error / np.square(target - target.mean(0)).sum()
+    closed_form = RidgeInitialiser(gpt)
+    batches = micro_batches()
+    run_backbone(gpt, iter(batches[:-1]), BATCHES - 1, LENGTH, ROWS, True, closed_form)
+    closed_form.finish(PENALTY)
+    held_out = HeldOutFit(gpt)
+    run_backbone(gpt, iter(batches[-1:]), 1, LENGTH, ROWS, True, held_out)
+    assert held_out.finish() == pytest.approx(expected, rel=1e-6)
+
+
 def test_the_bucket_fits_the_other_tokens_log_mass():
     from nemo_ee.megatron.exit_init import initialise_projections
 

@@ -73,3 +73,19 @@ def test_fewer_rows_than_features_is_solvable():
     sums.update(torch.randn(2, FEATURES), torch.randn(2, TARGETS))
     weight, bias = sums.solve(0.01)
     assert torch.isfinite(weight).all() and torch.isfinite(bias).all()
+
+
+def test_solving_makes_no_second_gram_matrix():
+    """From the events of torch's allocator; targets are few, so that only the Gram matrix is large."""
+    from torch.profiler import ProfilerActivity, profile
+
+    sums, size = RidgeAccumulator(400, 2), 8 * 401**2
+    sums.update(torch.randn(500, 400), torch.randn(500, 2))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+        sums.solve(0.01, [100, 300])
+    events = recorded.profiler.kineto_results.events()
+    highest = now = 0
+    for _, change in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+        now += change
+        highest = max(highest, now)
+    assert 0 < highest < 0.2 * size
