@@ -163,18 +163,19 @@ class RidgeInitialiser:
     Args:
         gpt: this stage's module, its heads' other weights set already: what they compute up to the translator
             and the MLP's output projection is what the fit reads.
+        only: exit layers that are meant; None means all.
     """
 
-    def __init__(self, gpt: EarlyExitGPTModel):
+    def __init__(self, gpt: EarlyExitGPTModel, only: Container[int] | None = None):
         self.gpt, self.sums, self.bucket_sums = gpt, {}, None
         size, device = gpt.config.hidden_size, next(gpt.parameters()).device
         self.inputs: dict[torch.nn.Module, Tensor] = {}
         self.hooks = []
-        for n in gpt.exit_layers:
+        for n in _chosen(gpt, only):
             width = sum(self._width(module) for module in self._fitted(n))
             self.sums[n] = RidgeAccumulator(width, size, device)
             self.hooks += [module.register_forward_pre_hook(self._keep_input) for module in self._fitted(n)]
-        if any(gpt.exits[str(n)].projection.kind == "shortlist" for n in gpt.exit_layers):
+        if any(gpt.exits[str(n)].projection.kind == "shortlist" for n in self.sums):
             self.bucket_sums = RidgeAccumulator(size, 1, device)
 
     def _fitted(self, n: int) -> list[torch.nn.Module]:
@@ -203,7 +204,7 @@ class RidgeInitialiser:
             features = [self._whole_input(module)[keep] for module in self._fitted(n)]
             sums.update(torch.cat(features, dim=1), target)
         if self.bucket_sums is not None:
-            projection = self.gpt.exits[str(self.gpt.exit_layers[0])].projection
+            projection = self.gpt.exits[str(next(iter(self.sums)))].projection
             self.bucket_sums.update(target, log_sum_of_others(target, projection, self.gpt)[:, None])
 
     def _whole_input(self, module: torch.nn.Module) -> Tensor:

@@ -1,6 +1,8 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """NeMo's training strategy for models with exits: idle stages and plain torch optimizers work too."""
 
+from pathlib import Path
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.optimizer import (
@@ -9,6 +11,8 @@ from megatron.core.dist_checkpointing.optimizer import (
 )
 from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
 from nemo.core.optim.optimizers import init_optimizer_states
+
+from nemo_ee.checkpoint.load import check_training_checkpoint
 
 
 class EarlyExitDDPStrategy(NLPDDPStrategy):
@@ -29,6 +33,15 @@ class EarlyExitDDPStrategy(NLPDDPStrategy):
         for parameter in self.lightning_module.parameters():
             if parameter.requires_grad:
                 torch.distributed.broadcast(parameter.data, source, group=group)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, load_optimizer_states: bool = True) -> dict:
+        """NeMo's, of a checkpoint that has this model's weights and no others. Collective over the world.
+
+        Raises:
+            CheckpointError: see `check_training_checkpoint`.
+        """
+        check_training_checkpoint(self.lightning_module.sharded_state_dict(), checkpoint_path)
+        return super().load_checkpoint(checkpoint_path, load_optimizer_states)
 
     def optimizer_sharded_state_dict(
         self, unsharded_optim_state: dict | None = None, is_loading: bool = False
