@@ -138,7 +138,10 @@ def _refuse_unclaimed(left: list[str], may_leave: Callable[[str], bool] | None, 
     if all(is_exit(key) for key in left):
         remedy = "name these exits in early_exit.layers, or take them out of the file with scripts/edit_early_exits.py"
     else:
-        remedy = "restore it with the configuration it was saved with"
+        remedy = (
+            "restore it with the configuration it was saved with; if this is it, the model is of a kind that "
+            "early exits cannot be added to"
+        )
     raise CheckpointError(f"{what}; {remedy}")
 
 

@@ -32,7 +32,10 @@ def settings(family: str) -> Any:
     from transformers import GemmaConfig, GPT2Config, GPTNeoXConfig, Qwen2Config
 
     shared = dict(vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, initializer_range=0.2)
-    llama = {**tiny_llama.config(**shared, max_position_embeddings=POSITIONS).to_dict(), "architectures": None}
+    llama = {
+        **tiny_llama.config(**shared, max_position_embeddings=POSITIONS).to_dict(),
+        "architectures": None,
+    }
     for key in ("model_type", "transformers_version", "architectures", "head_dim"):
         llama.pop(key, None)
     if family == "Qwen2":
