@@ -21,7 +21,6 @@ GIVEN = {
     "model.global_batch_size": 4,
     "model.early_exit.layers": [2],
     "model.early_exit.init": "copy",
-    "model.tokenizer.type": "not used",
     "model.optim.lr": 0.0,  # validation sees the weights of the first step
     "model.optim.sched.min_lr": 0.0,
     "model.data.eod_mask_loss": False,
