@@ -13,6 +13,7 @@ from nemo_ee.checkpoint import adapter, archive, run_keys
 from nemo_ee.checkpoint.base import BaseCheckpoint
 from nemo_ee.checkpoint.connector import EarlyExitSaveRestoreConnector
 from nemo_ee.checkpoint.keys import is_exit
+from nemo_ee.errors import ConfigError, Fault
 
 
 class EarlyExitAdapterMixin:
@@ -115,14 +116,30 @@ class EarlyExitAdapterMixin:
 
         Returns:
             The ``model`` configuration; ``trainer.precision`` becomes its ``precision``.
+
+        Raises:
+            ConfigError: a key that the tensors' shapes follow from is another than the checkpoint's.
         """
         return cls._put_over(path, cfg, None)
 
     @classmethod
     def _put_over(cls, path: str | os.PathLike, cfg: DictConfig, given: Collection[str] | None) -> DictConfig:
-        """As :meth:`merge_cfg_with`; of what describes the model, the keys in ``given`` alone are taken."""
+        """As :meth:`merge_cfg_with`; of what describes the model, the keys in ``given`` alone are taken.
+
+        Raises:
+            ConfigError: one of them would need other tensors.
+        """
         saved = archive.read_config(path)
         config, changed = run_keys.put_over(saved, cfg.model, given)
+        if impossible := sorted(changed.keys() & run_keys.SHAPES):
+            rule = f"the weights of {path} were saved with"
+            faults = [(key, OmegaConf.select(saved, key)) for key in impossible]
+            raise ConfigError(
+                *(
+                    Fault(f"model.{key}", changed[key], f"{rule} {theirs}", "leave it out")
+                    for key, theirs in faults
+                )
+            )
         with open_dict(config):
             precision = OmegaConf.select(cfg, "trainer.precision")
             if precision is not None:

@@ -98,6 +98,23 @@ CHOICES = frozenset(
 )
 """Keys that a run chooses and that do not change what the weights mean; from the checkpoint where it has none."""
 
+SHAPES = frozenset(
+    {
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "kv_channels",
+        "normalization",
+        "bias",
+        "qkv_bias",
+        "qk_layernorm",
+        "share_embeddings_and_output_weights",
+    }
+)
+"""Keys of the model that its tensors follow from; they cannot be set otherwise than in the checkpoint."""
+
 GELU_FUSION = "bias_activation_fusion"
 """A speed-up, but megatron-core's kernel approximates GELU: there it belongs to the model."""
 

@@ -105,6 +105,19 @@ def test_a_length_of_the_data_alone_is_a_fault(tmp_path):
         check_pretraining(config)
 
 
+def test_what_the_tensors_follow_from_cannot_be_given_otherwise(tmp_path):
+    path = checkpoint(tmp_path / "c")
+    words = f"model.restore_from_path={path} model.num_layers=4 model.hidden_size=64 model.num_query_groups=2"
+    cfg = script("megatron_gpt_ee_pretraining", *words.split())
+    with pytest.raises(ConfigError) as raised:
+        Pretraining.continued_config(cfg, {"num_layers", "hidden_size", "num_query_groups"})
+    assert [fault.key for fault in raised.value.faults] == ["model.num_layers", "model.num_query_groups"]
+    assert f"model.num_layers=4: the weights of {path} were saved with 8" in str(raised.value)
+    cfg = script("megatron_gpt_ee_tuning", f"model.restore_from_path={path}", "+model.qkv_bias=true")
+    with pytest.raises(ConfigError, match="model.qkv_bias=True: .* saved with None; leave it out"):
+        Tuning.merge_cfg_with(path, cfg)
+
+
 def test_learned_positions_have_one_length(tmp_path):
     path = checkpoint(tmp_path / "c", **GPT3)
     where = f"model.restore_from_path={path}"
