@@ -45,6 +45,13 @@ class HeadConfig:
     shortlist_size: int = 8192
     train_projection: bool = False
 
+    def has_weights_of(self, other: "HeadConfig") -> bool:
+        """Whether both heads have the same weights, in the same shapes, and do the same with them."""
+        mine, theirs = (dataclasses.replace(head, train_projection=False) for head in (self, other))
+        if self.projection == other.projection != "shortlist":
+            mine, theirs = (dataclasses.replace(head, shortlist_size=0) for head in (mine, theirs))
+        return mine == theirs
+
 
 @dataclass(frozen=True)
 class RidgeConfig:

@@ -75,7 +75,7 @@ def load_exits(model: Any, path: str | os.PathLike) -> None:
     check_hash(path, config, base.name, base.content_hash)
     with tempfile.TemporaryDirectory(prefix="nemo_ee_exits_") as scratch:
         root = archive.extract(path, scratch)
-        load_weights(model, root / archive.WEIGHTS_DIRECTORY, want=_is_exit_key)
+        load_weights(model, root / archive.WEIGHTS_DIRECTORY, want=_is_exit_key, name=path)
 
 
 def merge(

@@ -2,15 +2,18 @@
 """The surface of NeMo's ``NLPAdapterModelMixin``, for exits."""
 
 import os
+from collections.abc import Collection
 from typing import Any
 
 import torch
+from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_ee.checkpoint import adapter, archive
+from nemo_ee.checkpoint import adapter, archive, run_keys
 from nemo_ee.checkpoint.base import BaseCheckpoint
 from nemo_ee.checkpoint.connector import EarlyExitSaveRestoreConnector
 from nemo_ee.checkpoint.keys import is_exit
+from nemo_ee.errors import ConfigError, Fault
 
 
 class EarlyExitAdapterMixin:
@@ -62,10 +65,11 @@ class EarlyExitAdapterMixin:
         """Restores a base and loads exits onto it. Collective over the world.
 
         Args:
-            base: the full ``.nemo``.
+            base: the full ``.nemo``; exits that it has itself are left behind.
             exits: the exits-only ``.nemo`` tuned on it.
             trainer: a Lightning trainer with an NLPDDPStrategy.
-            overrides: ``model`` keys to change, e.g. the parallel sizes.
+            overrides: ``model`` keys to set, e.g. the parallel sizes. The layout of the run that wrote the base
+                does not count (:data:`nemo_ee.checkpoint.run_keys.LAYOUT`).
 
         Raises:
             CheckpointError: see :func:`nemo_ee.checkpoint.adapter.load_exits`; a misfit that the
@@ -73,12 +77,17 @@ class EarlyExitAdapterMixin:
         """
         base_config, adapter_config = archive.read_config(base), adapter.read_adapter_config(exits)
         adapter.check_fit(exits, adapter_config, base_config)
-        config = cls.add_exits(base_config, adapter_config.early_exit)
+        config = cls.add_exits(run_keys.without_layout(base_config), adapter_config.early_exit)
         with open_dict(config):
             config.early_exit.init = "random"  # every value is loaded
             if overrides is not None:
                 config = OmegaConf.merge(config, overrides)
-        model = cls.restore_from(str(base), override_config_path=config, trainer=trainer)
+        model = cls.restore_from(
+            str(base),
+            override_config_path=config,
+            trainer=trainer,
+            save_restore_connector=EarlyExitSaveRestoreConnector(exits=False),
+        )
         model.load_adapters(exits)
         return model
 
@@ -99,21 +108,45 @@ class EarlyExitAdapterMixin:
     def merge_cfg_with(cls, path: str | os.PathLike, cfg: DictConfig) -> DictConfig:
         """A checkpoint's configuration with the keys of ``cfg.model`` over it, as NeMo's PEFT mixin has it.
 
+        What the checkpoint says of the run that wrote it is left out; see :mod:`nemo_ee.checkpoint.run_keys`.
+
         Args:
             path: a full ``.nemo``.
             cfg: a script's configuration with ``model`` and ``trainer``.
 
         Returns:
             The ``model`` configuration; ``trainer.precision`` becomes its ``precision``.
+
+        Raises:
+            ConfigError: a key that the tensors' shapes follow from is another than the checkpoint's.
         """
-        config = OmegaConf.create(OmegaConf.to_container(archive.read_config(path), resolve=True))
-        given = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+        return cls._put_over(path, cfg, None)
+
+    @classmethod
+    def _put_over(cls, path: str | os.PathLike, cfg: DictConfig, given: Collection[str] | None) -> DictConfig:
+        """As :meth:`merge_cfg_with`; of what describes the model, the keys in ``given`` alone are taken.
+
+        Raises:
+            ConfigError: one of them would need other tensors.
+        """
+        saved = archive.read_config(path)
+        config, changed = run_keys.put_over(saved, cfg.model, given)
+        if impossible := sorted(changed.keys() & run_keys.SHAPES):
+            rule = f"the weights of {path} were saved with"
+            faults = [(key, OmegaConf.select(saved, key)) for key in impossible]
+            raise ConfigError(
+                *(
+                    Fault(f"model.{key}", changed[key], f"{rule} {theirs}", "leave it out")
+                    for key, theirs in faults
+                )
+            )
         with open_dict(config):
-            for key, value in given.model.items():
-                config[key] = value
-            precision = OmegaConf.select(given, "trainer.precision")
+            precision = OmegaConf.select(cfg, "trainer.precision")
             if precision is not None:
                 config.precision = precision
+        for key, value in changed.items():
+            theirs = OmegaConf.select(saved, key)
+            logging.warning(f"model.{key}={value}: is used as given; {path} was saved with {theirs}.")
         return config
 
     @classmethod

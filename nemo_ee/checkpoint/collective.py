@@ -30,8 +30,7 @@ def on_all_ranks(work: Callable[[], T]) -> T:
         result = work()
     except Exception as raised:
         error = raised
-    errors: list = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}")
+    errors = gather(None if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
         raise error
     failed = [f"rank {rank} failed: {text}" for rank, text in enumerate(errors) if text is not None]
@@ -62,6 +61,15 @@ def on_rank_zero(work: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise CheckpointError(f"rank 0 failed: {outcome[1]}")
     return outcome[0]
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's (picklable) value, in the order of ranks. Collective over the world."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def save_archive(

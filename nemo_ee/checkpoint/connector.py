@@ -3,6 +3,7 @@
 
 import os
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,17 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
       built.
     - Checkpoints named by any layer spec load, into truncated models too. A checkpoint without exits loads
       into a model with exits, which keep their initial values.
+    - A tensor of the checkpoint that the model has no place for is an error: it would be another model.
+
+    Args:
+        exits: restore a checkpoint's exits; otherwise they are left behind, and the model's keep their
+            initial values.
     """
+
+    def __init__(self, exits: bool = True):
+        super().__init__()
+        self.exits = exits
+        self._restored_path: str | os.PathLike | None = None
 
     def save_to(self, model: Any, save_path: str) -> None:
         """Saves a model. Collective over the world.
@@ -92,12 +103,8 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
             home = tempfile.TemporaryDirectory(prefix="nemo_ee_tokenizer_")
             tokenizer.resolve(config, root, home.name)
             weights = root / archive.WEIGHTS_DIRECTORY
-            saved_exits = None
-            if weights.is_dir():
-                saved_exits = any(
-                    key.startswith(keys.EXITS_PREFIX) for key in TorchDistCheckpoint(weights).tensors
-                )
-            self.model_extracted_dir = str(root)
+            checkpoint = TorchDistCheckpoint(weights, restore_path) if weights.is_dir() else None
+            self.model_extracted_dir, self._restored_path = str(root), restore_path
             try:
                 config, model, state = self.load_config_and_state_dict(
                     calling_cls, str(restore_path), config, map_location, strict, False, trainer
@@ -106,28 +113,46 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
                 self.model_extracted_dir = given
             model._tokenizer_home = home  # deleted with the model
             if state is not None:
-                state = keys.respell(self.modify_state_dict(config, state), model.state_dict())
-                if not has_fp8_state(model):
-                    state = {k: None if keys.is_extra_state(k) else value for k, value in state.items()}
-                self.load_instance_with_state_dict(model, state, strict)
+                state = self.modify_state_dict(config, state)
+                self.load_instance_with_state_dict(model, _fit_legacy(state, model, restore_path), False)
+                taken: Collection[int] = ()
             else:
                 start_distributed(model.trainer)
-                skip = () if saved_exits else (keys.EXITS_PREFIX,)
-                state = model.state_to_restore(saved_exits) if hasattr(model, "state_to_restore") else None
-                load_weights(
-                    model, weights, skip, validate_access_integrity=validate_access_integrity, state=state
+                taken = self._restore_weights(
+                    model, checkpoint, archive.read_config(root), validate_access_integrity
                 )
-                if copies := getattr(model, "copies_to_restore", dict)():
-                    load_weights(model, weights, state=copies, partial=True)
-            _record_base(model, Path(restore_path), root, fresh_exits=not saved_exits)
+            _record_base(model, Path(restore_path), root, taken)
         logging.info(f"{type(model).__name__} was restored from {restore_path}.")
         return model
+
+    def _restore_weights(
+        self,
+        model: Any,
+        checkpoint: TorchDistCheckpoint,
+        saved: DictConfig,
+        validate_access_integrity: bool,
+    ) -> Collection[int]:
+        """Loads a built model's weights; returns the exits that had theirs in the checkpoint."""
+        here = keys.exit_layers(checkpoint.tensors) if self.exits else ()
+        taken = model.exits_to_take(here, saved) if hasattr(model, "exits_to_take") else ()
+        leaves = not self.exits or getattr(model, "leaves_exits", False)
+        load_weights(
+            model,
+            checkpoint,
+            () if taken else (keys.EXITS_PREFIX,),
+            validate_access_integrity=validate_access_integrity,
+            state=model.state_to_restore(taken) if hasattr(model, "state_to_restore") else None,
+            may_leave=keys.is_exit if leaves else None,
+        )
+        if hasattr(model, "copies_to_restore"):  # also on a stage that copies nothing: loading is collective
+            load_weights(model, checkpoint, state=model.copies_to_restore(), partial=True)
+        return taken
 
     def _load_state_dict_from_disk(self, model_weights: str, map_location: Any = None) -> Any:
         """A single ``model_weights.ckpt`` is read without running code from it; None for torch_dist."""
         if not os.path.isfile(model_weights):
             return super()._load_state_dict_from_disk(model_weights, map_location)
-        return read_legacy_weights(Path(model_weights))
+        return read_legacy_weights(Path(model_weights), name=self._restored_path)
 
 
 def start_distributed(trainer: Any) -> None:
@@ -154,10 +179,43 @@ def _read_override(override: DictConfig | str | None, root: Path) -> DictConfig:
     return config.model if "model" in config else config
 
 
-def _record_base(model: Any, path: Path, root: Path, fresh_exits: bool) -> None:
+def _fit_legacy(state: dict[str, Any], model: Any, name: str | os.PathLike) -> dict[str, Any]:
+    """The weights of a ``model_weights.ckpt`` under this model's names.
+
+    Raises:
+        CheckpointError: the model has other tensors; torch's own check is not enough, since NeMo goes on from
+            it where only the checkpoint has more.
+    """
+    wanted = model.state_dict()
+    state = keys.respell(state, wanted)
+    if not has_fp8_state(model):
+        state = {key: None if keys.is_extra_state(key) else value for key, value in state.items()}
+    missing = sorted(key for key in wanted.keys() - state.keys() if not keys.is_extra_state(key))
+    left = sorted(key for key in state.keys() - wanted.keys() if not keys.is_extra_state(key))
+    if missing and all(keys.is_exit(key) for key in missing):
+        raise CheckpointError(
+            f"{name}: holds one file of an old NeMo release, to which exits cannot be added; restore it with "
+            "MegatronGPTEarlyExitModel without early_exit, save it with save_to, and use that"
+        )
+    other = [
+        f"{key}: model {tuple(wanted[key].shape)}, checkpoint {tuple(value.shape)}"
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor) and key in wanted and wanted[key].shape != value.shape
+    ]
+    for what, found in (("lacks", missing), ("has beyond the model", left), ("has in other shapes", other)):
+        if found:
+            raise CheckpointError(
+                f"{name}: {what} {len(found)} tensors, first {', '.join(found[:5])}; "
+                "restore it with the configuration it was saved with"
+            )
+    return state
+
+
+def _record_base(model: Any, path: Path, root: Path, taken: Collection[int]) -> None:
     """Notes which checkpoint the backbone came from; hashes it at once where exits are about to be tuned."""
     if not hasattr(model, "base_checkpoint"):
         return
     model.base_checkpoint = BaseCheckpoint(path)
-    if fresh_exits and model.cfg.get("early_exit") is not None:
+    early_exit = model.cfg.get("early_exit")
+    if early_exit is not None and set(early_exit.layers) - set(taken):
         model.base_checkpoint.hash_now(root)

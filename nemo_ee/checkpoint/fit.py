@@ -12,23 +12,27 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
 )
 
+from nemo_ee.checkpoint import collective
 from nemo_ee.checkpoint.keys import is_extra_state, spellings
 from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint
 from nemo_ee.errors import CheckpointError
 
 _NAMED = 5
+_ABOVE = ("model.decoder.final_layernorm.", "model.output_layer.")
+"""What a truncated model lacks beside the deeper layers, which are stacked with the others."""
 
 
 def fit_to_checkpoint(
     sharded_state_dict: ShardedStateDict,
     checkpoint_dir: str | os.PathLike | TorchDistCheckpoint,
     skip: Collection[str] = (),
+    truncated: bool = False,
 ) -> ShardedStateDict:
     """Makes a sharded state dict loadable from a checkpoint that another layer spec or a deeper model wrote.
 
     - Keys are changed to the spelling that the checkpoint has (fused or separate norms).
     - ``_extra_state`` that the checkpoint lacks is left out; its modules keep what they have.
-    - Stacked layers take the checkpoint's depth, so that a model with fewer layers loads the first of them.
+    - Stacked layers of a truncated model take the checkpoint's depth, so that it loads the first of them.
       Pass ``validate_access_integrity=False`` to the load then: no rank asks for the deeper layers.
 
     Runs on each rank by itself; no collectives.
@@ -37,6 +41,7 @@ def fit_to_checkpoint(
         sharded_state_dict: flat, as a module returns it. Its tensors are changed in place.
         checkpoint_dir: a torch_dist checkpoint (``model_weights``).
         skip: prefixes of sharded keys to leave out, e.g. ``model.exits.``.
+        truncated: the model has fewer layers than the checkpoint, and is meant to.
 
     Returns:
         The entries to load, under the model's own keys.
@@ -63,7 +68,7 @@ def fit_to_checkpoint(
             continue
         entry.key = key
         shape = tuple(tensors[key].size)
-        fault = _fit_shapes(entry, shape)
+        fault = _fit_shapes(entry, shape, truncated)
         if fault:
             mismatched.append(fault)
         fitted[name] = entry
@@ -75,9 +80,34 @@ def _as_checkpoint(directory: str | os.PathLike | TorchDistCheckpoint) -> TorchD
     return directory if isinstance(directory, TorchDistCheckpoint) else TorchDistCheckpoint(directory)
 
 
-def _fit_shapes(entry: Any, shape: tuple[int, ...]) -> str | None:
-    """Deepens stacked layers to the checkpoint's depth; returns what still differs."""
-    if isinstance(entry, ShardedTensorFactory):
+def unclaimed(
+    fitted: ShardedStateDict, checkpoint: TorchDistCheckpoint, truncated: bool = False
+) -> list[str]:
+    """The checkpoint's tensors that no rank's model has a place for. Collective over the world.
+
+    A model without a place for them is another model than the one that was saved: without a Qwen2's biases on
+    Q, K and V, say, it runs, and computes something else.
+
+    Args:
+        fitted: from :func:`fit_to_checkpoint`.
+        checkpoint: the one that it was fitted to.
+        truncated: the model has neither the deeper layers nor what stands above them, and needs neither.
+
+    Returns:
+        Keys, sorted; Transformer Engine's ``_extra_state`` is not counted.
+    """
+    claimed = {entry.key for entry in fitted.values()}
+    left = {
+        key
+        for key in checkpoint.tensors
+        if key not in claimed and not is_extra_state(key) and not (truncated and key.startswith(_ABOVE))
+    }
+    return sorted(set.intersection(*collective.gather(left)))
+
+
+def _fit_shapes(entry: Any, shape: tuple[int, ...], truncated: bool) -> str | None:
+    """Deepens a truncated model's stacked layers to the checkpoint's depth; returns what still differs."""
+    if truncated and isinstance(entry, ShardedTensorFactory):
         build = entry.build_fn
 
         def build_deepened(*args):
@@ -87,10 +117,12 @@ def _fit_shapes(entry: Any, shape: tuple[int, ...]) -> str | None:
             return parts
 
         entry.build_fn = build_deepened
+    if isinstance(entry, ShardedTensorFactory):
         parts = entry.build()
         parts = parts if isinstance(parts, list) else list(parts.values())
     else:
-        _deepen(entry, shape)
+        if truncated:
+            _deepen(entry, shape)
         parts = [entry]
     for part in parts:
         if not part.allow_shape_mismatch and tuple(part.global_shape) != shape:
@@ -108,11 +140,11 @@ def _deepen(tensor: ShardedTensor, shape: tuple[int, ...]) -> None:
 def _raise_on(found: TorchDistCheckpoint, missing: list[str], mismatched: list[str]) -> None:
     if missing:
         raise CheckpointError(
-            f"{found.directory}: {len(missing)} tensors of the model are not in the checkpoint, first "
+            f"{found.name}: {len(missing)} tensors of the model are not in the checkpoint, first "
             f"{', '.join(missing[:_NAMED])}; load it with the configuration it was saved with"
         )
     if mismatched:
         raise CheckpointError(
-            f"{found.directory}: {len(mismatched)} tensors have other shapes, first "
+            f"{found.name}: {len(mismatched)} tensors have other shapes, first "
             f"{'; '.join(mismatched[:_NAMED])}; load it with the configuration it was saved with"
         )

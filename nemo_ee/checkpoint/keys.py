@@ -7,7 +7,7 @@ Transformer Engine fuses a norm with the linear layer behind it and names it the
 ``sharded_state_dict_keys_map``.
 """
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -54,3 +54,13 @@ def is_extra_state(key: str) -> bool:
 def is_exit(key: str) -> bool:
     """Whether ``key`` belongs to an exit, with or without NeMo's ``model.`` in front."""
     return key.removeprefix("model.").startswith("exits.")
+
+
+def exit_layer(key: str) -> int:
+    """The layer of the exit that ``key`` (:func:`is_exit`) belongs to."""
+    return int(key.removeprefix("model.").split(".")[1])
+
+
+def exit_layers(names: Iterable[str]) -> tuple[int, ...]:
+    """Layers of the exits that ``names`` of tensors belong to, ascending."""
+    return tuple(sorted({exit_layer(name) for name in names if is_exit(name)}))

@@ -9,7 +9,8 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict, ShardedTensorFactory
 from nemo.utils.callbacks.dist_ckpt_io import DistributedCheckpointIO
 
-from nemo_ee.checkpoint.fit import fit_to_checkpoint
+from nemo_ee.checkpoint import collective
+from nemo_ee.checkpoint.fit import fit_to_checkpoint, unclaimed
 from nemo_ee.checkpoint.keys import is_exit, is_extra_state
 from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint
 from nemo_ee.errors import CheckpointError
@@ -33,12 +34,14 @@ def save_weights(model: Any, directory: str | os.PathLike, want: Callable[[str],
 
 def load_weights(
     model: Any,
-    directory: str | os.PathLike,
+    directory: str | os.PathLike | TorchDistCheckpoint,
     skip: Collection[str] = (),
     want: Callable[[str], bool] | None = None,
     validate_access_integrity: bool = True,
     state: ShardedStateDict | None = None,
     partial: bool = False,
+    may_leave: Callable[[str], bool] | None = None,
+    name: str | os.PathLike | None = None,
 ) -> None:
     """Loads weights into a built model, in place. Collective over the world.
 
@@ -54,11 +57,16 @@ def load_weights(
         state: what to load, if not the model's ``sharded_state_dict()``.
         partial: load just this, read directly, as for truncated models: in one process megatron-core's loader
             cannot load some layers of a stack.
+        may_leave: accepts keys of the checkpoint that the model need not have a place for; none by default.
+        name: what errors call the checkpoint; None: its directory.
 
     Raises:
-        CheckpointError: a tensor is missing or has another shape. The model is unchanged then.
+        CheckpointError: on every rank, if a tensor of the model is missing or has another shape, or the model
+            has no place for one of the checkpoint. The model is unchanged then.
     """
-    checkpoint = TorchDistCheckpoint(directory)
+    checkpoint = directory
+    if not isinstance(directory, TorchDistCheckpoint):
+        checkpoint = TorchDistCheckpoint(directory, name)
     modules = model.get_model_module_list()
     assert len(modules) == 1, "interleaved pipelines are refused when the model is built"
     module = modules[0]
@@ -69,13 +77,16 @@ def load_weights(
         for name, entry in state.items()
         if (want is None or want(entry.key)) and (fp8 or not is_extra_state(entry.key))
     }
-    fitted = fit_to_checkpoint(wanted, checkpoint, skip)
-    if partial or getattr(module, "truncated", False):
+    truncated = getattr(module, "truncated", False)
+    fitted = collective.on_all_ranks(lambda: fit_to_checkpoint(wanted, checkpoint, skip, truncated))
+    if not partial:
+        _refuse_unclaimed(unclaimed(fitted, checkpoint, truncated), may_leave, checkpoint.name)
+    if partial or truncated:
         tensors = {name: entry for name, entry in fitted.items() if not isinstance(entry, ShardedObject)}
         loaded = {name: read_shard(entry, checkpoint) for name, entry in tensors.items()}
     else:
         loaded = DistributedCheckpointIO.from_config(model.cfg).load_checkpoint(
-            str(directory),
+            str(checkpoint.directory),
             sharded_state_dict={"state_dict": fitted},
             strict=True,
             validate_access_integrity=validate_access_integrity,
@@ -95,11 +106,43 @@ def load_weights(
     ]
     if missing or result.unexpected_keys:
         raise CheckpointError(
-            f"{directory}: missing {missing[:5]}, unexpected {result.unexpected_keys[:5]}; "
+            f"{checkpoint.name}: missing {missing[:5]}, unexpected {result.unexpected_keys[:5]}; "
             "load it with the configuration it was saved with"
         )
     if hasattr(model, "setup_transformer_engine_tp_groups"):
         model.setup_transformer_engine_tp_groups()
+
+
+def check_training_checkpoint(state: ShardedStateDict, directory: str | os.PathLike) -> None:
+    """Checks that a model has exactly the weights of a checkpoint written while training. Collective.
+
+    Args:
+        state: the model's ``sharded_state_dict()``; changed.
+        directory: the checkpoint; what it holds beside weights (optimizer states, counters) does not count.
+
+    Raises:
+        CheckpointError: on every rank, naming the first tensors that only one of the two has.
+    """
+    checkpoint = TorchDistCheckpoint(directory, common=False)
+    fitted = collective.on_all_ranks(lambda: fit_to_checkpoint(state, checkpoint))
+    _refuse_unclaimed(
+        unclaimed(fitted, checkpoint), lambda key: not key.startswith(_NEMO_PREFIX), checkpoint.name
+    )
+
+
+def _refuse_unclaimed(left: list[str], may_leave: Callable[[str], bool] | None, name: str) -> None:
+    left = [key for key in left if may_leave is None or not may_leave(key)]
+    if not left:
+        return
+    what = f"{name}: the model has no place for {len(left)} tensors of the checkpoint, first {', '.join(left[:5])}"
+    if all(is_exit(key) for key in left):
+        remedy = "name these exits in early_exit.layers, or take them out of the file with scripts/edit_early_exits.py"
+    else:
+        remedy = (
+            "restore it with the configuration it was saved with; if this is it, the model is of a kind that "
+            "early exits cannot be added to"
+        )
+    raise CheckpointError(f"{what}; {remedy}")
 
 
 def has_fp8_state(model: Any) -> bool:

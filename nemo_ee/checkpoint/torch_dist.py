@@ -53,15 +53,19 @@ class TorchDistCheckpoint:
 
     Args:
         directory: holds ``metadata.json``, ``.metadata`` and ``*.distcp``.
+        name: what errors call it, for a directory that was extracted from a file; None: the directory.
+        common: read the common state, too. A training checkpoint's holds classes of NeMo's and Lightning's.
 
     Raises:
         CheckpointError: the directory is no torch_dist checkpoint, its metadata or common state names classes
             that the format does not consist of, or a data file is missing or too short.
     """
 
-    def __init__(self, directory: str | os.PathLike):
-        self.directory = Path(directory)
-        self.metadata = _load_metadata(self.directory)
+    def __init__(
+        self, directory: str | os.PathLike, name: str | os.PathLike | None = None, common: bool = True
+    ):
+        self.directory, self.name = Path(directory), str(name or directory)
+        self.metadata = _load_metadata(self.directory, self.name, common)
         self._places = {
             (index.fqn, tuple(index.offset) if index.offset is not None else None): info
             for index, info in self.metadata.storage_data.items()
@@ -133,7 +137,7 @@ class TorchDistCheckpoint:
                 raise self._fault(f"data file {name} has {file.stat().st_size} bytes, {size} expected")
 
     def _fault(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.directory}: {what}; {_REMEDY}")
+        return CheckpointError(f"{self.name}: {what}; {_REMEDY}")
 
 
 def join(parts: list[TorchDistCheckpoint], directory: str | os.PathLike) -> Path:
@@ -205,9 +209,9 @@ def _enum_member(kind: Any, name: str) -> Enum:
     raise pickle.UnpicklingError("getattr of anything but an enum does not belong to the torch_dist format")
 
 
-def _load_metadata(directory: Path) -> Metadata:
+def _load_metadata(directory: Path, given_name: str, common: bool) -> Metadata:
     def fault(what: str, remedy: str = _REMEDY) -> CheckpointError:
-        return CheckpointError(f"{directory}: {what}; {remedy}")
+        return CheckpointError(f"{given_name}: {what}; {remedy}")
 
     for name in (_FORMAT, _METADATA, _COMMON):
         if not (directory / name).is_file():
@@ -228,6 +232,8 @@ def _load_metadata(directory: Path) -> Metadata:
         raise fault(f"{_METADATA} cannot be trusted or read ({error})") from error
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
         raise fault(f"{_METADATA} describes no checkpoint")
+    if not common:
+        return metadata
     try:
         with torch.serialization.safe_globals([io.BytesIO]):
             torch.load(directory / _COMMON, map_location="cpu", weights_only=True)

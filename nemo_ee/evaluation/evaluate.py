@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from nemo_ee.checkpoint import adapter, archive
+from nemo_ee.checkpoint import adapter, archive, run_keys
 from nemo_ee.config import EarlyExitConfig
 from nemo_ee.data.checks import check_indexed_dataset
 from nemo_ee.errors import CheckpointError, ConfigError, Fault
@@ -28,18 +28,6 @@ from nemo_ee.report.schema import Metadata, Report
 from nemo_ee.report.tuning_curve import read_tuning_curve
 from nemo_ee.report.write import write_report
 
-ONE_PROCESS = {
-    "tensor_model_parallel_size": 1,
-    "pipeline_model_parallel_size": 1,
-    "num_layers_in_first_pipeline_stage": None,
-    "num_layers_in_last_pipeline_stage": None,
-    "sequence_parallel": False,
-    "megatron_amp_O2": False,
-    "activations_checkpoint_granularity": None,
-    "activations_checkpoint_method": None,
-    "activations_checkpoint_num_layers": None,
-}
-"""What an evaluation changes in a checkpoint's configuration: it runs in one process."""
 ANY_VOCABULARY = 1 << 31
 
 
@@ -95,18 +83,14 @@ def restore(config: EvaluationConfig, trainer: Any) -> MegatronGPTEarlyExitModel
     Raises:
         CheckpointError: see `EarlyExitAdapterMixin.restore_with_exits`.
     """
-    overrides = OmegaConf.create({**ONE_PROCESS, "precision": config.precision})
+    overrides = OmegaConf.create({"precision": config.precision})
     base = config.gpt_model_file
     if config.adapter_file is not None:
         model = MegatronGPTEarlyExitModel.restore_with_exits(base, config.adapter_file, trainer, overrides)
     else:
-        merged = OmegaConf.merge(_plain_config(base), overrides)
+        merged = OmegaConf.merge(run_keys.without_layout(archive.read_config(base)), overrides)
         model = MegatronGPTEarlyExitModel.restore_from(base, override_config_path=merged, trainer=trainer)
     return model.eval()
-
-
-def _plain_config(path: str) -> DictConfig:
-    return OmegaConf.create(OmegaConf.to_container(archive.read_config(path), resolve=True))
 
 
 def _check(config: EvaluationConfig) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from nemo_ee.checkpoint import adapter, archive
+from nemo_ee.checkpoint import adapter, archive, run_keys
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.inference.display import DIM, RESET, marked, summary, token_pieces
 from nemo_ee.inference.generate import on_first_rank, position_limit
@@ -92,22 +92,14 @@ def restore(config: GenerateConfig, trainer: Any) -> MegatronGPTEarlyExitModel:
         "precision": trainer.precision,
         "tensor_model_parallel_size": config.tensor_model_parallel_size,
         "pipeline_model_parallel_size": config.pipeline_model_parallel_size,
-        "num_layers_in_first_pipeline_stage": None,
-        "num_layers_in_last_pipeline_stage": None,
-        "virtual_pipeline_model_parallel_size": None,
-        "sequence_parallel": False,
         "megatron_amp_O2": config.megatron_amp_O2,
-        "activations_checkpoint_granularity": None,
-        "activations_checkpoint_method": None,
-        "activations_checkpoint_num_layers": None,
     }
     overrides = OmegaConf.create(changes)
     base = config.gpt_model_file
     if config.adapter_file is not None:
         model = MegatronGPTEarlyExitModel.restore_with_exits(base, config.adapter_file, trainer, overrides)
     else:
-        plain = OmegaConf.create(OmegaConf.to_container(archive.read_config(base), resolve=True))
-        merged = OmegaConf.merge(plain, overrides)
+        merged = OmegaConf.merge(run_keys.without_layout(archive.read_config(base)), overrides)
         model = MegatronGPTEarlyExitModel.restore_from(base, override_config_path=merged, trainer=trainer)
     return model.eval()
 

@@ -256,8 +256,12 @@ def features(head: ExitHead) -> int:
     return config.hidden_size + (0 if head.mlp is None else config.ffn_hidden_size)
 
 
-def ridge_passes(gpt: EarlyExitGPTModel, most_bytes: int = SUMS_BYTES) -> list[tuple[int, ...]]:
+def ridge_passes(
+    gpt: EarlyExitGPTModel, only: Container[int] | None = None, most_bytes: int = SUMS_BYTES
+) -> list[tuple[int, ...]]:
     """Which exits of this stage to fit in each pass over the text, so that their sums fit into `most_bytes`.
+
+    `only` names the exit layers that are meant; None means all.
 
     Every exit has (features + 1) x (features + 1 + H) numbers of 8 bytes: 0.7 GB at 8B parameters without an MLP,
     3.3 GB with one, 13 GB at 70B. A pass costs forward passes of the backbone, so all are fitted at once where
@@ -267,7 +271,7 @@ def ridge_passes(gpt: EarlyExitGPTModel, most_bytes: int = SUMS_BYTES) -> list[t
     """
     passes: list[tuple[int, ...]] = []
     taken = most_bytes
-    for n in gpt.exit_layers:
+    for n in _chosen(gpt, only):
         width = features(gpt.exits[str(n)]) + 1
         size = 8 * width * (width + gpt.config.hidden_size)
         if taken + size > most_bytes:

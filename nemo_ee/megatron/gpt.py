@@ -261,6 +261,23 @@ class EarlyExitGPTModel(GPTModel):
 
         return before_backward(output, restore)
 
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """megatron-core's cross-entropies [B, S], over the tokenizer's tokens alone.
+
+        Rows of padding enter no loss and get no gradient, so that the loss is the same at every TP.
+
+        Args:
+            labels: [B, S].
+            logits: [S, B, Vp/TP], fresh from the output layer; their columns of padding are overwritten.
+        """
+        mine = logits.shape[-1]
+        first = parallel_state.get_tensor_model_parallel_rank() * mine
+        used = min(max(self.true_vocab_size - first, 0), mine)
+        # Without autograd, which would copy all logits: the softmax there is 0, and so is the gradient. Finite,
+        # since fused kernels compute -inf - -inf on a rank that holds nothing but padding.
+        logits.detach()[..., used:].fill_(torch.finfo(logits.dtype).min)
+        return super().compute_language_model_loss(labels, logits)
+
     @contextmanager
     def capture(self):
         """Collects exit layers' outputs of the forward passes within: yields {exit layer: [S, B, H]}."""

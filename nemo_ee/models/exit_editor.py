@@ -2,7 +2,7 @@
 """Adds, removes and moves exits of a checkpoint; those that stay keep their weights."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,18 @@ class EditedExitsModel(MegatronGPTEarlyExitModel):
     """
 
     sources: Mapping[int, int]
+    leaves_exits = True
 
-    def state_to_restore(self, with_exits: bool) -> ShardedStateDict:
+    def exits_to_take(self, here: Collection[int], saved: DictConfig) -> Collection[int]:
+        """Those that have a source."""
+        return tuple(self.sources)
+
+    def state_to_restore(self, taken: Collection[int]) -> ShardedStateDict:
         """Exits under the keys that their sources have in the checkpoint."""
         state = {}
-        for name, entry in super().state_to_restore(True).items():
+        for name, entry in super().state_to_restore(taken).items():
             if name.startswith(EXITS_PREFIX):
                 layer, _, rest = name.removeprefix(EXITS_PREFIX).partition(".")
-                if int(layer) not in self.sources:
-                    continue
                 entry.key = f"{EXITS_PREFIX}{self.sources[int(layer)]}.{rest}"
             state[name] = entry
         return state

@@ -1,6 +1,8 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """NeMo's GPT model with early exits: construction, checkpoints and generation."""
 
+from collections.abc import Collection
+
 import torch
 from lightning.pytorch import Trainer
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -15,7 +17,7 @@ from torch.nn.functional import gelu
 
 from nemo_ee.checkpoint.adapter_mixin import EarlyExitAdapterMixin
 from nemo_ee.checkpoint.connector import start_distributed
-from nemo_ee.checkpoint.keys import is_exit
+from nemo_ee.checkpoint.keys import exit_layer, is_exit
 from nemo_ee.megatron.activations import tanh_gelu
 from nemo_ee.megatron.gpt import EarlyExitGPTModel
 from nemo_ee.models.checks import (
@@ -44,6 +46,9 @@ class MegatronGPTEarlyExitModel(GenerationMixin, EarlyExitAdapterMixin, Megatron
 
     exits_dtype: torch.dtype | None = None
     """Dtype of the exits' weights; None takes the backbone's."""
+
+    leaves_exits = False
+    """Whether restoring may leave exits of a checkpoint behind that the configuration has no place for."""
 
     def __init__(self, cfg: DictConfig, trainer: Trainer):
         early_exit = read_early_exit(cfg)
@@ -130,11 +135,16 @@ class MegatronGPTEarlyExitModel(GenerationMixin, EarlyExitAdapterMixin, Megatron
         """This pipeline stage's module, unwrapped."""
         return self.get_model_module_list()[0]
 
-    def state_to_restore(self, with_exits: bool) -> ShardedStateDict:
-        """What restoring reads from a full checkpoint.
+    def exits_to_take(self, here: Collection[int], saved: DictConfig) -> Collection[int]:
+        """Exits whose weights restoring takes from a full checkpoint: all, or none if it has none at all.
 
         Args:
-            with_exits: the checkpoint has these exits; otherwise they keep their first weights.
+            here: exit layers that the checkpoint has weights of.
+            saved: the checkpoint's configuration.
         """
+        return self.early_exit.layers if here else ()
+
+    def state_to_restore(self, taken: Collection[int]) -> ShardedStateDict:
+        """What restoring reads from a full checkpoint; exits other than `taken` keep their first weights."""
         whole = MegatronGPTModel.sharded_state_dict(self)
-        return {key: entry for key, entry in whole.items() if with_exits or not is_exit(key)}
+        return {key: entry for key, entry in whole.items() if not is_exit(key) or exit_layer(key) in taken}

@@ -1,8 +1,9 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Pre-training: a GPT and its early exits are trained together (arXiv:2312.04916)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
+from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
@@ -10,14 +11,15 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
-from omegaconf import DictConfig, OmegaConf, open_dict
+from nemo.utils import logging
+from omegaconf import DictConfig, open_dict
 from torch import Tensor
 
-from nemo_ee.checkpoint import archive
+from nemo_ee.checkpoint import archive, run_keys
 from nemo_ee.config import TuningConfig
 from nemo_ee.core.bubbles import COOLDOWN, FULL
 from nemo_ee.core.loss_schedule import layer_dropout_rate, loss_weights
-from nemo_ee.megatron import exit_init
+from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.megatron.bubble_schedule import Links
 from nemo_ee.megatron.deferred_loss import ExitTargets
 from nemo_ee.megatron.exit_loss import ExitLossResult
@@ -34,30 +36,6 @@ from nemo_ee.models.rampup_batch_size_mixin import RampupBatchSizeMixin
 from nemo_ee.models.training_data_mixin import TrainingDataMixin
 from nemo_ee.models.training_metrics import TrainingMetrics
 from nemo_ee.models.weight_decay import decays_vectors, parameter_groups
-
-DESCRIPTION = (
-    *(
-        "num_layers",
-        "hidden_size",
-        "ffn_hidden_size",
-        "num_attention_heads",
-        "num_query_groups",
-        "kv_channels",
-    ),
-    *(
-        "normalization",
-        "layernorm_epsilon",
-        "activation",
-        "bias",
-        "qk_layernorm",
-        "apply_query_key_layer_scaling",
-    ),
-    *("position_embedding_type", "rotary_percentage", "rotary_base", "seq_len_interpolation_factor"),
-    *("scale_positional_embedding", "max_position_embeddings", "share_embeddings_and_output_weights"),
-    *("make_vocab_size_divisible_by", "tokenizer", "name", "window_size", "override_vocab_size"),
-    *("openai_gelu", "transformer_block_type", "normalize_attention_scores", "mcore_gpt"),
-)
-"""Keys that describe the model: with `restore_from_path` they come from the checkpoint."""
 
 
 class MegatronGPTEEPretrainingModel(
@@ -96,34 +74,51 @@ class MegatronGPTEEPretrainingModel(
 
     @classmethod
     def start(cls, cfg: DictConfig, trainer: Trainer) -> "MegatronGPTEEPretrainingModel":
-        """The model that a configuration describes: from scratch, or restored. Collective over the world.
+        """The model that a configuration describes: from scratch, or continued. Collective over the world.
 
         Args:
             cfg: of `conf/megatron_gpt_ee_pretraining.yaml`.
-            trainer: a trainer from `EarlyExitTrainerBuilder`.
+            trainer: a trainer from `EarlyExitTrainerBuilder`; with `restore_from_ckpt` its `ckpt_path` is set,
+                unless this run has a checkpoint of its own to go on from.
 
         Raises:
             ConfigError, CheckpointError: before the model is built.
         """
-        if not cfg.model.get("restore_from_path"):
-            return cls(cfg.model, trainer)
-        config = cls.continued_config(cfg)
-        check_pretraining(config)
-        check_model(config, trainer.world_size)
-        return cls.restore_from(cfg.model.restore_from_path, override_config_path=config, trainer=trainer)
+        _check_sources(cfg.model)
+        if path := cfg.model.get("restore_from_path"):
+            config = cls.continued_config(cfg, run_keys.command_line_keys())
+            check_pretraining(config)
+            check_model(config, trainer.world_size)
+            return cls.restore_from(path, override_config_path=config, trainer=trainer)
+        with open_dict(cfg.model):  # which makes NeMo count steps and samples from 0
+            cfg.model.restore_from_ckpt = None if trainer.ckpt_path else cfg.model.get("restore_from_ckpt")
+        if cfg.model.restore_from_ckpt is not None:
+            trainer.ckpt_path = str(cfg.model.restore_from_ckpt)
+        return cls(cfg.model, trainer)
 
     @classmethod
-    def continued_config(cls, cfg: DictConfig) -> DictConfig:
-        """The checkpoint's description of the model, and everything else from `cfg`."""
-        saved = OmegaConf.create(OmegaConf.to_container(archive.read_config(cfg.model.restore_from_path)))
-        given = OmegaConf.create(OmegaConf.to_container(cfg.model, resolve=True, throw_on_missing=False))
-        with open_dict(given):
-            for key in DESCRIPTION:
-                if key in saved:
-                    given[key] = saved[key]
-                else:
-                    given.pop(key, None)
-        return given
+    def continued_config(cls, cfg: DictConfig, given: Collection[str] = ()) -> DictConfig:
+        """The checkpoint's description of the model, and what a run chooses from `cfg`.
+
+        Args:
+            cfg: of `conf/megatron_gpt_ee_pretraining.yaml`.
+            given: dotted keys below `model` that count even if they describe the model: those of the command
+                line. A default of the YAML says nothing about the checkpoint.
+
+        Raises:
+            ConfigError: another number of learned positions than the checkpoint has.
+        """
+        path, run = cfg.model.restore_from_path, cfg.model
+        config = cls._put_over(path, cfg, given)
+        positions = archive.read_config(path).encoder_seq_length
+        learned = config.get("position_embedding_type", "learned_absolute") == "learned_absolute"
+        if learned and config.encoder_seq_length != positions:
+            rule, remedy = f"{path} has {positions} learned positions", f"use {positions}"
+            raise ConfigError(Fault("model.encoder_seq_length", config.encoder_seq_length, rule, remedy))
+        if "data.seq_length" not in given and run.data.seq_length == run.get("encoder_seq_length"):
+            config.data.seq_length = config.encoder_seq_length
+        logging.info(f"{path}: describes the model; sequences have {config.data.seq_length} tokens.")
+        return config
 
     def module_arguments(self) -> dict:
         """Of `EarlyExitGPTModel`, beyond what every model with exits gives it."""
@@ -331,12 +326,6 @@ class MegatronGPTEEPretrainingModel(
         super().setup(stage)
         self.gpt.drop_frozen_copy()
 
-    def copies_to_restore(self):
-        """What fresh exits copy from the backbone's checkpoint."""
-        if self.exits_initialised or self.early_exit.init == "random":
-            return {}
-        return exit_init.copy_sources(self.gpt, self.cfg.num_layers, lambda layer: layer)
-
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """NeMo's; the exits come with the checkpoint."""
         MegatronGPTModel.on_load_checkpoint(self, checkpoint)
@@ -346,3 +335,21 @@ class MegatronGPTEEPretrainingModel(
 
 def _ignore(_result: ExitLossResult) -> None:
     """Fills enter no statistics."""
+
+
+def _check_sources(cfg: DictConfig) -> None:
+    """Raises ConfigError for two things to start from, or for what `restore_from_ckpt` cannot name."""
+    path, ckpt = cfg.get("restore_from_path"), cfg.get("restore_from_ckpt")
+    if ckpt is None:
+        return
+    key = "model.restore_from_ckpt"
+    if path:
+        rule = f"model.restore_from_path={path} is given too, and a run starts from one of them"
+        raise ConfigError(Fault(key, ckpt, rule, f"leave one away, e.g. {key}=null"))
+    if str(ckpt).endswith(".nemo"):
+        rule = "is a .nemo, which has weights but no optimizer's state"
+        raise ConfigError(Fault(key, ckpt, rule, f"use {key}=null model.restore_from_path={ckpt}"))
+    if not Path(ckpt, "metadata.json").is_file():
+        what = "holds no metadata.json" if Path(ckpt).is_dir() else "no such directory"
+        remedy = "give a directory that training has written below its checkpoints/, e.g. …-last"
+        raise ConfigError(Fault(key, ckpt, what, remedy))

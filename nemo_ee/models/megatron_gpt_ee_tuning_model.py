@@ -253,8 +253,9 @@ class MegatronGPTEETuningModel(TrainingDataMixin, FirstWeightsMixin, MegatronGPT
 
         Logs R² of every exit on a tenth as many tokens before them, where there are so many.
         """
-        for head in self.gpt.exits.values():
-            head.reset_for_fit()
+        for n, head in self.gpt.exits.items():
+            if int(n) in self.new_exits:
+                head.reset_for_fit()
         dp, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
         size, sequence = self.cfg.micro_batch_size, self.sequence_length
         widest = self.transformer_config.hidden_size
@@ -270,10 +271,8 @@ class MegatronGPTEETuningModel(TrainingDataMixin, FirstWeightsMixin, MegatronGPT
                 chosen = [self._train_ds[samples - 1 - (first + i) % samples] for i in range(size)]
                 yield self.to_micro_batch(default_collate(chosen))
 
-        logging.info(
-            f"Fitting {len(self.early_exit.layers)} translators on {count * size * sequence * dp} tokens."
-        )
-        for layers in exit_init.ridge_passes(self.gpt):
+        logging.info(f"Fitting {len(self.new_exits)} translators on {count * size * sequence * dp} tokens.")
+        for layers in exit_init.ridge_passes(self.gpt, self.new_exits):
             fit = exit_init.RidgeInitialiser(self.gpt, layers)
             run_backbone(self.gpt, batches(0, count), count, sequence, size, True, fit)
             fit.finish(self.early_exit.ridge.penalty)
@@ -292,12 +291,6 @@ class MegatronGPTEETuningModel(TrainingDataMixin, FirstWeightsMixin, MegatronGPT
     def sharded_state_dict(self, prefix: str = "") -> ShardedStateDict:
         """The exits only: what tuning changes is what its checkpoints hold."""
         return self.gpt.exits.sharded_state_dict(f"{prefix}model.exits.")
-
-    def copies_to_restore(self) -> ShardedStateDict:
-        """What fresh exits copy from the backbone's checkpoint."""
-        if self.exits_initialised or self.early_exit.init == "random":
-            return {}
-        return exit_init.copy_sources(self.gpt, self.cfg.num_layers, self.mlp_source)
 
     def mlp_source(self, exit_layer: int) -> int:
         """The layer whose MLP an exit copies: its own (EE-Tuning), or for the closed form the next one.

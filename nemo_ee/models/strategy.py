@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
@@ -10,6 +11,8 @@ from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
 from nemo.core.optim.optimizer_with_main_params import MainParamsOptimizerWrapper
 from nemo.core.optim.optimizers import init_optimizer_states
 from torch.optim import Adam, AdamW, Optimizer
+
+from nemo_ee.checkpoint.load import check_training_checkpoint
 
 
 class EarlyExitDDPStrategy(NLPDDPStrategy):
@@ -30,6 +33,15 @@ class EarlyExitDDPStrategy(NLPDDPStrategy):
         for parameter in self.lightning_module.parameters():
             if parameter.requires_grad:
                 torch.distributed.broadcast(parameter.data, source, group=group)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, load_optimizer_states: bool = True) -> dict:
+        """NeMo's, of a checkpoint that has this model's weights and no others. Collective over the world.
+
+        Raises:
+            CheckpointError: see `check_training_checkpoint`.
+        """
+        check_training_checkpoint(self.lightning_module.sharded_state_dict(), checkpoint_path)
+        return super().load_checkpoint(checkpoint_path, load_optimizer_states)
 
     def optimizer_sharded_state_dict(
         self, unsharded_optim_state: dict | None = None, is_loading: bool = False

@@ -82,13 +82,12 @@ def PlainObjective() -> type:  # noqa: N802  (a class, made late: importing NeMo
             mask = hidden if data.reset_attention_mask else None
             positions = within if data.reset_position_ids else torch.arange(tokens.shape[1]).expand_as(tokens)
             assert batch["loss_mask"].bool().equal(tokens != EOS if data.eod_mask_loss else tokens > -1)
-            logits: list[Tensor] = []
-            hook = gpt.output_layer.register_forward_hook(lambda _module, _args, out: logits.append(out[0]))
             with gpt.capture() as states:
-                losses = gpt(tokens, positions, mask, labels=batch["labels"])
-            hook.remove()
-            best = logits[0].detach()[..., : gpt.true_vocab_size].softmax(-1).max(-1)
-            found = {0: Prediction(losses.t(), best.values, best.indices)}
+                logits = gpt(tokens, positions, mask).transpose(0, 1)[..., : gpt.true_vocab_size]
+            best = logits.detach().softmax(-1).max(-1)
+            log = logits.float().log_softmax(-1)  # megatron-core's precision
+            losses = -log.gather(-1, batch["labels"].t()[..., None])[..., 0]
+            found = {0: Prediction(losses, best.values, best.indices)}
             rotary = gpt._preprocess(tokens, positions)[1]
             for n in gpt.exit_layers:
                 head = gpt.exits[str(n)]

@@ -48,7 +48,9 @@ def test_fewer_layers_than_the_checkpoint(tmp_path):
     offsets = ((0, 1, 2),)
     weight = ShardedTensor.from_rank_offsets(FC1, torch.zeros(8, 4), *offsets, prepend_axis_num=1)
     state = {"norm": norm(UNFUSED), "fc1": apply_swiglu_sharded_factory(weight, offsets)}
-    fitted = fit_to_checkpoint(state, checkpoint)
+    with pytest.raises(CheckpointError, match=r"model \(3, 4\), checkpoint \(5, 4\)"):
+        fit_to_checkpoint({"norm": norm(UNFUSED, layers=3)}, checkpoint)
+    fitted = fit_to_checkpoint(state, checkpoint, truncated=True)
     assert fitted["norm"].global_shape == (5, 4) and fitted["norm"].global_offset == (1, 0)
     assert fitted["norm"].axis_fragmentations == (5, 1)
     for part in fitted["fc1"].build():

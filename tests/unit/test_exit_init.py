@@ -117,7 +117,7 @@ def test_one_exit_at_a_time_is_fitted_as_all_together():
     fits = []
     for most in (2**34, 2 * 8 * 161 * (161 + 64), 1):  # 64 + 96 features and the constant, 64 targets
         gpt = build(dict(mlp=True, linear=True, projection="shortlist", shortlist_size=50), exits=(2, 3, 8))
-        passes = ridge_passes(gpt, most)
+        passes = ridge_passes(gpt, most_bytes=most)
         for head in gpt.exits.values():
             head.reset_for_fit()
         for layers in passes:
