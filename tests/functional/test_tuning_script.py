@@ -373,9 +373,9 @@ def test_bad_input(case, workspace, workers, tmp_path):
     assert written == [] and not list(run.rglob("*.staging"))
 
 
-def processes_of(run: Path) -> dict[int, int]:
-    """Local rank -> process that trains into a folder; writers of checkpoints, which they fork, left out."""
-    found: dict[int, int] = {}
+def processes_of(run: Path) -> dict[int, tuple[int, list[str]]]:
+    """Process -> parent and command line, of all that work for a run; writers of checkpoints among them."""
+    found = {}
     for folder in Path("/proc").iterdir():
         try:
             line = (folder / "cmdline").read_text().split("\0")
@@ -383,9 +383,7 @@ def processes_of(run: Path) -> dict[int, int]:
         except (OSError, ValueError):
             continue
         if f"exp_manager.explicit_log_dir={run}" in line:
-            rank = 1 if any("train_ddp_process_1" in argument for argument in line) else 0
-            if rank not in found or parent not in found.values():
-                found[rank] = min(found.get(rank, int(folder.name)), int(folder.name))
+            found[int(folder.name)] = parent, line
     return found
 
 
@@ -426,8 +424,18 @@ def test_a_process_that_is_gone_ends_the_run_by_name(number, workspace):
     )
     process = start(workspace, [*long_run(workspace, run), *arguments_of(changes)])
     at_work(process, run)
-    os.kill(processes_of(run)[1], number)
-    output, _ = process.communicate(timeout=120)
+    (second,) = (
+        pid
+        for pid, (parent, line) in processes_of(run).items()
+        if parent == process.pid and any("train_ddp_process_1" in argument for argument in line)
+    )
+    os.kill(second, number)
+    try:
+        output, _ = process.communicate(timeout=120)
+    finally:
+        for pid in processes_of(run):
+            if process.poll() is None:
+                os.kill(pid, signal.SIGKILL)
     assert process.returncode != 0 and "error: rank 1 (" in output, output[-3000:]
     deadline = time.monotonic() + 20
     while processes_of(run) and time.monotonic() < deadline:
