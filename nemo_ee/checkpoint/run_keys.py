@@ -20,6 +20,7 @@ LAYOUT = frozenset(field.name for field in fields(ModelParallelConfig)) | {
     "account_for_embedding_in_pipeline_split",
     "account_for_loss_in_pipeline_split",
     "use_tp_pp_dp_mapping",
+    "distributed_timeout_minutes",
     "nccl_communicator_config_path",
     "sharp",
     "rampup_batch_size",

@@ -200,6 +200,12 @@ PRETRAINING = (
         applies=_without_transformer_engine,
     ),
     KeyRule(
+        "optim.overlap_param_sync",
+        False,
+        "NeMo overlaps it with model.optim.overlap_grad_sync=true alone",
+        applies=lambda cfg: not cfg.optim.get("overlap_grad_sync", False),
+    ),
+    KeyRule(
         "optim.name",
         "mcore_distributed_optim",
         "reduces copies of the output weight on stages between before their gradients are summed",

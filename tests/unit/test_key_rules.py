@@ -68,7 +68,7 @@ def faults(script: str, overrides: list[str]) -> dict:
 @pytest.mark.parametrize("section", ["", f"{CUSTOMIZATION}."])
 @pytest.mark.parametrize("script", RULES)
 def test_keys_that_would_mean_nothing_are_refused_and_remedies_work(script, section):
-    rules = {f"{section}{rule.key}": rule for rule in RULES[script] if rule.key != "optim.name"}
+    rules = {f"{section}{rule.key}": rule for rule in RULES[script] if not rule.key.startswith("optim.")}
     values = {key: REFUSED.get(rule.key, [True]) for key, rule in rules.items()}
     for number in range(max(map(len, values.values()))):
         bad = {key: some[number] for key, some in values.items() if number < len(some)}
@@ -132,6 +132,13 @@ def test_apexs_distributed_optimizer_reduces_copies_too_early(monkeypatch):
     assert "copies" in optimizer_faults("pretraining", name, four)[0]
     assert optimizer_faults("pretraining", name, four, "model.early_exit.head.projection=untied") == []
     assert optimizer_faults("pretraining", name, "model.pipeline_model_parallel_size=2") == []
+
+
+def test_gathering_overlaps_with_reduction_alone():
+    key = "model.optim.overlap_param_sync"
+    fault = faults("pretraining", [f"+{key}=true"])[key]
+    assert faults("pretraining", [f"+{key}=true", fault.remedy.removeprefix("set ")]) == {}
+    assert faults("pretraining", [f"+{key}=true", "+model.optim.overlap_grad_sync=true"]) == {}
 
 
 def test_nothing_is_copied_from_nowhere():
