@@ -217,6 +217,9 @@ def whole_parameters(gpt: Any, gradients: bool = False) -> dict[str, torch.Tenso
             for part in parts:
                 torch.testing.assert_close(part, value, rtol=1e-6, atol=1e-12)
         if name in ("output_copy", "output_layer.weight", "embedding.word_embeddings.weight"):
+            assert not gradients or not value[gpt.true_vocab_size :].any(), (
+                f"padding of {name} has a gradient"
+            )
             value = value[: gpt.true_vocab_size]
         if name == "output_copy" or (name == "output_layer.weight" and gpt.tied_to_embedding):
             name = ("embedding.word_embeddings" if gpt.tied_to_embedding else "output_layer") + ".weight"
