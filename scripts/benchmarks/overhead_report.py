@@ -113,8 +113,9 @@ The most that torch's allocator had given out at any time of a step's forward an
 it had before them: activations, gradients and temporaries, but neither weights nor the optimizer's state; on
 a CPU from the allocator's events in torch's profiler, in a step of its own. Weights of exits have gradients
 like all others; what exits cost *beyond* these is set against one exit's logits of one micro-batch,
-{logits(first):.1f} MiB in float32. While it is back-propagated an exit holds three tensors of that size
-(logits, probabilities, their gradient) and its projection's new gradient until that is added up: *at most*
+{logits(first):.1f} MiB in float32. While it is back-propagated an exit holds at most three tensors of that size
+(its logits become probabilities and then their gradient; some operations make a copy) and its projection's new
+gradient until that is added up: *at most*
 {limit(first):.1f} MiB per stage, however many exits and micro-batches there are, if the peak is then at all.
 Below 0: the peak is at a time when not all gradients of exits' weights exist.
 
