@@ -42,16 +42,16 @@ LAYOUTS = {
     "DP2": (
         Layout(dp=2),
         {
-            "tied twice on a stage": ALL,
+            "tied twice on a stage": ("distributed", *GATHERED),
             "shortlist": GATHERED,
             "rotating, untied": GATHERED,
             "tied, untied embeddings": GATHERED,
         },
     ),
-    "PP4": (Layout(pp=4), {"tied": ALL, "rotating": ALL, "filled": ALL}),
+    "PP4": (Layout(pp=4), {"tied": ALL, "rotating": GATHERED, "filled": GATHERED}),
     "DP2 x PP2": (
         Layout(dp=2, pp=2),
-        {"tied": ALL, "tied twice on a stage": ALL, "untied": ALL},
+        {"tied": ALL, "tied twice on a stage": GATHERED, "untied": GATHERED},
     ),
     "DP2 x PP3": (
         Layout(dp=2, pp=3, first=2, last=3),

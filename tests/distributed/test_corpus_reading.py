@@ -1,0 +1,48 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""One rank reads the training text before the first step, a bounded share of it, for all."""
+
+from types import SimpleNamespace
+
+import torch
+
+
+def start() -> tuple[list, list]:
+    """What this rank read, and the shortlist that its exits got."""
+    from nemo_ee.models import first_weights_mixin, training_data_mixin
+
+    read, given = [], []
+
+    def token_counts(prefix, vocab_size, splits, max_tokens):
+        read.append(("counts", max_tokens))
+        return torch.tensor([5, 1, 9, 0, 7]) * (1 + torch.distributed.get_rank())
+
+    first_weights_mixin.token_counts = token_counts
+    training_data_mixin.check_data_config = lambda *_: read.append(("check", None))
+    first_weights_mixin.exit_init = SimpleNamespace(
+        initialise_projections=lambda gpt, shortlist, *_: given.append(sorted(shortlist.tolist())),
+        start_branches_at_zero=lambda _gpt: None,
+    )
+
+    class NeMo:
+        def build_train_valid_test_datasets(self):
+            return [None, None, None]
+
+    class Model(training_data_mixin.TrainingDataMixin, first_weights_mixin.FirstWeightsMixin, NeMo):
+        from omegaconf import OmegaConf
+
+        cfg = OmegaConf.create(dict(data=dict(data_prefix=["text"], splits_string="1", seq_length=4)))
+        early_exit = SimpleNamespace(
+            head=SimpleNamespace(projection="shortlist", shortlist_size=3), init="copy"
+        )
+        true_vocab_size, gpt = 5, None
+
+    model = Model()
+    model.build_train_valid_test_datasets()
+    model.initialise_exits()
+    return read, given
+
+
+def test_one_rank_reads_for_all(workers):
+    (read, first), (nothing, second) = workers(2).run(start)
+    assert read == [("check", None), ("counts", 100_000_000)] and nothing == []
+    assert first == second == [[0, 2, 4]]
