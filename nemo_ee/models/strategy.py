@@ -43,6 +43,14 @@ class EarlyExitDDPStrategy(NLPDDPStrategy):
         check_training_checkpoint(self.lightning_module.sharded_state_dict(), checkpoint_path)
         return super().load_checkpoint(checkpoint_path, load_optimizer_states)
 
+    def _integrate_original_checkpoint_data(self, checkpoint: dict) -> dict:
+        """NeMo's, for `restore_from_ckpt`: settings of the new run; a step counter stays with its moments."""
+        steps = {group["step"] for group in self._get_param_group(checkpoint) if "step" in group}
+        checkpoint = super()._integrate_original_checkpoint_data(checkpoint)
+        for group in self._get_param_group(checkpoint) if steps else ():
+            group["step"] = max(steps)
+        return checkpoint
+
     def optimizer_sharded_state_dict(
         self, unsharded_optim_state: dict | None = None, is_loading: bool = False
     ) -> dict:

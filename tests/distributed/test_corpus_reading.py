@@ -32,9 +32,10 @@ def start() -> tuple[list, list]:
 
         cfg = OmegaConf.create(dict(data=dict(data_prefix=["text"], splits_string="1", seq_length=4)))
         early_exit = SimpleNamespace(
-            head=SimpleNamespace(projection="shortlist", shortlist_size=3), init="copy"
+            head=SimpleNamespace(projection="shortlist", shortlist_size=3), init="copy", layers=(2,)
         )
-        true_vocab_size, gpt = 5, None
+        true_vocab_size, gpt, _validation_ds = 5, None, None
+        trainer = SimpleNamespace(limit_val_batches=0, limit_test_batches=0)
 
     model = Model()
     model.build_train_valid_test_datasets()

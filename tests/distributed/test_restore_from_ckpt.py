@@ -10,7 +10,7 @@ from nemo_ee.errors import CheckpointError
 from tests.distributed.test_pretraining_parallel import section
 from tests.support.pretraining import Case, Recorder, pretraining_config, whole_parameters
 from tests.support.tiny_gpt import fill
-from tests.support.tuning import Layout, resume_in, tuning_trainer, write_text
+from tests.support.tuning import OPTIMIZER, Layout, resume_in, tuning_trainer, write_text
 
 CASE, STEPS = Case(section("MLP, untied", [2, 6])), 2
 
@@ -45,7 +45,7 @@ def train(
 
     def note() -> None:
         nemos()
-        optimizer = model.optimizers(use_pl_optimizer=False)
+        (optimizer,) = trainer.strategy._torch_optimizers()
         began.update(
             step=trainer.global_step,
             weights=whole_parameters(model.gpt),
@@ -56,7 +56,7 @@ def train(
 
     model.on_train_start = note
     trainer.fit(model)
-    optimizer = model.optimizers(use_pl_optimizer=False)
+    (optimizer,) = trainer.strategy._torch_optimizers()
     return dict(
         began=began,
         losses=model.seen_losses,
@@ -75,11 +75,15 @@ def last_of(folder: Path) -> str:
 @pytest.mark.parametrize(
     "layout", [Layout(), pytest.param(Layout(pp=2), marks=pytest.mark.slow)], ids=["one process", "PP2"]
 )
-def test_weights_and_moments_go_on_and_counters_begin(layout, text, workers, tmp_path):
-    pool = workers(layout.world_size)
-    first = pool.run(train, text, str(tmp_path / "first"), layout)
+@pytest.mark.parametrize("optimizer", ["adamw", "mcore_distributed_optim"])
+def test_weights_and_moments_go_on_and_counters_begin(optimizer, layout, text, workers, tmp_path):
+    pool, case = (
+        workers(layout.world_size),
+        Case(CASE.early_exit, dict(optim=dict(OPTIMIZER, name=optimizer))),
+    )
+    first = pool.run(train, text, str(tmp_path / "first"), layout, case)
     source = last_of(tmp_path / "first")
-    second = pool.run(train, text, str(tmp_path / "second"), layout, CASE, source)
+    second = pool.run(train, text, str(tmp_path / "second"), layout, case, source)
     for before, after in zip(first, second, strict=True):
         began = after["began"]
         assert began["step"] == 0 and began["consumed"] == 0
@@ -93,6 +97,7 @@ def test_weights_and_moments_go_on_and_counters_begin(layout, text, workers, tmp
         assert len(after["losses"]) == STEPS and after["losses"] != before["losses"]
 
 
+@pytest.mark.slow
 def test_a_run_that_has_a_checkpoint_of_its_own_goes_on_from_that(text, workers, tmp_path):
     pool, layout = workers(1), Layout()
     pool.run(train, text, str(tmp_path / "first"), layout, steps=1)
