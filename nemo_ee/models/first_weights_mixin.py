@@ -61,11 +61,10 @@ class FirstWeightsMixin:
 
         Collective over the world; rank 0 reads the text.
         """
-        mine = [
-            head.projection.token_ids.cpu() for n, head in self.gpt.exits.items() if int(n) in self.kept_exits
-        ]
         if self.kept_exits:
-            return next(found[0] for found in collective.gather(mine) if found)
+            kept = [head.projection for n, head in self.gpt.exits.items() if int(n) in self.kept_exits]
+            mine = kept[0].token_ids.cpu() if kept else None
+            return next(found for found in collective.gather(mine) if found is not None)
         return collective.on_rank_zero(self._most_frequent_tokens)
 
     def _most_frequent_tokens(self) -> torch.Tensor:
