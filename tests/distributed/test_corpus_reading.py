@@ -20,7 +20,7 @@ def start() -> tuple[list, list]:
     training_data_mixin.check_data_config = lambda *_: read.append(("check", None))
     first_weights_mixin.exit_init = SimpleNamespace(
         initialise_projections=lambda gpt, shortlist, *_: given.append(sorted(shortlist.tolist())),
-        start_branches_at_zero=lambda _gpt: None,
+        start_branches_at_zero=lambda *_: None,
     )
 
     class NeMo:
