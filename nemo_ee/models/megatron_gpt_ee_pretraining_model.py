@@ -109,15 +109,22 @@ class MegatronGPTEEPretrainingModel(
             ConfigError: another number of learned positions than the checkpoint has.
         """
         path, run = cfg.model.restore_from_path, cfg.model
-        config = cls._put_over(path, cfg, given)
-        positions = archive.read_config(path).encoder_seq_length
+        saved, config = archive.read_config(path), cls._put_over(path, cfg, given)
+        positions = saved.encoder_seq_length
         learned = config.get("position_embedding_type", "learned_absolute") == "learned_absolute"
         if learned and config.encoder_seq_length != positions:
             rule, remedy = f"{path} has {positions} learned positions", f"use {positions}"
             raise ConfigError(Fault("model.encoder_seq_length", config.encoder_seq_length, rule, remedy))
         if "data.seq_length" not in given and run.data.seq_length == run.get("encoder_seq_length"):
             config.data.seq_length = config.encoder_seq_length
-        logging.info(f"{path}: describes the model; sequences have {config.data.seq_length} tokens.")
+        theirs = [
+            f"{key}={config[key]}"
+            for key, value in run.items()
+            if key in config and config[key] != value and not run_keys.belongs_to_run(key, saved)
+        ]
+        logging.info(
+            f"{path}: describes the model, whatever the configuration file says: {', '.join(theirs)}."
+        )
         return config
 
     def module_arguments(self) -> dict:
