@@ -81,22 +81,20 @@ def load_exits(model: Any, path: str | os.PathLike) -> None:
 def merge(
     base: str | os.PathLike, adapter: str | os.PathLike, output: str | os.PathLike, overwrite: bool = False
 ) -> Path:
-    """Writes one full ``.nemo`` with the base's backbone and tokenizer and the adapter's exits.
+    """Writes one full ``.nemo`` with the base's backbone and tokenizer, and the adapter's exits in place of its own.
 
     Files are copied, tensors never decoded: the backbone's bytes, and so its content hash, stay the same, and
     no model is built. One process; needs disk for twice the base beside ``output``.
 
     Raises:
-        CheckpointError: as :func:`load_exits`; or the base has exits already, or its weights in one file; or
-            ``output`` exists and may not be overwritten.
+        CheckpointError: as :func:`load_exits`; or the base has its weights in one file; or ``output`` exists
+            and may not be overwritten.
     """
     output = Path(output)
     if output.exists() and not overwrite:
         raise CheckpointError(f"{output}: exists; choose another output_path or set overwrite=true")
     config = read_adapter_config(adapter)
     base_config = archive.read_config(base)
-    if base_config.get("early_exit") is not None:
-        raise CheckpointError(f"{base}: has exits of its own; merge into the base they were tuned on")
     check_fit(adapter, config, base_config)
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as scratch:
@@ -111,7 +109,7 @@ def merge(
         merged = Path(scratch, "merged")
         shutil.copytree(whole, merged, ignore=shutil.ignore_patterns(archive.WEIGHTS_DIRECTORY))
         parts = [torch_dist.TorchDistCheckpoint(root / archive.WEIGHTS_DIRECTORY) for root in (whole, exits)]
-        torch_dist.join(parts, merged / archive.WEIGHTS_DIRECTORY)
+        torch_dist.join(parts, merged / archive.WEIGHTS_DIRECTORY, leave=keys.is_exit)
         with open_dict(base_config):
             base_config.early_exit = config.early_exit
             base_config.target = config.target

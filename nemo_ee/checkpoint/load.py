@@ -11,7 +11,7 @@ from nemo.utils.callbacks.dist_ckpt_io import DistributedCheckpointIO
 
 from nemo_ee.checkpoint import collective
 from nemo_ee.checkpoint.fit import fit_to_checkpoint, unclaimed
-from nemo_ee.checkpoint.keys import is_exit, is_extra_state
+from nemo_ee.checkpoint.keys import exit_layers, is_exit, is_extra_state
 from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint
 from nemo_ee.errors import CheckpointError
 
@@ -124,6 +124,12 @@ def check_training_checkpoint(state: ShardedStateDict, directory: str | os.PathL
         CheckpointError: on every rank, naming the first tensors that only one of the two has.
     """
     checkpoint = TorchDistCheckpoint(directory, common=False)
+    mine = sorted(set().union(*collective.gather(exit_layers(entry.key for entry in state.values()))))
+    if (theirs := list(exit_layers(checkpoint.tensors))) != mine:
+        raise CheckpointError(
+            f"model.early_exit.layers={mine}: {checkpoint.name} has exits at {theirs}; set "
+            f"'model.early_exit.layers={theirs}', or start another run with name=…"
+        )
     fitted = collective.on_all_ranks(lambda: fit_to_checkpoint(state, checkpoint))
     _refuse_unclaimed(
         unclaimed(fitted, checkpoint), lambda key: not key.startswith(_NEMO_PREFIX), checkpoint.name

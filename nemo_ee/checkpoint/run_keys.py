@@ -170,6 +170,24 @@ def belongs_to_run(key: str, saved: DictConfig) -> bool:
     return is_layout(key) or key in CHOICES
 
 
+def other_than(saved: DictConfig, run: DictConfig) -> dict[str, tuple[Any, Any]]:
+    """Keys that describe the model and are not alike: key -> what a checkpoint and a run that resumes it say.
+
+    A tokenizer's files may lie elsewhere now, and another machine may lack a fused kernel. A key that is missing is
+    no other than one that is null or off.
+    """
+    theirs, mine = (OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False) for cfg in (saved, run))
+    passed_over = {"tokenizer", "target", "nemo_version", GELU_FUSION}
+    both = {
+        key: (theirs.get(key), mine.get(key)) for key in sorted((theirs.keys() | mine.keys()) - passed_over)
+    }
+    return {
+        key: pair
+        for key, pair in both.items()
+        if pair[0] != pair[1] and any(pair) and not belongs_to_run(key, saved)
+    }
+
+
 def command_line_keys() -> frozenset[str]:
     """Dotted keys below `model` that were given on the script's command line; none without Hydra."""
     if not HydraConfig.initialized():

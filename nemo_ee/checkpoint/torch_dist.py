@@ -15,6 +15,7 @@ import json
 import os
 import pickle
 import shutil
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,11 @@ class TorchDistCheckpoint:
         return CheckpointError(f"{self.name}: {what}; {_REMEDY}")
 
 
-def join(parts: list[TorchDistCheckpoint], directory: str | os.PathLike) -> Path:
+def join(
+    parts: list[TorchDistCheckpoint],
+    directory: str | os.PathLike,
+    leave: Callable[[str], bool] = lambda key: False,
+) -> Path:
     """Writes one checkpoint with the tensors of several, copying their files byte for byte.
 
     Nothing is deserialised but the metadata, so the memory used does not depend on the model's size.
@@ -148,6 +153,7 @@ def join(parts: list[TorchDistCheckpoint], directory: str | os.PathLike) -> Path
     Args:
         parts: checkpoints with disjoint keys; common state is taken from the first.
         directory: created; must not exist.
+        leave: keys of the first part to leave out.
 
     Returns:
         ``directory``.
@@ -159,15 +165,19 @@ def join(parts: list[TorchDistCheckpoint], directory: str | os.PathLike) -> Path
     directory.mkdir(parents=True)
     entries, storage, mcore = {}, {}, {}
     for number, part in enumerate(parts):
-        both = entries.keys() & part.metadata.state_dict_metadata.keys()
+        found = part.metadata.state_dict_metadata
+        kept = {key: value for key, value in found.items() if number or not leave(key)}
+        both = entries.keys() & kept.keys()
         if both:
             raise CheckpointError(
                 f"{part.directory}: {sorted(both)[0]} is in the base too; give a base without these exits"
             )
-        entries.update(part.metadata.state_dict_metadata)
+        entries.update(kept)
         mcore.update(getattr(part.metadata, "mcore_data", None) or {})
         renamed: dict[str, str] = {}
         for index, info in part.metadata.storage_data.items():
+            if index.fqn not in kept:
+                continue
             if info.relative_path not in renamed:
                 renamed[info.relative_path] = f"__{number}_{len(renamed)}.distcp"
                 shutil.copyfile(part.directory / info.relative_path, directory / renamed[info.relative_path])

@@ -16,7 +16,9 @@ MAX_SCANNED_TOKENS = 100_000_000
 _REMEDY = "write it with scripts/preprocess_text.py"
 
 
-def check_data_config(data: Mapping, sequence_length: int, vocab_size: int) -> None:
+def check_data_config(
+    data: Mapping, sequence_length: int, vocab_size: int, length_key: str = LENGTH_KEY
+) -> None:
     """Checks everything that ``model.data`` names. Reads files only; call it on one rank.
 
     Of more than `MAX_SCANNED_TOKENS` in all, token ids are read in blocks evenly spread over every dataset.
@@ -25,6 +27,7 @@ def check_data_config(data: Mapping, sequence_length: int, vocab_size: int) -> N
         data: NeMo's ``model.data`` section.
         sequence_length: tokens per training sequence.
         vocab_size: the model's vocabulary without padding.
+        length_key: what the user sets to ``sequence_length``.
 
     Raises:
         ConfigError: ``data_prefix`` or ``splits_string`` has no valid form.
@@ -42,7 +45,7 @@ def check_data_config(data: Mapping, sequence_length: int, vocab_size: int) -> N
             f"{PREFIX_KEY}.{split}" if isinstance(data["data_prefix"], Mapping) else f"{PREFIX_KEY} ({split})"
         )
         for part in parts:
-            faults += _part_faults(part, sequence_length, vocab_size, split, key, extra, budget=budget)
+            faults += _part_faults(part, sequence_length, vocab_size, split, key, extra, length_key, budget)
     if faults:
         raise DataError("\n".join(map(str, faults)))
 

@@ -106,6 +106,9 @@ def _layout_faults(cfg: DictConfig, world_size: int):
             remedy = f"use one of {sizes}"
             yield Fault("model.tensor_model_parallel_size", tp, rule, remedy)
             break
+    if cfg.get("kv_channels") is None and cfg.hidden_size % cfg.num_attention_heads:
+        rule = f"does not divide model.hidden_size={cfg.hidden_size}, and model.kv_channels is not given"
+        yield Fault("model.num_attention_heads", cfg.num_attention_heads, rule, "use a divisor")
     if cfg.ffn_hidden_size % tp:
         rule = f"does not divide model.ffn_hidden_size={cfg.ffn_hidden_size}"
         yield Fault("model.tensor_model_parallel_size", tp, rule, "use a divisor")
@@ -247,10 +250,10 @@ def check_pretraining(cfg: DictConfig) -> None:
         cfg.get("data") is not None
         and cfg.data.get("seq_length", cfg.encoder_seq_length) != cfg.encoder_seq_length
     ):
-        rule = f"differs from model.encoder_seq_length={cfg.encoder_seq_length}, which pipelines send"
-        faults.append(
-            Fault("model.data.seq_length", cfg.data.seq_length, rule, f"use {cfg.encoder_seq_length}")
-        )
+        length = cfg.data.seq_length
+        rule = f"differs from model.encoder_seq_length={cfg.encoder_seq_length}, the length that Megatron trains with"
+        remedy = f"set model.encoder_seq_length={length} instead, or model.data.seq_length={cfg.encoder_seq_length}"
+        faults.append(Fault("model.data.seq_length", length, rule, remedy))
     if cfg.get("data") is not None and not cfg.data.get("validation_drop_last", True):
         rule = "agreement with the final exit is counted over micro-batches of one size"
         faults.append(Fault("model.data.validation_drop_last", False, rule, "set it to true"))

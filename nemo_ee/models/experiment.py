@@ -67,7 +67,7 @@ def _faults(settings: DictConfig, every: object) -> Iterator[Fault]:
     if limit is not None and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", str(limit)):
         rule = "must be a time as days:hours:minutes:seconds"
         yield Fault("exp_manager.max_time_per_run", limit, rule, "write e.g. 00:03:50:00")
-    if every is not None and (not isinstance(every, int) or every < 0):
+    if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 0):
         key = "exp_manager.checkpoint_callback_params.every_n_train_steps"
         yield Fault(key, every, "must be a number of steps", "use 1 or more, or null")
 

@@ -1,8 +1,9 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""Keys of `model` that NeMo accepts and that mean nothing, or something else, in a model with exits.
+"""Keys that NeMo accepts and that mean nothing, or something else, in a model with exits.
 
-One table for each use: every model with exits, tuning, and pre-training. A key that is missing or null is in
-order. A remedy can be pasted behind the command: `++` overrides a key that a script's YAML has, and adds another.
+One table for each use: every model with exits, tuning, pre-training, the trainer, checkpoints. A key that is missing
+or null is in order. A remedy can be pasted behind the command: `++` overrides a key that a script's YAML has, and
+adds another.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ class KeyRule:
     """The values of one key that work.
 
     Attributes:
-        key: below `model`, dotted; it may also stand in `mcore_customization_config`.
+        key: below its section, dotted; one of `model` may also stand in `mcore_customization_config`.
         use: the value that the remedy sets. Where it is empty or false, all such values work.
         reason: why others are refused.
         also: further values that work.
@@ -37,22 +38,22 @@ class KeyRule:
     applies: Callable[[DictConfig], bool] = lambda cfg: True
     remedy: str | None = None
 
-    def faults(self, cfg: DictConfig) -> Iterator[Fault]:
-        """What a `model` section has against it."""
+    def faults(self, cfg: DictConfig, section: str = "model") -> Iterator[Fault]:
+        """What a section of a configuration has against it."""
         for place in (self.key, f"{CUSTOMIZATION}.{self.key}"):
             value = _plain(OmegaConf.select(cfg, place))
             if value is None or self._works(value) or not self.applies(cfg):
                 continue
-            remedy = self.remedy or f"set ++model.{place}={_as_override(self.use)}"
-            yield Fault(f"model.{place}", value, self.reason, remedy)
+            remedy = self.remedy or f"set ++{section}.{place}={_as_override(self.use)}"
+            yield Fault(f"{section}.{place}", value, self.reason, remedy)
 
     def _works(self, value: Any) -> bool:
         return value == self.use or value in self.also or not (value or self.use)
 
 
-def key_faults(cfg: DictConfig, rules: tuple[KeyRule, ...]) -> list[Fault]:
-    """What a `model` section has against these rules."""
-    return [fault for rule in rules for fault in rule.faults(cfg)]
+def key_faults(cfg: DictConfig, rules: tuple[KeyRule, ...], section: str = "model") -> list[Fault]:
+    """What a section of a configuration has against these rules."""
+    return [fault for rule in rules for fault in rule.faults(cfg, section)]
 
 
 def _plain(value: Any) -> Any:
@@ -90,6 +91,13 @@ def _copies_the_embedding(cfg: DictConfig) -> bool:
 OTHER_CHECKPOINT = "use another checkpoint, e.g. of a Llama, Mistral, Qwen2 or GPT model"
 
 ANY_MODEL = (
+    KeyRule(
+        "normalization",
+        "rmsnorm",
+        "is no norm of megatron-core's: the model would be built with LayerNorm",
+        also=("layernorm", "layernorm1p", "RMSNorm", "LayerNorm"),
+        remedy="use rmsnorm, layernorm or layernorm1p, whichever the weights are trained with",
+    ),
     KeyRule(
         "position_embedding_type",
         "rope",
@@ -140,6 +148,25 @@ ANY_MODEL = (
         account_for_loss_in_pipeline_split=False,
     ),
     *_same("other formats cannot be read back", dist_ckpt_format="torch_dist"),
+    *_same("is exp_manager's: there it is read, here it is not", resume_from_checkpoint=None),
+    *_same("every stage finds out for itself where it begins and ends", pre_process=True, post_process=True),
+    *_same("losses are computed in float32", fp16_lm_cross_entropy=False),
+    KeyRule(
+        "sequence_parallel",
+        False,
+        "splits sequences over tensor-parallel ranks, of which there is one",
+        applies=lambda cfg: cfg.get("tensor_model_parallel_size", 1) == 1,
+    ),
+    KeyRule(
+        "activations_checkpoint_granularity",
+        "selective",
+        "needs model.activations_checkpoint_method=uniform or block, and …_num_layers",
+        applies=lambda cfg: (
+            cfg.get("activations_checkpoint_granularity") == "full"
+            and None
+            in (cfg.get("activations_checkpoint_method"), cfg.get("activations_checkpoint_num_layers"))
+        ),
+    ),
 )
 """Of every model with exits."""
 
@@ -162,6 +189,22 @@ OPTIMIZERS = (
 )
 """Of whatever is trained."""
 
+TRAINER = (
+    *_same("global batches are accumulated by model.global_batch_size", accumulate_grad_batches=1),
+    *_same(
+        "Megatron's data is as long as the run, whose end is trainer.max_steps",
+        max_epochs=-1,
+        limit_train_batches=1.0,
+    ),
+)
+"""Of training."""
+
+CHECKPOINTS = (
+    *_same("a run that is stopped would lose what is still being written", async_save=False),
+    *_same("runs go on from the last checkpoint", save_last=True),
+)
+"""Of `exp_manager.checkpoint_callback_params`."""
+
 TUNING = (
     *OPTIMIZERS,
     *_same(
@@ -176,6 +219,10 @@ TUNING = (
     *_same("a frozen backbone has no gradients", fsdp=False, defer_embedding_wgrad_compute=False),
     *_same("its buffers have the size of the backbone's own sequences", ub_tp_comm_overlap=False),
     *_same("tuning has batches of one size", rampup_batch_size=None),
+    *_same(
+        "tuning starts from model.restore_from_path, and from the exits of model.adapter_path",
+        restore_from_ckpt=None,
+    ),
     KeyRule(
         "optim.name",
         "adamw",
@@ -198,6 +245,15 @@ PRETRAINING = (
         False,
         "needs model.transformer_engine=true and a GPU",
         applies=_without_transformer_engine,
+    ),
+    *(
+        KeyRule(
+            f"optim.{key}",
+            False,
+            "is known to optimizers that are sharded over data parallelism alone",
+            applies=lambda cfg: cfg.optim.get("name") not in SHARDING_OPTIMIZERS,
+        )
+        for key in ("overlap_grad_sync", "overlap_param_sync")
     ),
     KeyRule(
         "optim.overlap_param_sync",

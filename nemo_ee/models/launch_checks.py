@@ -28,11 +28,11 @@ def slurm_environment() -> SLURMEnvironment | None:
     try:
         return SLURMEnvironment(auto_requeue=False)
     except RuntimeError:
-        tasks = os.environ["SLURM_NTASKS"]
+        tasks = int(os.environ["SLURM_NTASKS"])
+        nodes = int(os.environ.get("SLURM_JOB_NUM_NODES") or os.environ.get("SLURM_NNODES") or 1)
         rule = "srun was not told how many of these tasks run on each node"
-        raise ConfigError(
-            Fault("SLURM_NTASKS", tasks, rule, f"use --ntasks-per-node={tasks} in place of --ntasks={tasks}")
-        ) from None
+        remedy = f"use --ntasks-per-node={-(-tasks // nodes)} in place of --ntasks={tasks}"
+        raise ConfigError(Fault("SLURM_NTASKS", tasks, rule, remedy)) from None
 
 
 def check_launch(trainer: Trainer) -> None:

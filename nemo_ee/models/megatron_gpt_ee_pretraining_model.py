@@ -51,6 +51,8 @@ class MegatronGPTEEPretrainingModel(
         trainer: a trainer from `EarlyExitTrainerBuilder`.
     """
 
+    length_key = "model.encoder_seq_length"
+
     def __init__(self, cfg: DictConfig, trainer: Trainer):
         check_pretraining(cfg)
         super().__init__(cfg, trainer)
@@ -84,16 +86,15 @@ class MegatronGPTEEPretrainingModel(
         Raises:
             ConfigError, CheckpointError: before the model is built.
         """
-        _check_sources(cfg.model)
+        ckpt = None if trainer.ckpt_path else _checkpoint_to_start_from(cfg.model)
         if path := cfg.model.get("restore_from_path"):
             config = cls.continued_config(cfg, run_keys.command_line_keys())
             check_pretraining(config)
             check_model(config, trainer.world_size)
             return cls.restore_from(path, override_config_path=config, trainer=trainer)
         with open_dict(cfg.model):  # which makes NeMo count steps and samples from 0
-            cfg.model.restore_from_ckpt = None if trainer.ckpt_path else cfg.model.get("restore_from_ckpt")
-        if cfg.model.restore_from_ckpt is not None:
-            trainer.ckpt_path = str(cfg.model.restore_from_ckpt)
+            cfg.model.restore_from_ckpt = ckpt
+        trainer.ckpt_path = ckpt or trainer.ckpt_path
         return cls(cfg.model, trainer)
 
     @classmethod
@@ -335,6 +336,7 @@ class MegatronGPTEEPretrainingModel(
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """NeMo's; the exits come with the checkpoint."""
+        self.check_resumed(checkpoint)
         MegatronGPTModel.on_load_checkpoint(self, checkpoint)
         self.exits_initialised = True
         self.forget_batch_progress(checkpoint)
@@ -344,11 +346,15 @@ def _ignore(_result: ExitLossResult) -> None:
     """Fills enter no statistics."""
 
 
-def _check_sources(cfg: DictConfig) -> None:
-    """Raises ConfigError for two things to start from, or for what `restore_from_ckpt` cannot name."""
+def _checkpoint_to_start_from(cfg: DictConfig) -> str | None:
+    """The checkpoint that `restore_from_ckpt` names: itself, or of a run's directory the last one.
+
+    Raises:
+        ConfigError: there are two things to start from, or no such checkpoint.
+    """
     path, ckpt = cfg.get("restore_from_path"), cfg.get("restore_from_ckpt")
     if ckpt is None:
-        return
+        return None
     key = "model.restore_from_ckpt"
     if path:
         rule = f"model.restore_from_path={path} is given too, and a run starts from one of them"
@@ -356,7 +362,13 @@ def _check_sources(cfg: DictConfig) -> None:
     if str(ckpt).endswith(".nemo"):
         rule = "is a .nemo, which has weights but no optimizer's state"
         raise ConfigError(Fault(key, ckpt, rule, f"use {key}=null model.restore_from_path={ckpt}"))
-    if not Path(ckpt, "metadata.json").is_file():
-        what = "holds no metadata.json" if Path(ckpt).is_dir() else "no such directory"
-        remedy = "give a directory that training has written below its checkpoints/, e.g. …-last"
-        raise ConfigError(Fault(key, ckpt, what, remedy))
+    places = (Path(ckpt), *Path(ckpt).glob("*-last"), *Path(ckpt).glob("checkpoints/*-last"))
+    found = [place for place in places if (place / "metadata.json").is_file()]
+    if not found:
+        rule = "has no checkpoint of a training run" if Path(ckpt).is_dir() else "no such directory"
+        remedy = (
+            "give a run's directory, whose last checkpoint is taken, or quote a checkpoint's name, which has =: "
+            f"\"{key}='…/checkpoints/NAME-last'\""
+        )
+        raise ConfigError(Fault(key, ckpt, rule, remedy))
+    return str(found[0])

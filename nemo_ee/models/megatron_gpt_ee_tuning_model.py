@@ -312,6 +312,7 @@ class MegatronGPTEETuningModel(TrainingDataMixin, FirstWeightsMixin, MegatronGPT
             CheckpointError: it was written on another base, or for other exits.
         """
         self.check_base(checkpoint.get(BASE_KEY))
+        self.check_resumed(checkpoint)
         loaded = checkpoint.pop("state_dict", {})
         result = self.gpt.load_state_dict(
             {key.removeprefix("model."): value for key, value in loaded.items()}, strict=False

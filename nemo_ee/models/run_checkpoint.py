@@ -10,6 +10,8 @@ from lightning.pytorch.utilities.exceptions import _TunerExitException
 from nemo.utils import logging
 from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
 
+from nemo_ee.runtime.children import STOPPING
+
 
 class RunCheckpoint(NeMoModelCheckpoint):
     """NeMo's checkpoints of the best validations; and a last one to resume from, whatever validation does.
@@ -63,15 +65,12 @@ class StopOnSignal(Callback):
         checkpoint: writes the checkpoint.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-    """What `sbatch --signal=TERM@300`, torchrun and cloud machines send, and what Lightning's users do."""
-
     def __init__(self, checkpoint: RunCheckpoint):
         self.checkpoint, self.received = checkpoint, 0
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Takes the signals until Lightning, which notes all handlers first, gives them back."""
-        for number in self.SIGNALS:
+        for number in STOPPING:
             signal.signal(number, self._note)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:

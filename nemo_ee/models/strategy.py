@@ -1,18 +1,21 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """NeMo's training strategy for models with exits: idle stages and plain torch optimizers work too."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
 from nemo.core.optim.optimizer_with_main_params import MainParamsOptimizerWrapper
 from nemo.core.optim.optimizers import init_optimizer_states
 from torch.optim import Adam, AdamW, Optimizer
 
 from nemo_ee.checkpoint.load import check_training_checkpoint
+from nemo_ee.errors import CheckpointError, RankMissingError
 
 
 class EarlyExitDDPStrategy(NLPDDPStrategy):
@@ -21,6 +24,22 @@ class EarlyExitDDPStrategy(NLPDDPStrategy):
     NeMo reduces gradients itself; the wrapper would only refuse a pipeline stage that has nothing to train.
     The parameters are made equal over the data-parallel group instead, as the wrapper does.
     """
+
+    def setup_environment(self) -> None:
+        """NeMo's: all processes meet.
+
+        Raises:
+            RankMissingError: some did not come in time.
+        """
+        try:
+            super().setup_environment()
+        except torch.distributed.DistStoreError as error:
+            came = re.search(r"(\d+)/(\d+) clients joined", str(error))
+            what = f"{came[1]} of {came[2]} processes came" if came else str(error)
+            raise RankMissingError(
+                f"{what} within model.distributed_timeout_minutes; start them all (srun, torchrun), with the same "
+                "MASTER_ADDR and MASTER_PORT"
+            ) from error
 
     def configure_ddp(self) -> None:
         """Leaves the model unwrapped. Collectives: broadcasts trainable parameters over data parallelism."""
@@ -41,10 +60,19 @@ class EarlyExitDDPStrategy(NLPDDPStrategy):
             CheckpointError: see `check_training_checkpoint`.
         """
         check_training_checkpoint(self.lightning_module.sharded_state_dict(), checkpoint_path)
-        return super().load_checkpoint(checkpoint_path, load_optimizer_states)
+        try:
+            return super().load_checkpoint(checkpoint_path, load_optimizer_states)
+        except (CheckpointingException, KeyError) as error:  # weights fit, so it is the optimizer's state
+            optim, o2 = self.lightning_module.cfg.optim.name, self.lightning_module.megatron_amp_O2
+            raise CheckpointError(
+                f"{checkpoint_path}: holds another optimizer's state than that of model.optim.name={optim} with "
+                f"model.megatron_amp_O2={o2}; go on with those it was written with, or start from the run's .nemo "
+                "with model.restore_from_path"
+            ) from error
 
     def _integrate_original_checkpoint_data(self, checkpoint: dict) -> dict:
         """NeMo's, for `restore_from_ckpt`: settings of the new run; a step counter stays with its moments."""
+        self.lightning_module.check_resumed(checkpoint)  # while it says what it was written with
         steps = {group["step"] for group in self._get_param_group(checkpoint) if "step" in group}
         checkpoint = super()._integrate_original_checkpoint_data(checkpoint)
         for group in self._get_param_group(checkpoint) if steps else ():

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.models.batch_checks import validation_faults, validation_interval
 from nemo_ee.models.grad_scaler import EarlyExitGradScaler
+from nemo_ee.models.key_rules import CHECKPOINTS, TRAINER, key_faults
 from nemo_ee.models.launch_checks import check_launch, slurm_environment
 from nemo_ee.models.strategy import EarlyExitDDPStrategy
 
@@ -56,6 +57,10 @@ class EarlyExitTrainerBuilder(MegatronTrainerBuilder):
         trainer = self.cfg.trainer
         gpu = torch.cuda.is_available()
         faults = _faults(trainer, gpu) + list(validation_faults(trainer, self.cfg.model.get("data")))
+        faults += key_faults(trainer, TRAINER, "trainer")
+        checkpoints = "exp_manager.checkpoint_callback_params"
+        if (section := OmegaConf.select(self.cfg, checkpoints)) is not None:
+            faults += key_faults(section, CHECKPOINTS, checkpoints)
         limit = self.cfg.model.get("distributed_timeout_minutes")
         if limit is not None and (not isinstance(limit, int | float) or limit <= 0):
             rule, remedy = "must be a number of minutes above 0", f"use e.g. {TIMEOUT_MINUTES:g}, or null"

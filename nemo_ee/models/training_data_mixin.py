@@ -8,20 +8,29 @@ from typing import Any
 import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from nemo.utils import logging
+from omegaconf import OmegaConf
 
+from nemo_ee.checkpoint import run_keys
 from nemo_ee.checkpoint.collective import on_rank_zero
-from nemo_ee.data.checks import check_data_config
+from nemo_ee.data.checks import LENGTH_KEY, check_data_config
 from nemo_ee.data.padding import separate_padding
 from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.runtime.children import outlive_signals
 
 
 class TrainingDataMixin:
-    """To be put before the NeMo model class."""
+    """To be put before the NeMo model class.
+
+    Attributes:
+        length_key: what the user sets to the length of sequences.
+    """
+
+    length_key = LENGTH_KEY
 
     def build_train_valid_test_datasets(self):
         """NeMo's, after a check that says what Megatron would answer with a hang; rank 0 reads for it."""
         data = self.cfg.data
-        on_rank_zero(lambda: check_data_config(data, data.seq_length, self.true_vocab_size))
+        on_rank_zero(lambda: check_data_config(data, data.seq_length, self.true_vocab_size, self.length_key))
         with self._splits_of_one_batch():
             datasets = super().build_train_valid_test_datasets()
         for dataset in datasets:
@@ -30,6 +39,13 @@ class TrainingDataMixin:
             logging.warning("model.data has no text for validation: there will be none.")
             self.trainer.limit_val_batches = 0
         return datasets
+
+    def build_pretraining_data_loader(self, *args: Any, **kwargs: Any) -> Any:
+        """NeMo's; workers go on reading until the run has ended, whoever else is told to."""
+        loader = super().build_pretraining_data_loader(*args, **kwargs)
+        if loader is not None:
+            loader.worker_init_fn = outlive_signals
+        return loader
 
     @contextmanager
     def _splits_of_one_batch(self) -> Iterator[None]:
@@ -77,6 +93,36 @@ class TrainingDataMixin:
         """Where micro-batches are computed."""
         return next(self.gpt.parameters()).device
 
+    def check_resumed(self, checkpoint: dict) -> None:
+        """Holds the configuration against the one that a checkpoint was written with.
+
+        Raises:
+            ConfigError: they describe other models. Weights of equal shapes would load, and mean something else.
+        """
+        saved = (checkpoint.get("hyper_parameters") or {}).get("cfg")
+        if saved is None:
+            return
+        saved = OmegaConf.create(saved)
+        faults = [
+            Fault(
+                f"model.{key}",
+                mine,
+                f"the checkpoint to go on from was written with {theirs}",
+                _remedy(key, theirs),
+            )
+            for key, (theirs, mine) in run_keys.other_than(saved, self.cfg).items()
+        ]
+        if faults:
+            raise ConfigError(*faults)
+        if not self.cfg.get("restore_from_ckpt"):
+            mine, theirs = (OmegaConf.to_container(cfg.optim, resolve=True) for cfg in (self.cfg, saved))
+            changed = [f"{key}={mine[key]}" for key in mine if mine[key] != theirs.get(key)]
+            if changed:
+                logging.warning(
+                    f"model.optim: {', '.join(changed)}: a run that goes on keeps its optimizer and schedule as they "
+                    "were; to begin with others use model.restore_from_ckpt and another name"
+                )
+
     @staticmethod
     def forget_batch_progress(checkpoint: dict) -> None:
         """Corrects Lightning's counts of batches in a checkpoint that a run resumes from.
@@ -89,3 +135,8 @@ class TrainingDataMixin:
         progress["current"] = dict.fromkeys(progress["current"], 0)
         # Lightning writes checkpoints before it counts the step for its loggers.
         loops["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"]
+
+
+def _remedy(key: str, theirs: Any) -> str:
+    value = "null" if theirs is None else theirs
+    return f"set ++model.{key}={value}, or start another run with name=…"

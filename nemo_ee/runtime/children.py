@@ -1,13 +1,17 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""Processes that end with the process that started them, however that ends."""
+"""Processes that end with the process that started them, however that ends, and not before."""
 
 import multiprocessing
 import os
+import signal
 import threading
 import time
 
 SECONDS = 1.0
 """How long a process may outlive its parent."""
+
+STOPPING = (signal.SIGTERM, signal.SIGUSR1)
+"""What announces a job's end, as `sbatch --signal=TERM@300`, torchrun and cloud machines do."""
 
 
 def end_with_parent() -> None:
@@ -18,7 +22,17 @@ def end_with_parent() -> None:
     """
     if multiprocessing.current_process().name == "MainProcess":
         return
+    outlive_signals()
     threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
+
+
+def outlive_signals(_worker: int = 0) -> None:
+    """Has this process ignore what announces a job's end: its parent still needs it to write a checkpoint.
+
+    Signals reach whole process groups from `timeout`, systemd, and some of SLURM's set-ups.
+    """
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _watch(parent: int) -> None:

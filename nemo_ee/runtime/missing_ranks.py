@@ -147,7 +147,7 @@ class _Counting:
         found = {rank: known for rank, known in {**silent, **self._dead_children()}.items()}
         if found.keys() - self._told:
             self._told |= found.keys()
-            print(f"error: {describe(found)}", file=sys.stderr, flush=True)
+            print(f"\nerror: {describe(found)}", file=sys.stderr, flush=True)  # behind a progress bar
 
     def _counts(self) -> list[str]:
         return [self.store.get(str(rank)).decode() for rank in range(self.world)]

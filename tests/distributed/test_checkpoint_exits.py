@@ -157,9 +157,10 @@ def test_merged_is_base_plus_exits(base, exits, workers, tmp_path):
     assert backbone_content_hash(whole) == backbone_content_hash(base)
     assert_same_exits(str(exits), alone)
     assert archive.read_config(alone).base.content_hash == backbone_content_hash(base)
-    with pytest.raises(CheckpointError, match="exits of its own"):
-        adapter.merge(merged, exits, tmp_path / "twice.nemo")
-    assert not (tmp_path / "twice.nemo").exists()
+    twice, again = adapter.merge(merged, exits, tmp_path / "twice.nemo"), str(tmp_path / "again.nemo")
+    assert workers(1).run(restore_and_save, str(twice), whole, again)[0] == [1, 2, 3]
+    assert_same_exits(str(exits), again)
+    assert backbone_content_hash(twice) == backbone_content_hash(base)
 
 
 def test_another_base_is_refused(base, exits, workers, tmp_path):

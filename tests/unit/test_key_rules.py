@@ -28,6 +28,11 @@ BASE = dict(
     encoder_seq_length=512,
 )
 REFUSED = {
+    "normalization": ["rms_norm", "foo"],
+    "resume_from_checkpoint": ["/run/last"],
+    "restore_from_ckpt": ["/run/last"],
+    "pre_process": [False],
+    "post_process": [False],
     "position_embedding_type": ["alibi", "kerple", "xpos", "sandwich", "mrope"],
     "virtual_pipeline_model_parallel_size": [2],
     "context_parallel_size": [2],
@@ -44,10 +49,16 @@ REFUSED = {
     "activations_checkpoint_layers_per_pipeline": [1],
     "num_micro_batches_with_partial_activation_checkpoints": [1],
     "dist_ckpt_format": ["zarr"],
-    "activations_checkpoint_granularity": ["full", "selective"],
     "rampup_batch_size": [[2, 2, 8]],
 }
 """Of keys whose other value is not true."""
+WITH_OTHERS = {
+    "activations_checkpoint_granularity",
+    "optim.name",
+    "optim.overlap_grad_sync",
+    "optim.overlap_param_sync",
+}
+"""Keys that depend on others; they have tests of their own."""
 
 
 def faults(script: str, overrides: list[str]) -> dict:
@@ -68,7 +79,7 @@ def faults(script: str, overrides: list[str]) -> dict:
 @pytest.mark.parametrize("section", ["", f"{CUSTOMIZATION}."])
 @pytest.mark.parametrize("script", RULES)
 def test_keys_that_would_mean_nothing_are_refused_and_remedies_work(script, section):
-    rules = {f"{section}{rule.key}": rule for rule in RULES[script] if not rule.key.startswith("optim.")}
+    rules = {f"{section}{rule.key}": rule for rule in RULES[script] if rule.key not in WITH_OTHERS}
     values = {key: REFUSED.get(rule.key, [True]) for key, rule in rules.items()}
     for number in range(max(map(len, values.values()))):
         bad = {key: some[number] for key, some in values.items() if number < len(some)}
@@ -134,11 +145,44 @@ def test_apexs_distributed_optimizer_reduces_copies_too_early(monkeypatch):
     assert optimizer_faults("pretraining", name, "model.pipeline_model_parallel_size=2") == []
 
 
-def test_gathering_overlaps_with_reduction_alone():
-    key = "model.optim.overlap_param_sync"
+@pytest.mark.parametrize("key", ["overlap_grad_sync", "overlap_param_sync"])
+def test_only_sharded_optimizers_overlap(key):
+    key, sharded = f"model.optim.{key}", "model.optim.name=mcore_distributed_optim"
     fault = faults("pretraining", [f"+{key}=true"])[key]
     assert faults("pretraining", [f"+{key}=true", fault.remedy.removeprefix("set ")]) == {}
-    assert faults("pretraining", [f"+{key}=true", "+model.optim.overlap_grad_sync=true"]) == {}
+    both = ["+model.optim.overlap_grad_sync=true", "+model.optim.overlap_param_sync=true"]
+    assert faults("pretraining", [*both, sharded]) == {}
+    alone = faults("pretraining", [f"+{key}=true", sharded])
+    assert alone.keys() == ({key} if key.endswith("param_sync") else set())
+
+
+def test_full_recomputation_says_of_what():
+    key = "model.activations_checkpoint_granularity"
+    whole = ["model.activations_checkpoint_method=uniform", "model.activations_checkpoint_num_layers=1"]
+    fault = faults("pretraining", [f"{key}=full"])[key]
+    assert faults("pretraining", [f"{key}=full", fault.remedy.removeprefix("set ")]) == {}
+    assert faults("pretraining", [f"{key}=full", whole[0]]).keys() == {key}
+    assert faults("pretraining", [f"{key}=full", *whole]) == {}
+    assert "no activations" in faults("tuning", [f"{key}=full", *whole])[key].rule
+
+
+def test_the_trainer_and_checkpoints_have_rules_too():
+    trainer = OmegaConf.create(dict(max_epochs=1, accumulate_grad_batches=2, limit_train_batches=2))
+    found = key_rules.key_faults(trainer, key_rules.TRAINER, "trainer")
+    assert [fault.remedy for fault in found] == [
+        "set ++trainer.accumulate_grad_batches=1",
+        "set ++trainer.max_epochs=-1",
+        "set ++trainer.limit_train_batches=1.0",
+    ]
+    for script in RULES:
+        with initialize_config_dir(f"{ROOT}/conf", version_base=None):
+            cfg = compose(f"megatron_gpt_ee_{script}")
+        assert key_rules.key_faults(cfg.trainer, key_rules.TRAINER, "trainer") == []
+        section = cfg.exp_manager.checkpoint_callback_params
+        assert key_rules.key_faults(section, key_rules.CHECKPOINTS, "x") == []
+        section = {**section, "async_save": True, "save_last": False}
+        section = OmegaConf.create(section)
+        assert len(key_rules.key_faults(section, key_rules.CHECKPOINTS, "x")) == 2
 
 
 def test_nothing_is_copied_from_nowhere():

@@ -20,7 +20,7 @@ def config(**changes):
         dict(
             mcore_gpt=True,
             num_layers=24,
-            hidden_size=64,
+            hidden_size=96,
             ffn_hidden_size=96,
             num_attention_heads=12,
             num_query_groups=4,
