@@ -17,7 +17,8 @@ from nemo_ee.runtime.script import user_errors
 @hydra.main(version_base=None, config_path="../conf", config_name="megatron_gpt_ee_pretraining")
 def main(cfg: DictConfig) -> None:
     """Builds or restores the model, trains it and saves it with its exits."""
-    with user_errors():
+    comes_along = ["model.tokenizer.type"] if cfg.model.restore_from_path else []
+    with user_errors(cfg, optional=comes_along):
         from nemo_ee.models.experiment import fit, start_experiment
         from nemo_ee.models.megatron_gpt_ee_pretraining_model import MegatronGPTEEPretrainingModel
         from nemo_ee.models.trainer_builder import EarlyExitTrainerBuilder

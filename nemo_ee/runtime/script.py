@@ -2,7 +2,7 @@
 """What every script does around its work: the CPU runtime without a GPU, and errors as one clear text."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from omegaconf import DictConfig, OmegaConf
@@ -19,16 +19,19 @@ APEX_IS_MISSING = "Apex was not found"
 
 
 @contextmanager
-def user_errors(cfg: DictConfig | None = None, nemo: bool = True) -> Iterator[None]:
+def user_errors(
+    cfg: DictConfig | None = None, nemo: bool = True, optional: Collection[str] = ()
+) -> Iterator[None]:
     """Turns errors that are meant for users into `error: …` and exit status 1.
 
     Args:
         cfg: a script's configuration; every mandatory key (`???`) that was not given is an error.
         nemo: enable the CPU runtime first, and quieten NeMo. False spares a script that does without NeMo its
             import.
+        optional: mandatory keys that need not be given this time.
     """
     try:
-        _check_given(cfg)
+        _check_given(cfg, optional)
         if nemo:
             cpu.enable()
             _quieten_nemo()
@@ -44,8 +47,9 @@ def user_errors(cfg: DictConfig | None = None, nemo: bool = True) -> Iterator[No
         sys.exit(f"error: there is a GPU, but not Apex, without which NeMo does not use it; {remedy}")
 
 
-def _check_given(cfg: DictConfig | None) -> None:
+def _check_given(cfg: DictConfig | None, optional: Collection[str]) -> None:
     missing = [] if cfg is None else list(_missing_keys(OmegaConf.to_container(cfg)))
+    missing = [key for key in missing if key not in optional]
     if missing:
         raise ConfigError(*map(_missing, missing))
 

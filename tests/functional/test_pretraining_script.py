@@ -1,6 +1,9 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """scripts/megatron_gpt_ee_pretraining.py as a user runs it on several stages, killed and started again."""
 
+import os
+import re
+import signal
 import time
 from pathlib import Path
 
@@ -65,6 +68,24 @@ def kill_while_it_writes(process, run: Path, rank: int) -> list[psutil.Process]:
             return started
         time.sleep(0.001)
     raise AssertionError("no second checkpoint was begun")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", [2, 3])
+def test_a_signal_to_the_whole_group_ends_the_run_with_a_checkpoint(stages, text, tmp_path):
+    run = tmp_path / "run"
+    more = ["trainer.max_steps=400", "model.data.num_workers=2", "trainer.val_check_interval=50"]
+    by_step = "exp_manager.checkpoint_callback_params.every_n_train_steps=3"
+    process = start_script(tmp_path, SCRIPT, *arguments(text, stages, run), *more, by_step)
+    deadline = time.monotonic() + 300
+    while not list(run.rglob("*-last")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)  # what writes and what reads gets it, too
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output[-3000:]
+    (step,) = re.findall(r"the run ends after step (\d+), with a checkpoint", output)
+    (last,) = run.rglob("*-last")
+    assert f"-step={step}-" in last.name and not list(run.rglob(MARK)) and "Traceback" not in output
 
 
 @pytest.mark.slow
