@@ -3,6 +3,7 @@
 
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from nemo_ee.checkpoint import archive
 from nemo_ee.errors import ConfigError
 from nemo_ee.models.checks import check_model, check_pretraining, check_tuning
 from nemo_ee.models.megatron_gpt_ee_pretraining_model import MegatronGPTEEPretrainingModel as Pretraining
+from nemo_ee.models.megatron_gpt_ee_pretraining_model import _checkpoint_to_start_from
 from nemo_ee.models.megatron_gpt_ee_tuning_model import MegatronGPTEETuningModel as Tuning
 from tests.support.tiny_gpt import GPT3, tiny_model_config
 
@@ -101,7 +103,7 @@ def test_a_length_of_the_data_alone_is_a_fault(tmp_path):
     path = checkpoint(tmp_path / "c")
     cfg = script("megatron_gpt_ee_pretraining", f"model.restore_from_path={path}", "model.data.seq_length=32")
     config = Pretraining.continued_config(cfg, {"data.seq_length"})
-    with pytest.raises(ConfigError, match=r"model.data.seq_length=32: .*; use 64"):
+    with pytest.raises(ConfigError, match=r"model.data.seq_length=32: .*; set model.encoder_seq_length=32"):
         check_pretraining(config)
 
 
@@ -131,7 +133,10 @@ def test_learned_positions_have_one_length(tmp_path):
     ("words", "fault"),
     [
         ("model.restore_from_ckpt=FOLDER/none", "model.restore_from_ckpt=FOLDER/none: no such directory"),
-        ("model.restore_from_ckpt=FOLDER", "model.restore_from_ckpt=FOLDER: holds no metadata.json"),
+        (
+            "model.restore_from_ckpt=FOLDER",
+            "model.restore_from_ckpt=FOLDER: has no checkpoint of a training run",
+        ),
         ("model.restore_from_ckpt=FOLDER/a.nemo", "model.restore_from_path=FOLDER/a.nemo"),
         (
             "model.restore_from_ckpt=FOLDER/a model.restore_from_path=FOLDER/b.nemo",
@@ -142,5 +147,22 @@ def test_learned_positions_have_one_length(tmp_path):
 def test_sources_that_are_none(words, fault, tmp_path):
     cfg = script("megatron_gpt_ee_pretraining", *words.replace("FOLDER", str(tmp_path)).split())
     with pytest.raises(ConfigError) as raised:
-        Pretraining.start(cfg, None)
+        Pretraining.start(cfg, SimpleNamespace(ckpt_path=None))
     assert fault.replace("FOLDER", str(tmp_path)) in str(raised.value)
+
+
+def test_a_run_to_start_from_may_be_named_by_its_directory(tmp_path):
+    last = tmp_path / "checkpoints" / "run--val_loss=1.0-step=4-last"
+    last.mkdir(parents=True)
+    (last / "metadata.json").touch()
+    for named in (tmp_path, tmp_path / "checkpoints", last):
+        cfg = OmegaConf.create(dict(restore_from_ckpt=str(named)))
+        assert _checkpoint_to_start_from(cfg) == str(last)
+
+
+def test_a_run_with_a_checkpoint_of_its_own_does_not_ask_for_what_it_started_from(monkeypatch, tmp_path):
+    monkeypatch.setattr(Pretraining, "__init__", lambda self, cfg, trainer: None)
+    cfg = script("megatron_gpt_ee_pretraining", f"model.restore_from_ckpt={tmp_path}/gone")
+    trainer = SimpleNamespace(ckpt_path="mine")
+    Pretraining.start(cfg, trainer)
+    assert trainer.ckpt_path == "mine" and cfg.model.restore_from_ckpt is None
