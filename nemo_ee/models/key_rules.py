@@ -48,7 +48,8 @@ class KeyRule:
             yield Fault(f"{section}.{place}", value, self.reason, remedy)
 
     def _works(self, value: Any) -> bool:
-        return value == self.use or value in self.also or not (value or self.use)
+        share = isinstance(value, float) == isinstance(self.use, float)  # of batches, 1 is one and 1.0 all
+        return (value == self.use and share) or value in self.also or not (value or self.use)
 
 
 def key_faults(cfg: DictConfig, rules: tuple[KeyRule, ...], section: str = "model") -> list[Fault]:

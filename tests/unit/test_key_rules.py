@@ -167,7 +167,7 @@ def test_full_recomputation_says_of_what():
 
 
 def test_the_trainer_and_checkpoints_have_rules_too():
-    trainer = OmegaConf.create(dict(max_epochs=1, accumulate_grad_batches=2, limit_train_batches=2))
+    trainer = OmegaConf.create(dict(max_epochs=1, accumulate_grad_batches=2, limit_train_batches=1))
     found = key_rules.key_faults(trainer, key_rules.TRAINER, "trainer")
     assert [fault.remedy for fault in found] == [
         "set ++trainer.accumulate_grad_batches=1",
