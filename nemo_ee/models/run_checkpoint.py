@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import _TunerExitException
 from nemo.utils import logging
 from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
 
-from nemo_ee.runtime.children import STOPPING
+from nemo_ee.runtime.children import STOPPING, signals_wait
 
 
 class RunCheckpoint(NeMoModelCheckpoint):
@@ -48,6 +48,11 @@ class RunCheckpoint(NeMoModelCheckpoint):
         """Writes the last checkpoint, unless that of the current step is written. Collective over the world."""
         if not trainer.fast_dev_run:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        """NeMo's; a signal waits, also for processes that megatron-core starts to write."""
+        with signals_wait():
+            super()._save_checkpoint(trainer, filepath)
 
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict) -> None:
         """Lightning's, once a step: writing over a complete checkpoint would put it at risk for nothing."""

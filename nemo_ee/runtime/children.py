@@ -6,6 +6,9 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 
 SECONDS = 1.0
 """How long a process may outlive its parent."""
@@ -33,6 +36,17 @@ def outlive_signals(_worker: int = 0) -> None:
     """
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def signals_wait() -> Iterator[None]:
+    """Within, what announces a job's end is not heard; processes that are started within never hear it."""
+    resource_tracker.ensure_running()  # which multiprocessing would start within, and let signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _watch(parent: int) -> None:
