@@ -94,6 +94,13 @@ class _Counting:
         self._ended, self._told, self._found = threading.Event(), set[int](), dict[int, str]()
         self._thread = threading.Thread(target=self._count, daemon=True, name="rank-count")
         self._thread.start()
+        for rank, child in enumerate(children, 1):
+            threading.Thread(target=self._attend, args=(rank, child), daemon=True).start()
+
+    def _attend(self, rank: int, child: subprocess.Popen) -> None:
+        """Says that a child was killed as soon as it was: Lightning, which looks every five seconds, then kills all."""
+        if (code := child.wait()) < 0 and not self._ended.is_set():
+            self._tell({rank: _ending(code)})
 
     def end(self) -> None:
         """Leaves: others are not to miss this rank."""
@@ -144,7 +151,9 @@ class _Counting:
             for rank, (_, at) in seen.items()
             if now - at > SILENCE
         }
-        found = {rank: known for rank, known in {**silent, **self._dead_children()}.items()}
+        self._tell({**silent, **self._dead_children()})
+
+    def _tell(self, found: dict[int, str]) -> None:
         if found.keys() - self._told:
             self._told |= found.keys()
             print(f"\nerror: {describe(found)}", file=sys.stderr, flush=True)  # behind a progress bar
