@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import _TunerExitException
 from nemo.utils import logging
 from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
 
-from nemo_ee.runtime.children import STOPPING, signals_wait
+from nemo_ee.runtime.children import STOPPING, children_outlive_signals
 
 
 class RunCheckpoint(NeMoModelCheckpoint):
@@ -50,8 +50,8 @@ class RunCheckpoint(NeMoModelCheckpoint):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        """NeMo's; a signal waits, also for processes that megatron-core starts to write."""
-        with signals_wait():
+        """NeMo's; what megatron-core starts to write it is not ended by signals to all processes of a job."""
+        with children_outlive_signals():
             super()._save_checkpoint(trainer, filepath)
 
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict) -> None:

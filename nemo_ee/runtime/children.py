@@ -39,8 +39,11 @@ def outlive_signals(_worker: int = 0) -> None:
 
 
 @contextmanager
-def signals_wait() -> Iterator[None]:
-    """Within, what announces a job's end is not heard; processes that are started within never hear it."""
+def children_outlive_signals() -> Iterator[None]:
+    """Processes that are started within never hear what announces a job's end: they inherit a mask.
+
+    This process may still hear it, in a thread that was there before.
+    """
     resource_tracker.ensure_running()  # which multiprocessing would start within, and let signals through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
