@@ -88,13 +88,14 @@ class EarlyExitDDPStrategy(NLPDDPStrategy):
         highest of all ranks. Megatron's distributed optimizer reads them, also of an optimizer that has made
         no step yet.
 
-        Collectives: one all-reduce over the world, unless Megatron's optimizer is distributed.
+        Collectives: one all-reduce over the world for torch's, unless Megatron's optimizer is distributed.
         """
         optimizers = self._torch_optimizers()
         for optimizer in optimizers:
             init_optimizer_states(optimizer)
             _complete_adam_states(optimizer)
-        if self.lightning_module.with_distributed_adam:
+        counts = any(map(_counts_by_tensor, optimizers))  # Apex's count by group
+        if self.lightning_module.with_distributed_adam or not counts:
             return super().optimizer_sharded_state_dict(unsharded_optim_state, is_loading)
         with _without_steps(optimizers) as steps:
             state = super().optimizer_sharded_state_dict(unsharded_optim_state, is_loading)
@@ -105,7 +106,7 @@ class EarlyExitDDPStrategy(NLPDDPStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: dict) -> None:
         """Gives every parameter its step counter back, then loads as Lightning does."""
-        if self.lightning_module.with_distributed_adam:
+        if self.lightning_module.use_mcore_dist_optim:
             self._load_distributed(checkpoint)
             return
         for state in checkpoint["optimizer_states"]:
