@@ -24,7 +24,8 @@ def text(tmp_path_factory):
 
 def train(prefixes: dict, folder: str, kind: str, fused: bool | None, steps: int) -> dict[str, Any]:
     """A run with checkpoints in `folder`, from the last one there."""
-    settings = dict(OPTIMIZER, fused=fused, **KINDS[kind])
+    settings = {**OPTIMIZER, **KINDS[kind], "fused": fused}
+    del settings["sched"]  # which depends on the last step
     case, layout = Case(section("MLP, untied", [2, 6]), dict(optim=settings)), Layout()
     trainer = tuning_trainer(layout, steps, val_check_interval=STEPS)
     resume_in(folder, trainer)
