@@ -27,10 +27,11 @@ class RidgeAccumulator:
         `counts` [N] says which rows count; None means all. The others are set to zero: to leave them out, a GPU
         would have to be waited for.
         """
-        x, y = features.to(torch.float64), targets.to(torch.float64)
+        x, y = features.to(torch.float64), targets.to(torch.float64, copy=counts is not None)
         x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
         if counts is not None:
-            x, y = (rows.masked_fill(~counts[:, None], 0.0) for rows in (x, y))
+            x.masked_fill_(~counts[:, None], 0.0)
+            y.masked_fill_(~counts[:, None], 0.0)
         self.gram.addmm_(x.T, x)
         self.cross.addmm_(x.T, y)
 
