@@ -20,8 +20,8 @@ from nemo_ee.inference.captured_decoding import passes_for
 from nemo_ee.inference.exit_point import ExitPoint, Trail
 from nemo_ee.inference.step import Step
 from nemo_ee.megatron.confidence_rules import CONFIDENCE_RULES
-from nemo_ee.megatron.decode import PackedTokens
 from nemo_ee.megatron.decoding_model import DecodingModel
+from nemo_ee.megatron.packed_tokens import PackedTokens
 from nemo_ee.megatron.prediction import Prediction
 
 KV_POLICIES = ("catch_up", "recompute", "state_copy")

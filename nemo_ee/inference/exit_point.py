@@ -9,8 +9,8 @@ from torch import Tensor
 
 from nemo_ee.inference.segment_graphs import EagerPasses
 from nemo_ee.megatron.confidence_rules import ConfidenceRule, ExitEvidence
-from nemo_ee.megatron.decode import PackedTokens
 from nemo_ee.megatron.decoding_model import DecodingModel
+from nemo_ee.megatron.packed_tokens import PackedTokens
 from nemo_ee.megatron.prediction import Prediction
 
 

@@ -156,7 +156,7 @@ def test_prepared_models_generate_with_captured_passes(monkeypatch):
     model.prepare_decoding(cuda_graphs=False)
     assert generated(**ways[1]) == expected[1] and not tape.passes
     model.release_decoding()
-    with pytest.raises(ConfigError, match="rows=0.*set rows=8\n.*max_length=65.*model's 64.*max_length=64"):
+    with pytest.raises(ConfigError, match="rows=0.*set rows=16\n.*max_length=65.*model's 64.*max_length=64"):
         model.prepare_decoding(rows=0, max_length=65)
 
 
