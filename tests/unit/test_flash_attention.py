@@ -21,6 +21,8 @@ from nemo_ee.megatron.flash_attention import (
     chosen_attention,
     first_that_agrees,
 )
+from nemo_ee.megatron.packed_tokens import PositionTable
+from nemo_ee.megatron.static_tokens import StaticTokens
 from tests.support.captured import PROMPTS, decode, expect_same, expect_same_caches, model_of
 from tests.support.tape import TapeCapture
 from tests.support.tiny_gpt import HEADS, tiny_model, tiny_model_config
@@ -149,6 +151,12 @@ def test_no_key_behind_a_sequence_and_none_of_other_rows_is_read(gpt, call):
             for mine, other in zip(steps[1].parts, steps[0].parts, strict=True):
                 logits = mine.prediction.logits, other.prediction.logits
                 torch.testing.assert_close(*logits, rtol=1e-10, atol=1e-10)
+
+
+def test_padding_asks_for_one_key():
+    table = PositionTable(33, CPU)
+    packed = StaticTokens(table, torch.tensor([[0, 1, 1, 1], [4, 30, 32, 32]]), 32, "any")
+    assert packed.keys_seen.tolist() == [5, 31, 1, 1]
 
 
 def test_torchs_call_takes_what_it_is_given():
