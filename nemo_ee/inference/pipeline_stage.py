@@ -13,8 +13,8 @@ from nemo_ee.inference.request import NEVER
 from nemo_ee.inference.sequence import Sequence
 from nemo_ee.inference.step import Part, Step
 from nemo_ee.megatron.confidence_rules import CONFIDENCE_RULES, ExitEvidence
-from nemo_ee.megatron.decode import PackedTokens
 from nemo_ee.megatron.decoding_model import DecodingModel
+from nemo_ee.megatron.packed_tokens import PackedTokens
 from nemo_ee.megatron.segment import Segment
 from nemo_ee.megatron.transfer import to_device, to_host
 

@@ -1,16 +1,21 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """A model as decoding reads it: functions of its weights, taken once and shared by any number of decoders."""
 
+from typing import Any
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from torch import Tensor
 
+from nemo_ee.megatron.cached_attention import CachedAttention
 from nemo_ee.megatron.cpu_kernels import KERNEL_TOKENS, run_head, runs_kernels
-from nemo_ee.megatron.decode import CachedLayer, PackedTokens, PositionTable
+from nemo_ee.megatron.decode import CachedLayer
+from nemo_ee.megatron.flash_attention import MASKED, chosen_attention
 from nemo_ee.megatron.gpt import EarlyExitGPTModel
 from nemo_ee.megatron.lean_head import LeanHead, LeanOutput, Readout
 from nemo_ee.megatron.lean_layer import layer_mathematics
+from nemo_ee.megatron.packed_tokens import PackedTokens, PositionTable
 from nemo_ee.megatron.segment import Segment
 
 _COMPILED: set[tuple[str, torch.dtype]] = set()
@@ -25,29 +30,32 @@ class DecodingModel:
     Args:
         gpt: in eval mode, sequence parallelism off.
         weights: see `nemo_ee.megatron.lean_weights.WEIGHT_KINDS`.
-        cuda_graphs: decoders on a GPU may capture what they repeat as CUDA graphs.
         draft_heads: exits draft with 8-bit copies of their weights where our CPU kernels compute; worth making
             for more than one call.
 
     Attributes:
         weights: as given.
-        cuda_graphs: as given.
+        captured: caches and captured passes that its decoders may borrow; None where all passes run eagerly.
         layers: global 1-based layer number -> mathematics, ascending.
         heads: exit layer -> head, all of this stage.
         output: the final exit; None on stages before the last.
         dtype: of the backbone's computation.
         device: of its weights.
         hidden: [0, H], an empty example of a hidden state.
+        attention: on cached keys, of all layers and blocks.
+        refused_attention: why it is not another.
     """
 
     def __init__(
         self,
         gpt: EarlyExitGPTModel,
         weights: str = "native",
-        cuda_graphs: bool = True,
         draft_heads: bool = True,
     ):
-        self.gpt, self.weights, self.cuda_graphs = gpt, weights, cuda_graphs
+        self.gpt, self.weights = gpt, weights
+        self.captured: Any = (
+            None  # a `nemo_ee.inference.captured_decoding.CapturedDecoding`, of an outer ring
+        )
         self._copies_heads = draft_heads and weights != "int8"
         some = gpt.decoder.layers[0].self_attention.linear_proj.weight
         self.device, self.dtype = some.device, compute_dtype(some)
@@ -68,6 +76,7 @@ class DecodingModel:
         self.output = LeanOutput(gpt, self.dtype, weights) if gpt.post_process else None
         self.final_layer = gpt.config.num_layers
         self.hidden = torch.empty(0, gpt.config.hidden_size, dtype=self._hidden_dtype(), device=self.device)
+        self.attention, self.refused_attention = self._choose_attention()
         self._compile_kernels()
         self._embedding = None
         plain = parallel_state.get_tensor_model_parallel_world_size() == 1
@@ -77,6 +86,11 @@ class DecodingModel:
         if known and plain and not wide and not gpt.embedding.add_position_embedding:
             self._embedding = gpt.embedding.word_embeddings.weight.detach()
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all layers are here: on one pipeline stage."""
+        return bool(self.gpt.pre_process and self.gpt.post_process)
+
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """[T] token ids and positions -> [T, H]. Collectives: an all-reduce of [T, H] where TP > 1."""
         if self._embedding is not None:
@@ -85,7 +99,7 @@ class DecodingModel:
 
     def table(self, max_length: int) -> PositionTable:
         """Positions for decoders of that length."""
-        return PositionTable(self.gpt, max_length, self.dtype, self.device)
+        return PositionTable.of(self.gpt, max_length, self.dtype, self.device)
 
     def cached_layers(self, rows: int, max_length: int) -> dict[int, CachedLayer]:
         """The layers with caches of their own."""
@@ -97,7 +111,9 @@ class DecodingModel:
             return None
         block = self.gpt.exits[str(n)].block
         dtype = self.heads[n].dtype
-        return Segment([CachedLayer(block, self.blocks[n], rows, max_length, dtype, self.device)])
+        return Segment(
+            [CachedLayer(block, self.blocks[n], rows, max_length, dtype, self.device, self.attention)]
+        )
 
     def draft_head(self, n: int) -> LeanHead:
         """The head of the exit on layer n for drafts that the full model verifies; an 8-bit copy is made in the
@@ -120,9 +136,18 @@ class DecodingModel:
         """Of weights that a pass through layer n reads."""
         return self.layers[n].bytes
 
+    def _choose_attention(self) -> tuple[CachedAttention, tuple[str, ...]]:
+        if any(self.heads[n].dtype != self.dtype for n in self.blocks):
+            return MASKED, ()
+        attention = self.gpt.decoder.layers[0].self_attention
+        groups = attention.num_query_groups_per_partition
+        repeats = attention.num_attention_heads_per_partition // groups
+        size = attention.hidden_size_per_attention_head
+        return chosen_attention(self.device, self.dtype, groups, repeats, size)
+
     def _cached_layer(self, n: int, rows: int, max_length: int) -> CachedLayer:
         module = self.gpt.decoder.layers[n - min(self.layers)]
-        return CachedLayer(module, self.layers[n], rows, max_length, self.dtype, self.device)
+        return CachedLayer(module, self.layers[n], rows, max_length, self.dtype, self.device, self.attention)
 
     def _compile_kernels(self) -> None:
         """Once per process, and before a request is waiting."""

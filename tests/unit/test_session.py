@@ -126,9 +126,9 @@ def test_random_prompts_thresholds_and_exits(gpt, trial, monkeypatch):
     of ragged packs in one call, in one per run of neighbours, or in one per sequence."""
     rng = random.Random(trial)
     if trial % 3 == 1:
-        monkeypatch.setattr("nemo_ee.megatron.decode.PackedTokens._padding", lambda packed: math.inf)
+        monkeypatch.setattr("nemo_ee.megatron.packed_tokens.PackedTokens._padding", lambda packed: math.inf)
     if trial % 3 == 2:
-        monkeypatch.setattr("nemo_ee.megatron.decode.PADDING", -1)
+        monkeypatch.setattr("nemo_ee.megatron.packed_tokens.PADDING", -1)
     batch = rng.randint(2, 6)
     prompts = [[rng.randrange(1, 200) for _ in range(rng.randint(1, 20))] for _ in range(batch)]
 
