@@ -1,6 +1,8 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """What scripts turn into one line of text, and what they leave alone."""
 
+import platform
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -34,6 +36,13 @@ def test_apex():
         raise ImportError("Apex was not found. Please see the NeMo README for installation instructions")
 
     assert "CUDA_VISIBLE_DEVICES=" in message_of(work)
+
+
+@pytest.mark.parametrize("system, name", [("Darwin", "macOS"), ("Windows", "Windows")])
+def test_other_systems_are_refused_by_name_before_anything_else(system, name, monkeypatch):
+    monkeypatch.setattr(platform, "system", lambda: system)
+    message = message_of(lambda: pytest.fail("not reached"), CONFIG)
+    assert message == f"error: system={name}: is not supported; use Linux or a container (docs/containers.md)"
 
 
 def test_errors_for_users_and_others():
