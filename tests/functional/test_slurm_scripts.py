@@ -2,6 +2,7 @@
 """scripts/slurm/*.sub with SLURM's variables, and `tests.support.srun` for srun: what they start, and the job's end."""
 
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -79,6 +80,7 @@ def cluster(tmp_path) -> Cluster:
     return Cluster(tmp_path)
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="PyPI has shellcheck for x86_64 only")
 def test_shell_scripts_follow_the_rules_of_shellcheck():
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert shellcheck, "comes with scripts/requirements.txt"
