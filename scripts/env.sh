@@ -103,8 +103,15 @@ _nemo_ee_make_venv() {
     "$python" -m venv "$@" "$NEMO_EE_VENV"
 }
 
-_nemo_ee_over_container() { # what is installed keeps its version; only what is missing is added
+# Lays the environment over the packages that the given Python sees, of which all keep their versions; adds what is missing.
+_nemo_ee_over_container() {
     local installed="$NEMO_EE_VENV/container_packages.txt"
+    _nemo_ee_make_venv "$1" --system-site-packages || return 1
+    # A container's Python may be a virtual environment's itself, whose packages --system-site-packages does not mean.
+    "$1" -c 'import sys, sysconfig
+if sys.prefix != sys.base_prefix:
+    print(*{f"import site; site.addsitedir({sysconfig.get_path(kind)!r})" for kind in ("purelib", "platlib")}, sep="\n")' \
+        >"$("$NEMO_EE_VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/container.pth" || return 1
     "$NEMO_EE_VENV/bin/python" -m pip list --format freeze --disable-pip-version-check 2>/dev/null >"$installed"
     if ! _nemo_ee_pip "what nemo_ee needs beyond NeMo" -c "$installed" -r "$_nemo_ee_root/scripts/requirements-container.txt"; then
         echo "Going on without: only GGUF files and the server need these packages."
@@ -115,8 +122,7 @@ _nemo_ee_install() {
     local python scripts="$_nemo_ee_root/scripts" pins
     if python="$(_nemo_ee_container_python)"; then
         echo "NeMo container found: laying $NEMO_EE_VENV over its packages"
-        _nemo_ee_make_venv "$python" --system-site-packages || return 1
-        _nemo_ee_over_container
+        _nemo_ee_over_container "$python" || return 1
     else
         _nemo_ee_platform && python="$(_nemo_ee_find_python)" || return 1
         echo "installing into $NEMO_EE_VENV with $("$python" --version); this takes 3 to 10 minutes, once"

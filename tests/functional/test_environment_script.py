@@ -4,6 +4,8 @@
 import os
 import shutil
 import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ TOOLS = "bash cat cp cut dirname find grep ls mkdir rm sha256sum tail touch".spl
 PYTHON = """#!/bin/bash
 # Stands for a Python: says its version, makes environments of itself, and notes what it is asked to install.
 case "$*" in
+*purelib*platlib*) ;;
+*purelib*) mkdir -p "$(dirname "$0")/../packages" && echo "$(dirname "$0")/../packages" ;;
 *"print("*) echo {version} ;;
 *"import venv"*) exit {lacks_venv} ;;
 *nemo.collections.nlp*) exit ${{NEMO_IS_MISSING:-1}} ;;
@@ -156,6 +160,31 @@ def test_in_a_container_only_what_is_missing_is_installed_gpu_or_not(missing, ma
         kept = machine.root / ".venv" / "container_packages.txt"
         assert f"-c {kept} " in calls and kept.read_text() == "torch==2.8.0a0+5228986c39.nv25.5\n"
         assert ("Going on without" in done.stdout) == (missing == "network")
+
+
+@pytest.mark.slow
+def test_packages_of_a_container_whose_python_is_a_virtual_environments_are_seen(tmp_path):
+    """Also those that are installed to be edited; the network is not there, and so nemo_ee itself not installed."""
+    container, venv = tmp_path / "container", tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", container], check=True)
+    packages = container / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
+    for package in ("torch", "nemo/collections/nlp"):
+        (packages / package).mkdir(parents=True)
+    (tmp_path / "edited" / "megatron" / "core").mkdir(parents=True)
+    (packages / "edited.pth").write_text(f"{tmp_path / 'edited'}\n")
+    environment = {
+        "PATH": f"{container}/bin:/usr/bin:/bin",
+        "NVIDIA_PYTORCH_VERSION": "25.05",
+        "NEMO_EE_VENV": str(venv),
+        "PIP_NO_INDEX": "1",
+        "PIP_CONFIG_FILE": os.devnull,
+    }
+    done = subprocess.run(
+        ["bash", "-c", "source scripts/env.sh"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert "NeMo container found" in done.stdout and "Going on without" in done.stdout, done.stderr
+    seen = "import torch, nemo.collections.nlp, megatron.core"
+    assert subprocess.run([venv / "bin" / "python", "-c", seen], env=environment).returncode == 0
 
 
 CONTAINER = "or a container (docs/containers.md)"
