@@ -74,7 +74,9 @@ def _checked(original: Callable) -> Callable:
         if group is not dist.GroupMember.NON_GROUP_MEMBER and dist.get_backend(group) == "nccl":
             for tensor in _tensors((*args, *kwargs.values())):
                 if not isinstance(tensor, CudaTensor):
-                    raise RuntimeError(f"No backend type associated with device type cpu ({original.__name__})")
+                    raise RuntimeError(
+                        f"No backend type associated with device type cpu ({original.__name__})"
+                    )
         return original(*args, **kwargs)
 
     return collective

@@ -216,5 +216,3 @@ def patch(devices: int) -> None:
     for name in TYPES:
         of = dict(dtype=getattr(torch, name).dtype, type_name=f"torch.cuda.{name}")
         setattr(cuda, name, _TensorType(name, (), of))
-
-

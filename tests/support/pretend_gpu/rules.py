@@ -41,6 +41,7 @@ WAITING = {
     "nonzero",
     "masked_select",
     "equal",
+    "allclose",
     "is_nonzero",
     "_unique",
     "_unique2",

@@ -264,7 +264,9 @@ def _crossing(args: tuple, kwargs: dict) -> None:
     non_blocking = rules.argument(2, "non_blocking", args, kwargs) or False
     if isinstance(target, list | tuple):
         target, source = target[0], source[0]
-    _copied(to_the_device=isinstance(target, CudaTensor), host=target, other=source, non_blocking=non_blocking)
+    _copied(
+        to_the_device=isinstance(target, CudaTensor), host=target, other=source, non_blocking=non_blocking
+    )
 
 
 def _copied(to_the_device: bool, host: Tensor, other: Tensor, non_blocking: bool) -> None:

@@ -69,7 +69,9 @@ def _factory(original: Callable) -> Callable:
         if not on_device(device):
             return original(*args, **kwargs)
         if (generator := kwargs.get("generator")) is not None:
-            raise RuntimeError(f"Expected a 'cuda' device type for generator but found '{generator.device.type}'")
+            raise RuntimeError(
+                f"Expected a 'cuda' device type for generator but found '{generator.device.type}'"
+            )
         kwargs["device"] = "cpu"
         out = kwargs.pop("out", None)
         made = CudaTensor(original(*args, **kwargs))
@@ -98,7 +100,9 @@ def _like(original: Callable) -> Callable:
 
 def _tensor(original: Callable) -> Callable:
     @functools.wraps(original)
-    def make(data: Any, *, dtype: Any = None, device: Any = None, requires_grad: bool = False, **rest: Any) -> Tensor:
+    def make(
+        data: Any, *, dtype: Any = None, device: Any = None, requires_grad: bool = False, **rest: Any
+    ) -> Tensor:
         device = _default_device(dict(device=device))
         if isinstance(data, CudaTensor):
             made = data.detach().to(device=device, dtype=dtype).clone()
@@ -152,7 +156,11 @@ def _patch_methods() -> None:
 
     def set_data(self: Tensor, new: Tensor) -> None:
         if isinstance(new, CudaTensor):  # the object stays the same while its memory moves
-            moved = torch.nn.Parameter(new, self.requires_grad) if isinstance(self, torch.nn.Parameter) else new.detach()
+            moved = (
+                torch.nn.Parameter(new, self.requires_grad)
+                if isinstance(self, torch.nn.Parameter)
+                else new.detach()
+            )
             torch.utils.swap_tensors(self, moved)
         else:
             host_data.__set__(self, new)
@@ -162,8 +170,27 @@ def _patch_methods() -> None:
     Tensor.pin_memory = lambda self, *_: pretend.pinned(self)
     Tensor.is_pinned = lambda self, *_: pretend.is_pinned(self)
     # Modules move as on a GPU: each parameter stays the object that it is, so what is tied stays tied.
+    torch.utils.swap_tensors = _keeping_attributes(torch.utils.swap_tensors)
     torch.__future__.set_swap_module_params_on_conversion(True)
     importlib.import_module("torch.optim.optimizer")._foreach_supported_types.append(CudaTensor)
+
+
+def _keeping_attributes(swap: Callable) -> Callable:
+    """Swaps memory and class where a tensor changes its device: what the program wrote on the object stays on it."""
+
+    @functools.wraps(swap)
+    def swap_tensors(first: Tensor, second: Tensor) -> None:
+        if not isinstance(first, CudaTensor) and not isinstance(second, CudaTensor):
+            return swap(first, second)
+        parameters = [isinstance(each, torch.nn.Parameter) for each in (second, first)]
+        swap(first, second)
+        first.__dict__, second.__dict__ = second.__dict__, first.__dict__
+        for each, is_parameter in zip((first, second), parameters, strict=True):
+            each.__dict__.pop("_is_param", None)
+            if is_parameter and isinstance(each, CudaTensor):
+                each._is_param = True
+
+    return swap_tensors
 
 
 def _patch_files() -> None:
