@@ -51,7 +51,7 @@ def capture_for(model: DecodingModel) -> Capture | None:
     if tensor_parallel > 1:
         _warn(f"tensor_model_parallel_size={tensor_parallel}, and collectives are not captured")
     elif not all(isinstance(layer, LeanLayer) for layer in mathematics):
-        _warn("the layers are not of torch modules; models built with transformer_engine=false have such")
+        _warn("some layer has modules whose weights decoding does not read (FP8, experts, …)")
     else:
         return CudaCapture(model.device)
     return None

@@ -268,7 +268,7 @@ def test_what_stands_in_the_way_of_graphs_is_said_once(one, monkeypatch, warning
     assert "tensor_model_parallel_size=2" in message and "prepare_decoding(cuda_graphs=False)" in message
     model.gpt, model.layers[3] = one, ModuleLayer(one.decoder.layers[2])
     assert segment_graphs.capture_for(model) is None
-    assert "transformer_engine=false" in warnings_about_graphs()[-1]
+    assert "whose weights decoding does not read (FP8" in warnings_about_graphs()[-1]
 
 
 @pytest.mark.gpu  # CUDA graphs themselves
