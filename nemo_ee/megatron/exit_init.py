@@ -202,17 +202,18 @@ class RidgeInitialiser:
 
         Collectives: gathers features over the tensor-parallel group.
         """
-        keep = by_position(batch.loss_mask) > 0
-        target = whole_tokens(final, self.gpt.config.sequence_parallel)[keep]
+        counts = by_position(batch.loss_mask) > 0
+        target = whole_tokens(final, self.gpt.config.sequence_parallel)
         for n, sums in self.sums.items():
             head = self.gpt.exits[str(n)]
             hidden = states.exits[n].to(head.linear.weight.dtype)
             head(hidden, batch.attention_mask, states.rotary_pos_emb)
-            read = [self._whole_input(module)[keep] for module in self._fitted(n)]
-            sums.update(torch.cat(read, dim=1), target)
+            read = [self._whole_input(module) for module in self._fitted(n)]
+            sums.update(torch.cat(read, dim=1), target, counts)
         if self.bucket_sums is not None:
             projection = self.gpt.exits[str(next(iter(self.sums)))].projection
-            self.bucket_sums.update(target, log_sum_of_others(target, projection, self.gpt)[:, None])
+            others = log_sum_of_others(target, projection, self.gpt)
+            self.bucket_sums.update(target, others[:, None], counts)
 
     def _whole_input(self, module: torch.nn.Module) -> Tensor:
         """What a module read, [T, width], gathered over the tensor-parallel group."""
@@ -299,13 +300,13 @@ def log_sum_of_others(state: Tensor, projection: ExitProjection, gpt: EarlyExitG
     """
     weight = gpt.output_weight()
     first = parallel_state.get_tensor_model_parallel_rank() * weight.shape[0]
-    others = torch.ones(gpt.true_vocab_size, dtype=torch.bool, device=weight.device)
-    others[projection.token_ids] = False
-    others = others[first : first + weight.shape[0]]
-    rows = weight[: len(others)][others]
+    listed = torch.zeros(gpt.true_vocab_size, dtype=torch.bool, device=weight.device)
+    listed = listed.index_fill_(0, projection.token_ids, True)[first : first + weight.shape[0]]
+    rows = weight[: len(listed)]
     chunks = []
     for chunk in state.split(chunk_tokens(gpt.early_exit.tuning.loss_chunk_tokens, max(1, len(rows)))):
         logits = torch.nn.functional.linear(chunk.to(rows.dtype), rows)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits.masked_fill_(listed, float("-inf"))
         chunks.append(log_sum_over_ranks(logits.logsumexp(-1).clamp_min(NEVER)))
     return torch.cat(chunks)
