@@ -5,12 +5,19 @@ All results are the host's. Weights depend on names alone, so both start from th
 """
 
 import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 
 from tests.support import pretraining, tuning
-from tests.support.tiny_gpt import HEADS, tiny_model, tiny_model_config
+from tests.support.device_waits import of_steps
+from tests.support.pretend_gpu import waits
+from tests.support.pretend_gpu.waits import Wait
+from tests.support.tiny_gpt import HEADS, fill, tiny_model, tiny_model_config
 
 TEXTS = ["w1 w2 w3", "w9 w10 w11 w12 w13 w14 w15", "w40"]
 LENGTH = dict(max_length=16)
@@ -21,7 +28,7 @@ REQUESTS: dict[str, tuple[dict, Any]] = {
     "full depth": (GREEDY, False),
     "sampled": (dict(use_greedy=False, add_BOS=False, temperature=0.9, top_k=20, top_p=0.9), dict(threshold=0.5)),
     "sampled, lossless": (dict(use_greedy=False, add_BOS=False), dict(threshold=0.3, lossless=True)),
-    "probabilities": ({**GREEDY, "all_probs": True, "compute_logprob": False}, dict(threshold=0.5)),
+    "probabilities": ({**GREEDY, "all_probs": True}, dict(threshold=0.5)),
 }
 """Sampling parameters and `early_exit` of calls of `model.generate`."""
 
@@ -54,12 +61,96 @@ def generated(heads: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def answers(model: Any) -> dict[str, Any]:
-    """Request -> what `model.generate` returned."""
+    """Request -> what `model.generate` returned: for all texts at once, and for one."""
     found = {}
     for name, (sampling, early_exit) in REQUESTS.items():
-        generator = torch.Generator().manual_seed(3)
-        found[name] = model.generate(TEXTS, LENGTH, sampling, early_exit=early_exit, generator=generator)
+        for several, texts in (("batch", TEXTS), ("one", TEXTS[1:2])):
+            generator = torch.Generator().manual_seed(3)
+            found[f"{name}, {several}"] = model.generate(
+                texts, LENGTH, sampling, early_exit=early_exit, generator=generator
+            )
     return on_host(found)
+
+
+@dataclass
+class Decoding:
+    """What happened while a session decoded.
+
+    Attributes:
+        exits_asked: calls of an exit's head.
+        steps: tokens fed, prompts among them, and verifications: what may wait once.
+        waits: in the session.
+    """
+
+    exits_asked: int = 0
+    steps: int = 0
+    waits: list[Wait] = field(default_factory=list)
+
+
+def decoding_waits(heads: list[str], graphs: bool) -> dict[str, dict[str, Decoding]]:
+    """Head -> request -> waits in decoding."""
+    found = {}
+    for head in heads:
+        model = tiny(head)
+        model.prepare_decoding(cuda_graphs=graphs)
+        found[head] = {}
+        for name, (sampling, early_exit) in REQUESTS.items():
+            for several, texts in (("batch", TEXTS), ("one", TEXTS[1:2])):
+                generator = torch.Generator().manual_seed(3)
+                with _watched() as seen:
+                    model.generate(texts, LENGTH, sampling, early_exit=early_exit, generator=generator)
+                found[head][f"{name}, {several}"] = seen
+    return found
+
+
+@contextmanager
+def _watched() -> Iterator[Decoding]:
+    from nemo_ee.inference.decoder import EarlyExitDecoder
+    from nemo_ee.inference.exit_point import ExitPoint
+    from nemo_ee.inference.session import DecodingSession
+
+    seen = Decoding()
+
+    def counted(original: Callable, counter: str) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            setattr(seen, counter, getattr(seen, counter) + 1)
+            return original(*args, **kwargs)
+
+        return call
+
+    def watched(original: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with waits.counting() as found:
+                result = original(*args, **kwargs)
+            seen.waits += found
+            return result
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("prefill", "step", "flush"):
+            patch.setattr(EarlyExitDecoder, name, counted(getattr(EarlyExitDecoder, name), "steps"))
+        patch.setattr(ExitPoint, "predict", counted(ExitPoint.predict, "exits_asked"))
+        for name in ("add", "step"):
+            patch.setattr(DecodingSession, name, watched(getattr(DecodingSession, name)))
+        yield seen
+
+
+def training_waits(prefixes: dict, cases: dict[str, Any], layout: tuning.Layout) -> dict[str, list[list[str]]]:
+    """Case -> step -> what waits between its first forward and its last backward."""
+    found = {}
+    for name, case in cases.items():
+        trainer = tuning.tuning_trainer(layout, 2, limit_val_batches=0)
+        if isinstance(case, tuning.Case):
+            kind, config = tuning.recorder(), tuning.tuning_config(prefixes, case, layout)
+        else:
+            kind, config = pretraining.Recorder(), pretraining.pretraining_config(prefixes, case, layout)
+        model = of_steps(kind, waits.Window)(config, trainer)
+        fill(model)
+        model.exits_initialised, model.keep_gradients = True, False
+        trainer.fit(model)
+        found[name] = model.waits
+    return found
 
 
 def tuned(*args: Any) -> dict[str, tuning.Outcome]:
