@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from nemo_ee.megatron.gpt import EarlyExitGPTModel
 from nemo_ee.megatron.lean_layer import LayerMathematics
+from nemo_ee.megatron.transfer import to_device
 
 PADDING = 500
 """Query-key pairs of padding, per sequence, that take about as long as a call of attention (SmolLM2 on two cores)."""
@@ -162,7 +163,7 @@ class PackedTokens:
             self.positions = table.positions[span]
             self.last = slice(self.width - 1, self.width)
         else:
-            layout = torch.tensor([rows, starts, counts], device=device)
+            layout = to_device([rows, starts, counts], device)
             self.row_index = layout[0]
             if self.width == 1:
                 self.token_rows, self.positions = self.row_index, layout[1]
@@ -170,7 +171,7 @@ class PackedTokens:
             else:
                 ends = layout[2].cumsum(0)
                 row = torch.repeat_interleave(layout[2], output_size=sum(counts))
-                offset = table.positions.new_tensor(range(sum(counts))) - (ends - layout[2])[row]
+                offset = torch.arange(sum(counts), device=device) - (ends - layout[2])[row]
                 self.token_rows, self.positions = layout[0][row], layout[1][row] + offset
                 self.slots = (self.token_rows if self.spread else row) * self.width + offset
                 self.last = ends - 1
@@ -231,7 +232,7 @@ class PackedTokens:
         key = run, repeats, dtype
         if key not in self._run_masks:
             keys = self.table.positions[: run.length]
-            last = keys.new_tensor(run.starts)[:, None] + keys[: run.count]  # [n, count]
+            last = to_device(run.starts, keys.device)[:, None] + keys[: run.count]  # [n, count]
             visible = keys <= last[:, :, None]
             self._run_masks[key] = additive(visible.repeat(1, repeats, 1)[:, None], dtype)
         return self._run_masks[key]

@@ -313,7 +313,9 @@ def backbone_hash(model: Any) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.gpt.state_dict().items()):
         if not name.startswith("exits.") and isinstance(tensor, torch.Tensor):
-            digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(
+                name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            )
     return digest.hexdigest()
 
 

@@ -26,7 +26,10 @@ REQUESTS: dict[str, tuple[dict, Any]] = {
     "exits": (GREEDY, dict(threshold=[0.6, 0.5, 0.7])),
     "lossless": (GREEDY, dict(threshold=0.3, lossless=True)),
     "full depth": (GREEDY, False),
-    "sampled": (dict(use_greedy=False, add_BOS=False, temperature=0.9, top_k=20, top_p=0.9), dict(threshold=0.5)),
+    "sampled": (
+        dict(use_greedy=False, add_BOS=False, temperature=0.9, top_k=20, top_p=0.9),
+        dict(threshold=0.5),
+    ),
     "sampled, lossless": (dict(use_greedy=False, add_BOS=False), dict(threshold=0.3, lossless=True)),
     "probabilities": ({**GREEDY, "all_probs": True}, dict(threshold=0.5)),
 }
@@ -136,7 +139,9 @@ def _watched() -> Iterator[Decoding]:
         yield seen
 
 
-def training_waits(prefixes: dict, cases: dict[str, Any], layout: tuning.Layout) -> dict[str, list[list[str]]]:
+def training_waits(
+    prefixes: dict, cases: dict[str, Any], layout: tuning.Layout
+) -> dict[str, list[list[str]]]:
     """Case -> step -> what waits between its first forward and its last backward."""
     found = {}
     for name, case in cases.items():
