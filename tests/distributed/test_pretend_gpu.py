@@ -5,12 +5,17 @@ On a GPU other code runs than on a CPU (no kernels of our own, torch's fused opt
 tensor that were on the wrong device would be refused.
 """
 
+import json
+
 import pytest
 import torch
 
+from tests.distributed import test_pretraining_resume, test_tuning_resume
 from tests.distributed.test_pretraining_optimizers import DISTRIBUTED, OVERLAPPED
 from tests.distributed.test_pretraining_parallel import section
+from tests.functional import test_generate_script
 from tests.support import tuning
+from tests.support.distributed import WorkerError
 from tests.support.pretend_gpu import main_paths
 from tests.support.pretraining import Case, largest_gap
 from tests.support.tiny_gpt import HEADS
@@ -54,7 +59,7 @@ def test_decoding_waits_once_per_exit_asked_and_once_per_step(graphs, pretend_gp
         for request, seen in requests.items():
             places = main_paths.waits.describe(seen.waits)
             assert len(seen.waits) <= seen.exits_asked + seen.steps, (head, request, seen.steps, places)
-            assert seen.steps and seen.waits
+            assert seen.steps and seen.waits and bool(seen.replays) == graphs
     assert sum(seen.exits_asked for requests in found.values() for seen in requests.values()) > 200
 
 
@@ -80,6 +85,70 @@ def test_closed_form_and_tuning(text, workers, pretend_gpus):
         assert gaps["initial"] < 1e-3 and gaps["train"] < 1e-3 and gaps["validation"] < 1e-3, (name, gaps)
         first = [row[2][0] for row in found[name].train]
         assert first[-1] != first[0]
+
+
+def resumed_tuning(*args):
+    return main_paths.on_host(test_tuning_resume.run(*args))
+
+
+def resumed_pretraining(*args):
+    return main_paths.on_host(test_pretraining_resume.run(*args))
+
+
+def test_tuning_goes_on_where_it_was_killed(text, pretend_gpus, tmp_path):
+    case, layout = test_tuning_resume.CASES["one process"]
+    (whole,) = pretend_gpus(1).run(resumed_tuning, text, str(tmp_path / "whole"), case, layout, None)
+    with pytest.raises(WorkerError, match="exit code 9"):
+        pretend_gpus(1).run(resumed_tuning, text, str(tmp_path / "killed"), case, layout, 3)
+    (mine,) = pretend_gpus(1).run(resumed_tuning, text, str(tmp_path / "killed"), case, layout, None)
+    assert len(whole.train) == 6 and mine.train == whole.train[2:] and mine.rates == whole.rates[2:]
+    for key, value in whole.final.items():
+        assert torch.equal(mine.final[key], value), key
+    for key, state in whole.optimizer.items():
+        assert all(torch.equal(mine.optimizer[key][part], value) for part, value in state.items()), key
+
+
+def test_pretraining_goes_on_where_it_was_killed(text, pretend_gpus, tmp_path):
+    case, layout = test_pretraining_resume.CASES["PP2, layers dropped"]
+    pool = pretend_gpus(2)
+    whole = pool.run(resumed_pretraining, text, str(tmp_path / "whole"), case, layout, None, False)
+    with pytest.raises(WorkerError, match="exit code -9"):
+        pool.run(resumed_pretraining, text, str(tmp_path / "killed"), case, layout, 3, False)
+    resumed = pool.run(resumed_pretraining, text, str(tmp_path / "killed"), case, layout, None, False)
+    for mine, other in zip(resumed, whole, strict=True):
+        assert len(other["losses"]) == 6 and mine["losses"] == other["losses"][2:]
+        for key, value in other["final"].items():
+            assert mine["final"][key].equal(value), key
+        for found, expected in zip(mine["moments"], other["moments"], strict=True):
+            assert found.equal(expected)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory, workers):
+    directory = tmp_path_factory.mktemp("checkpoints")
+    (expected,) = workers(1).run(test_generate_script.write_checkpoints, str(directory))
+    return directory, expected
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_the_generating_scripts_steps(tp, checkpoints, pretend_gpus):
+    directory, expected = checkpoints
+    prompts = f"prompts={json.dumps(test_generate_script.PROMPTS)}"
+    overrides = ["gpt_model_file=base.nemo", "adapter_file=exits.nemo", prompts, f"output_file=tp{tp}.jsonl"]
+    overrides += [
+        f"trainer.devices={tp}",
+        f"tensor_model_parallel_size={tp}",
+        *test_generate_script.ARGUMENTS,
+    ]
+    records, *_ = pretend_gpus(tp).run(test_generate_script.in_process, directory, overrides)
+    test_generate_script.expect(records, expected)
+
+
+def test_a_server_with_two_clients_at_once(checkpoints, workers, pretend_gpus):
+    (expected,) = workers(1).run(main_paths.served, str(checkpoints[0]))
+    (found,) = pretend_gpus(1).run(main_paths.served, str(checkpoints[0]))
+    assert found == expected and set(found) == {"greedy", "sampling"}
+    assert {n for _, rows in found.values() for row in rows for n in row} > {2}
 
 
 PRETRAINED = {

@@ -5,6 +5,7 @@ All results are the host's. Weights depend on names alone, so both start from th
 """
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -83,11 +84,13 @@ class Decoding:
         exits_asked: calls of an exit's head.
         steps: tokens fed, prompts among them, and verifications: what may wait once.
         waits: in the session.
+        replays: of graphs.
     """
 
     exits_asked: int = 0
     steps: int = 0
     waits: list[Wait] = field(default_factory=list)
+    replays: int = 0
 
 
 def decoding_waits(heads: list[str], graphs: bool) -> dict[str, dict[str, Decoding]]:
@@ -136,7 +139,9 @@ def _watched() -> Iterator[Decoding]:
         patch.setattr(ExitPoint, "predict", counted(ExitPoint.predict, "exits_asked"))
         for name in ("add", "step"):
             patch.setattr(DecodingSession, name, watched(getattr(DecodingSession, name)))
+        before = torch.cuda.CUDAGraph.replays
         yield seen
+        seen.replays = torch.cuda.CUDAGraph.replays - before
 
 
 def training_waits(
@@ -166,3 +171,42 @@ def tuned(*args: Any) -> dict[str, tuning.Outcome]:
 def pretrained(*args: Any, dtype: torch.dtype = torch.float32) -> dict[str, pretraining.Outcome]:
     """`tests.support.pretraining.pretrain` with parameters of a type."""
     return on_host(pretraining.pretrain(*args, False, dtype))
+
+
+def served(directory: str) -> dict[str, tuple[list[str], list[list[int]]]]:
+    """Client -> texts and exit layers of what a server answered to two clients that asked at once."""
+    import httpx
+    from omegaconf import OmegaConf
+
+    from nemo_ee.inference.run import restore
+    from nemo_ee.inference.settings import GenerateConfig
+    from nemo_ee.models.trainer_builder import EarlyExitTrainerBuilder
+    from nemo_ee.server.serve import create_service
+    from tests.support.server import listening, server_config
+
+    trainer = dict(devices=1, num_nodes=1, accelerator="auto", precision=32, logger=False)
+    settings = dict(trainer=dict(trainer, enable_checkpointing=False), model=dict(precision=32))
+    builder = EarlyExitTrainerBuilder(OmegaConf.create(settings))
+    source = GenerateConfig(f"{directory}/base.nemo", f"{directory}/exits.nemo")
+    service = create_service(server_config(model_name="tiny"), restore(source, builder.create_trainer()))
+    found, together = {}, threading.Barrier(2)
+
+    def client(name: str, prompts: list[str], temperature: float) -> None:
+        body = dict(model="tiny", prompt=prompts, max_tokens=12, temperature=temperature, seed=5)
+        body["early_exit"] = dict(threshold=0.5)
+        together.wait()
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=120).json()
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        found[name] = [c["text"] for c in choices], [c["early_exit"]["exit_layers"] for c in choices]
+
+    try:
+        with listening(service) as url:
+            clients = [("greedy", TEXTS, 0), ("sampling", TEXTS[:2], 1)]
+            threads = [threading.Thread(target=client, args=each) for each in clients]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    finally:
+        service.engine.stop()
+    return found
