@@ -144,7 +144,7 @@ class EarlyExitDecoder:
         assert first + len(prompts) <= self.rows, "no free rows"
         rows = list(range(first, first + len(prompts)))
         packed = PackedTokens(self.table, rows, [0] * len(rows), counts)
-        tokens = torch.tensor([t for prompt in prompts for t in prompt], device=self.model.device)
+        tokens = to_device([t for prompt in prompts for t in prompt], self.model.device)
         self._remember(tokens, packed)
         x = self.model.embed(tokens, packed.positions)
         for k, segment in enumerate(self.segments):
@@ -253,8 +253,8 @@ class EarlyExitDecoder:
         counts = [self.lengths[row] + 1 - start for row, start in zip(rows, starts, strict=True)]
         packed = PackedTokens(self.table, rows, starts, counts)
         if history is not None:
-            lengths = torch.tensor([self.lengths[row] for row in rows], device=tokens.device)
-            history[torch.tensor(rows, device=tokens.device), lengths] = tokens
+            where, lengths = to_device([rows, [self.lengths[row] for row in rows]], tokens.device)
+            history[where, lengths] = tokens
             tokens = history[packed.rows[0] if packed.single else packed.token_rows, packed.positions]
         return packed, self.model.embed(tokens, packed.positions)
 

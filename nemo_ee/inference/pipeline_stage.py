@@ -119,7 +119,7 @@ class Stage:
         )
         self._note(tokens)
         if hidden is None:
-            ids = torch.tensor([t for i in order for t in tokens.ids[i]], device=self.model.device)
+            ids = to_device([t for i in order for t in tokens.ids[i]], self.model.device)
             x = self.model.embed(ids, packed.positions)
         else:
             parts = hidden.to(self.model.device).split([len(ids) for ids in tokens.ids])

@@ -143,8 +143,13 @@ class _Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def of_steps(kind: type) -> type:
-    """A model class whose training steps note in `waits` what waits between first forward and last backward."""
+def of_steps(kind: type, counter: type = DeviceWaits) -> type:
+    """A model class whose training steps note in `waits` what waits between first forward and last backward.
+
+    Args:
+        kind: the model's class.
+        counter: what finds waits: on a CPU `DeviceWaits`, on a pretend GPU `tests.support.pretend_gpu.waits.Window`.
+    """
 
     class Watched(kind):
         waits: list[list[str]]
@@ -152,7 +157,7 @@ def of_steps(kind: type) -> type:
         def fwd_bwd_step(self, dataloader_iter: Any, forward_only: bool, *more: Any) -> Any:
             if forward_only:
                 return super().fwd_bwd_step(dataloader_iter, forward_only, *more)
-            seen = DeviceWaits()
+            seen = counter()
             handles = [self.gpt.decoder.register_forward_pre_hook(seen.start)]
             for parameter in self.gpt.parameters():
                 if parameter.requires_grad:
