@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nemo_ee.megatron.gpt import EarlyExitGPTModel
+from nemo_ee.megatron.transfer import to_device
 
 T = TypeVar("T")
 
@@ -202,7 +203,7 @@ class PackedTokens:
         layout[2] = (token_rows if self.spread else sequence) * self.width + offset
         layout[3, : self.sequences] = self.rows
         layout[4, : self.sequences] = np.cumsum(self.counts) - 1
-        return torch.from_numpy(layout).to(device, non_blocking=True)
+        return to_device(layout, device)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` returned when this pack was first asked for `key`: all layers need it alike."""
@@ -291,7 +292,7 @@ class PackedTokens:
         key = run, repeats, dtype
         if key not in self._run_masks:
             keys = self.table.positions[: run.length]
-            last = keys.new_tensor(run.starts)[:, None] + keys[: run.count]  # [n, count]
+            last = to_device(run.starts, keys.device)[:, None] + keys[: run.count]  # [n, count]
             visible = keys <= last[:, :, None]
             self._run_masks[key] = additive(visible.repeat(1, repeats, 1)[:, None], dtype)
         return self._run_masks[key]

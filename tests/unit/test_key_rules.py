@@ -1,9 +1,8 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Keys that would mean nothing are refused, and the remedy, pasted behind the command, is accepted."""
 
-import importlib.util
-
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -54,6 +53,7 @@ REFUSED = {
 """Of keys whose other value is not true."""
 WITH_OTHERS = {
     "activations_checkpoint_granularity",
+    "optim.fused",
     "optim.name",
     "optim.overlap_grad_sync",
     "optim.overlap_param_sync",
@@ -130,19 +130,82 @@ def test_optimizers_that_no_checkpoint_can_hold_are_refused(script):
         assert optimizer_faults(script, name) == []
 
 
-@pytest.mark.skipif(importlib.util.find_spec("apex") is not None, reason="Apex is installed")
-@pytest.mark.parametrize("script", RULES)
-def test_apexs_optimizers_are_refused_without_apex(script):
+APEXS = ("fused_adam", "megatron_fused_adam", "distributed_fused_adam")
+
+
+@pytest.fixture
+def apex(monkeypatch):
+    """``apex(kernels, *names, gpu=…)``: what NeMo found of Apex: its kernels, and these optimizers."""
+    from nemo.collections.nlp.parts import nlp_overrides
+    from nemo.core.optim.optimizers import AVAILABLE_OPTIMIZERS
+
+    def found(kernels: bool, *names: str, gpu: bool) -> None:
+        monkeypatch.setattr(nlp_overrides, "HAVE_AMP_C", kernels)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        for name in APEXS:
+            monkeypatch.delitem(AVAILABLE_OPTIMIZERS, name, raising=False)
+        for name in names:
+            monkeypatch.setitem(AVAILABLE_OPTIMIZERS, name, object)
+
+    return found
+
+
+@pytest.mark.parametrize(("script", "gpu"), [("tuning", True), ("pretraining", False)])
+def test_apexs_optimizers_are_refused_without_apex(script, gpu, apex):
+    """On a GPU, too."""
+    reason = "is Apex's, which is not installed or cannot be imported"
+    apex(False, gpu=gpu)
     for name in ("fused_adam", "megatron_fused_adam"):
-        assert optimizer_faults(script, name) == ["is Apex's, which is not installed"]
+        assert optimizer_faults(script, name) == [reason]
+    apex(False, *APEXS, gpu=gpu)  # installed without its kernels
+    assert optimizer_faults(script, "fused_adam") == [reason]
 
 
-def test_apexs_distributed_optimizer_reduces_copies_too_early(monkeypatch):
-    monkeypatch.setattr(key_rules, "_have_apex", lambda: True)
+def test_apexs_distributed_optimizer_needs_transformer_engine(apex):
+    """NeMo's wrapper asks for its version, and cannot be imported without."""
+    apex(True, *APEXS[:2], gpu=True)
+    assert optimizer_faults("pretraining", "fused_adam") == []
+    assert "Transformer Engine" in optimizer_faults("pretraining", "distributed_fused_adam")[0]
+
+
+def test_apexs_optimizers_are_refused_without_a_gpu(apex):
+    apex(True, *APEXS, gpu=False)
+    for name in APEXS:
+        assert optimizer_faults("pretraining", name) == [
+            "takes its steps with kernels of Apex, which need a GPU"
+        ]
+
+
+def test_apexs_distributed_optimizer_reduces_copies_too_early(apex):
+    apex(True, *APEXS, gpu=True)
     four, name = "model.pipeline_model_parallel_size=4", "distributed_fused_adam"
     assert "copies" in optimizer_faults("pretraining", name, four)[0]
     assert optimizer_faults("pretraining", name, four, "model.early_exit.head.projection=untied") == []
     assert optimizer_faults("pretraining", name, "model.pipeline_model_parallel_size=2") == []
+
+
+FUSED = {
+    "fast": ["model.optim.fused=fast"],
+    "not torch's": ["model.optim.fused=false", "model.optim.name=fused_adam"],
+    "two ways": ["model.optim.fused=true", "+model.optim.foreach=true"],
+    "not differentiable": ["model.optim.fused=true", "+model.optim.differentiable=true"],
+}
+
+
+@pytest.mark.parametrize("case", FUSED)
+@pytest.mark.parametrize("script", RULES)
+def test_kernels_that_an_optimizer_has_not(script, case, monkeypatch):
+    monkeypatch.setattr(key_rules, "_have_apex", lambda: True)
+    found = faults(script, FUSED[case])
+    assert found.keys() == {"model.optim.fused"}
+    remedy = found["model.optim.fused"].remedy.removeprefix("set ")
+    assert faults(script, [*FUSED[case], remedy]) == {}
+
+
+@pytest.mark.parametrize("fused", ["true", "false", "null"])
+@pytest.mark.parametrize("script", RULES)
+def test_kernels_may_be_chosen(script, fused):
+    assert faults(script, [f"model.optim.fused={fused}"]) == {}
 
 
 @pytest.mark.parametrize("key", ["overlap_grad_sync", "overlap_param_sync"])
