@@ -193,6 +193,9 @@ class PackedTokens:
     def _layout(self, device: torch.device) -> Tensor:
         """[5, T]: of each token its row, position and place among the padded; of each sequence (the first N) its
         row and last token. In one copy, which does not wait for the device."""
+        if self.width == 1:  # slots are rows where they are asked for, and each token is its sequence's last
+            layout = np.array([self.rows, self.starts, self.rows, self.rows, range(self.sequences)])
+            return torch.from_numpy(layout).to(device, non_blocking=True)
         layout = np.zeros((5, self.tokens), dtype=np.int64)
         layout[:2] = token_rows, positions = self.places
         sequence = np.repeat(np.arange(self.sequences), self.counts)
