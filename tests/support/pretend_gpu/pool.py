@@ -59,8 +59,15 @@ def start_server() -> subprocess.Popen:
 
 def stop_server() -> None:
     """Ends it and what it keeps."""
-    if _server is not None:
-        _server.communicate()
+    if _server is None:
+        return
+    assert _server.stdin is not None
+    _server.stdin.close()
+    try:
+        _server.wait(10)
+    except subprocess.TimeoutExpired:
+        _server.kill()
+        _server.wait()
 
 
 def _serve() -> None:
