@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""Set-up of all tests: the CPU runtime, the ``slow`` mark and the ``workers`` fixture."""
+"""Set-up of all tests: stand-ins for what the machine lacks, the ``slow`` mark and the ``workers`` fixture."""
 
 import os
 
@@ -8,10 +8,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 
-from nemo_ee.runtime import cpu  # noqa: E402
+from nemo_ee.runtime import stand_ins  # noqa: E402
 from tests.support import distributed  # noqa: E402
 
-cpu.enable()
+stand_ins.enable()
 
 
 def pytest_addoption(parser):

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""What every script does around its work: the CPU runtime without a GPU, and errors as one clear text."""
+"""What every script does around its work: stand-ins for what the machine lacks, and errors as one clear text."""
 
 import sys
 from collections.abc import Collection, Iterator
@@ -9,13 +9,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from nemo_ee.errors import CheckpointError, ConfigError, DataError, Fault, GenerationError, RankMissingError
-from nemo_ee.runtime import cpu
+from nemo_ee.runtime import stand_ins
 from nemo_ee.runtime.children import end_with_parent
 
 end_with_parent()  # in a process of multiprocessing's, which imports its script, and so this, again
-
-APEX_IS_MISSING = "Apex was not found"
-"""How NeMo's ImportError begins where there is a GPU."""
 
 
 @contextmanager
@@ -26,25 +23,20 @@ def user_errors(
 
     Args:
         cfg: a script's configuration; every mandatory key (`???`) that was not given is an error.
-        nemo: enable the CPU runtime first, and quieten NeMo. False spares a script that does without NeMo its
-            import.
+        nemo: supply first what NeMo lacks on this machine, and quieten NeMo. False spares a script that does
+            without NeMo its import.
         optional: mandatory keys that need not be given this time.
     """
     try:
         _check_given(cfg, optional)
         if nemo:
-            cpu.enable()
+            stand_ins.enable()
             _quieten_nemo()
         yield
     except (CheckpointError, ConfigError, DataError, GenerationError, RankMissingError) as error:
         sys.exit(f"error: {error}")
     except MissingMandatoryValue as error:
         sys.exit(f"error: {_missing(error.full_key)}")
-    except ImportError as error:
-        if APEX_IS_MISSING not in str(error):
-            raise
-        remedy = "set CUDA_VISIBLE_DEVICES= to run on the CPU, or use a NeMo Framework container"
-        sys.exit(f"error: there is a GPU, but not Apex, without which NeMo does not use it; {remedy}")
 
 
 def _check_given(cfg: DictConfig | None, optional: Collection[str]) -> None:

@@ -21,7 +21,9 @@ def token_times(passed: Sequence[Sequence[float]]) -> list[list[float]]:
     Returns:
         [B][T] units from the prompts' start until the first stage has the token.
     """
-    from nemo_ee.inference.pipeline_session import PATIENCE  # imports megatron-core: only behind `cpu.enable`
+    from nemo_ee.inference.pipeline_session import (
+        PATIENCE,
+    )  # imports megatron-core: only behind `stand_ins.enable`
 
     times: list[list[float]] = [[] for _ in passed]
     answers: list[tuple[float, int]] = []

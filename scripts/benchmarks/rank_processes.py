@@ -74,12 +74,12 @@ def _wait(ranks: list, deadline: float, timeout: float) -> None:
 def _main(
     folder: Path, rank: int, world_size: int, backend: str, function: Callable, arguments: tuple
 ) -> None:
-    from nemo_ee.runtime import cpu
+    from nemo_ee.runtime import stand_ins
 
     threading.Thread(target=_die_with_parent, daemon=True).start()
     warnings.filterwarnings("ignore", "Apex is not installed")
     try:
-        cpu.enable()
+        stand_ins.enable()
         import torch
 
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nemo_ee.runtime import cpu
+from nemo_ee.runtime import stand_ins
 
 
 def write_small_base(directory: Path) -> Path:
@@ -22,7 +22,7 @@ def write_small_base(directory: Path) -> Path:
 
 
 def _write_base(directory: Path) -> None:
-    cpu.enable()
+    stand_ins.enable()
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

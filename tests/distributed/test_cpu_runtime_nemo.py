@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""NeMo's own MegatronGPTModel trains, clips, saves, restores and generates under the CPU runtime."""
+"""NeMo's own MegatronGPTModel trains, clips, saves, restores and generates without CUDA and Apex."""
 
 import math
 from pathlib import Path

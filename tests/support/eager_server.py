@@ -5,12 +5,12 @@ never does)."""
 import runpy
 from pathlib import Path
 
-from nemo_ee.runtime import cpu
+from nemo_ee.runtime import stand_ins
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "megatron_gpt_ee_server.py"
 
 if __name__ == "__main__":
-    cpu.enable()
+    stand_ins.enable()
     from tests.support.drafting import drafting_eagerly
 
     with drafting_eagerly():

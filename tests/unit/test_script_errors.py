@@ -29,13 +29,6 @@ def test_a_missing_key_found_at_work():
     assert message_of(lambda: CONFIG.model.path) == "error: model.path=???: is required; set model.path=…"
 
 
-def test_apex():
-    def work():
-        raise ImportError("Apex was not found. Please see the NeMo README for installation instructions")
-
-    assert "CUDA_VISIBLE_DEVICES=" in message_of(work)
-
-
 def test_errors_for_users_and_others():
     def refuse():
         raise DataError("no text")

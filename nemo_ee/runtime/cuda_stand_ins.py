@@ -1,162 +1,21 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""Run NeMo's Megatron GPT stack on a machine without CUDA, Apex or Transformer Engine.
+"""What CUDA would provide, where it is absent: calls that name it mean the CPU.
 
-This is the only file of the package that changes other packages at run time, and only when `enable` is
-called. `PATCHES` lists every change: the upstream symbol, the release it was checked against, why, and what
-replaces it.
-
-How it works:
-
-1. Symbols of torch are replaced at once. NeMo and Megatron write ``device="cuda"``, ``.cuda()`` and
-   ``torch.cuda.current_device()`` literally; here they all mean the CPU, and ``.cuda()`` returns the tensor
-   itself, as it does on a GPU for a tensor that is already there.
-2. Symbols of Lightning, Megatron and NeMo are replaced right after the module that defines them has been
-   executed, by an import hook. `enable` itself therefore imports torch and nothing else, and code that
-   imports *from* a patched module sees the replacement.
+NeMo and Megatron write ``device="cuda"``, ``.cuda()`` and ``torch.cuda.current_device()`` literally; here they all
+mean the CPU, and ``.cuda()`` returns the tensor itself, as it does on a GPU for a tensor that is already there.
 
 Only the replaced functions pay: 0.7 to 1 microsecond more per call of a tensor factory, ``Tensor.to`` and
 ``Tensor.type``. Matrix products, views and arithmetic run untouched, in every thread, so a decode loop needs
-no way around the runtime. A `torch.overrides.TorchFunctionMode` would take less code, but adds 1.5 to 5
+no way around the stand-ins. A `torch.overrides.TorchFunctionMode` would take less code, but adds 1.5 to 5
 microseconds to *every* torch call and holds only in the thread that entered it.
 """
 
 import functools
-import importlib
-import importlib.abc
-import importlib.util
-import os
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-TORCH = "torch 2.13.0"
-LIGHTNING = "lightning 2.4.0"
-MEGATRON = "megatron-core 0.13.1"
-NEMO = "nemo-toolkit 2.4.1"
-
-ENVIRONMENT = {
-    # MegatronBaseModel._enable_nvidia_optimizations (nemo-toolkit 2.4.1) matches a regular expression
-    # against this variable without asking whether it is set, and fails with a TypeError outside NVIDIA's
-    # containers.
-    "NVIDIA_PYTORCH_VERSION": "",
-}
-"""Environment variables that `enable` sets where they are unset, so that child processes inherit them."""
-
-
-@dataclass(frozen=True)
-class Patch:
-    """One change to an upstream package.
-
-    Attributes:
-        module: the upstream module.
-        name: the attribute of that module, dotted for a member of a class.
-        upstream: package and release that the change was checked against.
-        reason: why the symbol cannot stay as it is.
-        replacement: called with the original (None where there is none); returns what takes its place.
-        missing: True for a name that the module uses and may not have, because the ``import apex`` that
-            defines it failed.
-    """
-
-    module: str
-    name: str
-    upstream: str
-    reason: str
-    replacement: Callable[[Any], Any]
-    missing: bool = False
-
-    @property
-    def target(self) -> str:
-        """The patched symbol as a dotted path."""
-        return f"{self.module}.{self.name}"
-
-    def apply(self) -> None:
-        """Replaces the symbol in its module, which must be imported.
-
-        Raises:
-            AttributeError: the symbol does not exist; the installed release is not one this table was
-                checked against.
-        """
-        owner: Any = sys.modules[self.module]
-        *path, name = self.name.split(".")
-        for part in path:
-            owner = getattr(owner, part)
-        if not self.missing and not hasattr(owner, name):
-            raise AttributeError(
-                f"{self.target} does not exist; nemo_ee's CPU runtime was checked against {self.upstream}"
-            )
-        setattr(owner, name, self.replacement(getattr(owner, name, None)))
-
-
-def enable() -> bool:
-    """Makes CUDA calls of NeMo and Megatron mean the CPU, in this process and those it forks.
-
-    Call it before anything imports NeMo's ``nlp`` collection or megatron-core, once per process; more calls
-    do nothing. Where CUDA is available it prints one line and changes nothing.
-
-    Returns:
-        True if the CPU runtime is on (now or since an earlier call), False if CUDA is available.
-
-    Raises:
-        RuntimeError: megatron-core or NeMo's nlp collection is imported already, so that they hold
-            unpatched symbols.
-    """
-    import torch
-
-    if _finder in sys.meta_path:
-        return True
-    if torch.cuda.is_available():
-        print("nemo_ee.runtime.cpu: CUDA is available, so the CPU runtime stays off and nothing is changed.")
-        return False
-    too_early = sorted({"megatron.core", "nemo.collections.nlp"} & sys.modules.keys())
-    if too_early:
-        raise RuntimeError(
-            f"{', '.join(too_early)} imported before nemo_ee.runtime.cpu.enable(); call enable() first"
-        )
-
-    for variable, value in ENVIRONMENT.items():
-        os.environ.setdefault(variable, value)
-    _remember_factories()
-    sys.meta_path.insert(0, _finder)
-    for module in _finder.modules:
-        if module in sys.modules or module.partition(".")[0] == "torch":
-            importlib.import_module(module)
-            _finder.apply(module)
-    return True
-
-
-class _PatchingFinder(importlib.abc.MetaPathFinder):
-    """Lets the usual finders locate a module of `PATCHES` and patches it once it has been executed."""
-
-    def __init__(self, patches: tuple[Patch, ...]):
-        self.modules: dict[str, list[Patch]] = {}
-        for patch in patches:
-            self.modules.setdefault(patch.module, []).append(patch)
-        self._searching = False
-
-    def apply(self, module: str) -> None:
-        for patch in self.modules[module]:
-            patch.apply()
-
-    def find_spec(self, fullname, path=None, target=None):
-        if fullname not in self.modules or self._searching:
-            return None
-        self._searching = True  # find_spec below asks every finder again, this one included
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            self._searching = False
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def execute_and_patch(module):
-            execute(module)
-            self.apply(fullname)
-
-        spec.loader.exec_module = execute_and_patch  # this loader object serves this one module
-        return spec
-
+from nemo_ee.runtime.apex_stand_ins import MultiTensor
+from nemo_ee.runtime.patching import LIGHTNING, MEGATRON, NEMO, TORCH, Patch
 
 # --- devices --------------------------------------------------------------------------------------
 
@@ -186,7 +45,7 @@ def _on_cpu(factory: Callable) -> Callable:
     return on_cpu
 
 
-def _remember_factories() -> None:
+def remember_factories() -> None:
     """Lets torch list its factories before they are wrapped.
 
     ``with torch.device("meta")`` recognises factories by identity against a list made at first use. The
@@ -314,41 +173,12 @@ def _synchronous_gradients(original):
         from omegaconf import open_dict
 
         if self.cfg.get("megatron_amp_O2", False) and self.cfg.get("async_grad_allreduce", True):
-            logging.info(
-                "CPU runtime: model.async_grad_allreduce=False, as nothing here waits for it to finish"
-            )
+            logging.info("No CUDA: model.async_grad_allreduce=False, as nothing here waits for it to finish")
             with open_dict(self.cfg):
                 self.cfg.async_grad_allreduce = False
         return original(self)
 
     return functools.wraps(original)(configure_optimizers)
-
-
-# --- what Apex would provide ----------------------------------------------------------------------
-
-
-def _from(module: str, name: str) -> Callable[[Any], Any]:
-    """The original, or else a stand-in found in another module, imported when the patch is applied."""
-    return lambda original: original or getattr(importlib.import_module(module), name)
-
-
-def _listify_model(original):
-    return original or (lambda model: model if isinstance(model, list) else [model])
-
-
-class _MultiTensor:
-    """The part of Apex's ``amp_C`` that NeMo's gradient clipping uses, through `_apply_multi_tensor`."""
-
-    @staticmethod
-    def multi_tensor_l2norm(tensor_lists, per_tensor: bool):
-        import torch
-
-        norms = torch.stack([tensor.float().norm() for tensors in tensor_lists for tensor in tensors])
-        return norms.norm().reshape(1), (norms if per_tensor else None)
-
-
-def _apply_multi_tensor(original):
-    return lambda operation, overflow_buffer, tensor_lists, *args: operation(tensor_lists, *args)
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -360,13 +190,7 @@ _FACTORIES = (
 _TENSOR_TYPES = [f"{kind}Tensor" for kind in "BFloat16 Bool Byte Double Float Half Int Long".split()]
 
 
-def _no_class(original):
-    return original or type("Never", (), {})  # NeMo only asks whether an optimizer is one
-
-
 _COMMON = "nemo.collections.nlp.modules.common.megatron"
-_OVERRIDES = "nemo.collections.nlp.parts.nlp_overrides"
-_APEX_IMPORT = "imported from Apex, used without asking whether the import worked"
 
 PATCHES: tuple[Patch, ...] = (
     # Devices.
@@ -445,46 +269,14 @@ PATCHES: tuple[Patch, ...] = (
         "with O2, only torch.cuda.synchronize() waits for the reduction of gradients: a race on gloo",
         _synchronous_gradients,
     ),
-    # Apex. The flags guard ordinary torch code in NLPDDPStrategy and in the O2 optimizer.
-    Patch(_OVERRIDES, "HAVE_APEX", NEMO, "strategies refuse to start", lambda _: True),
+    # Gradient clipping.
     Patch(
-        "nemo.core.optim.optimizer_with_main_params", "HAVE_APEX", NEMO, "O2 refuses to start", lambda _: True
-    ),
-    Patch(
-        f"{_COMMON}.build_model",
-        "set_defaults_if_not_set_tensor_model_parallel_attributes",
+        f"{_COMMON}.clip_grads",
+        "amp_C",
         NEMO,
-        _APEX_IMPORT,
-        _from(
-            "megatron.core.tensor_parallel.layers",
-            "set_defaults_if_not_set_tensor_model_parallel_attributes",
-        ),
+        "Apex's kernels, where it is installed, take CUDA tensors alone",
+        lambda _: MultiTensor,
         missing=True,
     ),
-    Patch(
-        _OVERRIDES,
-        "McoreDistributedOptimizer",
-        NEMO,
-        _APEX_IMPORT,
-        _from("nemo.core.optim.mcore_optim", "McoreDistributedOptimizer"),
-        missing=True,
-    ),
-    Patch(_OVERRIDES, "MegatronDistributedFusedAdam", NEMO, _APEX_IMPORT, _no_class, missing=True),
-    Patch(f"{_COMMON}.utils", "listify_model", NEMO, _APEX_IMPORT, _listify_model, missing=True),
-    *(
-        Patch(f"{_COMMON}.utils", name, NEMO, _APEX_IMPORT, _from("torch.nn", norm), missing=True)
-        for name, norm in (
-            ("FusedLayerNorm", "LayerNorm"),
-            ("FastLayerNorm", "LayerNorm"),
-            ("MixedFusedRMSNorm", "RMSNorm"),
-        )
-    ),
-    # These two are replaced where Apex is installed, too: its kernels take CUDA tensors alone.
-    Patch(
-        f"{_COMMON}.clip_grads", "multi_tensor_applier", NEMO, _APEX_IMPORT, _apply_multi_tensor, missing=True
-    ),
-    Patch(f"{_COMMON}.clip_grads", "amp_C", NEMO, _APEX_IMPORT, lambda _: _MultiTensor, missing=True),
 )
-"""Every change that `enable` makes to another package."""
-
-_finder = _PatchingFinder(PATCHES)
+"""Every symbol that CUDA would have to be there for."""
