@@ -1,0 +1,117 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Where the program waits for the device.
+
+On a GPU the program queues kernels and runs ahead of them. Whatever needs a value on the host, or copies between
+host and device outright, waits until the queue is empty: the device then idles until the next kernel is queued.
+What counts is what `torch.cuda.set_sync_debug_mode` would name, and waiting for streams and events.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+OURS = "/nemo_ee/"
+"""In the paths of the package's files."""
+
+SKIPPED = ("/torch/", "/tests/support/pretend_gpu/", "<frozen ", "<string>")
+"""In the paths of files that wait on somebody's behalf."""
+
+
+@dataclass(frozen=True)
+class Wait:
+    """One wait.
+
+    Attributes:
+        kind: the operation, e.g. ``aten.nonzero.default``, or "upload", "download", "synchronize".
+        line: the innermost line of the package, as ``file:line function``; else the innermost outside torch.
+        caller: the innermost line outside torch, which may be NeMo's or Megatron's.
+    """
+
+    kind: str
+    line: str
+    caller: str
+
+
+class _State:
+    watchers: list[list[Wait]] = []
+    total = 0
+    capturing = 0
+
+
+def record(kind: str) -> None:
+    """Notes a wait.
+
+    Raises:
+        RuntimeError: a graph is being captured, which cannot record one.
+    """
+    if _State.capturing:
+        raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing: {kind}")
+    _State.total += 1
+    if _State.watchers:
+        wait = Wait(kind, *_lines())
+        for watcher in _State.watchers:
+            watcher.append(wait)
+
+
+def total() -> int:
+    """Waits of this process so far."""
+    return _State.total
+
+
+@contextmanager
+def counting() -> Iterator[list[Wait]]:
+    """Collects the waits within, in all threads."""
+    seen: list[Wait] = []
+    _State.watchers = [*_State.watchers, seen]
+    try:
+        yield seen
+    finally:
+        _State.watchers = [watcher for watcher in _State.watchers if watcher is not seen]
+
+
+@contextmanager
+def capturing() -> Iterator[None]:
+    """Within, a wait is an error."""
+    begin_capture()
+    try:
+        yield
+    finally:
+        end_capture()
+
+
+def begin_capture() -> None:
+    """A graph records from now on."""
+    _State.capturing += 1
+
+
+def end_capture() -> None:
+    """It records no longer."""
+    _State.capturing -= 1
+
+
+def is_capturing() -> bool:
+    """Whether a graph records."""
+    return _State.capturing > 0
+
+
+def describe(waits: list[Wait]) -> str:
+    """One line per place and kind, the most frequent first."""
+    counts = Counter((wait.line, wait.kind, wait.caller) for wait in waits)
+    return "\n".join(f"{n} x {kind} at {line} ({caller})" for (line, kind, caller), n in counts.most_common())
+
+
+def _lines() -> tuple[str, str]:
+    frame: FrameType | None = sys._getframe(2)
+    caller = ""
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if not any(part in path for part in SKIPPED):
+            line = f"{'/'.join(path.rsplit('/', 3)[1:])}:{frame.f_lineno} {frame.f_code.co_name}"
+            caller = caller or line
+            if OURS in path:
+                return line, caller
+        frame = frame.f_back
+    return caller, caller
