@@ -25,6 +25,10 @@ from result import Result  # noqa: E402
 from nemo_ee.runtime.script import user_errors  # noqa: E402
 
 
+NO_GPU = {"CUDA_VISIBLE_DEVICES": "-1"}
+"""Of the environment of a process that is to see none."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """Of a part.
@@ -51,8 +55,8 @@ class Settings:
         path = self.work / f"{name}_reference.json"
         command = [sys.executable, __file__, name, "--work", str(self.work), "--reference", str(path)]
         command += ["--quick"] if self.quick else []
-        hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "NEMO_EE_CPU_KERNELS": "0"}
-        process = subprocess.Popen(command, env=hidden, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        alone = {**os.environ, **NO_GPU, "NEMO_EE_CPU_KERNELS": "0"}
+        process = subprocess.Popen(command, env=alone, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
         def wait() -> Any:
             output = process.communicate()[0].decode(errors="replace")

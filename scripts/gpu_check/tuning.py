@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from part import Settings
 
 STEPS, QUICK_STEPS = 50, 4
-TOLERANCE = 2e-3
-"""Of a loss, relative."""
+TOLERANCE = 5e-4
+"""Of a loss, relative. Devices sum in other orders, which is some 1e-6 in float32. A change of 1e-5 in all weights, ten
+times as much, moves losses by 8e-5 within these steps (seen on a CPU); products in TF32 would by more than is allowed."""
+FINAL = "0"
+"""What stands for the final exit among exit layers."""
 EARLY_EXIT = {
     "layers": [2, 4, 6],
     "init": "ridge",
@@ -72,7 +75,8 @@ def compare(found: list[dict], expected: list[dict], result: Result) -> None:
                     worst, where = difference, f"step {step}: {name} {a:.6f} instead of the CPU's {b:.6f}"
         first, last = expected[0][n][0], expected[-1][n][0]
         summary = f"loss {first:.3f} to {last:.3f}, within {worst:.1g} of the CPU's (allowed {TOLERANCE:g})"
-        result.expect(worst <= TOLERANCE, f"{len(expected)} tuning steps, exit {n}", summary, where)
+        name = "final exit" if n == FINAL else f"exit {n}"
+        result.expect(worst <= TOLERANCE, f"{len(expected)} tuning steps, {name}", summary, where)
 
 
 def relative(a: Any, b: Any) -> float:
