@@ -10,6 +10,7 @@ import pytest  # noqa: E402
 
 from nemo_ee.runtime import stand_ins  # noqa: E402
 from tests.support import distributed  # noqa: E402
+from tests.support.pretend_gpu import pool  # noqa: E402
 
 stand_ins.enable()
 
@@ -26,12 +27,21 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(skip)
     if any("workers" in item.fixturenames for item in items) and not config.option.collectonly:
         distributed.start_server()  # imports NeMo on the other core while the first tests run
+    if any("pretend_gpus" in item.fixturenames for item in items) and not config.option.collectonly:
+        pool.start_server()
 
 
 @pytest.fixture(scope="session")
 def workers():
     """``workers(n).run(fn, *args)`` calls fn in n gloo ranks; see tests.support.distributed."""
     return distributed.Workers
+
+
+@pytest.fixture(scope="session")
+def pretend_gpus():
+    """``pretend_gpus(n).run(fn, *args)`` calls fn in n ranks with pretend GPUs; see tests.support.pretend_gpu."""
+    yield pool.PretendGpus
+    pool.stop_server()
 
 
 @pytest.fixture(autouse=True)

@@ -269,8 +269,10 @@ def _call(job: _Job, rank: int) -> Any:
     numpy.random.seed(0)
     torch.manual_seed(0)
     fn, args, kwargs = pickle.loads((job.folder / "call").read_bytes())
+    if gpu := torch.cuda.is_available():
+        torch.cuda.set_device(rank)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{job.folder}/store", rank=rank, world_size=job.world_size
+        "nccl" if gpu else "gloo", init_method=f"file://{job.folder}/store", rank=rank, world_size=job.world_size
     )
     job.ready(rank).touch()
     result = fn(*args, **kwargs)

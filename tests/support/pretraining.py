@@ -102,7 +102,7 @@ def pretrain_one(
 
     trainer = tuning_trainer(layout, case.steps, gradient_clip_val=0.5, **case.trainer)
     if dtype == torch.float64:
-        torch.cuda.FloatTensor = torch.DoubleTensor  # NeMo's clipping asserts float32 gradients
+        torch.cuda.FloatTensor = torch.cuda.DoubleTensor  # NeMo's clipping asserts float32 gradients
     config = pretraining_config(prefixes, case, layout)
     if plain:
         config.activations_checkpoint_granularity = None

@@ -138,17 +138,20 @@ def tiny_model_config(
 
 
 def tiny_trainer(world_size: int = 1, precision: Any = 32, **settings: Any) -> Any:
-    """A CPU trainer over gloo that writes nothing."""
+    """A trainer that writes nothing; on the CPU over gloo unless there are GPUs."""
     from lightning.pytorch import Trainer
 
     from nemo_ee.models.trainer_builder import EarlyExitDDPStrategy
 
+    gpu = torch.cuda.is_available()
     defaults = dict(
-        accelerator="cpu",
+        accelerator="gpu" if gpu else "cpu",
         devices=world_size,
         num_nodes=1,
         strategy=EarlyExitDDPStrategy(
-            no_ddp_communication_hook=True, process_group_backend="gloo", dist_ckpt_parallel_save=True
+            no_ddp_communication_hook=True,
+            process_group_backend="nccl" if gpu else "gloo",
+            dist_ckpt_parallel_save=True,
         ),
         precision=precision,
         logger=False,

@@ -207,7 +207,7 @@ def prepared(prefixes: dict, case: Case, layout: Layout, trainer: Any, dtype: to
     from tests.support.tiny_gpt import fill
 
     if dtype == torch.float64:
-        torch.cuda.FloatTensor = torch.DoubleTensor  # NeMo's clipping asserts float32 gradients
+        torch.cuda.FloatTensor = torch.cuda.DoubleTensor  # NeMo's clipping asserts float32 gradients
     model = recorder()(tuning_config(prefixes, case, layout), trainer)
     model.to(dtype)
     if dtype == torch.float64:

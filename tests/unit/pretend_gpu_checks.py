@@ -368,6 +368,7 @@ WAITS = {
     "repeat_interleave, size given": (lambda: torch.repeat_interleave(gpu(2), ids(), output_size=2), 0),
     "repeat_interleave by a number": (lambda: torch.repeat_interleave(gpu(2), 2), 0),
     "cholesky": (lambda: torch.linalg.cholesky(torch.eye(2, device="cuda")), 1),
+    "cholesky, out": (lambda: torch.linalg.cholesky(x := torch.eye(2, device="cuda"), out=x), 1),
     "cholesky, unchecked": (lambda: torch.linalg.cholesky_ex(torch.eye(2, device="cuda")), 0),
     "print": (lambda: str(gpu(3)), 1),
     "format": (lambda: f"{gpu():.2f}", 1),

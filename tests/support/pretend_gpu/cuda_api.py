@@ -2,6 +2,7 @@
 """`torch.cuda`, with one queue of work: the program itself."""
 
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -151,6 +152,11 @@ def _nothing(*_: Any, **__: Any) -> None:
     return None
 
 
+def _own(function: Callable) -> Callable:
+    """Another function: dynamo, which Lightning imports, wants every name of torch to have its own."""
+    return lambda *args, **kwargs: function(*args, **kwargs)
+
+
 def _synchronize(*_: Any) -> None:
     waits.record("synchronize")
 
@@ -172,9 +178,9 @@ def patch(devices: int) -> None:
         devices: how many GPUs there are; every process may use one.
     """
     cuda: Any = torch.cuda
-    cuda.is_available = cuda.is_initialized = lambda: True
+    cuda.is_available, cuda.is_initialized = lambda: True, lambda: True
     cuda.device_count = lambda: devices
-    cuda.current_device = current_index
+    cuda.current_device = _own(current_index)
 
     def set_device(device: Any) -> None:
         index = device if isinstance(device, int) else torch.device(device).index
@@ -185,13 +191,13 @@ def patch(devices: int) -> None:
     cuda.set_device = set_device
     cuda.synchronize = _synchronize
     for name in "empty_cache init _lazy_init ipc_collect set_stream reset_peak_memory_stats".split():
-        setattr(cuda, name, _nothing)
+        setattr(cuda, name, _own(_nothing))
     cuda._lazy_call = lambda function, **_: function()
     cuda.Stream, cuda.Event, cuda.CUDAGraph, cuda.graph = Stream, Event, CUDAGraph, graph
     cuda.stream = cuda.device = _Context
-    cuda.current_stream = cuda.default_stream = lambda *_: Stream()
+    cuda.current_stream, cuda.default_stream = lambda *_: Stream(), lambda *_: Stream()
     cuda.graph_pool_handle = lambda: (0, 0)
-    cuda.is_current_stream_capturing = waits.is_capturing
+    cuda.is_current_stream_capturing = _own(waits.is_capturing)
     cuda.get_device_properties = lambda *_: SimpleNamespace(
         name=NAME, total_memory=MEMORY, major=9, minor=0, multi_processor_count=132, warp_size=32
     )
@@ -202,17 +208,25 @@ def patch(devices: int) -> None:
         setattr(cuda, name, lambda *_, **__: 0)
     cuda.memory_stats = lambda *_: {}
     cuda.mem_get_info = lambda *_: (MEMORY, MEMORY)
-    cuda.nvtx.range_push = cuda.nvtx.range_pop = _nothing
+    cuda.nvtx.range_push, cuda.nvtx.range_pop = _own(_nothing), _own(_nothing)
     cuda.cudart = lambda: SimpleNamespace(cudaProfilerStart=_nothing, cudaProfilerStop=_nothing)
     cuda.nccl.version = lambda *_: (2, 27, 5)
     # Both devices draw from one generator, so that draws on the device are those of a run on the CPU.
     cuda.default_generators = (torch.default_generator,) * devices
-    cuda.manual_seed = cuda.manual_seed_all = _seed
-    cuda.initial_seed = torch.default_generator.initial_seed
-    cuda.get_rng_state = lambda *_, **__: torch.default_generator.get_state()
-    cuda.set_rng_state = _set_state
-    cuda.get_rng_state_all = lambda: [torch.default_generator.get_state()]
-    cuda.set_rng_state_all = lambda states: _set_state(states[0])
+    generator = torch.default_generator
+    random = dict(
+        manual_seed=_seed,
+        manual_seed_all=_seed,
+        seed=generator.seed,
+        seed_all=generator.seed,
+        initial_seed=generator.initial_seed,
+        get_rng_state=lambda *_, **__: generator.get_state(),
+        set_rng_state=_set_state,
+        get_rng_state_all=lambda: [generator.get_state()],
+        set_rng_state_all=lambda states: _set_state(states[0]),
+    )
+    for name, function in random.items():
+        cuda.random.__dict__[name] = cuda.__dict__[name] = _own(function)
     for name in TYPES:
         of = dict(dtype=getattr(torch, name).dtype, type_name=f"torch.cuda.{name}")
         setattr(cuda, name, _TensorType(name, (), of))

@@ -253,6 +253,9 @@ def _forbidden(func: Any, name: str, strangers: list[Tensor], args: tuple, kwarg
         if indices:
             waits.record("upload of indices")
         allowed |= {id(each) for each in indices}
+    if (made := rules.MADE_BY_TORCH.get(name)) and made in kwargs and kwargs[made].numel() == 0:
+        waits.record(str(func))
+        return [each for each in strangers if each is not kwargs[made]]
     if rules.takes_scalars(func):
         allowed |= {id(each) for each in strangers if each.dim() == 0}
     return [each for each in strangers if id(each) not in allowed or id(each) in written]
