@@ -25,6 +25,8 @@ from result import Result  # noqa: E402
 from nemo_ee.runtime.script import user_errors  # noqa: E402
 
 
+WITHOUT_NEMO = ("found", "marked_tests")
+"""Parts that need not import it in this process."""
 NO_GPU = {"CUDA_VISIBLE_DEVICES": "-1"}
 """Of the environment of a process that is to see none."""
 
@@ -72,7 +74,7 @@ def run(name: str, settings: Settings) -> Result:
     """The part's result; what it raises is a fault."""
     result = Result()
     try:
-        with user_errors():
+        with user_errors(nemo=name not in WITHOUT_NEMO):
             import torch
 
             if not torch.cuda.is_available():

@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import hugging_face
 import random_model
+import tiny
 import torch
 from decoding_roofline import Bandwidth, cache_bytes, weight_bytes
 from decoding_ways import SAMPLING, Clock, HuggingFace, Tokens, lengths, marked
@@ -171,10 +172,8 @@ def measure(
     bandwidth = Bandwidth(weight_bytes(model.gpt), device)
     other = HuggingFace(hugging_face.copied(model))
     with warnings_about_graphs() as warnings, counted_replays() as replays:
-        prepared = {}
-        for graphs in (True, False):
-            model.prepare_decoding(cuda_graphs=graphs)
-            prepared[graphs] = model._decoding_model
+        most = max(BATCHES), effort.prompt + effort.new
+        prepared = {graphs: tiny.prepare(model, graphs, *most) for graphs in (True, False)}
         for batch in BATCHES:
             runs: list[tuple[Speed, Callable]] = [
                 (Speed(name, batch, way, graphs), Ours(model, prepared[graphs], early_exit, way == DRAFTING))

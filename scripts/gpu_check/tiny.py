@@ -34,3 +34,12 @@ def model(**settings: Any) -> Any:
     built = MegatronGPTEarlyExitModel(tiny_model_config(**settings), trainer())
     fill(built)
     return built.eval()
+
+
+def prepare(model: Any, graphs: bool, rows: int, length: int) -> Any:
+    """Prepares decoding for so many sequences and positions of each; returns what `generate` then uses."""
+    import inspect
+
+    size = {"rows": rows, "max_length": length} if "rows" in inspect.signature(model.prepare_decoding).parameters else {}
+    model.prepare_decoding(cuda_graphs=graphs, **size)
+    return model._decoding_model

@@ -73,7 +73,7 @@ def generate(settings: "Settings") -> tuple[dict[str, dict[str, list[list[int]]]
     found: dict[str, dict[str, list[list[int]]]] = {}
     with warnings_about_graphs() as warnings:
         for graphs in (True, False):
-            model.prepare_decoding(cuda_graphs=graphs)
+            tiny.prepare(model, graphs, len(texts), max(map(len, texts)) + TOKENS)
             mine = found["graphs" if graphs else "eager"] = {}
             for name, early_exit in WAYS.items():
                 # No policy would draft with a model as small as this one.
