@@ -9,20 +9,20 @@ and a token that reaches a layer finds there the keys of all tokens before it: o
 uncached forward. Two other policies exist for comparison, see `KV_POLICIES`.
 """
 
+import weakref
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from nemo_ee.inference.captured_decoding import passes_for
 from nemo_ee.inference.exit_point import ExitPoint, Trail
-from nemo_ee.inference.segment_graphs import SegmentGraphs, capture_for
 from nemo_ee.inference.step import Step
 from nemo_ee.megatron.confidence_rules import CONFIDENCE_RULES
 from nemo_ee.megatron.decode import PackedTokens
 from nemo_ee.megatron.decoding_model import DecodingModel
 from nemo_ee.megatron.prediction import Prediction
-from nemo_ee.megatron.segment import Segment
-from nemo_ee.megatron.static_tokens import static_positions
 
 KV_POLICIES = ("catch_up", "recompute", "state_copy")
 """What happens to keys and values of tokens that left early. `catch_up`: filled when a later token goes on.
@@ -63,24 +63,24 @@ class EarlyExitDecoder:
         assert model.output is not None, "the whole model, on one pipeline stage"
         self.model, self.policy, self.rows = model, kv_policy, rows
         self.final_layer, self.output = model.final_layer, model.output
-        capture = capture_for(model)
-        room = max_length if capture is None else static_positions(max_length)
-        self.table = model.table(room)
-        self.graphs = SegmentGraphs(capture, self.table, rows)
+        self.passes = passes_for(model, exit_layers, rows, max_length)
+        self._give_back = weakref.finalize(self, self.passes.give_back)
+        memory = self.passes.memory
+        self.table = memory.table
         self.rule = CONFIDENCE_RULES[confidence]
-        self.exits = [ExitPoint(model, n, self.rule, rows, room, self.graphs) for n in exit_layers]
-        layers = model.cached_layers(rows, room)
-        edges = [0, *exit_layers, self.final_layer]
-        self.segments = []
-        for k, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
-            kept = {high - low - 1: self.exits[k].hidden} if k < len(self.exits) else {}
-            self.segments.append(Segment([layers[n + 1] for n in range(low, high)], kept))
-        self._joined: dict[tuple[int, int], Segment] = {}
+        self.exits = [ExitPoint(model, n, self.rule, self.passes) for n in exit_layers]
+        self._edges = [0, *exit_layers, self.final_layer]
+        self.segments = [memory.segment(low, high) for low, high in pairwise(self._edges)]
         self.filled: list[list[int]] = [[] for _ in self.segments]
         self.layers_run: list[int] = []
         self.history = None
         if kv_policy == "recompute":
             self.history = torch.zeros(rows, max_length, dtype=torch.long, device=model.device)
+
+    def close(self) -> None:
+        """Gives back what the model lent, if anything, before the decoder is gone; it decodes no further."""
+        del self.passes, self.segments
+        self._give_back()
 
     @property
     def size(self) -> int:
@@ -129,7 +129,7 @@ class EarlyExitDecoder:
             counts[row] = min(counts[row], length)
 
     def prefill(self, prompts: Sequence[Sequence[int]], all_positions: bool = False) -> Step:
-        """Adds sequences behind those that are there, and feeds their prompts through all layers.
+        """Adds sequences behind those that are there, and feeds their prompts through all layers, eagerly.
 
         Args:
             prompts: non-empty token ids; at most as many as there are free rows.
@@ -149,7 +149,7 @@ class EarlyExitDecoder:
         for k, segment in enumerate(self.segments):
             x = segment(x, packed)
             if k < len(self.exits):
-                self.exits[k].enter_block(x, packed)
+                self.exits[k].fill_block(x, packed)
             self.filled[k] += counts
         self.layers_run += [count * self.final_layer for count in counts]
         prediction = self.output.predict(x if all_positions else x[packed.last])
@@ -217,7 +217,7 @@ class EarlyExitDecoder:
                 x = point.pending(packed)
             here = staying
         x = self._run_segments(first, len(self.exits), x, packed)
-        prediction = self.graphs.predict("final exit", self.output, x[packed.last])
+        prediction = self.passes.predict("the final exit", self.output, x[packed.last])
         answer.add(self.final_layer, here, prediction, prediction.confidence.tolist())
         return answer
 
@@ -241,7 +241,7 @@ class EarlyExitDecoder:
                     self.exits[last].enter_block(x, packed)
             first = last
         assert packed.rows == list(rows), "every sequence must have pending tokens"
-        return self.output.predict(x), packed.counts
+        return self.passes.predict("the final exit", self.output, x), packed.counts
 
     def _feed(self, tokens: Tensor, rows: list[int]) -> tuple[PackedTokens, Tensor]:
         """The pack that enters the first layer and its states [T, H]: one token of each sequence, or all that
@@ -273,17 +273,12 @@ class EarlyExitDecoder:
 
     def _run_segments(self, first: int, last: int, x: Tensor, packed: PackedTokens) -> Tensor:
         """Several segments in a row, without asking the exits between them."""
-        if first == last:
-            segment, name = self.segments[first], f"segment {first + 1}"
-        else:
-            if (first, last) not in self._joined:
-                self._joined[first, last] = Segment.joined(self.segments[first : last + 1])
-            segment, name = self._joined[first, last], f"segments {first + 1} to {last + 1}"
-        x = self.graphs.run(name, segment, x, packed)
+        low, high = self._edges[first], self._edges[last + 1]
+        x = self.passes.run(low, high, x, packed)
         for row, start, count in zip(packed.rows, packed.starts, packed.counts, strict=True):
             for k in range(first, last + 1):
                 self.filled[k][row] = start + count
-            self.layers_run[row] += count * len(segment)
+            self.layers_run[row] += count * (high - low)
         return x
 
     def _copy_states(self, k: int, rows: list[int]) -> None:
@@ -291,8 +286,7 @@ class EarlyExitDecoder:
         packed = self._pending_pack(k, rows)
         x = self.exits[k].pending(packed)
         for j in range(k + 1, len(self.segments)):
-            for layer in self.segments[j]:
-                layer.fill(x, packed)
+            self.passes.fill(self._edges[j], self._edges[j + 1], x, packed)
             if j < len(self.exits):
                 self.exits[j].enter_block(x, packed)
             for row in rows:

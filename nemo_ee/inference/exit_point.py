@@ -7,7 +7,7 @@ Suffixes: T tokens of a pack, N sequences, H hidden size.
 import torch
 from torch import Tensor
 
-from nemo_ee.inference.segment_graphs import SegmentGraphs
+from nemo_ee.inference.segment_graphs import EagerPasses
 from nemo_ee.megatron.confidence_rules import ConfidenceRule, ExitEvidence
 from nemo_ee.megatron.decode import PackedTokens
 from nemo_ee.megatron.decoding_model import DecodingModel
@@ -44,9 +44,7 @@ class ExitPoint:
         model: that it belongs to.
         layer: its layer.
         rule: how sure it is.
-        rows: sequences that fit.
-        max_length: positions.
-        graphs: run the block and the head.
+        passes: run the block and the head.
 
     Attributes:
         hidden: [rows, positions, H] states behind the layer, which the segment before the exit keeps.
@@ -57,14 +55,11 @@ class ExitPoint:
         model: DecodingModel,
         layer: int,
         rule: ConfidenceRule,
-        rows: int,
-        max_length: int,
-        graphs: SegmentGraphs,
+        passes: EagerPasses,
     ):
         self.head, self.layer, self.rule = model.heads[layer], layer, rule
-        self._model, self._graphs = model, graphs
-        self.block = model.cached_block(layer, rows, max_length)
-        self.hidden = model.hidden.new_zeros(rows, max_length, model.hidden.shape[-1])
+        self._model, self._passes = model, passes
+        self.block, self.hidden = passes.memory.blocks[layer], passes.memory.hidden[layer]
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copies the block's keys of one row to another."""
@@ -81,7 +76,12 @@ class ExitPoint:
         """The head's block, if it has one, on all tokens of a pack (its keys must be complete)."""
         if self.block is None:
             return x
-        return self._graphs.run(f"block of exit {self.layer}", self.block, x.to(self.head.dtype), packed)
+        return self._passes.run_block(self.layer, x.to(self.head.dtype), packed)
+
+    def fill_block(self, x: Tensor, packed: PackedTokens) -> None:
+        """Writes the keys of the head's block, if it has one, for prompts: passes too long to be captured."""
+        if self.block is not None:
+            self.block(x.to(self.head.dtype), packed)
 
     def predict(
         self, x: Tensor, inside: Tensor, indices: list[int], trail: Trail | None, drafts: bool = False
@@ -96,6 +96,6 @@ class ExitPoint:
             drafts: the full model verifies them all.
         """
         head = self._model.draft_head(self.layer) if drafts else self.head
-        prediction = self._graphs.predict(f"exit {self.layer}", head, inside)
+        prediction = self._passes.predict(f"exit {self.layer}", head, inside)
         evidence = ExitEvidence(prediction, x) if trail is None else trail.evidence(prediction, x, indices)
         return prediction, self.rule.confidence(evidence).tolist()

@@ -95,10 +95,11 @@ def continue_sequences(model: DecodingModel, sequences: list[Sequence]) -> None:
         sequences: not begun, of the same request.
     """
     request, (exits, longest) = sequences[0].request, _extent(sequences)
-    session = DecodingSession(model, exits, len(sequences), longest, request.kv_policy, request.confidence)
-    session.add(sequences)
-    while session.running:
-        session.step()
+    size = len(sequences), longest
+    with DecodingSession(model, exits, *size, request.kv_policy, request.confidence) as session:
+        session.add(sequences)
+        while session.running:
+            session.step()
 
 
 def continue_over_stages(groups: PipelineGroups, model: DecodingModel, sequences: list[Sequence]) -> None:

@@ -37,7 +37,6 @@ def run(config: GenerateConfig, trainer: Any) -> None:
     prompts = config.read_prompts()
     check(config, trainer.world_size)
     model = restore(config, trainer)
-    model.prepare_decoding(config.weights)
     first = trainer.global_rank == 0
     colour = config.color == "always" or (
         config.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -108,11 +107,16 @@ def generate(model: Any, config: GenerateConfig, prompts: list[str]) -> Iterator
     """One record per prompt, in their order: prompt, text, tokens, exit_layers, confidences, seconds of its
     batch.
 
-    All prompts are tokenized, and so checked, before the first batch runs.
+    All prompts are tokenized, and so checked, before the first batch runs, and before memory for them is
+    reserved.
     """
     inputs = [[{"role": "user", "content": text}] for text in prompts] if config.chat else prompts
     tokenizer, add_bos = model.tokenizer, config.inference.add_BOS
-    on_first_rank(lambda: tokenize_prompts(inputs, tokenizer, add_bos, position_limit(model.cfg)))
+    limit = position_limit(model.cfg)
+    ids = on_first_rank(lambda: tokenize_prompts(inputs, tokenizer, add_bos, limit))
+    rows = min(config.batch_size, len(prompts))
+    longest = min(max(map(len, ids)) + config.inference.tokens_to_generate, limit)
+    model.prepare_decoding(config.weights, rows=rows, max_length=longest)
     generator = torch.Generator().manual_seed(config.seed)
     arguments = config.generate_arguments()
     for start in range(0, len(prompts), config.batch_size):

@@ -24,7 +24,7 @@ class DecodingSession:
     tokens do not depend on its neighbours; sampled ones neither, as each draws from its own seed, unless it is
     lossless: how many drafts a round has, and so which random number is for what, depends on all in it. All
     tensor-parallel ranks make the same calls and get the same tokens. Use it under `generating`, from one
-    thread.
+    thread, and as a context manager, so that what the model lends it is given back in time.
 
     Args:
         model: the whole model, on one pipeline stage.
@@ -56,6 +56,12 @@ class DecodingSession:
         self._decoder = EarlyExitDecoder(model, exit_layers, slots, max_length, kv_policy, confidence)
         policy = drafting or DraftingPolicy(pass_costs(model, exit_layers))
         self._rounds = LosslessRounds(policy, exit_layers)
+
+    def __enter__(self) -> "DecodingSession":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._decoder.close()
 
     @property
     def free(self) -> int:

@@ -162,20 +162,39 @@ class PackedTokens:
             self.positions = table.positions[span]
             self.last = slice(self.width - 1, self.width)
         else:
-            layout = torch.tensor([rows, starts, counts], device=device)
-            self.row_index = layout[0]
-            if self.width == 1:
-                self.token_rows, self.positions = self.row_index, layout[1]
-                self.slots, self.last = self.row_index, slice(0, len(rows))
-            else:
-                ends = layout[2].cumsum(0)
-                row = torch.repeat_interleave(layout[2], output_size=sum(counts))
-                offset = table.positions.new_tensor(range(sum(counts))) - (ends - layout[2])[row]
-                self.token_rows, self.positions = layout[0][row], layout[1][row] + offset
-                self.slots = (self.token_rows if self.spread else row) * self.width + offset
-                self.last = ends - 1
+            layout = self._layout(device)
+            self.index = layout[:2, : self.tokens]  # [2, T] rows and positions
+            self.token_rows, self.positions = self.index
+            self.slots = layout[2, : self.tokens]
+            self.row_index, ends = layout[3:, : self.sequences]
+            self.last = slice(0, len(rows)) if self.width == 1 else ends
             span = self.positions
         self.table, self._span = table, span
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return sum(self.counts)
+
+    def _layout(self, device: torch.device) -> Tensor:
+        """[5, T]: of each token its row, position and place among the padded; of each sequence (the first N) its
+        row and last token. In one copy, which does not wait for the device."""
+        layout = np.zeros((5, self.tokens), dtype=np.int64)
+        layout[:2] = token_rows, positions = self.places
+        sequence = np.repeat(np.arange(self.sequences), self.counts)
+        offset = positions - np.array(self.starts)[sequence]
+        layout[2] = (token_rows if self.spread else sequence) * self.width + offset
+        layout[3, : self.sequences] = self.rows
+        layout[4, : self.sequences] = np.cumsum(self.counts) - 1
+        return torch.from_numpy(layout).to(device, non_blocking=True)
+
+    def write_index(self, target: Tensor) -> None:
+        """Writes the tokens' rows and positions to the first T columns of [2, T or more]."""
+        if self.single:
+            target[0, : self.tokens] = self.rows[0]
+            target[1, : self.tokens] = self.positions
+        else:
+            target[:, : self.tokens] = self.index
 
     def _padding(self) -> int:
         """Pairs of a query and a key beyond its own that attention in one call, on keys in place, has."""

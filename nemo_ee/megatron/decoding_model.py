@@ -1,6 +1,8 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """A model as decoding reads it: functions of its weights, taken once and shared by any number of decoders."""
 
+from typing import Any
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -25,13 +27,12 @@ class DecodingModel:
     Args:
         gpt: in eval mode, sequence parallelism off.
         weights: see `nemo_ee.megatron.lean_weights.WEIGHT_KINDS`.
-        cuda_graphs: decoders on a GPU may capture what they repeat as CUDA graphs.
         draft_heads: exits draft with 8-bit copies of their weights where our CPU kernels compute; worth making
             for more than one call.
 
     Attributes:
         weights: as given.
-        cuda_graphs: as given.
+        captured: caches and captured passes that its decoders may borrow; None where all passes run eagerly.
         layers: global 1-based layer number -> mathematics, ascending.
         heads: exit layer -> head, all of this stage.
         output: the final exit; None on stages before the last.
@@ -44,10 +45,12 @@ class DecodingModel:
         self,
         gpt: EarlyExitGPTModel,
         weights: str = "native",
-        cuda_graphs: bool = True,
         draft_heads: bool = True,
     ):
-        self.gpt, self.weights, self.cuda_graphs = gpt, weights, cuda_graphs
+        self.gpt, self.weights = gpt, weights
+        self.captured: Any = (
+            None  # a `nemo_ee.inference.captured_decoding.CapturedDecoding`, of an outer ring
+        )
         self._copies_heads = draft_heads and weights != "int8"
         some = gpt.decoder.layers[0].self_attention.linear_proj.weight
         self.device, self.dtype = some.device, compute_dtype(some)
@@ -76,6 +79,11 @@ class DecodingModel:
         known = gpt.pre_process and type(gpt.embedding) is LanguageModelEmbedding
         if known and plain and not wide and not gpt.embedding.add_position_embedding:
             self._embedding = gpt.embedding.word_embeddings.weight.detach()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all layers are here: on one pipeline stage."""
+        return bool(self.gpt.pre_process and self.gpt.post_process)
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """[T] token ids and positions -> [T, H]. Collectives: an all-reduce of [T, H] where TP > 1."""

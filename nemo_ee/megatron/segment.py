@@ -29,15 +29,6 @@ class Segment:
         groups = groupby(pairs, key=lambda pair: _kernel_shape(*pair))
         self._groups = [_Group(list(members), shape is not None) for shape, members in groups]
 
-    @classmethod
-    def joined(cls, segments: Sequence["Segment"]) -> "Segment":
-        """Several as one, which keeps what each of them keeps."""
-        layers, kept = [], {}
-        for segment in segments:
-            kept.update({len(layers) + n: hidden for n, hidden in segment._kept.items()})
-            layers += segment._layers
-        return cls(layers, kept)
-
     def __iter__(self) -> Iterator[CachedLayer]:
         return iter(self._layers)
 
@@ -52,6 +43,17 @@ class Segment:
         for group in self._groups:
             x = group(x, packed)
         return x
+
+    def fill(self, x: Tensor, packed: PackedTokens) -> Tensor:
+        """Writes keys and values of all layers as if [T, H] were the input of each; returns it."""
+        for layer in self._layers:
+            layer.fill(x, packed)
+        return x
+
+    def clear(self) -> None:
+        """Makes all keys, values and kept states zeros."""
+        for tensor in [*(layer.cache for layer in self._layers), *self._kept.values()]:
+            tensor.zero_()
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` keys, values and kept states of one row to another."""

@@ -1,8 +1,10 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Packs that only the device knows, so that what layers do with them can be captured once and replayed.
 
-Suffixes: N sequences in the pack, L keys looked at.
+Suffixes: T tokens in the pack, L keys looked at.
 """
+
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +13,10 @@ from nemo_ee.megatron.decode import PackedTokens, PositionTable
 
 MASK_ALIGNMENT = 16
 """Attention kernels on GPUs copy masks whose number of keys is not a multiple of this."""
+
+Rows = Literal["in order", "first", "any"]
+"""Which rows of the caches a pack's tokens are of. `in order`: token t is of row t. `first`: all are of row 0. In
+both cases keys are read in place. `any`: keys are copied, once per token."""
 
 
 def static_positions(max_length: int) -> int:
@@ -21,29 +27,43 @@ def static_positions(max_length: int) -> int:
     return -(-max_length // MASK_ALIGNMENT) * MASK_ALIGNMENT + 1
 
 
+def rows_of(packed: PackedTokens) -> Rows:
+    """Which rows a pack's tokens are of."""
+    if packed.width == 1 and packed.first_rows:
+        return "in order"
+    return "first" if packed.single and packed.first_rows else "any"
+
+
 class StaticTokens(PackedTokens):
-    """One new token of each of N sequences, whose rows and positions are tensors alone.
+    """T new tokens, several of one sequence perhaps, whose rows and positions are tensors alone.
 
     Nothing that a layer does with this pack depends on them but through tensors: shapes, addresses and the
     operations themselves are the same whatever they hold, and nothing waits for the device. So the operations
     can be captured in a CUDA graph; before a replay, new rows and positions are copied into `index`. What is
     computed from them (mask, rotary factors) is kept for one pass: every capture makes a pack of its own.
 
+    Every token is a query of its own that sees the keys up to its position. As keys are written before attention
+    reads them, tokens of one sequence in one pack see each other just as in a causal prompt.
+
     Args:
         table: shared positions, all of the caches'.
-        index: [2, N] rows of the caches and positions, of integers.
+        index: [2, T] rows of the caches and positions, of integers.
         length: L; no position but that of padding may reach it.
-        first_rows: the sequences are in the first rows, in order: their keys are then read in place. Padding
-            may stand for any row but writes where `index` says.
+        rows: which rows. Padding may stand for any row but writes where `index` says.
     """
 
-    def __init__(self, table: PositionTable, index: Tensor, length: int, first_rows: bool):
-        self.sequences, self.width, self.length, self.first_rows = index.shape[1], 1, length, first_rows
+    def __init__(self, table: PositionTable, index: Tensor, length: int, rows: Rows):
+        tokens = index.shape[1]
+        self.length, self.first_rows = length, rows != "any"
         self.single = self.by_run = self.spread = self.from_scratch = self._sees_all = False
-        self.height = self.sequences
+        self.height, self.width = (1, tokens) if rows == "first" else (tokens, 1)
+        self.sequences = self.height
         self.token_rows = self.row_index = index[0]
         self.positions = index[1]
-        self.last = slice(0, self.sequences)
         self._masks: dict[tuple[int, torch.dtype], Tensor] = {}
         self._rotations: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
         self.table, self._span = table, self.positions
+
+    @property
+    def _is_padded(self) -> bool:
+        return True

@@ -16,12 +16,16 @@ from nemo.utils import logging
 from nemo.utils.nemo_logging import LogMode
 
 from nemo_ee.errors import ConfigError, Fault
-from nemo_ee.inference.generate import check_model_can_generate, generate, generating
+from nemo_ee.inference.captured_decoding import captured_decoding
+from nemo_ee.inference.generate import check_model_can_generate, generate, generating, position_limit
 from nemo_ee.inference.pipeline_channel import PipelineGroups
 from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
 from nemo_ee.megatron.decoding_model import DecodingModel
 from nemo_ee.megatron.lean_weights import WEIGHT_KINDS
 from nemo_ee.schema import one_of
+
+USUAL_LENGTH = 2048
+"""Positions that `prepare_decoding` reserves per sequence if it is not told."""
 
 
 class GenerationMixin:
@@ -96,12 +100,18 @@ class GenerationMixin:
         with kept_microbatches():
             return super().generate(inputs, lengths, sampling, strategy=strategy)  # type: ignore[misc]
 
-    def prepare_decoding(self, weights: str = "native", cuda_graphs: bool = True) -> None:
+    def prepare_decoding(
+        self,
+        weights: str = "native",
+        cuda_graphs: bool = True,
+        rows: int = 8,
+        max_length: int | None = None,
+    ) -> None:
         """Reads the weights for decoding once, for all calls of `generate` until `release_decoding`.
 
         Otherwise every call reads them: at once where they have the dtype that is computed in, as copies where
-        not. Weights that change in between (training, loading) need another call. On a CPU, lossless decoding
-        with weights prepared here drafts with 8-bit copies of the exits'.
+        not, and all calls decode without CUDA graphs. Weights that change in between (training, loading) need
+        another call. On a CPU, lossless decoding with weights prepared here drafts with 8-bit copies of the exits'.
 
         Args:
             weights: `native`; `bf16`, rounded to bfloat16 and computed in float32, which changes nothing where a
@@ -110,17 +120,26 @@ class GenerationMixin:
                 and a quarter of float32's bytes are faster.
             cuda_graphs: on a GPU, launch what is repeated as CUDA graphs (see
                 `nemo_ee.inference.segment_graphs`); no effect elsewhere.
+            rows: sequences that decode together, at most. Graphs hold the addresses of their caches, so caches of
+                `rows` x `max_length` positions are reserved here, where graphs are used. Larger calls get caches of
+                their own and decode without graphs, after a warning. No effect without graphs.
+            max_length: positions of a sequence, prompt and generated tokens, at most; None for the model's limit, or
+                2048 if that is lower.
 
         Raises:
-            ConfigError: unknown weights.
+            ConfigError: unknown weights; `rows` below 1; `max_length` below 1 or beyond the model's positions.
             NotImplementedError: weights that this model or device cannot have.
         """
-        if weights not in WEIGHT_KINDS:
-            raise ConfigError(one_of("weights", weights, WEIGHT_KINDS))
         check_model_can_generate(self)
+        limit = position_limit(self.cfg)
+        _check_preparation(weights, rows, max_length, limit)
         self.start_distributed()
+        self.release_decoding()  # before memory is taken again
         with generating(self):
-            self._decoding_model = self._read_weights(weights, cuda_graphs)
+            decoding = self._read_weights(weights)
+            if cuda_graphs:
+                decoding.captured = captured_decoding(decoding, rows, max_length or min(limit, USUAL_LENGTH))
+            self._decoding_model = decoding
 
     def release_decoding(self) -> None:
         """Forgets what `prepare_decoding` has read."""
@@ -157,6 +176,21 @@ class GenerationMixin:
                 "neither with the checkpoint nor from tuning. Tune them (scripts/megatron_gpt_ee_tuning.py) "
                 "or load tuned ones (restore_with_exits, adapter_file)"
             )
+
+
+def _check_preparation(weights: str, rows: int, max_length: int | None, limit: int) -> None:
+    faults = []
+    if weights not in WEIGHT_KINDS:
+        faults.append(one_of("weights", weights, WEIGHT_KINDS))
+    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+        faults.append(Fault("rows", rows, "must be a whole number of at least 1", "set rows=8"))
+    if max_length is not None and (
+        isinstance(max_length, bool) or not isinstance(max_length, int) or not 1 <= max_length <= limit
+    ):
+        rule = f"must be a whole number from 1 to the model's {limit} positions"
+        faults.append(Fault("max_length", max_length, rule, f"set max_length={limit}"))
+    if faults:
+        raise ConfigError(*faults)
 
 
 @contextmanager

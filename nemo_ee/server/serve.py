@@ -114,10 +114,10 @@ def create_service(config: ServerConfig, model: Any) -> Service:
     if config.add_BOS and known_id(getattr(model.tokenizer, "bos_id", None)) is None:
         raise ConfigError(Fault("add_BOS", True, "the tokenizer has no BOS token", "set it to false"))
     usual = usual_request(config, model.early_exit)
-    model.prepare_decoding(config.weights)
+    longest = config.max_prompt_tokens + config.max_tokens - 1  # the last token is not fed
+    model.prepare_decoding(config.weights, rows=config.slots, max_length=longest)
     model.warn_of_untuned_exits()
     metrics = Metrics()
-    longest = config.max_prompt_tokens + config.max_tokens - 1  # the last token is not fed
     engine = Engine(
         lambda: decoding_session(model, config.slots, longest, usual),
         config.slots,
@@ -149,7 +149,10 @@ def decoding_session(
     with generating(model):
         decoding, exits = model.decoding_model(), list(model.early_exit.layers)
         decoding.prepare_drafts()
-        yield DecodingSession(decoding, exits, slots, longest, usual.kv_policy, usual.confidence)
+        if decoding.captured is not None:
+            decoding.captured.capture_all()
+        with DecodingSession(decoding, exits, slots, longest, usual.kv_policy, usual.confidence) as session:
+            yield session
 
 
 class Server(uvicorn.Server):

@@ -1,0 +1,173 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Who owns captured passes: a model does, and lends them to one decoder at a time."""
+
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from nemo_ee.megatron.cpu_kernels import SWITCH
+from tests.support.captured import PROMPTS, decode, expect_same, make_decoder, model_of, random_session
+from tests.support.tape import TapeCapture
+from tests.support.tiny_gpt import HEADS, tiny_model, tiny_model_config
+
+
+@pytest.fixture
+def warnings_about_graphs(caplog):
+    """Gives the messages so far."""
+    from nemo.utils import logging
+
+    logging.once_logged.clear()
+    logging._logger.addHandler(caplog.handler)
+    yield lambda: [r.getMessage() for r in caplog.records if "CUDA graphs" in r.getMessage()]
+    logging._logger.removeHandler(caplog.handler)
+
+
+@pytest.fixture(scope="module")
+def one():
+    head = HEADS["block, MLP, linear, untied"]
+    config = tiny_model_config(head=head, share_embeddings_and_output_weights=False)
+    return tiny_model(config, dtype=torch.float64).gpt
+
+
+@pytest.fixture(scope="module", params=["block, MLP, linear, untied"])
+def small(request):
+    changes = dict(
+        num_layers=4, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2
+    )
+    config = tiny_model_config(exits=[1, 2, 3], head=HEADS[request.param], **changes)
+    return tiny_model(config, dtype=torch.float64).gpt
+
+
+@pytest.fixture(autouse=True)
+def torchs_operations(monkeypatch):
+    """A tape records what torch does; our CPU kernels it would not see."""
+    monkeypatch.setenv(SWITCH, "0")
+
+
+def test_all_that_decoding_replays_can_be_captured_before_it_starts(small):
+    tape = TapeCapture()
+    model = model_of(small, tape, rows=4, max_length=20)
+    with torch.inference_mode():
+        model.captured.capture_all()
+        before = len(tape.passes)
+        model.captured.capture_all()
+    for seed in range(12):
+        random_session(model, seed)
+    new = {name for name, *_ in list(model.captured.passes._captured)[before:]}
+    assert before > 50 and all(name.startswith("keys of layers") for name in new), "but for state_copy"
+
+
+def test_captured_passes_serve_one_decoder_at_a_time(one, warnings_about_graphs):
+    """The second decodes eagerly on caches of its own; the third gets the first one's caches, emptied."""
+    expected, _ = decode(model_of(one), PROMPTS[:2], 12)
+    other, _ = decode(model_of(one), PROMPTS[2:4], 12)
+    tape = TapeCapture()
+    model = model_of(one, tape)
+    with torch.inference_mode():
+        first = make_decoder(model, 2, 24)
+        first.prefill(PROMPTS[:2])
+    found, second = decode(model, PROMPTS[2:4], 12)
+    expect_same(found, other)
+    assert tape.replays == 0 and second.passes is not first.passes
+    assert ["another decoder uses them" in message for message in warnings_about_graphs()] == [True]
+    for layer in first.segments[0]:
+        layer.cache.fill_(float("nan"))
+    first.close()
+    found, third = decode(model, PROMPTS[:2], 12)
+    expect_same(found, expected)
+    assert tape.replays == third.passes.replayed > 0
+    captures = len(tape.passes)
+    del third  # neither closed nor kept
+    expect_same(decode(model, PROMPTS[:2], 12)[0], expected)
+    assert len(tape.passes) == captures, "captured once"
+    with pytest.raises(AttributeError):
+        first.step(torch.tensor([5, 6]), [[1.0] * 3] * 2)
+
+
+def test_two_threads_decode_at_once(one):
+    tape, lines = TapeCapture(), PROMPTS[:4]
+    expected = [decode(model_of(one), [prompt], 16)[0] for prompt in lines]
+    model = model_of(one, tape)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda prompt: decode(model, [prompt], 16)[0], lines))
+    for mine, other in zip(found, expected, strict=True):
+        expect_same(mine, other)
+    assert tape.replays
+
+
+@pytest.mark.parametrize(
+    "rows, steps, remedy", [(4, 5, "rows=4, max_length=64"), (1, 60, "rows=3, max_length=72")]
+)
+def test_a_call_that_needs_more_than_is_prepared_decodes_eagerly(
+    one, warnings_about_graphs, rows, steps, remedy
+):
+    tape, prompts = TapeCapture(), PROMPTS[2:3] * rows
+    expected, _ = decode(model_of(one), prompts, steps)
+    expect_same(decode(model_of(one, tape), prompts, steps)[0], expected)
+    assert tape.passes == []
+    (message,) = warnings_about_graphs()
+    assert f"prepare_decoding({remedy})" in message
+
+
+def test_memory_is_free_when_the_model_is_released(one):
+    model = model_of(one, TapeCapture())
+    passes = model.captured.passes
+    kept = [weakref.ref(each) for each in (passes, passes.memory, *passes.memory.segment(0, 8))]
+    del passes
+    gc.disable()  # the caches must not wait for it
+    try:
+        decode(model, PROMPTS[:2], 4)
+        del model
+        assert not any(each() is not None for each in kept)
+    finally:
+        gc.enable()
+
+
+def test_prepared_models_generate_with_captured_passes(monkeypatch):
+    from nemo_ee.errors import ConfigError
+    from nemo_ee.inference import captured_decoding
+
+    model = tiny_model(tiny_model_config(num_layers=4, exits=[1, 2, 3]), dtype=torch.float64)
+    ids = torch.tensor([[7, 8, 9, 20], [41, 5, 0, 0]]), torch.tensor([4, 2])
+
+    def generated(**early_exit):
+        out = model.generate(ids, dict(max_length=12), dict(add_BOS=False), early_exit=early_exit or False)
+        return out["token_ids"], out["early_exit"]
+
+    ways = [dict(), dict(threshold=0.8), dict(threshold=0.8, exits=[2]), dict(threshold=0.5, lossless=True)]
+    expected = [generated(**way) for way in ways]
+    tape = TapeCapture()
+    monkeypatch.setattr(captured_decoding, "capture_for", lambda model: tape)
+    assert [generated(**way) for way in ways] == expected and not tape.passes, "not prepared"
+    model.prepare_decoding(rows=2, max_length=15)
+    try:
+        found = [generated(**way) for way in ways]
+        captures, replays = len(tape.passes), tape.replays
+        assert [generated(**way) for way in ways] == found
+        assert len(tape.passes) == captures and tape.replays == 2 * replays > 0, "captured once"
+    finally:
+        model.release_decoding()
+    for (tokens, exits), (other, others) in zip(found, expected, strict=True):
+        assert tokens == other and [e["exit_layers"] for e in exits] == [e["exit_layers"] for e in others]
+    tape.passes.clear()
+    model.prepare_decoding(cuda_graphs=False)
+    assert generated(**ways[1]) == expected[1] and not tape.passes
+    model.release_decoding()
+    with pytest.raises(ConfigError, match="rows=0.*set rows=8\n.*max_length=65.*model's 64.*max_length=64"):
+        model.prepare_decoding(rows=0, max_length=65)
+
+
+def test_caches_that_do_not_fit_are_named_and_decoding_is_eager(one, monkeypatch, warnings_about_graphs):
+    from nemo_ee.inference import captured_decoding
+
+    def too_much(*_):
+        raise torch.OutOfMemoryError("tried to allocate 3 TiB")
+
+    monkeypatch.setattr(captured_decoding, "capture_for", lambda model: TapeCapture())
+    monkeypatch.setattr(captured_decoding, "DecodingMemory", too_much)
+    assert captured_decoding.captured_decoding(model_of(one), 9, 64) is None
+    (message,) = warnings_about_graphs()
+    assert "9 sequences of 64 positions do not fit (tried to allocate 3 TiB)" in message
