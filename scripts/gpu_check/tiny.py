@@ -38,8 +38,5 @@ def model(**settings: Any) -> Any:
 
 def prepare(model: Any, graphs: bool, rows: int, length: int) -> Any:
     """Prepares decoding for so many sequences and positions of each; returns what `generate` then uses."""
-    import inspect
-
-    size = {"rows": rows, "max_length": length} if "rows" in inspect.signature(model.prepare_decoding).parameters else {}
-    model.prepare_decoding(cuda_graphs=graphs, **size)
+    model.prepare_decoding(cuda_graphs=graphs, rows=rows, max_length=length)
     return model._decoding_model
