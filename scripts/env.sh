@@ -96,17 +96,3 @@ elif [ "$(cat "$NEMO_EE_VENV/nemo_ee_installed" 2>/dev/null)" != "$(_nemo_ee_wan
     _nemo_ee_install || return 1 2>/dev/null || exit 1
 fi
 export PATH="$NEMO_EE_VENV/bin:$PATH"
-
-_nemo_ee_gpu_without_apex() { # NeMo's training strategy refuses to start there
-    python -c '
-import importlib.util, sys
-if importlib.util.find_spec("apex"):
-    sys.exit(1)
-import torch
-sys.exit(not torch.cuda.is_available())' 2>/dev/null
-}
-
-if [ -z "${CUDA_VISIBLE_DEVICES+set}" ] && _nemo_ee_gpu_without_apex; then
-    echo "There is a GPU, but not Apex, which NeMo needs to use it (NeMo Framework containers have it): running on the CPU."
-    export CUDA_VISIBLE_DEVICES=
-fi

@@ -6,11 +6,15 @@
 #   bash scripts/test.sh --slow               all tests
 #   bash scripts/test.sh tests/unit -k ridge  any pytest arguments
 #
+# GPUs are hidden from them. On the first GPU, the tests that need one:
+#
+#   CUDA_VISIBLE_DEVICES=0 bash scripts/test.sh -m gpu
+#
 # Two pytest processes share the files of tests; -n 0 is one, which a debugger needs. In a container that has no
 # pytest-xdist it is one, too.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-}" # empty unless set: the CPU tests mean the CPU everywhere
+export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-}" # empty unless set: all but the tests marked gpu mean the CPU
 source scripts/env.sh
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # distributed tests run a process per rank
 share=()

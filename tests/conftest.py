@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""Set-up of all tests: stand-ins for what the machine lacks, the ``slow`` mark and the ``workers`` fixture."""
+"""Set-up of all tests: stand-ins for what the machine lacks, the marks, and the ``workers`` fixture."""
 
 import os
 
@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
 
 from nemo_ee.runtime import stand_ins  # noqa: E402
 from tests.support import distributed  # noqa: E402
@@ -20,11 +21,13 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        skip = pytest.mark.skip(reason="slow; pass --slow to run it")
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(skip)
+    slow = pytest.mark.skip(reason="slow; pass --slow to run it")
+    gpu = pytest.mark.skip(reason="needs a GPU; CUDA_VISIBLE_DEVICES=0 bash scripts/test.sh -m gpu runs it")
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(slow)
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(gpu)
     if any("workers" in item.fixturenames for item in items) and not config.option.collectonly:
         distributed.start_server()  # imports NeMo on the other core while the first tests run
     if any("pretend_gpus" in item.fixturenames for item in items) and not config.option.collectonly:

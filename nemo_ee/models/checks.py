@@ -13,16 +13,6 @@ from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.models.batch_checks import RAMP_UP, document_faults, ramp_up_faults
 from nemo_ee.models.key_rules import ANY_MODEL, CUSTOMIZATION, PRETRAINING, TUNING, key_faults
 
-NOT_ON_THIS_MACHINE = {
-    "gradient_accumulation_fusion": "Apex",
-    "persist_layer_norm": "Apex",
-    "masked_softmax_fusion": "Megatron's CUDA kernels",
-    "apply_rope_fusion": "Transformer Engine",
-    "bias_activation_fusion": "a GPU",
-    "bias_dropout_add_fusion": "a GPU",
-}
-"""Speed-ups that a checkpoint may ask for, and what they need; without effect on results, see `fuses_gelu`."""
-
 LAYER_SPECS = ("", "te_gpt", "decoder_block_gpt")
 """NeMo's names (`model.name`) of megatron-core's plain GPT layers."""
 
@@ -79,11 +69,12 @@ def _backbone_faults(cfg: DictConfig) -> Iterator[Fault]:
         rule = "is unknown to megatron-core's plain GPT"
         remedy = f"use another checkpoint, or set ++model.{CUSTOMIZATION}.{key}=null"
         yield Fault(f"model.{CUSTOMIZATION}.{key}", custom[key], rule, remedy)
-    window = custom.get("window_size", cfg.get("window_size"))
+    in_custom = "window_size" in custom
+    window = custom["window_size"] if in_custom else cfg.get("window_size")
     if window is not None and not (cfg.get("transformer_engine", False) and have_transformer_engine()):
-        rule = "attention within a window needs Transformer Engine and a GPU"
-        remedy = "set it to null if no sequence exceeds the window"
-        yield Fault("model.window_size", window, rule, remedy)
+        key = f"model.{CUSTOMIZATION}.window_size" if in_custom else "model.window_size"
+        rule = "attention within a window needs model.transformer_engine=true, Transformer Engine and a GPU"
+        yield Fault(key, window, rule, f"set ++{key}=null if no sequence exceeds the window")
 
 
 def _layout_faults(cfg: DictConfig, world_size: int):
@@ -161,29 +152,31 @@ def fuses_gelu(cfg: DictConfig) -> bool:
 
 def machine_settings(cfg: DictConfig) -> dict[str, bool | None]:
     """The settings that `adapt_to_machine` may change; None for those that the configuration lacks."""
-    return {k: cfg.get(k) for k in ("use_cpu_initialization", "transformer_engine", *NOT_ON_THIS_MACHINE)}
+    from nemo_ee.megatron.fusions import FUSIONS
+
+    return {key: cfg.get(key) for key in ("use_cpu_initialization", "transformer_engine", *FUSIONS)}
 
 
 def adapt_to_machine(cfg: DictConfig) -> list[str]:
-    """Turns off what this machine lacks or does not need (results do not change); returns what that was.
+    """Turns off what this machine lacks or does not need; returns what that was.
 
     A checkpoint may come from another machine: weights made on the CPU would stay there, beside a GPU.
     """
-    changed = []
+    from nemo_ee.megatron.fusions import missing_fusions
+    from nemo_ee.megatron.specs import have_transformer_engine
+
+    changed, gpu = [], torch.cuda.is_available()
+    missing = missing_fusions(cfg.get("transformer_engine", False))
+    if not have_transformer_engine():
+        missing["transformer_engine"] = "Transformer Engine and a GPU"
     with open_dict(cfg):
-        if torch.cuda.is_available():
-            if cfg.get("use_cpu_initialization", False):
-                cfg.use_cpu_initialization = False
-                changed.append("model.use_cpu_initialization (there is a GPU)")
-            return changed
-        cfg.use_cpu_initialization = True
-        for key, needs in NOT_ON_THIS_MACHINE.items():
+        if gpu and cfg.get("use_cpu_initialization", False):
+            changed.append("model.use_cpu_initialization (there is a GPU)")
+        cfg.use_cpu_initialization = not gpu
+        for key, needs in missing.items():
             if cfg.get(key, False):
                 changed.append(f"model.{key} (needs {needs})")
             cfg[key] = False
-        if cfg.get("transformer_engine", False):
-            cfg.transformer_engine = False
-            changed.append("model.transformer_engine (needs a GPU)")
     return changed
 
 

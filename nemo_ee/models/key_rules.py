@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from nemo_ee.errors import Fault
@@ -78,10 +79,14 @@ def _without_transformer_engine(cfg: DictConfig) -> bool:
     return not (cfg.get("transformer_engine", False) and have_transformer_engine())
 
 
-def _have_apex() -> bool:
+def _is_missing(cfg: DictConfig, *optimizers: str) -> bool:
+    """Whether the optimizer is one of these of Apex's, and NeMo could not import it or its kernels."""
+    if (name := cfg.optim.get("name")) not in optimizers:
+        return False
+    from nemo.collections.nlp.parts.nlp_overrides import HAVE_AMP_C
     from nemo.core.optim.optimizers import AVAILABLE_OPTIMIZERS
 
-    return "fused_adam" in AVAILABLE_OPTIMIZERS
+    return not HAVE_AMP_C or name not in AVAILABLE_OPTIMIZERS
 
 
 def _copies_the_embedding(cfg: DictConfig) -> bool:
@@ -184,8 +189,24 @@ OPTIMIZERS = (
     KeyRule(
         "optim.name",
         "adamw",
-        "is Apex's, which is not installed",
-        applies=lambda cfg: cfg.optim.get("name") in APEX_OPTIMIZERS and not _have_apex(),
+        "is Apex's, which is not installed or cannot be imported",
+        applies=lambda cfg: _is_missing(cfg, "fused_adam", "megatron_fused_adam"),
+    ),
+    KeyRule(
+        "optim.name",
+        "adamw",
+        "needs Apex and Transformer Engine, of which one is not installed or cannot be imported",
+        applies=lambda cfg: _is_missing(cfg, "distributed_fused_adam"),
+    ),
+    KeyRule(
+        "optim.name",
+        "adamw",
+        "takes its steps with kernels of Apex, which need a GPU",
+        applies=lambda cfg: (
+            cfg.optim.get("name") in APEX_OPTIMIZERS
+            and not torch.cuda.is_available()
+            and not _is_missing(cfg, *APEX_OPTIMIZERS)
+        ),
     ),
 )
 """Of whatever is trained."""
@@ -244,7 +265,7 @@ PRETRAINING = (
     KeyRule(
         "ub_tp_comm_overlap",
         False,
-        "needs model.transformer_engine=true and a GPU",
+        "needs model.transformer_engine=true, Transformer Engine and a GPU",
         applies=_without_transformer_engine,
     ),
     *(

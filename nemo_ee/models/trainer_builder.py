@@ -4,7 +4,6 @@
 from datetime import timedelta
 
 import torch
-from nemo.collections.nlp.parts import nlp_overrides
 from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -92,10 +91,6 @@ def _faults(trainer: DictConfig, gpu: bool) -> list[Fault]:
         faults.append(
             Fault("trainer.accelerator", "cpu", rule, "hide it with CUDA_VISIBLE_DEVICES= or use auto")
         )
-    elif gpu and not nlp_overrides.HAVE_APEX:
-        rule = "on a GPU NeMo's strategies need Apex, which is not installed"
-        remedy = "use NVIDIA's NeMo container, install Apex, or run on the CPU with CUDA_VISIBLE_DEVICES="
-        faults.append(Fault("trainer.accelerator", accelerator, rule, remedy))
     if str(trainer.get("precision", 32)) in ("16", "16-mixed") and not gpu:
         faults.append(
             Fault("trainer.precision", trainer.precision, "half precision needs a GPU", "use bf16 or 32")

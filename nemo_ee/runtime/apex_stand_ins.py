@@ -12,7 +12,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from nemo_ee.runtime.patching import NEMO, Patch
+from nemo_ee.runtime.patching import MEGATRON, NEMO, Patch
 
 CHUNK_ELEMENTS = 2048 * 32
 """Elements that one block of a multi-tensor kernel of Apex works on; passed on, and ignored by torch's."""
@@ -35,22 +35,29 @@ def _apply_multi_tensor(original):
     return original or (lambda operation, *arguments: operation(CHUNK_ELEMENTS, *arguments))
 
 
+def multi_tensor_l2norm(chunk_size: int, overflow_buffer, tensor_lists: list, per_tensor: bool):
+    """The 2-norm of all tensors of the one list, shape [1], and those of each, or None.
+
+    Computed in float32 at least, whatever the tensors are in, on any device, and nothing on the host waits for
+    it. `chunk_size` and `overflow_buffer` are those of ``amp_C.multi_tensor_l2norm``, which does not write the
+    latter either.
+    """
+    import torch
+
+    (tensors,) = tensor_lists
+    dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors}, torch.float32)
+    norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype))
+    return torch.linalg.vector_norm(norms).reshape(1), (norms if per_tensor else None)
+
+
 class MultiTensor:
-    """The part of Apex's ``amp_C`` that NeMo's gradient clipping uses, in torch, for any device and dtype."""
+    """The part of Apex's ``amp_C`` that NeMo's gradient clipping uses."""
 
-    @staticmethod
-    def multi_tensor_l2norm(chunk_size: int, overflow_buffer, tensor_lists: list, per_tensor: bool):
-        """The 2-norm of all tensors of the one list, shape [1], and those of each, or None.
+    multi_tensor_l2norm = staticmethod(multi_tensor_l2norm)
 
-        At least in float32 whatever the tensors are in, and nothing on the host waits for it. `chunk_size`
-        and `overflow_buffer` are Apex's; its kernel does not write the latter either.
-        """
-        import torch
 
-        (tensors,) = tensor_lists
-        dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors}, torch.float32)
-        norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype))
-        return torch.linalg.vector_norm(norms).reshape(1), (norms if per_tensor else None)
+def _norm_without_waits(original):
+    return multi_tensor_l2norm if original.__module__ == "megatron.core.utils" else original
 
 
 _COMMON = "nemo.collections.nlp.modules.common.megatron"
@@ -103,5 +110,13 @@ PATCHES: tuple[Patch, ...] = (
         lambda original: original or MultiTensor,
         missing=True,
     ),
+    # Nothing is missing here: megatron-core has functions of its own for where Apex and Transformer Engine are not.
+    Patch(
+        "megatron.core.optimizer.clip_grads",
+        "l2_norm_impl",
+        MEGATRON,
+        "megatron-core's own waits for the device once for every tensor",
+        _norm_without_waits,
+    ),
 )
-"""Nine names and two flags."""
+"""Nine names and two flags of NeMo's, and a function of megatron-core's."""

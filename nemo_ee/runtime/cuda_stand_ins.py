@@ -14,7 +14,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from nemo_ee.runtime.apex_stand_ins import MultiTensor
+from nemo_ee.runtime.apex_stand_ins import MultiTensor, multi_tensor_l2norm
 from nemo_ee.runtime.patching import LIGHTNING, MEGATRON, NEMO, TORCH, Patch
 
 # --- devices --------------------------------------------------------------------------------------
@@ -181,6 +181,18 @@ def _synchronous_gradients(original):
     return functools.wraps(original)(configure_optimizers)
 
 
+def _scale_in_torch(original):
+    from megatron.core.utils import local_multi_tensor_scale
+
+    return local_multi_tensor_scale
+
+
+def _adam_of_torch(original):
+    import torch
+
+    return torch.optim.AdamW
+
+
 # --- the table ------------------------------------------------------------------------------------
 
 _FACTORIES = (
@@ -191,6 +203,8 @@ _TENSOR_TYPES = [f"{kind}Tensor" for kind in "BFloat16 Bool Byte Double Float Ha
 
 
 _COMMON = "nemo.collections.nlp.modules.common.megatron"
+_MCORE_OPTIM = "megatron.core.optimizer"
+_KERNELS = "is Apex's or Transformer Engine's, where that is installed, and takes CUDA tensors alone"
 
 PATCHES: tuple[Patch, ...] = (
     # Devices.
@@ -253,14 +267,6 @@ PATCHES: tuple[Patch, ...] = (
         "seeds the RNG tracker only where a GPU is counted, and layers fork from it regardless",
         _seed_model_parallel,
     ),
-    # Compilation.
-    Patch(
-        "megatron.core.jit",
-        "jit_fuser",
-        MEGATRON,
-        "is torch.compile, which needs a C++ compiler on a CPU and takes longer there than it saves",
-        lambda original: lambda function: function,
-    ),
     # Optimizer.
     Patch(
         "nemo.collections.nlp.models.language_modeling.megatron_base_model",
@@ -269,14 +275,16 @@ PATCHES: tuple[Patch, ...] = (
         "with O2, only torch.cuda.synchronize() waits for the reduction of gradients: a race on gloo",
         _synchronous_gradients,
     ),
-    # Gradient clipping.
-    Patch(
-        f"{_COMMON}.clip_grads",
-        "amp_C",
-        NEMO,
-        "Apex's kernels, where it is installed, take CUDA tensors alone",
-        lambda _: MultiTensor,
-        missing=True,
+    # Kernels of Apex and Transformer Engine.
+    Patch(f"{_COMMON}.clip_grads", "amp_C", NEMO, _KERNELS, lambda _: MultiTensor, missing=True),
+    Patch(f"{_MCORE_OPTIM}.clip_grads", "l2_norm_impl", MEGATRON, _KERNELS, lambda _: multi_tensor_l2norm),
+    *(
+        Patch(f"{_MCORE_OPTIM}.{module}", "multi_tensor_scale_impl", MEGATRON, _KERNELS, _scale_in_torch)
+        for module in ("clip_grads", "optimizer")
+    ),
+    *(
+        Patch(module, "Adam", MEGATRON, _KERNELS, _adam_of_torch)
+        for module in (f"{_MCORE_OPTIM}.distrib_optimizer", _MCORE_OPTIM)
     ),
 )
 """Every symbol that CUDA would have to be there for."""

@@ -2,6 +2,7 @@
 """What every script does around its work: stand-ins for what the machine lacks, and errors as one clear text."""
 
 import sys
+import traceback
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
@@ -37,6 +38,18 @@ def user_errors(
         sys.exit(f"error: {error}")
     except MissingMandatoryValue as error:
         sys.exit(f"error: {_missing(error.full_key)}")
+    except ImportError as error:
+        if not _raised_in("apex", error):
+            raise
+        # NeMo does without an Apex that is not there, and PyPI has another package of that name.
+        remedy = "pip uninstall apex, or install NVIDIA's (https://github.com/NVIDIA/apex)"
+        sys.exit(f"error: Apex is installed, but cannot be imported ({error}); {remedy}")
+
+
+def _raised_in(package: str, error: ImportError) -> bool:
+    """Whether modules of a package were being imported when the error came up."""
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(f"{module}.".startswith(f"{package}.") for module in modules)
 
 
 def _check_given(cfg: DictConfig | None, optional: Collection[str]) -> None:

@@ -2,9 +2,9 @@
 """Runs NeMo's Megatron GPT stack where CUDA, Apex or Transformer Engine is absent: supplies what is missing.
 
 Nothing of the package changes other packages but what `enable` applies: the changes listed in `cuda_stand_ins`,
-where there is no CUDA, and those in `apex_stand_ins`, where there is no Apex. For each they name the upstream
-symbol, the release it was checked against, why it is changed, and what replaces it. Without Transformer Engine
-nothing is missing: megatron-core has layers of its own.
+where there is no CUDA, in `compiler_stand_ins`, where torch.compile cannot work, and in `apex_stand_ins`, where there
+is no Apex. For each they name the upstream symbol, the release it was checked against, why it is changed, and what
+replaces it. Without Transformer Engine nothing is missing: megatron-core has layers of its own.
 
 1. Symbols of torch are replaced at once.
 2. Symbols of Lightning, Megatron and NeMo are replaced right after the module that defines them has been
@@ -16,7 +16,7 @@ import importlib
 import os
 import sys
 
-from nemo_ee.runtime import apex_stand_ins, cuda_stand_ins
+from nemo_ee.runtime import apex_stand_ins, compiler_stand_ins, cuda_stand_ins
 from nemo_ee.runtime.patching import PatchingFinder
 
 ENVIRONMENT = {
@@ -38,8 +38,8 @@ def enable() -> None:
     megatron-core, once per process; more calls do nothing. `supplied` says what was missing.
 
     Raises:
-        RuntimeError: there is no CUDA, and megatron-core or NeMo's nlp collection is imported already, so
-            that they hold unpatched symbols.
+        RuntimeError: there is no CUDA, or no compiler for it, and megatron-core or NeMo's nlp collection is
+            imported already, so that they hold unpatched symbols.
     """
     global _finder
     import torch
@@ -47,17 +47,21 @@ def enable() -> None:
     if _finder is not None:
         return
     without_cuda = not torch.cuda.is_available()
-    too_early = sorted({"megatron.core", "nemo.collections.nlp"} & sys.modules.keys())
-    if without_cuda and too_early:
-        raise RuntimeError(
-            f"{', '.join(too_early)} imported before nemo_ee.runtime.stand_ins.enable(); call enable() first"
-        )
+    patches = apex_stand_ins.PATCHES
+    if without_cuda or not compiler_stand_ins.can_compile():
+        patches = compiler_stand_ins.PATCHES + patches
+        too_early = sorted({"megatron.core", "nemo.collections.nlp"} & sys.modules.keys())
+        if too_early:
+            raise RuntimeError(
+                f"{', '.join(too_early)} imported before nemo_ee.runtime.stand_ins.enable(); call enable() first"
+            )
 
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     if without_cuda:
         cuda_stand_ins.remember_factories()
-    _finder = PatchingFinder((*(cuda_stand_ins.PATCHES if without_cuda else ()), *apex_stand_ins.PATCHES))
+        patches = cuda_stand_ins.PATCHES + patches
+    _finder = PatchingFinder(patches)
     sys.meta_path.insert(0, _finder)
     for module in _finder.modules:
         if module in sys.modules or module.partition(".")[0] == "torch":

@@ -15,7 +15,7 @@ FAKE_APEX = {
     "apex.contrib.optimizers": "",
     "apex.contrib.optimizers.distributed_fused_adam": """
         _disable_pre_forward_hook = _multi_tensor_copy = None
-        class DistributedFusedAdam: ParameterFragment = None
+        class DistributedFusedAdam: ParameterFragment = ParameterBucket = None
     """,
     "apex.multi_tensor_apply": "def multi_tensor_applier(operation, *rest): return operation('chunk', *rest)",
     "apex.normalization": "class MixedFusedRMSNorm: pass",
@@ -36,11 +36,19 @@ FAKE_APEX = {
 """What is imported of Apex on the way of a GPT, by module."""
 
 
-def write_apex(directory: Path, **changes: str) -> str:
-    """Writes `FAKE_APEX`, some modules changed, to a directory; returns the code that makes it importable."""
+def write_apex(directory: Path, transformer_engine: bool = False, **changes: str) -> str:
+    """Writes `FAKE_APEX`, some modules changed, to a directory; returns the code that makes it importable.
+
+    NeMo's wrapper of Apex's distributed optimizer asks which release of Transformer Engine is installed; of that
+    there is the name on request, and nothing to import.
+    """
     for name, source in {**FAKE_APEX, **changes}.items():
         package = any(other.startswith(f"{name}.") for other in FAKE_APEX)
         path = directory / (name.replace(".", "/") + ("/__init__.py" if package else ".py"))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(textwrap.dedent(source))
+    if transformer_engine:
+        (directory / "transformer_engine-0.9.dist-info").mkdir()
+        metadata = "Metadata-Version: 2.1\nName: transformer-engine\nVersion: 0.9\n"
+        (directory / "transformer_engine-0.9.dist-info" / "METADATA").write_text(metadata)
     return f"import sys; sys.path.insert(0, {str(directory)!r})\n"

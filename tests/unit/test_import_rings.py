@@ -15,7 +15,7 @@ CATCH_ALL_NAMES = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py"}
 PLAIN = {"nemo_ee.errors", "nemo_ee.config", "nemo_ee.schema"}
 CORE = PLAIN | {"nemo_ee.core", "torch", "numpy"}
 KERNELS = {"nemo_ee.kernels", "numba", "llvmlite", "numpy"}
-MEGATRON = CORE | {"nemo_ee.kernels", "nemo_ee.megatron", "megatron", "transformer_engine", "apex"}
+MEGATRON = CORE | {"nemo_ee.kernels", "nemo_ee.megatron", "megatron"}
 RINGS = {
     "nemo_ee/__init__.py": set(),
     "nemo_ee/errors.py": set(),
@@ -71,6 +71,14 @@ def test_everything_but_the_server_runs_without_its_packages():
         names = imported_modules(path.read_text(), list(path.relative_to(ROOT).parts[:-1]))
         inside = {name for name in names if any(f"{name}.".startswith(f"{module}.") for module in SERVER)}
         assert not inside or place(path).startswith("nemo_ee/server/"), place(path)
+
+
+def test_nothing_imports_what_may_be_missing():
+    """megatron-core and NeMo try the imports of Apex and Transformer Engine; the package asks them what they found."""
+    for path in python_files("nemo_ee", "scripts"):
+        names = imported_modules(path.read_text(), list(path.relative_to(ROOT).parts[:-1]))
+        packages = {name.partition(".")[0] for name in names}
+        assert not packages & {"apex", "amp_C", "transformer_engine", "transformer_engine_torch"}, place(path)
 
 
 def test_the_package_imports_neither_scripts_nor_tests():

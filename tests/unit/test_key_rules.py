@@ -1,9 +1,8 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Keys that would mean nothing are refused, and the remedy, pasted behind the command, is accepted."""
 
-import importlib.util
-
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -130,15 +129,54 @@ def test_optimizers_that_no_checkpoint_can_hold_are_refused(script):
         assert optimizer_faults(script, name) == []
 
 
-@pytest.mark.skipif(importlib.util.find_spec("apex") is not None, reason="Apex is installed")
-@pytest.mark.parametrize("script", RULES)
-def test_apexs_optimizers_are_refused_without_apex(script):
+APEXS = ("fused_adam", "megatron_fused_adam", "distributed_fused_adam")
+
+
+@pytest.fixture
+def apex(monkeypatch):
+    """``apex(kernels, *names, gpu=…)``: what NeMo found of Apex: its kernels, and these optimizers."""
+    from nemo.collections.nlp.parts import nlp_overrides
+    from nemo.core.optim.optimizers import AVAILABLE_OPTIMIZERS
+
+    def found(kernels: bool, *names: str, gpu: bool) -> None:
+        monkeypatch.setattr(nlp_overrides, "HAVE_AMP_C", kernels)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        for name in APEXS:
+            monkeypatch.delitem(AVAILABLE_OPTIMIZERS, name, raising=False)
+        for name in names:
+            monkeypatch.setitem(AVAILABLE_OPTIMIZERS, name, object)
+
+    return found
+
+
+@pytest.mark.parametrize(("script", "gpu"), [("tuning", True), ("pretraining", False)])
+def test_apexs_optimizers_are_refused_without_apex(script, gpu, apex):
+    """On a GPU, too."""
+    reason = "is Apex's, which is not installed or cannot be imported"
+    apex(False, gpu=gpu)
     for name in ("fused_adam", "megatron_fused_adam"):
-        assert optimizer_faults(script, name) == ["is Apex's, which is not installed"]
+        assert optimizer_faults(script, name) == [reason]
+    apex(False, *APEXS, gpu=gpu)  # installed without its kernels
+    assert optimizer_faults(script, "fused_adam") == [reason]
 
 
-def test_apexs_distributed_optimizer_reduces_copies_too_early(monkeypatch):
-    monkeypatch.setattr(key_rules, "_have_apex", lambda: True)
+def test_apexs_distributed_optimizer_needs_transformer_engine(apex):
+    """NeMo's wrapper asks for its version, and cannot be imported without."""
+    apex(True, *APEXS[:2], gpu=True)
+    assert optimizer_faults("pretraining", "fused_adam") == []
+    assert "Transformer Engine" in optimizer_faults("pretraining", "distributed_fused_adam")[0]
+
+
+def test_apexs_optimizers_are_refused_without_a_gpu(apex):
+    apex(True, *APEXS, gpu=False)
+    for name in APEXS:
+        assert optimizer_faults("pretraining", name) == [
+            "takes its steps with kernels of Apex, which need a GPU"
+        ]
+
+
+def test_apexs_distributed_optimizer_reduces_copies_too_early(apex):
+    apex(True, *APEXS, gpu=True)
     four, name = "model.pipeline_model_parallel_size=4", "distributed_fused_adam"
     assert "copies" in optimizer_faults("pretraining", name, four)[0]
     assert optimizer_faults("pretraining", name, four, "model.early_exit.head.projection=untied") == []

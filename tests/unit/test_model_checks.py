@@ -6,7 +6,6 @@ from omegaconf import OmegaConf
 
 from nemo_ee.errors import ConfigError
 from nemo_ee.models.checks import (
-    adapt_to_machine,
     check_model,
     check_pretraining,
     check_tuning,
@@ -316,14 +315,6 @@ def test_a_bare_shortlist_trains_its_bucket():
 
 def test_a_model_without_a_section_has_no_exits():
     assert read_early_exit(config(early_exit=None)).layers == ()
-
-
-def test_speed_ups_that_need_more_than_a_cpu_are_turned_off():
-    made = config(masked_softmax_fusion=True, transformer_engine=True)
-    off = adapt_to_machine(made)
-    assert len(off) == 2 and "masked_softmax_fusion" in off[0] and "transformer_engine" in off[1]
-    assert made.use_cpu_initialization and not made.masked_softmax_fusion and not made.transformer_engine
-    assert adapt_to_machine(made) == []
 
 
 PRETRAINING = dict(

@@ -29,6 +29,19 @@ def test_a_missing_key_found_at_work():
     assert message_of(lambda: CONFIG.model.path) == "error: model.path=???: is required; set model.path=…"
 
 
+def test_a_package_that_is_not_nvidias_apex(tmp_path, monkeypatch):
+    """NeMo's optimizers go on without Apex where it is not found, but not where its import fails."""
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("from string import no_such_name")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def work():
+        import apex  # noqa: F401
+
+    message = message_of(work)
+    assert "Apex is installed" in message and "no_such_name" in message and "pip uninstall apex" in message
+
+
 def test_errors_for_users_and_others():
     def refuse():
         raise DataError("no text")

@@ -248,7 +248,7 @@ def test_what_stands_in_the_way_of_graphs_is_said_once(one, monkeypatch, warning
     assert "transformer_engine=false" in warnings_about_graphs()[-1]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA graphs themselves")
+@pytest.mark.gpu  # CUDA graphs themselves
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-3)], ids=str)
 def test_cuda_graphs_on_a_gpu(dtype, tolerance, warnings_about_graphs):
     from nemo_ee.megatron.cuda_capture import CudaCapture

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_ee.runtime import apex_stand_ins, cuda_stand_ins, patching, stand_ins
+from nemo_ee.runtime import apex_stand_ins, compiler_stand_ins, cuda_stand_ins, patching, stand_ins
 from tests.support.fake_apex import write_apex
 
 ROOT = Path(__file__).parents[2]
 
 ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="where there is CUDA, nothing stands in for it")
-PATCHES = (*cuda_stand_ins.PATCHES, *apex_stand_ins.PATCHES)
+PATCHES = (*cuda_stand_ins.PATCHES, *compiler_stand_ins.PATCHES, *apex_stand_ins.PATCHES)
 
 
 def run_python(code: str) -> str:
@@ -156,36 +156,59 @@ def test_a_gpu_without_apex_is_given_the_names_and_flags_of_apex_alone():
     assert untouched == "True" and supplied.split() == sorted(NAMES_OF_APEX + FLAGS)
 
 
+ORIGINS = f"""
+    for name in {NAMES_OF_APEX}:
+        for module in modules.values():
+            value = getattr(module, name.split(".")[1], None)
+            if value is not None and module.__name__.endswith(name.split(".")[0]):
+                print(name, getattr(value, "__module__", value.__name__).partition(".")[0])
+    clipping = modules["nemo.collections.nlp.modules.common.megatron.clip_grads"]
+    tensors = [[torch.full((4,), 2.0)]]
+    print(clipping.multi_tensor_applier(clipping.amp_C.multi_tensor_l2norm, None, tensors, False))
+"""
+OPTIMIZERS = ["nlp_overrides.McoreDistributedOptimizer", "nlp_overrides.MegatronDistributedFusedAdam"]
+
+
 @pytest.mark.parametrize("gpu", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_apex_that_is_there_is_used(gpu, tmp_path):
     """On a CPU, too, but for the kernels."""
-    after = """
-        for name in {NAMES}:
-            for module in modules.values():
-                value = getattr(module, name, None)
-                if value is not None:
-                    print(name, getattr(value, "__module__", value.__name__).partition(".")[0])
-        clipping = modules["nemo.collections.nlp.modules.common.megatron.clip_grads"]
-        tensors = [[torch.full((4,), 2.0)]]
-        print(clipping.multi_tensor_applier(clipping.amp_C.multi_tensor_l2norm, None, tensors, False))
-    """.replace("{NAMES}", str([name.split(".")[1] for name in NAMES_OF_APEX]))
-    untouched, supplied, *origins, norm = import_all(gpu, write_apex(tmp_path), after)
-    ours = [] if gpu else ["clip_grads.amp_C"]
-    assert untouched == str(gpu) and supplied.split() == ours
-    expected = {name.split(".")[1]: "nemo_ee" if name in ours else "apex" for name in NAMES_OF_APEX}
-    # NeMo's own wrappers of Megatron's and Apex's optimizers, which can be imported then.
-    expected |= {"McoreDistributedOptimizer": "nemo", "MegatronDistributedFusedAdam": "nemo"}
-    expected |= {"amp_C": "amp_C" if gpu else "nemo_ee"}
+    before = write_apex(tmp_path, transformer_engine=True)
+    untouched, supplied, *origins, norm = import_all(gpu, before, ORIGINS)
+    assert untouched == str(gpu) and supplied.split() == ([] if gpu else ["clip_grads.amp_C"])
+    expected = dict.fromkeys(NAMES_OF_APEX, "apex") | dict.fromkeys(OPTIMIZERS, "nemo")  # NeMo's wrappers
+    expected |= {"clip_grads.amp_C": "amp_C" if gpu else "nemo_ee"}
     assert dict(line.split() for line in origins) == expected
     assert norm == ("('chunk', None, [[tensor([2., 2., 2., 2.])]], False)" if gpu else "(tensor([4.]), None)")
 
 
 @pytest.mark.slow
-def test_an_apex_without_its_kernels_is_as_missing_as_it_is_to_nemo(tmp_path):
-    """Only the modules that import the kernels lack names; torch's stand in for them."""
-    before = write_apex(tmp_path, amp_C="raise ImportError('undefined symbol')")
-    _, supplied = import_all(gpu=True, before=before)
-    assert supplied.split() == ["clip_grads.amp_C", "clip_grads.multi_tensor_applier", FLAGS[1]]
+@pytest.mark.parametrize(
+    ("changes", "missing"),
+    [
+        ({"transformer_engine": False}, [FLAGS[0], *OPTIMIZERS]),
+        (
+            {"transformer_engine": True, "amp_C": "raise ImportError('undefined symbol')"},
+            ["clip_grads.amp_C", "clip_grads.multi_tensor_applier", FLAGS[1]],
+        ),
+    ],
+    ids=["without Transformer Engine", "without its kernels"],
+)
+def test_what_nemo_misses_of_an_apex_that_is_there_is_supplied(changes, missing, tmp_path):
+    _, supplied = import_all(gpu=True, before=write_apex(tmp_path, **changes))
+    assert supplied.split() == sorted(missing)
+
+
+def test_the_two_norm_agrees_with_megatrons_own():
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.utils import local_multi_tensor_l2_norm
+
+    tensors = [[torch.randn(3, 5), torch.randn(7), torch.zeros(0)]]
+    ours, theirs = (
+        norm(65536, None, tensors, False)[0]
+        for norm in (apex_stand_ins.MultiTensor.multi_tensor_l2norm, local_multi_tensor_l2_norm)
+    )
+    torch.testing.assert_close(ours, theirs)
+    assert clip_grads.l2_norm_impl.__module__ != "megatron.core.utils"
 
 
 def test_two_norm_stand_in():
@@ -209,6 +232,35 @@ def test_two_norm_is_computed_in_float32_at_least(dtypes):
     norm, _ = apex_stand_ins.MultiTensor.multi_tensor_l2norm(65536, None, [tensors], False)
     expected = torch.cat([tensor.double().flatten() for tensor in tensors]).norm()
     torch.testing.assert_close(norm.double(), expected.reshape(1), rtol=1e-6, atol=0)
+
+
+def test_compilation_is_left_to_gpus_that_have_a_compiler():
+    code = """
+        import torch
+        from nemo_ee.runtime import compiler_stand_ins, stand_ins
+        for gpu, compiler in (True, True), (True, False), (False, True):
+            torch.cuda.is_available = lambda: gpu
+            compiler_stand_ins.can_compile = lambda: compiler
+            stand_ins._finder = None
+            stand_ins.enable()
+            print("megatron.core.jit" in stand_ins._finder.modules)
+    """
+    assert run_python(code).split() == ["False", "True", "True"]
+
+
+@pytest.mark.parametrize("missing", [None, "triton", "gcc", "Python.h"])
+def test_what_torch_needs_to_compile(missing, monkeypatch, tmp_path):
+    """Python's headers are not part of every Python, nor is a compiler of every machine."""
+    present = {"triton", "gcc", "Python.h"} - {missing}
+    (tmp_path / "Python.h").touch()
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in present else None)
+    monkeypatch.setattr("shutil.which", lambda name: name if name in present else None)
+    headers = tmp_path if "Python.h" in present else tmp_path / "none"
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(headers)})
+    assert compiler_stand_ins.can_compile() is (missing is None)
+    monkeypatch.setenv("CC", "no-such-compiler -O2")
+    assert not compiler_stand_ins.can_compile()
 
 
 @ON_CPU
