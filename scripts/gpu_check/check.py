@@ -79,11 +79,15 @@ def parse_arguments() -> argparse.Namespace:
         if path is not None and not path.is_file():
             parser.error(f"--{name} {path}: no such file")
     if arguments.seconds < 60:
-        parser.error(f"--seconds {arguments.seconds:g}: must be at least 60; imports alone take that on a busy machine")
+        parser.error(
+            f"--seconds {arguments.seconds:g}: must be at least 60; imports alone take that on a busy machine"
+        )
     if arguments.adapter and not arguments.model:
         parser.error("--adapter: needs --model, the base of these exits")
     if arguments.quick and arguments.output.resolve() == ROOT / "docs" / "benchmarks":
-        parser.error("--quick: figures of tiny shapes have no place in docs/benchmarks; give another --output")
+        parser.error(
+            "--quick: figures of tiny shapes have no place in docs/benchmarks; give another --output"
+        )
     return arguments
 
 
@@ -156,7 +160,10 @@ def main() -> int:
     """The exit status: 0 if all is well, 1 if a part failed, 2 if nothing could be checked."""
     arguments = parse_arguments()
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        print(f"error: {sys.executable} lacks {', '.join(missing)}: see scripts/requirements.txt", file=sys.stderr)
+        print(
+            f"error: {sys.executable} lacks {', '.join(missing)}: see scripts/requirements.txt",
+            file=sys.stderr,
+        )
         return 2
     import tempfile
 

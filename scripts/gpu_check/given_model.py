@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from part import NO_GPU
 from result import Result
-from speed import FULL, MOST, QUICK, measure
+from speed import FULL, QUICK, measure
 
 from nemo_ee.checkpoint import archive, run_keys
 from nemo_ee.errors import CheckpointError
@@ -35,7 +35,7 @@ def check(settings: "Settings", result: Result) -> None:
     model, name = restore(base, settings.adapter), settings.model.stem
     ids = model.tokenizer.text_to_ids((ROOT / "LICENSE").read_text())
     prompts = [ids[k : k + effort.prompt] for k in range(0, len(ids) - effort.prompt, effort.prompt // 2)]
-    prompts = (prompts * (16 * MOST))[: 16 * MOST]
+    prompts = (prompts * (16 * effort.most))[: 16 * effort.most]
     measure(model, name, prompts, dict.fromkeys(model.early_exit.layers, THRESHOLD), effort, result)
 
 
@@ -60,7 +60,11 @@ def restore(base: Path, adapter: Path | None) -> Any:
     layers = config.num_layers
     if layers < 3:
         raise CheckpointError(f"--model {base.name}: has {layers} layers and no exits; give --adapter")
-    exits = {"layers": [layers // 3, 2 * layers // 3], "init": "random", "head": {"shortlist_size": SHORTLIST}}
+    exits = {
+        "layers": [layers // 3, 2 * layers // 3],
+        "init": "random",
+        "head": {"shortlist_size": SHORTLIST},
+    }
     config = Model.add_exits(config, exits)
     model = Model.restore_from(str(base), override_config_path=config, trainer=trainer).eval()
     with torch.no_grad():

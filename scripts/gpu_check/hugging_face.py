@@ -22,10 +22,16 @@ def copied(model: Any) -> LlamaForCausalLM:
         CheckpointError: it is no plain Llama.
     """
     cfg = model.cfg
-    if cfg.normalization != "rmsnorm" or cfg.activation != "fast-swiglu" or cfg.get("scale_positional_embedding"):
+    if (
+        cfg.normalization != "rmsnorm"
+        or cfg.activation != "fast-swiglu"
+        or cfg.get("scale_positional_embedding")
+    ):
         raise CheckpointError("the model is no Llama with plain rotary embeddings; leave --model out")
     gpt, state = model.gpt, {}
-    weights = {canonical(name): value for name, value in gpt.named_parameters() if not name.startswith("exits.")}
+    weights = {
+        canonical(name): value for name, value in gpt.named_parameters() if not name.startswith("exits.")
+    }
     config = configuration(cfg, len(weights["embedding.word_embeddings.weight"]), model.tokenizer.eos_id)
     weights.pop("output_layer.weight", None)  # None of its own where it is tied; `output_weight` is either
     for n in range(cfg.num_layers):
@@ -42,13 +48,17 @@ def copied(model: Any) -> LlamaForCausalLM:
             target + "mlp.up_proj.weight": up,
             target + "mlp.down_proj.weight": weights.pop(source + "mlp.linear_fc2.weight"),
             target + "input_layernorm.weight": weights.pop(attention + "linear_qkv.layer_norm_weight"),
-            target + "post_attention_layernorm.weight": weights.pop(source + "mlp.linear_fc1.layer_norm_weight"),
+            target + "post_attention_layernorm.weight": weights.pop(
+                source + "mlp.linear_fc1.layer_norm_weight"
+            ),
         }
     state["model.embed_tokens.weight"] = weights.pop("embedding.word_embeddings.weight")
     state["model.norm.weight"] = weights.pop("decoder.final_layernorm.weight")
     state["lm_head.weight"] = gpt.output_weight()
     if weights:
-        raise CheckpointError(f"{', '.join(sorted(weights)[:3])}: the model is no plain Llama; leave --model out")
+        raise CheckpointError(
+            f"{', '.join(sorted(weights)[:3])}: the model is no plain Llama; leave --model out"
+        )
     some = state["model.norm.weight"]
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
@@ -57,7 +67,9 @@ def copied(model: Any) -> LlamaForCausalLM:
     other = other.to(some.dtype)
     other.load_state_dict(state)
     other.tie_weights()
-    other.model.rotary_emb = type(other.model.rotary_emb)(config, device=some.device)  # no weight: not in the state
+    other.model.rotary_emb = type(other.model.rotary_emb)(
+        config, device=some.device
+    )  # no weight: not in the state
     return other.eval()
 
 

@@ -27,7 +27,8 @@ def table(outcomes: Sequence["Outcome"]) -> str:
     rows = [tuple(" ".join(cell.split()).replace("|", "\\|") for cell in row) for row in rows]
     widths = [max(len(row[k]) for row in rows if len(row[k]) < 100) for k in range(3)]
     return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in rows
     )
 
 
@@ -46,7 +47,7 @@ def write(outcomes: Sequence["Outcome"], output: Path, quick: bool) -> Path:
     lines += [f"- {key}: {value}" for key, value in facts.items()]
     if speeds:
         plot(speeds).savefig(output / "gpu.png")
-        lines += ["", "## Decoding", "", *explained(), "", *speed_table(speeds), "", "![decoding](gpu.png)"]
+        lines += ["", "## Decoding", "", EXPLAINED, "", *speed_table(speeds), "", "![decoding](gpu.png)"]
     lines += ["", "## All that was checked", "", table(outcomes)]
     path = output / "gpu.md"
     partial = path.with_suffix(".partial")
@@ -55,32 +56,48 @@ def write(outcomes: Sequence["Outcome"], output: Path, quick: bool) -> Path:
     return path
 
 
-def explained() -> list[str]:
-    """What the columns mean."""
-    return [
-        "Greedy, bfloat16. Rates are of all sequences together, behind the first token; medians and quartiles of",
-        "repetitions in which all ways take turns on the same prompts. The *limit* is the time to read the weights that",
-        "full depth needs once per step, and every sequence's keys and values, at the bandwidth of a large copy; exits",
-        "read less, so they may exceed it. *Same text*: tokens before the first difference from full depth without",
-        "graphs; bfloat16 alone makes equal ways part, since a pass of several tokens rounds otherwise than one of one.",
-        "*Left*: share of tokens by the layer that they left at; of lossless, accepted drafts.",
-    ]
+EXPLAINED = """\
+Greedy, bfloat16. Rates are of all sequences together, behind the first token: medians and quartiles of repetitions in
+which all ways take turns on the same prompts. The *limit* is the time to read the weights that full depth needs once
+per step, and every sequence's keys and values, at the bandwidth of a large copy; exits read less, so they may exceed
+it. *Same text*: tokens before the first difference from full depth without graphs. bfloat16 alone makes equal ways
+part, since a pass of several tokens rounds otherwise than one of one token. *Left*: the share of tokens by the layer
+that they left at; of lossless, the accepted share of drafts. *Eager*: passes through layers and heads that no graph
+ran, prompts included."""
 
 
 def speed_table(speeds: Sequence[dict]) -> list[str]:
     """In Markdown, one row per way."""
     from nemo_ee.report.statistics import spread
 
-    rows = [f"| model | batch | way | {FIRST_RATE} | quartiles | of the limit | x transformers | same text | left |"]
-    rows.append("|---|---|---|---|---|---|---|---|---|")
+    columns = (
+        "model",
+        "batch",
+        "way",
+        FIRST_RATE,
+        "quartiles",
+        "of the limit",
+        "x transformers",
+        "same text",
+    )
+    columns += ("left", "eager")
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for speed in speeds:
         s = spread(speed["rates"])
         left = ", ".join(f"{layer}: {share:.0%}" for layer, share in speed["left"].items())
-        left = left or ("" if speed["graphs"] is None else "no drafts")
-        rows.append(
-            f"| {speed['model']} | {speed['batch']} | {speed['name']} | {s.median:.0f} | {s.q25:.0f} to {s.q75:.0f} "
-            f"| {s.median / speed['limit']:.0%} | {s.median / theirs(speed, speeds):.2f} | {speed['same']:.0%} | {left} |"
-        )
+        cells = [
+            speed["model"],
+            str(speed["batch"]),
+            speed["name"],
+            f"{s.median:.0f}",
+            f"{s.q25:.0f} to {s.q75:.0f}",
+            f"{s.median / speed['limit']:.0%}",
+            f"{s.median / theirs(speed, speeds):.2f}",
+            f"{speed['same']:.0%}",
+            left or ("" if speed["graphs"] is None else "no drafts"),
+            "" if speed["eager"] is None else f"{speed['eager']:.1%}",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
     return rows
 
 
@@ -107,7 +124,9 @@ def plot(speeds: Sequence[dict]) -> Any:
             colour = {True: "#0072b2", False: "#56b4e9", None: "#d55e00"}[speed["graphs"]]
             axes.barh(place, s.median, xerr=error, color=colour, capsize=3)
         axes.set_yticks(range(len(mine)), [speed["name"] for speed in mine])
-        axes.axvline(mine[0]["limit"], color=FINAL_LINE_COLOUR, linestyle="--", label="bandwidth limit, full depth")
+        axes.axvline(
+            mine[0]["limit"], color=FINAL_LINE_COLOUR, linestyle="--", label="bandwidth limit, full depth"
+        )
         axes.legend(fontsize=9, frameon=False)
         label(axes, f"{model}, batch {batch}", FIRST_RATE, "")
     return figure

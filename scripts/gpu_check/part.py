@@ -24,7 +24,6 @@ from result import Result  # noqa: E402
 
 from nemo_ee.runtime.script import user_errors  # noqa: E402
 
-
 WITHOUT_NEMO = ("found", "marked_tests")
 """Parts that need not import it in this process."""
 NO_GPU = {"CUDA_VISIBLE_DEVICES": "-1"}
@@ -58,13 +57,14 @@ class Settings:
         command = [sys.executable, __file__, name, "--work", str(self.work), "--reference", str(path)]
         command += ["--quick"] if self.quick else []
         alone = {**os.environ, **NO_GPU, "NEMO_EE_CPU_KERNELS": "0"}
-        process = subprocess.Popen(command, env=alone, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        log = path.with_suffix(".log")
+        with log.open("w") as stream:
+            process = subprocess.Popen(command, env=alone, stdout=stream, stderr=stream)
 
         def wait() -> Any:
-            output = process.communicate()[0].decode(errors="replace")
-            if process.returncode != 0:
-                print(output)
-                raise RuntimeError(f"the reference on the CPU ended with {process.returncode}; see above")
+            if (status := process.wait()) != 0:
+                print(log.read_text(errors="replace"))
+                raise RuntimeError(f"the reference on the CPU ended with {status}; see above")
             return json.loads(path.read_text())
 
         return wait

@@ -111,7 +111,9 @@ def write_tokenizer(tokens: int, folder: Path) -> str:
     words = {"<eos>": 0, **{f"w{index}": index for index in range(1, tokens)}}
     core = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<eos>").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<eos>").save_pretrained(
+        folder
+    )
     return str(folder)
 
 

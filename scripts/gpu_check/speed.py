@@ -4,11 +4,10 @@
 All ways continue the same prompts with the same weights, greedily, and take turns in random order.
 """
 
-import contextlib
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -20,9 +19,10 @@ import torch
 from decoding_roofline import Bandwidth, cache_bytes, weight_bytes
 from decoding_ways import SAMPLING, Clock, HuggingFace, Tokens, lengths, marked
 from result import Result
-from tokens import warnings_about_graphs
+from tokens import check_graphs, counted_replays, warnings_about_graphs
 
 from nemo_ee.inference.drafting import DraftingPolicy, Round
+from nemo_ee.inference.generate import generating
 from nemo_ee.report.statistics import spread
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ BATCHES = 1, 16
 SHARE = 0.4
 """Of the tokens that are asked for at an exit of the random model, so many are to leave there."""
 DRAFTS = 3
-FEWEST, MOST = 3, 9
-"""Repetitions: as many as there is time for."""
 LOSSLESS, DRAFTING = "lossless", "lossless, always drafting"
 """With the policy, which drafts where it expects a gain, and without."""
 TRANSFORMERS = "transformers"
@@ -49,15 +47,19 @@ class Effort:
     Attributes:
         prompt: tokens of each.
         new: tokens to generate.
-        seconds: of repetitions, per batch size.
+        seconds: of repetitions, per batch size; beyond the fewest one begins only while there is time.
+        fewest: repetitions.
+        most: repetitions.
     """
 
     prompt: int
     new: int
     seconds: float
+    fewest: int
+    most: int
 
 
-FULL, QUICK = Effort(128, 64, 32.0), Effort(6, 8, 0.0)
+FULL, QUICK = Effort(128, 64, 24.0, 3, 9), Effort(6, 8, 0.0, 1, 1)
 
 
 @dataclass
@@ -75,6 +77,7 @@ class Speed:
         left: exit layer -> share of tokens that left there; of lossless: the share of drafts
             that were accepted, if there were any.
         replays: of CUDA graphs, per token of a sequence.
+        eager: share of passes through layers and heads that were not replayed; None where graphs are off.
     """
 
     model: str
@@ -86,6 +89,7 @@ class Speed:
     same: float = 0.0
     left: dict[str, float] = field(default_factory=dict)
     replays: float = 0.0
+    eager: float | None = None
 
     @property
     def name(self) -> str:
@@ -114,13 +118,19 @@ class Ours:
         self._model, self._decoding, self._early_exit = model, decoding, early_exit
         self._policy = AlwaysDrafting if drafting else DraftingPolicy
         self.exits: list[dict] = []
+        self.eager: float | None = None
 
     def __call__(self, prompts: Tokens, count: int, clock: Clock) -> Tokens:
         self._model._decoding_model = self._decoding  # prepared once, though another way ran in between
+        passes = None if self._decoding.captured is None else self._decoding.captured.passes
+        before = (0, 0) if passes is None else (passes.replayed, passes.eager)
         inputs = torch.tensor(prompts), torch.tensor([len(prompt) for prompt in prompts])
         with marked(clock), patch("nemo_ee.inference.session.DraftingPolicy", self._policy):
             output = self._model.generate(inputs, lengths(count), SAMPLING, early_exit=self._early_exit)
         self.exits = output["early_exit"]
+        if passes is not None:
+            replayed, eager = passes.replayed - before[0], passes.eager - before[1]
+            self.eager = eager / max(1, replayed + eager)
         return [ids[len(prompt) :] for ids, prompt in zip(output["token_ids"], prompts, strict=True)]
 
 
@@ -131,7 +141,9 @@ def check(settings: "Settings", result: Result) -> None:
     model = random_model.build(shape, "bf16", settings.work)
     print(f"built {shape.name} in {time.monotonic() - begin:.1f} s")
     generator = torch.Generator().manual_seed(3)
-    prompts = torch.randint(1, shape.shortlist, (16 * MOST, effort.prompt), generator=generator).tolist()
+    prompts = torch.randint(
+        1, shape.shortlist, (16 * effort.most, effort.prompt), generator=generator
+    ).tolist()
     thresholds = chosen_thresholds(model, prompts[:16], effort.new)
     measure(model, f"random, {shape.name}'s shape", prompts, thresholds, effort, result)
 
@@ -143,7 +155,8 @@ def chosen_thresholds(model: Any, prompts: Tokens, count: int) -> dict[int, floa
         inputs = torch.tensor(prompts), torch.tensor([len(prompt) for prompt in prompts])
         forced = {"exits": [n], "threshold": 0.0}
         output = model.generate(inputs, lengths(count), SAMPLING, early_exit=forced)["early_exit"]
-        here = [c for row in output for layer, c in zip(row["exit_layers"], row["confidences"]) if layer == n]
+        left = [pair for row in output for pair in zip(row["exit_layers"], row["confidences"], strict=True)]
+        here = [confidence for layer, confidence in left if layer == n]
         thresholds[n] = min(torch.tensor(here).quantile(1 - SHARE).item(), 0.99)
     return thresholds
 
@@ -174,6 +187,10 @@ def measure(
     with warnings_about_graphs() as warnings, counted_replays() as replays:
         most = max(BATCHES), effort.prompt + effort.new
         prepared = {graphs: tiny.prepare(model, graphs, *most) for graphs in (True, False)}
+        if prepared[True].captured is not None:
+            with generating(model):
+                prepared[True].captured.capture_all()  # or a timed call might
+        total = 0
         for batch in BATCHES:
             runs: list[tuple[Speed, Callable]] = [
                 (Speed(name, batch, way, graphs), Ours(model, prepared[graphs], early_exit, way == DRAFTING))
@@ -188,9 +205,11 @@ def measure(
             for speed, _ in runs:
                 speed.limit = batch * bandwidth.medians()["copy"] / moved
             judge([speed for speed, _ in runs], texts, result)
-    result.lines.append((f"{name}: copying", f"{bandwidth.medians()['copy'] / 1e9:.0f} GB/s, read and written"))
-    if warnings:
-        result.faults.append(f"CUDA graphs: {warnings[0]}")
+            total += round(sum(speed.replays * effort.new for speed, _ in runs))
+    result.lines.append(
+        (f"{name}: copying", f"{bandwidth.medians()['copy'] / 1e9:.0f} GB/s, read and written")
+    )
+    check_graphs(total, warnings, result)
 
 
 def repeat(
@@ -199,8 +218,8 @@ def repeat(
     """Runs all ways in turn, once to warm up; fills their rates. Returns each way's last texts."""
     texts: dict[str, Tokens] = {}
     begin = time.monotonic()
-    for round_ in range(-1, MOST):
-        if round_ >= FEWEST and time.monotonic() - begin > effort.seconds:
+    for round_ in range(-1, effort.most):
+        if round_ >= effort.fewest and time.monotonic() - begin > effort.seconds:
             break
         first = max(round_, 0) * batch
         mine = prompts[first : first + batch]
@@ -211,14 +230,16 @@ def repeat(
             seconds = clock.seconds()
             short = [len(text) for text in texts[speed.name] if len(text) != effort.new]
             if short or not clock.first_tokens:
-                raise RuntimeError(f"{speed.name}, batch {batch}: a text has {short[:1]} tokens, not {effort.new}")
+                raise RuntimeError(
+                    f"{speed.name}, batch {batch}: a text has {short[:1]} tokens, not {effort.new}"
+                )
             if round_ < 0:
                 begin = time.monotonic()  # warming up, with its captures, is not counted
                 continue
             speed.rates.append(batch * (effort.new - clock.first_tokens) / (seconds - clock.first))
             speed.replays = replays["replays"] / effort.new
             if isinstance(generate, Ours):
-                speed.left = shares(speed, generate.exits)
+                speed.left, speed.eager = shares(speed, generate.exits), generate.eager
     return texts
 
 
@@ -240,6 +261,7 @@ def judge(speeds: Sequence[Speed], texts: dict[str, Tokens], result: Result) -> 
         s = spread(speed.rates)
         found = f"{s.median:.0f} tokens/s ({s.q25:.0f}-{s.q75:.0f}), {s.median / theirs:.2f} x transformers, "
         found += f"{s.median / speed.limit:.0%} of the limit, {speed.same:.0%} of full depth's text"
+        found += "" if speed.eager is None else f", {speed.eager:.1%} of passes without graphs"
         what, fault = f"{speed.model}, batch {speed.batch}: {speed.name}", ""
         if speed.graphs and not speed.replays:
             fault = "no CUDA graph was replayed"
@@ -259,17 +281,3 @@ def same_share(texts: Tokens, plain: Tokens) -> float:
     for mine, other in zip(texts, plain, strict=True):
         same += next((k for k, (a, b) in enumerate(zip(mine, other, strict=True)) if a != b), len(mine))
     return same / sum(map(len, plain))
-
-
-@contextlib.contextmanager
-def counted_replays() -> Iterator[Counter]:
-    """Counts replays of CUDA graphs under `replays`."""
-    counter: Counter = Counter()
-    replay = torch.cuda.CUDAGraph.replay
-
-    def counted(graph: Any) -> None:
-        counter["replays"] += 1
-        replay(graph)
-
-    with patch.object(torch.cuda.CUDAGraph, "replay", counted):
-        yield counter

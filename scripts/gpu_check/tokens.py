@@ -7,8 +7,11 @@ every token anew from the whole text with the model's own forward (`tests.suppor
 
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import tiny
 import torch
@@ -20,7 +23,7 @@ from tests.support.uncached import generate_uncached
 if TYPE_CHECKING:
     from part import Settings
 
-TOKENS, END = 24, 0
+TOKENS, QUICK_TOKENS, END = 24, 12, 0
 EXITS = {2: 0.7, 4: 0.5, 6: 0.6}
 """Exit layer -> threshold, at which texts of these weights leave at every exit."""
 WAYS: dict[str, dict | bool] = {
@@ -38,18 +41,18 @@ NO_GRAPHS = "without CUDA graphs"
 
 
 def prompts(quick: bool) -> list[list[int]]:
-    """16 of 1 to 12 tokens; quick: 3."""
+    """16 of 1 to 12 tokens; quick: 2."""
     generator = torch.Generator().manual_seed(11)
-    lengths = torch.randint(1, 13, (3 if quick else 16,), generator=generator).tolist()
+    lengths = torch.randint(1, 13, (2 if quick else 16,), generator=generator).tolist()
     return [torch.randint(3, 201, (length,), generator=generator).tolist() for length in lengths]
 
 
 def reference(settings: "Settings") -> dict[str, list[dict]]:
     """Texts of each way as the CPU computes them, tokens and margins. Lossless is full depth."""
-    gpt = tiny.model().gpt
+    gpt, count = tiny.model().gpt, QUICK_TOKENS if settings.quick else TOKENS
     texts = {}
     for name, exits in (("full depth", {}), ("exits", EXITS)):
-        rows = [generate_uncached(gpt, prompt, TOKENS, exits) for prompt in prompts(settings.quick)]
+        rows = [generate_uncached(gpt, prompt, count, exits) for prompt in prompts(settings.quick)]
         texts[name] = [ended(row.tokens, row.margins) for row in rows]
     return {**texts, "lossless": texts["full depth"]}
 
@@ -60,49 +63,62 @@ def ended(tokens: list[int], margins: list[float]) -> dict[str, list]:
     return {"tokens": tokens[:length], "margins": margins[:length]}
 
 
+@dataclass
+class Generated:
+    """The device's texts.
+
+    Attributes:
+        texts: by `graphs` or `eager`, then by way and batch.
+        replays: of CUDA graphs, likewise.
+        warnings: of decoding without graphs.
+    """
+
+    texts: dict[str, dict[str, list[list[int]]]] = field(default_factory=dict)
+    replays: dict[str, int] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
 def check(settings: "Settings", result: Result) -> None:
     """All ways, batched and one by one, with CUDA graphs and without."""
     wait = settings.start_reference("tokens")
-    found, warnings = generate(settings)
-    compare(found, warnings, wait(), result)
+    compare(generate(settings), wait(), result)
 
 
-def generate(settings: "Settings") -> tuple[dict[str, dict[str, list[list[int]]]], list[str]]:
-    """The device's texts by `graphs` or `eager`, then by way and batch; and warnings about graphs."""
+def generate(settings: "Settings") -> Generated:
+    """The device's side."""
     model, texts = tiny.model(), prompts(settings.quick)
-    found: dict[str, dict[str, list[list[int]]]] = {}
-    with warnings_about_graphs() as warnings:
-        for graphs in (True, False):
-            tiny.prepare(model, graphs, len(texts), max(map(len, texts)) + TOKENS)
-            mine = found["graphs" if graphs else "eager"] = {}
+    count = QUICK_TOKENS if settings.quick else TOKENS
+    found = Generated()
+    with warnings_about_graphs() as found.warnings, counted_replays() as replays:
+        for how in ("graphs", "eager"):
+            tiny.prepare(model, how == "graphs", len(texts), max(map(len, texts)) + count)
+            mine = found.texts[how] = {}
+            replays.clear()
             for name, early_exit in WAYS.items():
                 # No policy would draft with a model as small as this one.
                 with drafting_eagerly():
-                    mine[f"{name}, batch {len(texts)}"] = continued(model, texts, early_exit)
-                    mine[f"{name}, batch 1"] = [continued(model, [text], early_exit)[0] for text in texts[:3]]
+                    mine[f"{name}, batch {len(texts)}"] = continued(model, texts, count, early_exit)
+                    alone = [continued(model, [text], count, early_exit)[0] for text in texts[:3]]
+                    mine[f"{name}, one by one"] = alone
+            found.replays[how] = replays["replays"]
             model.release_decoding()
-    return found, warnings
+    return found
 
 
-def continued(model: Any, texts: list[list[int]], early_exit: dict | bool) -> list[list[int]]:
-    """Up to `TOKENS` new tokens after each prompt, EOS the last."""
+def continued(model: Any, texts: list[list[int]], count: int, early_exit: dict | bool) -> list[list[int]]:
+    """Up to `count` new tokens after each prompt, EOS the last."""
     longest = max(map(len, texts))
     ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
-    lengths = {"max_length": TOKENS, "min_length": 0}
+    lengths = {"max_length": count, "min_length": 0}
     sampling = {"use_greedy": True, "add_BOS": False, "end_strings": ["<|endoftext|>"]}
     inputs = ids, torch.tensor([len(text) for text in texts])
     output = model.generate(inputs, lengths, sampling, early_exit=early_exit)
     return [row[len(text) :] for row, text in zip(output["token_ids"], texts, strict=True)]
 
 
-def compare(
-    found: dict[str, dict[str, list[list[int]]]],
-    warnings: list[str],
-    expected: dict[str, list[dict]],
-    result: Result,
-) -> None:
-    """Adds a row per way, and a fault for each that differs."""
-    for how, ways in found.items():
+def compare(found: Generated, expected: dict[str, list[dict]], result: Result) -> None:
+    """Adds a row per way, and a fault for each that differs; and one for graphs."""
+    for how, ways in found.texts.items():
         for name, texts in ways.items():
             rows = expected[name.partition(",")[0]][: len(texts)]
             equal, total, fault = 0, 0, ""
@@ -122,13 +138,34 @@ def compare(
             if not fault and equal < COMPARED * total:
                 fault = f"only {equal} of {total} tokens could be compared, the others after near decisions"
             result.expect(not fault, f"{name}, {how}", f"{equal} of {total} tokens as on the CPU", fault)
-    if warnings:
-        result.faults.append(f"CUDA graphs: {warnings[0]}")
+    check_graphs(found.replays["graphs"], found.warnings, result)
+    if found.replays["eager"]:
+        result.faults.append(f"CUDA graphs: {found.replays['eager']} were replayed, though they are off")
+
+
+def check_graphs(replays: int, warnings: list[str], result: Result) -> None:
+    """A row, and a fault where decoding with graphs ran without them."""
+    fault = warnings[0] if warnings else "none was replayed"
+    result.expect(replays > 0 and not warnings, "CUDA graphs", f"replayed {replays} times", fault)
 
 
 def decided(margins: list[float]) -> int:
     """How many tokens come before the first near decision."""
     return next((k for k, margin in enumerate(margins) if margin < MARGIN), len(margins))
+
+
+@contextlib.contextmanager
+def counted_replays() -> Iterator[Counter]:
+    """Counts replays of CUDA graphs under `replays`."""
+    counter: Counter = Counter()
+    replay = torch.cuda.CUDAGraph.replay
+
+    def counted(graph: Any) -> None:
+        counter["replays"] += 1
+        replay(graph)
+
+    with patch.object(torch.cuda.CUDAGraph, "replay", counted):
+        yield counter
 
 
 @contextlib.contextmanager

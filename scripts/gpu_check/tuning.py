@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 STEPS, QUICK_STEPS = 50, 4
 TOLERANCE = 5e-4
-"""Of a loss, relative. Devices sum in other orders, which is some 1e-6 in float32. A change of 1e-5 in all weights, ten
-times as much, moves losses by 8e-5 within these steps (seen on a CPU); products in TF32 would by more than is allowed."""
+"""Of a loss, relative. Devices sum in other orders, which is some 1e-6 in float32. A change of 1e-5 in all weights,
+ten times as much, moves losses by 8e-5 within these steps (seen on a CPU); TF32's would by more than is allowed."""
 FINAL = "0"
 """What stands for the final exit among exit layers."""
 EARLY_EXIT = {
@@ -29,18 +29,20 @@ EARLY_EXIT = {
 COLUMNS = ("loss", "divergence")
 
 
-def reference(settings: "Settings") -> list[dict[str, list[float]]]:
-    """Per step, exit -> loss and divergence in nats per token, on the device of this process."""
-    return losses(settings, "reference")
+def reference(settings: "Settings") -> dict[str, Any]:
+    """`steps`: per step, exit -> loss and divergence in nats per token, on the device of this process; `optimizer`."""
+    return tuned(settings, "reference")
 
 
 def check(settings: "Settings", result: Result) -> None:
     """The device's run, and the CPU's beside it in another process."""
     wait = settings.start_reference("tuning")
-    compare(losses(settings, "device"), wait(), result)
+    found = tuned(settings, "device")
+    compare(found["steps"], wait()["steps"], result)
+    result.lines.append(("optimizer", found["optimizer"]))
 
 
-def losses(settings: "Settings", name: str) -> list[dict[str, list[float]]]:
+def tuned(settings: "Settings", name: str) -> dict[str, Any]:
     """See `reference`; `name` is that of a folder of its own."""
     folder, steps = settings.work / f"tuning_{name}", QUICK_STEPS if settings.quick else STEPS
     folder.mkdir()
@@ -58,7 +60,12 @@ def losses(settings: "Settings", name: str) -> list[dict[str, list[float]]]:
     fill(model)
     model.exits_initialised = False  # the closed form comes after the backbone's weights
     trainer.fit(model)
-    return [{str(n): [float(value) for value in row[:2]] for n, row in step.items()} for step in model.seen[True]]
+    steps = [
+        {str(n): [float(value) for value in row[:2]] for n, row in step.items()} for step in model.seen[True]
+    ]
+    optimizer = model.optimizers(use_pl_optimizer=False)
+    fused = "fused" if optimizer.param_groups[0].get("fused") else "not fused"
+    return {"steps": steps, "optimizer": f"{type(optimizer).__name__}, {fused}"}
 
 
 def compare(found: list[dict], expected: list[dict], result: Result) -> None:

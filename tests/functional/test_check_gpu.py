@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.functional.test_decoding_benchmarks import write_inputs
 from tests.support import planted_faults
 from tests.support.planted_faults import FAULTS, WAIT, WRONG_DEVICE, WRONG_TOKEN
 
@@ -49,7 +50,7 @@ def tokens_with(fault: str | None, expected: dict) -> tuple[list, list]:
         planted_faults.plant(fault)
     result = Result()
     try:
-        tokens.compare(*tokens.generate(Settings(Path(), quick=True)), expected, result)
+        tokens.compare(tokens.generate(Settings(Path(), quick=True)), expected, result)
     except RuntimeError as error:
         result.faults.append(str(error))
     return result.lines, result.faults
@@ -63,7 +64,8 @@ def expected(workers):
 def test_tokens_are_the_cpus(pretend_gpus, expected):
     ((lines, faults),) = pretend_gpus(1).run(tokens_with, None, expected)
     assert not faults
-    assert len(lines) == 12 and all("tokens as on the CPU" in found for _, found in lines)
+    assert len(lines) == 13 and all("tokens as on the CPU" in found for _, found in lines[:12])
+    assert lines[12][0] == "CUDA graphs" and lines[12][1] != "replayed 0 times"
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -81,13 +83,15 @@ def check_gpu(tmp_path: Path, *options: str, **environment: str) -> subprocess.C
 
 
 @pytest.mark.slow
-def test_the_script_passes_on_a_pretend_gpu(tmp_path):
-    done = check_gpu(tmp_path, "--quick", "--seconds", "1500", **planted_faults.environment())
+def test_the_script_passes_on_a_pretend_gpu(tmp_path, workers):
+    workers(1).run(write_inputs, str(tmp_path))
+    given = ("--model", str(tmp_path / "base.nemo"), "--adapter", str(tmp_path / "exits.nemo"))
+    done = check_gpu(tmp_path, "--quick", "--seconds", "1500", *given, **planted_faults.environment())
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr
-    assert "all of 5 parts passed" in done.stdout
+    assert "all of 6 parts passed" in done.stdout
     page = (tmp_path / "out" / "gpu.md").read_text()
     assert "From a pretend GPU" in page and "Tiny shapes" in page and "source " in page
-    assert page.count("| transformers |") == 2 and "FAILED" not in page and str(tmp_path) not in page
+    assert page.count("| transformers |") == 4 and "FAILED" not in page and str(tmp_path) not in page
     assert (tmp_path / "out" / "gpu.png").stat().st_size > 10_000
 
 
@@ -97,7 +101,9 @@ def test_the_script_fails_for_a_planted_fault(tmp_path, fault):
     only = ("--quick", "--seconds", "1500", "--only", "tokens")
     done = check_gpu(tmp_path, *only, **planted_faults.environment(fault))
     assert done.returncode == 1
-    assert any(line.startswith("failed: tokens: ") and NAMED[fault] in line for line in done.stderr.splitlines())
+    assert any(
+        line.startswith("failed: tokens: ") and NAMED[fault] in line for line in done.stderr.splitlines()
+    )
     assert not (tmp_path / "out").exists(), "a part alone is no page"
 
 
