@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from part import NO_GPU
 from result import Result
-from speed import FULL, QUICK, measure
+from speed import QUICK, Effort, measure
 
 from nemo_ee.checkpoint import archive, run_keys
 from nemo_ee.errors import CheckpointError
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from part import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
+FULL = Effort(128, 32, 10.0, 3, 9)
 THRESHOLD = 0.5
 SHORTLIST = 8192
 

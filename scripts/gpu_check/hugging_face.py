@@ -62,9 +62,8 @@ def copied(model: Any) -> LlamaForCausalLM:
     some = state["model.norm.weight"]
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
-        other = LlamaForCausalLM(config)
-    other = other.to_empty(device="cpu") if some.device.type == "cpu" else other.to_empty(device=some.device)
-    other = other.to(some.dtype)
+        other = LlamaForCausalLM(config).to(some.dtype)
+    other.to_empty(device=some.device)
     other.load_state_dict(state)
     other.tie_weights()
     other.model.rotary_emb = type(other.model.rotary_emb)(

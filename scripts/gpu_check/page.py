@@ -32,8 +32,14 @@ def table(outcomes: Sequence["Outcome"]) -> str:
     )
 
 
-def write(outcomes: Sequence["Outcome"], output: Path, quick: bool) -> Path:
-    """Writes `gpu.md`, and `gpu.png` beside it where anything was timed; returns the page."""
+def write(outcomes: Sequence["Outcome"], output: Path, options: Sequence[str]) -> Path:
+    """Writes `gpu.md`, and `gpu.png` beside it where anything was timed; returns the page.
+
+    Args:
+        outcomes: of all parts.
+        output: directory.
+        options: that the script was given, without folders.
+    """
     output.mkdir(parents=True, exist_ok=True)
     facts = {key: value for outcome in outcomes for key, value in outcome.result.facts.items()}
     speeds = [speed for outcome in outcomes for speed in outcome.result.speeds]
@@ -41,9 +47,9 @@ def write(outcomes: Sequence["Outcome"], output: Path, quick: bool) -> Path:
     pretend = facts.pop("pretend", None)
     lines = ["# On a GPU", ""]
     lines += [PRETEND, ""] if pretend else []
-    lines += ["Tiny shapes (`--quick`): the figures mean nothing.", ""] if quick else []
+    lines += ["Tiny shapes (`--quick`): the figures mean nothing.", ""] if "--quick" in options else []
     lines += [f"**Failed: {', '.join(failed)}.** See the faults below.", ""] if failed else []
-    lines += ["Written by `bash scripts/check_gpu.sh`.", ""]
+    lines += [f"Written by `{' '.join(['bash scripts/check_gpu.sh', *options])}`.", ""]
     lines += [f"- {key}: {value}" for key, value in facts.items()]
     if speeds:
         plot(speeds).savefig(output / "gpu.png")
