@@ -209,6 +209,7 @@ def test_without_a_gpu_there_is_nothing_to_check(driver, tmp_path, monkeypatch, 
 
     found = part.run("found", part.Settings(tmp_path))
     assert "sees no GPU" in found.facts["no GPU"] and found.faults
+    capsys.readouterr()
     monkeypatch.setattr(driver, "PARTS", [driver.Part(name, 9) for name in ("finds no GPU", "passes")])
     monkeypatch.setattr(sys, "argv", ["check.py", "--quick", "--output", str(tmp_path / "out")])
     assert driver.main() == 2
