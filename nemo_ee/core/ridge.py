@@ -21,12 +21,19 @@ class RidgeAccumulator:
         self.gram = torch.zeros(features + 1, features + 1, dtype=torch.float64, device=device)
         self.cross = torch.zeros(features + 1, targets, dtype=torch.float64, device=device)
 
-    def update(self, features: Tensor, targets: Tensor) -> None:
-        """Adds rows: features [N, F], targets [N, T], any floating dtype."""
-        x = features.to(torch.float64)
+    def update(self, features: Tensor, targets: Tensor, counts: Tensor | None = None) -> None:
+        """Adds rows: features [N, F], targets [N, T], any floating dtype.
+
+        `counts` [N] says which rows count; None means all. The others are set to zero: to leave them out, a GPU
+        would have to be waited for.
+        """
+        x, y = features.to(torch.float64), targets.to(torch.float64, copy=counts is not None)
         x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+        if counts is not None:
+            x.masked_fill_(~counts[:, None], 0.0)
+            y.masked_fill_(~counts[:, None], 0.0)
         self.gram.addmm_(x.T, x)
-        self.cross.addmm_(x.T, targets.to(torch.float64))
+        self.cross.addmm_(x.T, y)
 
     def solve(self, penalty: float, groups: list[int] | None = None) -> tuple[Tensor, Tensor]:
         """Weight [T, F] and bias [T] of the fit, in float64, by Cholesky's decomposition.

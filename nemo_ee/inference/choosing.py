@@ -17,6 +17,7 @@ from nemo_ee.inference.sequence import Sequence
 from nemo_ee.inference.step import Step
 from nemo_ee.megatron.gpt import EarlyExitGPTModel
 from nemo_ee.megatron.prediction import Prediction
+from nemo_ee.megatron.transfer import to_device
 from nemo_ee.megatron.vocab_parallel import gather_columns
 
 
@@ -46,9 +47,10 @@ class Place:
             text = sequence.prompt + sequence.tokens + [draft.token for draft in sequence.drafts[:count]]
         return cls(options, sequence.eos, too_short, text)
 
-    def needs_logits(self, token: int) -> bool:
-        """Whether the most probable token is not all that is asked for, or may not come yet."""
-        too_early = self.too_short and token == self.eos
+    def needs_logits(self, token: int | None) -> bool:
+        """Whether the most probable token is not all that is asked for, or may not come yet. None for one that the
+        host does not know."""
+        too_early = self.too_short and token in (self.eos, None)
         return not self.options.use_greedy or self.options.all_probs or too_early
 
 
@@ -57,12 +59,12 @@ class Choices:
     """What n predictions say, for their places.
 
     Attributes:
-        greedy: [n] token ids of greedy places; arbitrary elsewhere.
+        greedy: [n] tokens of greedy places, arbitrary elsewhere; None where they are the most probable ones.
         distributions: [n, V] to draw from; None if all places are greedy.
         log_probs: [n, V] of the prediction itself, nats; None if no place wants it.
     """
 
-    greedy: list[int]
+    greedy: Tensor | None = None
     distributions: Tensor | None = None
     log_probs: Tensor | None = None
 
@@ -78,22 +80,45 @@ class Chooser:
         self.shard = gpt.vocab_size // gpt.config.tensor_model_parallel_size
         self.vocabulary = gpt.true_vocab_size
 
-    def of_step(self, step: Step, sequences: Several[Sequence]) -> Choices:
-        """For the n sequences that a step answers. Collectives: see `of_prediction`."""
+    def of_step(self, step: Step, sequences: Several[Sequence]) -> tuple[list[int], Choices]:
+        """For the n sequences that a step answers: the next token of each, the greedy one or one drawn with its own
+        number, and what it was chosen from. Waits for the device once at most, for what of the step is not read.
+
+        Collectives: see `of_prediction`.
+        """
         places = [Place.after(s) for s in sequences]
-        return self._choices(places, step.greedy_tokens(), lambda: step.vocabulary_shard(self.shard))
+        best = step.most_probable() if step.is_read else None
+        found = self._choices(places, best, lambda: step.vocabulary_shard(self.shard))
+        sampled = [i for i, place in enumerate(places) if not place.options.use_greedy]
+        if sampled:
+            distributions = found.distributions
+            assert distributions is not None, "some sequences sample"
+            uniforms = [sequences[i].random("draw").random() for i in sampled]
+            if len(sampled) == len(places):
+                return step.read(draw(distributions, uniforms))[0], found
+            index = to_device(sampled, distributions.device)
+            greedy, drawn = step.read(found.greedy, draw(distributions[index], uniforms))
+            for i, token in zip(sampled, drawn, strict=True):
+                greedy[i] = token
+            return greedy, found
+        if found.greedy is None:
+            return step.most_probable() if best is None else best, found
+        return step.read(found.greedy)[0], found
 
     def of_prediction(self, prediction: Prediction, places: Several[Place]) -> Choices:
         """For n places.
 
         Collectives: at TP > 1, for anything but plain greedy decoding, an all-gather of [n, Vp/TP].
         """
-        return self._choices(places, prediction.tokens, lambda: prediction.vocabulary_shard(self.shard))
+        best = prediction.tokens.tolist() if prediction.tokens.device.type == "cpu" else None
+        return self._choices(places, best, lambda: prediction.vocabulary_shard(self.shard))
 
-    def _choices(self, places: Several[Place], tokens: Tensor, shard: Callable[[], Tensor]) -> Choices:
-        best = tokens.tolist()
-        if not any(place.needs_logits(token) for place, token in zip(places, best, strict=True)):
-            return Choices(best)
+    def _choices(
+        self, places: Several[Place], best: list[int] | None, shard: Callable[[], Tensor]
+    ) -> Choices:
+        known = [None] * len(places) if best is None else best
+        if not any(place.needs_logits(token) for place, token in zip(places, known, strict=True)):
+            return Choices()
         raw = gather_columns(shard())[:, : self.vocabulary]
         log_probs = None
         if any(place.options.all_probs for place in places):
@@ -102,24 +127,10 @@ class Chooser:
         for i, place in enumerate(places):
             if place.too_short:
                 allowed[i, place.eos] = float("-inf")
-        greedy = allowed.argmax(-1).tolist()
+        greedy = allowed.argmax(-1) if any(place.options.use_greedy for place in places) else None
         if all(place.options.use_greedy for place in places):
             return Choices(greedy, None, log_probs)
         return Choices(greedy, _distributions(places, allowed), log_probs)
-
-
-def draw_tokens(found: Choices, sequences: Several[Sequence]) -> list[int]:
-    """The next token of each of n sequences: the greedy one, or drawn with the sequence's own number."""
-    tokens = list(found.greedy)
-    sampled = [i for i, s in enumerate(sequences) if not s.request.sampling.use_greedy]
-    if sampled:
-        distributions = found.distributions
-        assert distributions is not None, "some sequences sample"
-        uniforms = [sequences[i].random("draw").random() for i in sampled]
-        drawn = draw(distributions[torch.tensor(sampled, device=distributions.device)], uniforms)
-        for i, token in zip(sampled, drawn.tolist(), strict=True):
-            tokens[i] = token
-    return tokens
 
 
 def _distributions(places: Several[Place], logits: Tensor) -> Tensor:
@@ -129,7 +140,7 @@ def _distributions(places: Several[Place], logits: Tensor) -> Tensor:
         groups.setdefault(place.options, []).append(i)
     out = logits.new_zeros(logits.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
     for options, members in groups.items():
-        index = torch.tensor(members, device=logits.device)
+        index = to_device(members, logits.device)
         out[index] = token_distribution(logits[index], options, [places[i].text for i in members]).to(
             out.dtype
         )

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from nemo_ee.inference.captured_decoding import passes_for
 from nemo_ee.inference.exit_point import ExitPoint, Trail
-from nemo_ee.inference.step import Step
+from nemo_ee.inference.step import Part, Step
 from nemo_ee.megatron.confidence_rules import CONFIDENCE_RULES
-from nemo_ee.megatron.decode import PackedTokens
 from nemo_ee.megatron.decoding_model import DecodingModel
+from nemo_ee.megatron.packed_tokens import PackedTokens
 from nemo_ee.megatron.prediction import Prediction
+from nemo_ee.megatron.transfer import to_device
 
 KV_POLICIES = ("catch_up", "recompute", "state_copy")
 """What happens to keys and values of tokens that left early. `catch_up`: filled when a later token goes on.
@@ -143,7 +144,7 @@ class EarlyExitDecoder:
         assert first + len(prompts) <= self.rows, "no free rows"
         rows = list(range(first, first + len(prompts)))
         packed = PackedTokens(self.table, rows, [0] * len(rows), counts)
-        tokens = torch.tensor([t for prompt in prompts for t in prompt], device=self.model.device)
+        tokens = to_device([t for prompt in prompts for t in prompt], self.model.device)
         self._remember(tokens, packed)
         x = self.model.embed(tokens, packed.positions)
         for k, segment in enumerate(self.segments):
@@ -163,7 +164,8 @@ class EarlyExitDecoder:
         max_pending: Sequence[int | None] | None = None,
         hold: Sequence[int | None] | None = None,
     ) -> Step:
-        """Feeds one token to each of N sequences and predicts the next.
+        """Feeds one token to each of N sequences and predicts the next. Waits for the device once per exit asked; what
+        the final exit says is read when it is asked for.
 
         Args:
             tokens: [N].
@@ -200,11 +202,11 @@ class EarlyExitDecoder:
                 drafts = hold is not None and all(hold[i] == k for i in indices)
                 before = x[last]
                 behind = before if inside is x else inside[last]
-                prediction, sure = point.predict(before, behind, indices, trail, drafts)
+                prediction, sure, best = point.predict(before, behind, indices, trail, drafts)
                 out = [n for n, i in enumerate(indices) if sure[n] > thresholds[i][k]]
                 leaving = [indices[n] for n in out]
                 if leaving:
-                    answer.add(point.layer, leaving, prediction.select(out), [sure[n] for n in out])
+                    answer.add(point.layer, Part(leaving, prediction, out), sure, best)
                     if self.policy == "state_copy":
                         self._copy_states(k, [where[i] for i in leaving])
             gone = set(leaving)
@@ -218,7 +220,7 @@ class EarlyExitDecoder:
             here = staying
         x = self._run_segments(first, len(self.exits), x, packed)
         prediction = self.passes.predict("the final exit", self.output, x[packed.last])
-        answer.add(self.final_layer, here, prediction, prediction.confidence.tolist())
+        answer.add(self.final_layer, Part(here, prediction, list(range(len(here)))))
         return answer
 
     def flush(self, rows: Sequence[int]) -> tuple[Prediction, list[int]]:
@@ -251,8 +253,8 @@ class EarlyExitDecoder:
         counts = [self.lengths[row] + 1 - start for row, start in zip(rows, starts, strict=True)]
         packed = PackedTokens(self.table, rows, starts, counts)
         if history is not None:
-            lengths = torch.tensor([self.lengths[row] for row in rows], device=tokens.device)
-            history[torch.tensor(rows, device=tokens.device), lengths] = tokens
+            where, lengths = to_device([rows, [self.lengths[row] for row in rows]], tokens.device)
+            history[where, lengths] = tokens
             tokens = history[packed.rows[0] if packed.single else packed.token_rows, packed.positions]
         return packed, self.model.embed(tokens, packed.positions)
 
@@ -306,5 +308,5 @@ def _rows_of(last: Tensor | slice, some: list[int] | None, device: torch.device)
     """Where the last tokens of some sequences of a pack are; None means all."""
     if some is None:
         return last
-    index = torch.tensor(some, device=device)
+    index = to_device(some, device)
     return index + last.start if isinstance(last, slice) else last[index]

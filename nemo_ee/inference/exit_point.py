@@ -9,9 +9,10 @@ from torch import Tensor
 
 from nemo_ee.inference.segment_graphs import EagerPasses
 from nemo_ee.megatron.confidence_rules import ConfidenceRule, ExitEvidence
-from nemo_ee.megatron.decode import PackedTokens
 from nemo_ee.megatron.decoding_model import DecodingModel
+from nemo_ee.megatron.packed_tokens import PackedTokens
 from nemo_ee.megatron.prediction import Prediction
+from nemo_ee.megatron.transfer import to_device, to_host
 
 
 class Trail:
@@ -29,7 +30,7 @@ class Trail:
 
     def evidence(self, prediction: Prediction, hidden: Tensor, indices: list[int]) -> ExitEvidence:
         """Of the tokens with these indices; then remembers them."""
-        index = torch.tensor(indices, device=hidden.device)
+        index = to_device(indices, hidden.device)
         same = self.tokens[index] == prediction.tokens
         agreeing = torch.where(same, self.agreeing[index], 0) + 1
         evidence = ExitEvidence(prediction, hidden, self.hidden[index], agreeing)
@@ -85,8 +86,9 @@ class ExitPoint:
 
     def predict(
         self, x: Tensor, inside: Tensor, indices: list[int], trail: Trail | None, drafts: bool = False
-    ) -> tuple[Prediction, list[float]]:
-        """The head's prediction and how sure it is, for the tokens with these indices in the step.
+    ) -> tuple[Prediction, list[float], list[int]]:
+        """The head's prediction, how sure it is and its most probable tokens, for the tokens with these indices in
+        the step. Waits for the device once.
 
         Args:
             x: [N, H] the hidden states.
@@ -98,4 +100,5 @@ class ExitPoint:
         head = self._model.draft_head(self.layer) if drafts else self.head
         prediction = self._passes.predict(f"exit {self.layer}", head, inside)
         evidence = ExitEvidence(prediction, x) if trail is None else trail.evidence(prediction, x, indices)
-        return prediction, self.rule.confidence(evidence).tolist()
+        sure, tokens = to_host(self.rule.confidence(evidence), prediction.tokens)
+        return prediction, sure, tokens

@@ -8,14 +8,15 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from nemo_ee.inference.choosing import Chooser, draw_tokens
+from nemo_ee.inference.choosing import Chooser
 from nemo_ee.inference.request import NEVER
 from nemo_ee.inference.sequence import Sequence
-from nemo_ee.inference.step import Step
+from nemo_ee.inference.step import Part, Step
 from nemo_ee.megatron.confidence_rules import CONFIDENCE_RULES, ExitEvidence
-from nemo_ee.megatron.decode import PackedTokens
 from nemo_ee.megatron.decoding_model import DecodingModel
+from nemo_ee.megatron.packed_tokens import PackedTokens
 from nemo_ee.megatron.segment import Segment
+from nemo_ee.megatron.transfer import to_device, to_host
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Stage:
         )
         self._note(tokens)
         if hidden is None:
-            ids = torch.tensor([t for i in order for t in tokens.ids[i]], device=self.model.device)
+            ids = to_device([t for i in order for t in tokens.ids[i]], self.model.device)
             x = self.model.embed(ids, packed.positions)
         else:
             parts = hidden.to(self.model.device).split([len(ids) for ids in tokens.ids])
@@ -157,29 +158,24 @@ class Stage:
         ]
         if not asked:
             return []
-        index = torch.tensor(asked, device=x.device)
+        index = to_device(asked, x.device)
         if n is None:
             assert self.model.output is not None, "the last stage asks the final exit"
-            prediction = self.model.output.predict(x[index])
-            sure = prediction.confidence.tolist()
-            leaving = list(range(len(asked)))
+            step, leaving = Step.of_final(self.model.output.predict(x[index]), self.model.final_layer), asked
         else:
             prediction = self.model.heads[n].predict(inside[index])
-            sure = self.rule.confidence(ExitEvidence(prediction, x[index])).tolist()
-            leaving = [m for m, j in enumerate(asked) if sure[m] > self._threshold(tokens, order[j], n)]
-        if not leaving:
-            return []
-        members = [order[asked[m]] for m in leaving]
+            sure, best = to_host(self.rule.confidence(ExitEvidence(prediction, x[index])), prediction.tokens)
+            out = [m for m, j in enumerate(asked) if sure[m] > self._threshold(tokens, order[j], n)]
+            if not out:
+                return []
+            leaving, step = [asked[m] for m in out], Step.unanswered(len(out))
+            step.add(n, Part(list(range(len(out))), prediction, out), sure, best)
+        members = [order[j] for j in leaving]
         keys = [tokens.keys[i] for i in members]
-        step = Step.of_final(prediction.select(leaving), self.model.final_layer)
-        sequences = [self.sequences[key] for key in keys]
-        chosen = draw_tokens(self.chooser.of_step(step, sequences), sequences)
+        chosen, _ = self.chooser.of_step(step, [self.sequences[key] for key in keys])
         for i in members:
             tokens.undecided[i] = False
-        layer = self.model.final_layer if n is None else n
-        return [
-            Answer(key, token, layer, sure[m]) for key, token, m in zip(keys, chosen, leaving, strict=True)
-        ]
+        return [Answer(*each) for each in zip(keys, chosen, step.exit_layers, step.confidences, strict=True)]
 
     def _threshold(self, tokens: Tokens, i: int, n: int) -> float:
         return self.sequences[tokens.keys[i]].request.threshold(n)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nemo_ee.inference.request import SamplingOptions
+from nemo_ee.megatron.transfer import to_device
 
 
 def token_distribution(logits: Tensor, options: SamplingOptions, texts: Sequence[Sequence[int]]) -> Tensor:
@@ -55,7 +56,7 @@ def draw(probabilities: Tensor, uniforms: Sequence[float]) -> Tensor:
         uniforms: [N] within [0, 1).
     """
     cumulative = probabilities.to(torch.float64).cumsum(-1)
-    target = cumulative.new_tensor(uniforms)[:, None] * cumulative[:, -1:]
+    target = to_device(uniforms, cumulative.device, torch.float64)[:, None] * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, target, right=True)[:, 0]
     return tokens.clamp_max(probabilities.shape[-1] - 1)
 
@@ -67,5 +68,5 @@ def penalise(logits: Tensor, texts: Sequence[Sequence[int]], penalty: float) -> 
     """
     seen = torch.zeros_like(logits, dtype=torch.bool)
     for row, text in enumerate(texts):
-        seen[row, torch.tensor(sorted(set(text)), device=logits.device)] = True
+        seen[row, to_device(sorted(set(text)), logits.device)] = True
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)

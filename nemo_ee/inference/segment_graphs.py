@@ -23,20 +23,18 @@ from nemo.utils.nemo_logging import LogMode
 from torch import Tensor
 
 from nemo_ee.megatron.cuda_capture import Capture, CapturedPass, CudaCapture, Pass
-from nemo_ee.megatron.decode import PackedTokens
 from nemo_ee.megatron.decoding_memory import DecodingMemory
 from nemo_ee.megatron.decoding_model import DecodingModel
 from nemo_ee.megatron.lean_head import LeanHead, LeanOutput
 from nemo_ee.megatron.lean_layer import LeanLayer
+from nemo_ee.megatron.packed_tokens import PackedTokens
 from nemo_ee.megatron.prediction import Prediction
-from nemo_ee.megatron.static_tokens import Rows, StaticTokens, rows_of
+from nemo_ee.megatron.static_tokens import Rows, StaticTokens
 
 MOST_TOKENS = 64
 """Passes of at most so many tokens are captured, and of `TOKENS_PER_ROW` per row."""
 TOKENS_PER_ROW = 8
 """Tokens of a sequence that pile up at an exit are rarely more; a pass has as many only if all its sequences do."""
-FEWEST_KEYS = 128
-"""Keys that a captured pass looks at, at least; more in powers of two."""
 
 
 def capture_for(model: DecodingModel) -> Capture | None:
@@ -53,9 +51,7 @@ def capture_for(model: DecodingModel) -> Capture | None:
     elif not model.is_whole:
         warn_of_eager("the model is on several pipeline stages, which send to each other between passes")
     elif not all(isinstance(layer, LeanLayer) for layer in mathematics):
-        warn_of_eager(
-            "the layers are not of torch modules; models built with transformer_engine=false have such"
-        )
+        warn_of_eager("some layer has modules whose weights decoding does not read (FP8, experts, …)")
     else:
         return CudaCapture(model.device)
     return None
@@ -158,20 +154,10 @@ class CapturedPasses(EagerPasses):
         for size in reversed(self.sizes):  # the largest first: the others fit into its memory
             inputs = self._inputs_for(size)
             for part, x in parts:
-                for shape in self._shapes(size):
+                for shape in self.memory.attention.shapes(size, self.memory.rows, self._most_keys):
                     yield partial(self._pass, part, inputs, x, *shape)
             for name, head, x in [*readouts, ("the final exit", output, hidden)]:
                 yield partial(self._prediction, name, head, inputs, x)
-
-    def _shapes(self, size: int) -> Iterator[tuple[int, Rows]]:
-        """All that `_shape` can be for passes of that many tokens."""
-        lengths = {min(FEWEST_KEYS << n, self._most_keys) for n in range(self._most_keys.bit_length())}
-        for length in sorted(lengths):
-            yield length, "any"
-            if size <= self.memory.rows:
-                yield length, "in order"
-            if size > 1:
-                yield length, "first"
 
     def run(self, low: int, high: int, x: Tensor, packed: PackedTokens) -> Tensor:
         """See `EagerPasses`."""
@@ -220,7 +206,7 @@ class CapturedPasses(EagerPasses):
         if not self._fits(len(x)):
             self.eager += len(parts)
             return None
-        inputs, shape = self._inputs_for(len(x)), self._shape(packed)
+        inputs, shape = self._inputs_for(len(x)), self.memory.attention.shape(packed, self._most_keys)
         # Before anything is loaded: what a capture runs leaves its marks in the inputs.
         captured = [self._pass(part, inputs, x, *shape) for part in parts]
         if not all(captured):
@@ -236,10 +222,6 @@ class CapturedPasses(EagerPasses):
 
     def _fits(self, tokens: int) -> bool:
         return self._capture is not None and tokens <= self.most_tokens
-
-    def _shape(self, packed: PackedTokens) -> tuple[int, Rows]:
-        """What a captured pass depends on beside its number of tokens: keys looked at, and where they are."""
-        return min(max(_power_of_two(packed.length), FEWEST_KEYS), self._most_keys), rows_of(packed)
 
     def _inputs_for(self, tokens: int) -> "_Inputs":
         size = min(size for size in self.sizes if size >= tokens)

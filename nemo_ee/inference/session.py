@@ -3,9 +3,7 @@
 
 from collections.abc import Sequence as Several
 
-import torch
-
-from nemo_ee.inference.choosing import Choices, Chooser, Place, draw_tokens
+from nemo_ee.inference.choosing import Choices, Chooser, Place
 from nemo_ee.inference.decoder import EarlyExitDecoder
 from nemo_ee.inference.drafting import DraftingPolicy
 from nemo_ee.inference.lossless import LosslessRounds
@@ -13,8 +11,9 @@ from nemo_ee.inference.pass_costs import pass_costs
 from nemo_ee.inference.request import NEVER
 from nemo_ee.inference.sequence import Draft, Sequence
 from nemo_ee.inference.step import Step
-from nemo_ee.inference.verification import accept_drafts, agreeing_prefix
+from nemo_ee.inference.verification import Acceptance, agreeing_prefix
 from nemo_ee.megatron.decoding_model import DecodingModel
+from nemo_ee.megatron.transfer import to_device, to_host
 
 
 class DecodingSession:
@@ -106,7 +105,7 @@ class DecodingSession:
         thresholds = [rounds.thresholds(s) if _drafts(s) else self._thresholds(s) for s in going]
         waits_at = None if rounds.round is None else rounds.round.exit_index
         step = self._decoder.step(
-            torch.tensor([s.last_token for s in going], device=self._model.device),
+            to_device([s.last_token for s in going], self._model.device),
             thresholds,
             rows,
             max_pending=[None if h else s.request.max_pending for s, h in zip(going, held, strict=True)],
@@ -133,8 +132,7 @@ class DecodingSession:
         answered = [sequences[i] for i in step.answered]
         if not answered:
             return
-        found = self._chooser.of_step(step, answered)
-        tokens = draw_tokens(found, answered)
+        tokens, found = self._chooser.of_step(step, answered)
         for n, (i, sequence, token) in enumerate(zip(step.answered, answered, tokens, strict=True)):
             layer, confidence = step.exit_layers[i], step.confidences[i]
             if not held[i]:
@@ -149,24 +147,35 @@ class DecodingSession:
                 self._rounds.waiting.add(sequence)
 
     def _verify(self, sequences: list[Sequence]) -> None:
-        """Ends a round: the full model accepts drafts, and says what comes behind them."""
+        """Ends a round: the full model accepts drafts, and says what comes behind them. Waits for the device once."""
         rows = [self.running.index(s) for s in sequences]
         prediction, counts = self._decoder.flush(rows)
         places = [Place.after(s, j) for s, n in zip(sequences, counts, strict=True) for j in range(n)]
         found = self._chooser.of_prediction(prediction, places)
-        confidences = prediction.confidence.tolist()
+        spans = found.distributions
+        judges: dict[Sequence, Acceptance] = {}
+        ahead = self._model.device.type != "cpu"
+        first = 0
+        for sequence, count in zip(sequences, counts, strict=True):
+            if not sequence.request.sampling.use_greedy:
+                assert spans is not None, "this sequence samples"
+                span, random = spans[first : first + count], sequence.random("verify")
+                judges[sequence] = Acceptance(sequence.drafts, span, random, ahead)
+            first += count
+        chosen = prediction.tokens if found.greedy is None else found.greedy
+        readings = [tensor for judge in judges.values() for tensor in judge.readings()]
+        confidences, chosen_tokens, *values = to_host(prediction.confidence, chosen, *readings)
         first = 0
         for sequence, row, count in zip(sequences, rows, counts, strict=True):
-            drafts, greedy = sequence.drafts, found.greedy[first : first + count]
+            drafts, greedy = sequence.drafts, chosen_tokens[first : first + count]
             sequence.drafts = []
             following: int | None
-            if sequence.request.sampling.use_greedy:
+            if sequence in judges:
+                chances, behind, *values = values
+                good, following = judges[sequence].outcome(chances, behind)
+            else:
                 good = agreeing_prefix(drafts, greedy)
                 following = greedy[good] if good < count else None
-            else:
-                assert found.distributions is not None, "this sequence samples"
-                span = found.distributions[first : first + count]
-                good, following = accept_drafts(drafts, span, sequence.random("verify"))
             self._decoder.roll_back(row, self._decoder.lengths[row] - count + good + 1)
             before = len(sequence.tokens)
             for n, draft in enumerate(drafts[:good]):

@@ -153,7 +153,7 @@ def run_layers(table, shape, weights, x, result, rows, positions, rotates, cos, 
         positions: [T].
         rotates: [layers] whether queries and keys have rotary position embeddings.
         cos: [L, features that rotate].
-        sin: the same, signed (see `nemo_ee.megatron.decode.signed`).
+        sin: the same, signed (see `nemo_ee.megatron.packed_tokens.signed`).
         threads: that share the work.
     """
     tokens, kind = len(x), x.dtype

@@ -1,279 +1,18 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Transformer layers with a KV cache, on packed tokens of several sequences at different positions.
 
-Every sequence has a row of the caches. Suffixes: T packed tokens, N sequences in the pack, Q most tokens of
-one sequence in the pack, L keys looked at, H hidden size, G query groups and R queries per group of this
-tensor-parallel rank, D head size.
+Suffixes: T packed tokens, H hidden size, G query groups and R queries per group of this tensor-parallel rank,
+D head size.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
-
-import numpy as np
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from nemo_ee.megatron.gpt import EarlyExitGPTModel
+from nemo_ee.megatron.cached_attention import CachedAttention
 from nemo_ee.megatron.lean_layer import LayerMathematics
-
-PADDING = 500
-"""Query-key pairs of padding, per sequence, that take about as long as a call of attention (SmolLM2 on two cores)."""
-
-
-class PositionTable:
-    """Positions 0..max_length-1 and their rotary factors, looked up by every pack of one decoder.
-
-    Args:
-        gpt: the model; its position embedding is rotary, learned or none.
-        max_length: positions.
-        dtype: of queries and keys.
-        device: where they are.
-
-    Raises:
-        NotImplementedError: for position embeddings that need more than a position per token.
-    """
-
-    def __init__(self, gpt: EarlyExitGPTModel, max_length: int, dtype: torch.dtype, device: torch.device):
-        self.positions = torch.arange(max_length, device=device)
-        self.cos = self.sin = None
-        self._rotations: dict[tuple[torch.dtype, bool], tuple[np.ndarray, ...]] = {}
-        kind = gpt.position_embedding_type
-        if kind not in ("rope", "learned_absolute", "none"):
-            raise NotImplementedError(
-                f"position_embedding_type={kind}: decoding knows rope, learned_absolute and none"
-            )
-        if kind == "rope":
-            # The module caches what it returns; a cached inference tensor would break the next training step.
-            with torch.inference_mode(False), torch.no_grad():
-                angles = gpt.rotary_pos_emb(max_length).to(device)
-            self.cos, self.sin = (
-                angles.cos().to(dtype),
-                signed(angles.sin(), gpt.config.rotary_interleaved).to(dtype),
-            )
-
-    def rotation(self, dtype: torch.dtype, rotary: bool) -> tuple[np.ndarray, ...]:
-        """Cosines and signed sines as CPU kernels read them, [L, features that rotate]; [0, 0] if nothing does."""
-        if (dtype, rotary) not in self._rotations:
-            parts = [self.cos, self.sin]
-            if not rotary or self.cos is None:
-                parts = [self.positions.new_empty(0, 0)] * 2
-            self._rotations[dtype, rotary] = tuple(part.flatten(1).to(dtype).numpy() for part in parts)
-        return self._rotations[dtype, rotary]
-
-
-def signed(sin: Tensor, interleaved: bool) -> Tensor:
-    """Sines with the sign that each factor of a rotated pair has, so that rotating swaps halves and no more."""
-    sin = sin.clone()
-    if interleaved:
-        sin[..., ::2] *= -1
-    else:
-        sin[..., : sin.shape[-1] // 2] *= -1
-    return sin
-
-
-@dataclass(frozen=True)
-class Run:
-    """Sequences of a pack in neighbouring rows, with as many new tokens each: their keys are one view.
-
-    Attributes:
-        row: the first one's.
-        starts: position of each one's first new token.
-        count: new tokens of each.
-    """
-
-    row: int
-    starts: tuple[int, ...]
-    count: int
-
-    @property
-    def length(self) -> int:
-        """Keys of the longest."""
-        return max(self.starts) + self.count
-
-    @property
-    def padding(self) -> int:
-        """Pairs of a query and a key beyond its own that attention in one call has."""
-        return self.count * (len(self.starts) * max(self.starts) - sum(self.starts))
-
-    def with_next(self, start: int) -> "Run":
-        """One sequence more."""
-        return Run(self.row, (*self.starts, start), self.count)
-
-    @classmethod
-    def of(cls, rows: list[int], starts: list[int], counts: list[int]) -> list["Run"]:
-        """The runs of a pack, in its order: as long as a call saved is worth the padding."""
-        runs: list[Run] = []
-        for row, start, count in zip(rows, starts, counts, strict=True):
-            last = runs[-1] if runs else None
-            if last and row == last.row + len(last.starts) and count == last.count:
-                longer = last.with_next(start)
-                together = count == 1 or (start > 0) == (last.starts[0] > 0)  # prompts have no mask
-                if together and longer.padding <= PADDING * len(longer.starts):
-                    runs[-1] = longer
-                    continue
-            runs.append(cls(row, (start,), count))
-        return runs
-
-
-class PackedTokens:
-    """New tokens of N sequences, each sequence's contiguous, one after the other along the T axis.
-
-    Args:
-        table: shared positions.
-        rows: the N sequences' rows of the caches, ascending.
-        starts: position of each sequence's first new token; its keys before that are in the cache.
-        counts: new tokens per sequence, each at least 1.
-
-    Attributes:
-        sequences: N.
-        spread: on a CPU attention reads the keys of all rows to the pack's last in place, and queries are padded to
-            these rows: cheaper than a call per run while texts are short.
-        by_run: attention is called per run of sequences.
-        runs: of the sequences; none where attention in one call needs no padding.
-        positions: [T].
-        last: [N] index within T of each sequence's last token, or a slice where that is a view.
-    """
-
-    def __init__(self, table: PositionTable, rows: list[int], starts: list[int], counts: list[int]):
-        self.rows, self.starts, self.counts = rows, starts, counts
-        self.sequences = len(rows)
-        self.first_rows = rows[-1] == len(rows) - 1
-        self.single = len(rows) == 1
-        self.width = max(counts)
-        self.length = max(start + count for start, count in zip(starts, counts, strict=True))
-        self.from_scratch = max(starts) == 0
-        self._sees_all = self.width == 1 and min(starts) + 1 == self.length
-        self._masks: dict[tuple[int, torch.dtype], Tensor] = {}
-        self._run_masks: dict[tuple[Run, int, torch.dtype], Tensor] = {}
-        self._rotations: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
-        device = table.positions.device
-        ragged = device.type == "cpu" and not self.single and (self.width > 1 or not self.first_rows)
-        self.runs = Run.of(rows, starts, counts) if ragged or self.single else []
-        self.spread = ragged and not self.from_scratch and self._padding() <= PADDING * len(self.runs)
-        # Else views of the caches, one at a time: copying keys would cost more than the calls.
-        self.by_run = self.single or (ragged and not self.spread)
-        self.height = rows[-1] + 1 if self.spread else self.sequences
-        self.last: Tensor | slice
-        if self.single:
-            span: Tensor | slice = slice(starts[0], self.length)
-            self.positions = table.positions[span]
-            self.last = slice(self.width - 1, self.width)
-        else:
-            layout = self._layout(device)
-            self.index = layout[:2, : self.tokens]  # [2, T] rows and positions
-            self.token_rows, self.positions = self.index
-            self.slots = layout[2, : self.tokens]
-            self.row_index, ends = layout[3:, : self.sequences]
-            self.last = slice(0, len(rows)) if self.width == 1 else ends
-            span = self.positions
-        self.table, self._span = table, span
-
-    @property
-    def tokens(self) -> int:
-        """T."""
-        return sum(self.counts)
-
-    def _layout(self, device: torch.device) -> Tensor:
-        """[5, T]: of each token its row, position and place among the padded; of each sequence (the first N) its
-        row and last token. In one copy, which does not wait for the device."""
-        layout = np.zeros((5, self.tokens), dtype=np.int64)
-        layout[:2] = token_rows, positions = self.places
-        sequence = np.repeat(np.arange(self.sequences), self.counts)
-        offset = positions - np.array(self.starts)[sequence]
-        layout[2] = (token_rows if self.spread else sequence) * self.width + offset
-        layout[3, : self.sequences] = self.rows
-        layout[4, : self.sequences] = np.cumsum(self.counts) - 1
-        return torch.from_numpy(layout).to(device, non_blocking=True)
-
-    def write_index(self, target: Tensor) -> None:
-        """Writes the tokens' rows and positions to the first T columns of [2, T or more]."""
-        if self.single:
-            target[0, : self.tokens] = self.rows[0]
-            target[1, : self.tokens] = self.positions
-        else:
-            target[:, : self.tokens] = self.index
-
-    def _padding(self) -> int:
-        """Pairs of a query and a key beyond its own that attention in one call, on keys in place, has."""
-        ends = [start + count for start, count in zip(self.starts, self.counts, strict=True)]
-        own = sum(count * end for count, end in zip(self.counts, ends, strict=True))
-        return (self.rows[-1] + 1) * self.width * self.length - own
-
-    @cached_property
-    def places(self) -> tuple[np.ndarray, np.ndarray]:
-        """[T] rows of the caches and [T] positions, as CPU kernels read them."""
-        if self.single:
-            return np.full(self.width, self.rows[0]), np.arange(self.starts[0], self.length)
-        counts = np.array(self.counts)
-        firsts = np.repeat(np.array(self.starts) - counts.cumsum() + counts, counts)
-        return np.repeat(np.array(self.rows), counts), firsts + np.arange(counts.sum())
-
-    def store(self, x: Tensor, hidden: Tensor) -> None:
-        """Writes the tokens' states [T, H] to their places in [rows, positions, H]."""
-        if self.single:
-            hidden[self.rows[0], self.starts[0] : self.length] = x
-        else:
-            hidden[self.token_rows, self.positions] = x
-
-    def rotate(self, qkv: Tensor, interleaved: bool) -> Tensor:
-        """Rotary position embedding of queries and keys, [T, G, R + 2, D]; values stay. Nothing without RoPE."""
-        table = self.table
-        if table.cos is None:
-            return qkv
-        key, size = (qkv.shape[2], qkv.dtype), table.cos.shape[-1]
-        if key not in self._rotations:
-            cos, sin = table.cos[self._span], table.sin[self._span]
-            shape = (len(cos), 1, *qkv.shape[2:])
-            factors = qkv.new_ones(shape), qkv.new_zeros(shape)
-            factors[0][:, :, :-1, :size] = cos
-            factors[1][:, :, :-1, :size] = sin
-            self._rotations[key] = factors
-        return rotate(qkv, *self._rotations[key], size, interleaved)
-
-    def mask(self, repeats: int, dtype: torch.dtype) -> Tensor | None:
-        """[N, 1, R x Q, L] to add to scores, -inf where a key is not visible; None if all are. R is `repeats`."""
-        if self._sees_all:
-            return None
-        if (repeats, dtype) not in self._masks:
-            keys = self.table.positions[: self.length]
-            visible = keys <= self.pad(self.positions)[:, :, None]
-            self._masks[repeats, dtype] = additive(visible.repeat(1, repeats, 1)[:, None], dtype)
-        return self._masks[repeats, dtype]
-
-    def run_mask(self, run: Run, repeats: int, dtype: torch.dtype) -> Tensor | None:
-        """[n, 1, R x count, L] of a run of n sequences, as `mask`."""
-        if run.count == 1 and not run.padding:
-            return None
-        key = run, repeats, dtype
-        if key not in self._run_masks:
-            keys = self.table.positions[: run.length]
-            last = keys.new_tensor(run.starts)[:, None] + keys[: run.count]  # [n, count]
-            visible = keys <= last[:, :, None]
-            self._run_masks[key] = additive(visible.repeat(1, repeats, 1)[:, None], dtype)
-        return self._run_masks[key]
-
-    def pad(self, packed: Tensor) -> Tensor:
-        """[T, ...] -> [N, Q, ...], zeros where a sequence has fewer tokens.
-
-        Where the pack is `spread`, N counts all rows of the caches to the pack's last.
-        """
-        if self._is_padded:
-            return packed.view(self.height, self.width, *packed.shape[1:])
-        padded = packed.new_zeros(self.height * self.width, *packed.shape[1:])
-        padded[self.slots] = packed
-        return padded.view(self.height, self.width, *packed.shape[1:])
-
-    def unpad(self, padded: Tensor) -> Tensor:
-        """[N, Q, ...] -> [T, ...], the inverse of `pad`."""
-        flat = padded.reshape(-1, *padded.shape[2:])
-        return flat if self._is_padded else flat[self.slots]
-
-    @property
-    def _is_padded(self) -> bool:
-        return self.single or (self.width == 1 and not self.spread)
+from nemo_ee.megatron.packed_tokens import PackedTokens
 
 
 class CachedLayer:
@@ -286,6 +25,7 @@ class CachedLayer:
         max_length: positions.
         dtype: of keys and values.
         device: where they are.
+        attention: reads the keys.
 
     Raises:
         NotImplementedError: for attention that a plain KV cache cannot express.
@@ -299,19 +39,19 @@ class CachedLayer:
         max_length: int,
         dtype: torch.dtype,
         device: torch.device,
+        attention: CachedAttention,
     ):
         check_attention(layer.config)
-        attention = layer.self_attention
-        self.mathematics = mathematics
-        self.groups = attention.num_query_groups_per_partition
-        self.repeats = attention.num_attention_heads_per_partition // self.groups
+        modules = layer.self_attention
+        self.mathematics, self._attention = mathematics, attention
+        self.groups = modules.num_query_groups_per_partition
         self.scale = layer.config.softmax_scale
         self.interleaved = layer.config.rotary_interleaved
         no_rope = getattr(layer.config, "no_rope_freq", None)
         self.rotary = not (no_rope and no_rope[layer.layer_number - 1])
-        shape = (2, rows, self.groups, max_length, attention.hidden_size_per_attention_head)
-        # Zeros, not garbage: a masked key has weight 0, and 0 times a NaN is a NaN.
-        self.cache = torch.zeros(shape, dtype=dtype, device=device)
+        self.cache = attention.empty_cache(
+            rows, self.groups, max_length, modules.hidden_size_per_attention_head, dtype, device
+        )
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` keys and values of one row to another."""
@@ -322,7 +62,8 @@ class CachedLayer:
 
         With torch's operations; see `Segment`. Collectives: two all-reduces of [T, H] where TP > 1.
         """
-        return self.mathematics.finish(x, self._attend(self._project(x, packed), packed))
+        query = self._project(x, packed)
+        return self.mathematics.finish(x, self._attention(query, self.cache, packed, self.scale))
 
     def fill(self, x: Tensor, packed: PackedTokens) -> None:
         """Writes the tokens' keys and values as if [T, H] were the layer's input."""
@@ -339,85 +80,6 @@ class CachedLayer:
         else:
             self.cache[:, packed.token_rows, :, packed.positions] = new.transpose(1, 2)
         return qkv[:, :, :-2]
-
-    def _attend(self, query: Tensor, packed: PackedTokens) -> Tensor:
-        """[T, G, R, D] -> [T, G x R x D]."""
-        if packed.by_run:
-            runs = packed.runs
-            if len(runs) == 1:
-                return self._attend_run(query, runs[0], packed)
-            parts = query.split([len(run.starts) * run.count for run in runs])
-            return torch.cat([self._attend_run(q, run, packed) for q, run in zip(parts, runs, strict=True)])
-        keys, values = (self._read(part, packed) for part in self.cache)
-        q = packed.pad(query)  # [N, Q, G, R, D]
-        sequences, width = q.shape[:2]
-        if packed.from_scratch and width > 1:
-            # Padding comes after a sequence's own tokens, so none of these sees it.
-            out = self._attend_causally(q, keys, values)
-        else:
-            out = self._attend_grouped(q, keys, values, packed.mask(self.repeats, q.dtype))
-        return packed.unpad(out.reshape(sequences, width, -1))
-
-    def _attend_run(self, query: Tensor, run: Run, packed: PackedTokens) -> Tensor:
-        """Of n neighbouring sequences: [n x count, G, R, D] -> [n x count, G x R x D]."""
-        sequences, count = len(run.starts), run.count
-        keys, values = self.cache[:, run.row : run.row + sequences, :, : run.length]
-        q = query.view(sequences, count, *query.shape[1:])
-        if run.starts[0] == 0 and count > 1:
-            out = self._attend_causally(q, keys, values)
-        else:
-            out = self._attend_grouped(q, keys, values, packed.run_mask(run, self.repeats, q.dtype))
-        return out.reshape(sequences * count, -1)
-
-    def _attend_causally(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Of texts from their first token: q [N, Q, G, R, D] -> [N, Q, heads, D]."""
-        heads = q.flatten(2, 3).transpose(1, 2)
-        gqa = self.repeats > 1
-        return scaled_dot_product_attention(
-            heads, keys, values, is_causal=True, scale=self.scale, enable_gqa=gqa
-        ).transpose(1, 2)
-
-    def _attend_grouped(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """The heads that share keys as one longer query, so that no backend repeats the keys.
-
-        q [N, Q, G, R, D] -> [N, Q, G, R, D].
-        """
-        sequences, width, groups, repeats, size = q.shape
-        q = q.permute(0, 2, 3, 1, 4).reshape(sequences, groups, repeats * width, size)
-        out = scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=self.scale)
-        return out.view(sequences, groups, repeats, width, size).permute(0, 3, 1, 2, 4)
-
-    def _read(self, cache: Tensor, packed: PackedTokens) -> Tensor:
-        """[N, G, L, D]: a view, but for a part of the rows."""
-        if packed.first_rows or packed.spread:
-            return cache[: packed.height, :, : packed.length]
-        return cache[:, :, : packed.length][packed.row_index]
-
-
-def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as attention adds it to its scores: 0 where `visible`, -inf elsewhere."""
-    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, float("-inf"))
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, size: int, interleaved: bool) -> Tensor:
-    """Rotary position embedding of the first `size` features of x [T, G, n, D].
-
-    Args:
-        x: heads.
-        cos: [T, 1, n, D], 1 where nothing rotates.
-        sin: [T, 1, n, D], signed (see `signed`), 0 where nothing rotates.
-        size: features that rotate.
-        interleaved: pairs are neighbours, not halves.
-    """
-    turned = x[..., :size]
-    if interleaved:
-        swapped = torch.stack((turned[..., 1::2], turned[..., ::2]), dim=-1).flatten(-2)
-    else:
-        first, second = turned.chunk(2, dim=-1)
-        swapped = torch.cat((second, first), dim=-1)
-    if size < x.shape[-1]:
-        swapped = torch.cat((swapped, x[..., size:]), dim=-1)
-    return torch.addcmul(x * cos, swapped, sin)
 
 
 def check_attention(config: TransformerConfig) -> None:

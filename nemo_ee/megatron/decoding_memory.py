@@ -20,13 +20,15 @@ class DecodingMemory:
         positions: per sequence.
 
     Attributes:
+        rows: as given.
         table: the positions.
+        attention: of the layers.
         blocks: exit layer -> its block with a cache, or None.
         hidden: exit layer -> [rows, positions, H] states behind the layer.
     """
 
     def __init__(self, model: DecodingModel, exit_layers: Sequence[int], rows: int, positions: int):
-        self.rows, self.table = rows, model.table(positions)
+        self.rows, self.table, self.attention = rows, model.table(positions), model.attention
         self.blocks = {n: model.cached_block(n, rows, positions) for n in exit_layers}
         size = model.hidden.shape[-1]
         self.hidden: dict[int, Tensor] = {

@@ -8,11 +8,14 @@ from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from torch import Tensor
 
+from nemo_ee.megatron.cached_attention import CachedAttention
 from nemo_ee.megatron.cpu_kernels import KERNEL_TOKENS, run_head, runs_kernels
-from nemo_ee.megatron.decode import CachedLayer, PackedTokens, PositionTable
+from nemo_ee.megatron.decode import CachedLayer
+from nemo_ee.megatron.flash_attention import MASKED, chosen_attention
 from nemo_ee.megatron.gpt import EarlyExitGPTModel
 from nemo_ee.megatron.lean_head import LeanHead, LeanOutput, Readout
 from nemo_ee.megatron.lean_layer import layer_mathematics
+from nemo_ee.megatron.packed_tokens import PackedTokens, PositionTable
 from nemo_ee.megatron.segment import Segment
 
 _COMPILED: set[tuple[str, torch.dtype]] = set()
@@ -39,6 +42,8 @@ class DecodingModel:
         dtype: of the backbone's computation.
         device: of its weights.
         hidden: [0, H], an empty example of a hidden state.
+        attention: on cached keys, of all layers and blocks.
+        refused_attention: why it is not another.
     """
 
     def __init__(
@@ -71,6 +76,7 @@ class DecodingModel:
         self.output = LeanOutput(gpt, self.dtype, weights) if gpt.post_process else None
         self.final_layer = gpt.config.num_layers
         self.hidden = torch.empty(0, gpt.config.hidden_size, dtype=self._hidden_dtype(), device=self.device)
+        self.attention, self.refused_attention = self._choose_attention()
         self._compile_kernels()
         self._embedding = None
         plain = parallel_state.get_tensor_model_parallel_world_size() == 1
@@ -93,7 +99,7 @@ class DecodingModel:
 
     def table(self, max_length: int) -> PositionTable:
         """Positions for decoders of that length."""
-        return PositionTable(self.gpt, max_length, self.dtype, self.device)
+        return PositionTable.of(self.gpt, max_length, self.dtype, self.device)
 
     def cached_layers(self, rows: int, max_length: int) -> dict[int, CachedLayer]:
         """The layers with caches of their own."""
@@ -105,7 +111,9 @@ class DecodingModel:
             return None
         block = self.gpt.exits[str(n)].block
         dtype = self.heads[n].dtype
-        return Segment([CachedLayer(block, self.blocks[n], rows, max_length, dtype, self.device)])
+        return Segment(
+            [CachedLayer(block, self.blocks[n], rows, max_length, dtype, self.device, self.attention)]
+        )
 
     def draft_head(self, n: int) -> LeanHead:
         """The head of the exit on layer n for drafts that the full model verifies; an 8-bit copy is made in the
@@ -128,9 +136,18 @@ class DecodingModel:
         """Of weights that a pass through layer n reads."""
         return self.layers[n].bytes
 
+    def _choose_attention(self) -> tuple[CachedAttention, tuple[str, ...]]:
+        if any(self.heads[n].dtype != self.dtype for n in self.blocks):
+            return MASKED, ()
+        attention = self.gpt.decoder.layers[0].self_attention
+        groups = attention.num_query_groups_per_partition
+        repeats = attention.num_attention_heads_per_partition // groups
+        size = attention.hidden_size_per_attention_head
+        return chosen_attention(self.device, self.dtype, groups, repeats, size)
+
     def _cached_layer(self, n: int, rows: int, max_length: int) -> CachedLayer:
         module = self.gpt.decoder.layers[n - min(self.layers)]
-        return CachedLayer(module, self.layers[n], rows, max_length, self.dtype, self.device)
+        return CachedLayer(module, self.layers[n], rows, max_length, self.dtype, self.device, self.attention)
 
     def _compile_kernels(self) -> None:
         """Once per process, and before a request is waiting."""

@@ -184,6 +184,7 @@ class RidgeInitialiser:
             self.hooks += [module.register_forward_pre_hook(self._keep_input) for module in self._fitted(n)]
         if any(gpt.exits[str(n)].projection.kind == "shortlist" for n in layers):
             self.bucket_sums = RidgeAccumulator(size, 1, device)
+            self.others = rows_of_others(gpt.exits[str(layers[0])].projection, gpt)
 
     def _fitted(self, n: int) -> list[torch.nn.Module]:
         """The linear modules that the closed form sets, the translator first."""
@@ -202,17 +203,17 @@ class RidgeInitialiser:
 
         Collectives: gathers features over the tensor-parallel group.
         """
-        keep = by_position(batch.loss_mask) > 0
-        target = whole_tokens(final, self.gpt.config.sequence_parallel)[keep]
+        counts = by_position(batch.loss_mask) > 0
+        target = whole_tokens(final, self.gpt.config.sequence_parallel)
         for n, sums in self.sums.items():
             head = self.gpt.exits[str(n)]
             hidden = states.exits[n].to(head.linear.weight.dtype)
             head(hidden, batch.attention_mask, states.rotary_pos_emb)
-            read = [self._whole_input(module)[keep] for module in self._fitted(n)]
-            sums.update(torch.cat(read, dim=1), target)
+            read = [self._whole_input(module) for module in self._fitted(n)]
+            sums.update(torch.cat(read, dim=1), target, counts)
         if self.bucket_sums is not None:
-            projection = self.gpt.exits[str(next(iter(self.sums)))].projection
-            self.bucket_sums.update(target, log_sum_of_others(target, projection, self.gpt)[:, None])
+            log_sum = log_sum_of_rows(target, self.others, self.gpt)
+            self.bucket_sums.update(target, log_sum[:, None], counts)
 
     def _whole_input(self, module: torch.nn.Module) -> Tensor:
         """What a module read, [T, width], gathered over the tensor-parallel group."""
@@ -290,22 +291,26 @@ def _solve(sums: RidgeAccumulator, widths: list[int], penalty: float) -> tuple[T
     return sums.solve(penalty, widths)
 
 
-def log_sum_of_others(state: Tensor, projection: ExitProjection, gpt: EarlyExitGPTModel) -> Tensor:
-    """Log of the summed exponentials of the logits of all tokens off a shortlist: [T, H] -> [T].
+def rows_of_others(projection: ExitProjection, gpt: EarlyExitGPTModel) -> Tensor:
+    """Which rows of this rank's output weight belong to tokens off a shortlist. A GPU is waited for."""
+    mine = gpt.output_weight().shape[0]
+    first = parallel_state.get_tensor_model_parallel_rank() * mine
+    others = torch.ones(gpt.true_vocab_size, dtype=torch.bool, device=projection.token_ids.device)
+    others.index_fill_(0, projection.token_ids, False)
+    return others[first : first + mine].nonzero()[:, 0]
 
-    At least `NEVER`, also where the shortlist is the whole vocabulary.
+
+def log_sum_of_rows(state: Tensor, rows: Tensor, gpt: EarlyExitGPTModel) -> Tensor:
+    """Log of the summed exponentials of the logits of all ranks' `rows` of the output weight: [T, H] -> [T].
+
+    At least `NEVER`, also where there are no rows.
 
     Collectives: two all-reduces of [T] over the tensor-parallel group per chunk of tokens.
     """
-    weight = gpt.output_weight()
-    first = parallel_state.get_tensor_model_parallel_rank() * weight.shape[0]
-    others = torch.ones(gpt.true_vocab_size, dtype=torch.bool, device=weight.device)
-    others[projection.token_ids] = False
-    others = others[first : first + weight.shape[0]]
-    rows = weight[: len(others)][others]
+    weight = gpt.output_weight().index_select(0, rows)
     chunks = []
     for chunk in state.split(chunk_tokens(gpt.early_exit.tuning.loss_chunk_tokens, max(1, len(rows)))):
-        logits = torch.nn.functional.linear(chunk.to(rows.dtype), rows)
+        logits = torch.nn.functional.linear(chunk.to(weight.dtype), weight)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         chunks.append(log_sum_over_ranks(logits.logsumexp(-1).clamp_min(NEVER)))
     return torch.cat(chunks)

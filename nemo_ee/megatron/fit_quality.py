@@ -30,15 +30,16 @@ class HeldOutFit:
     def __call__(self, batch: MicroBatch, states: StageStates, final: Tensor | None) -> None:
         """Adds one micro-batch. Collectives: those of the heads over the tensor-parallel group."""
         parallel = self.gpt.config.sequence_parallel
-        keep = by_position(batch.loss_mask) > 0
-        target = whole_tokens(final, parallel)[keep].double()
+        keep = (by_position(batch.loss_mask) > 0)[:, None]
+        target = whole_tokens(final, parallel).double().masked_fill(~keep, 0.0)
         self.total += target.sum(0)
         self.squares += torch.stack([target.square().sum(), keep.sum().double()])
         for n, row in self.rows.items():
             head = self.gpt.exits[str(n)]
             hidden = states.exits[n].to(head.linear.weight.dtype)
             state = head(hidden, batch.attention_mask, states.rotary_pos_emb)
-            self.errors[row] += (whole_tokens(state, parallel)[keep].double() - target).square().sum()
+            error = (whole_tokens(state, parallel).double() - target).masked_fill_(~keep, 0.0)
+            self.errors[row] += error.square().sum()
 
     def finish(self) -> dict[int, float]:
         """Exit layer -> R², of all stages.

@@ -28,11 +28,16 @@ class LayerDropout:
         rate = self.rates.get(layer, 0.0)
         if rate == 0.0:
             return after
-        kept = self.kept(layer, before.shape[1]).to(after.device)
+        skipping = (~self.kept(layer, before.shape[1])).nonzero()[:, 0].tolist()
+        if not skipping:
+            return after
+        kept = torch.ones(before.shape[1], dtype=torch.bool, device=after.device)
+        for sample in skipping:
+            kept[sample].fill_(False)  # to copy the draws there, the host would wait for the device
         return torch.where(kept[None, :, None], after, before)
 
     def kept(self, layer: int, batch_size: int) -> Tensor:
-        """[B], whether each sample goes through the layer."""
+        """[B] on the host, whether each sample goes through the layer."""
         mixed = 0
         for part in (*self.seed, layer):
             mixed = (mixed * 1_000_003 + part + 1) % (2**61 - 1)

@@ -16,8 +16,9 @@ from nemo_ee.kernels.readout import Head
 from nemo_ee.megatron.cpu_kernels import kernel_norm, run_head
 from nemo_ee.megatron.gpt import EarlyExitGPTModel
 from nemo_ee.megatron.heads import ExitHead
-from nemo_ee.megatron.lean_layer import ACTIVATIONS, LeanMLP, is_lean_mlp
-from nemo_ee.megatron.lean_weights import DenseLinear, LeanNorm, is_lean_norm, lean_linear
+from nemo_ee.megatron.lean_layer import ACTIVATIONS, LeanMLP
+from nemo_ee.megatron.lean_modules import is_lean_mlp, is_lean_norm, read_norm
+from nemo_ee.megatron.lean_weights import DenseLinear, lean_linear
 from nemo_ee.megatron.prediction import Prediction, Rows
 
 
@@ -91,11 +92,11 @@ class LeanHead(Readout):
         bucket = (projection.bucket_weight, projection.bucket_bias) if projection.holds_bucket else ()
         rows = Rows.of_exit(projection)
         super().__init__(lean_linear(weight, None, dtype, weights), rows, bucket, dtype)
-        self.norm = None if head.norm is None else LeanNorm.of(head.norm)
+        self.norm = None if head.norm is None else read_norm(head.norm)
         self.mlp_norm = self.mlp = self.linear = None
         if head.mlp is not None:
-            assert is_lean_mlp(head.mlp.mlp), "exit heads are built of torch modules"
-            self.mlp_norm = LeanNorm.of(head.mlp.norm)
+            assert is_lean_mlp(head.mlp.norm, head.mlp.mlp), "exit heads are built of torch modules"
+            self.mlp_norm = read_norm(head.mlp.norm)
             self.mlp = LeanMLP(head.mlp.mlp, dtype, weights)
         if head.linear is not None:
             self.linear = lean_linear(head.linear.weight, head.linear.bias, dtype, weights)
@@ -150,7 +151,7 @@ class LeanOutput(Readout):
         output = lean_linear(gpt.output_weight(), None, dtype, weights)
         super().__init__(output, Rows.of_output_layer(gpt), (), dtype)
         norm = gpt.decoder.final_layernorm
-        self.norm = LeanNorm.of(norm) if is_lean_norm(norm) else norm  # None, or Transformer Engine's
+        self.norm = read_norm(norm) if is_lean_norm(norm) else norm  # None, or of a kind of its own
         if self.norm is None or is_lean_norm(norm):
             self.kernels = [
                 (limit, head._replace(norm=kernel_norm(self.norm, dtype))) for limit, head in self.kernels

@@ -9,9 +9,6 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import torch
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
@@ -21,7 +18,8 @@ from nemo_ee.kernels.layer import Layer
 from nemo_ee.kernels.mlp import GELU, RELU, SILU, TANH_GELU
 from nemo_ee.megatron.activations import tanh_gelu
 from nemo_ee.megatron.cpu_kernels import kernel_norm
-from nemo_ee.megatron.lean_weights import LeanNorm, is_lean_norm, lean_linear, sum_over_ranks
+from nemo_ee.megatron.lean_modules import bias_of, head_norms, is_lean, norm_before
+from nemo_ee.megatron.lean_weights import LeanNorm, lean_linear, sum_over_ranks
 
 
 class LayerMathematics(Protocol):
@@ -46,7 +44,7 @@ class LeanMLP:
     """An MLP, gated or not.
 
     Args:
-        mlp: megatron-core's, of torch modules.
+        mlp: megatron-core's, of modules that `is_lean_mlp` knows; a norm in front is not part of it.
         dtype: to compute in.
         weights: see `WEIGHT_KINDS`.
     """
@@ -54,9 +52,9 @@ class LeanMLP:
     def __init__(self, mlp: MLP, dtype: torch.dtype, weights: str):
         config, up, down = mlp.config, mlp.linear_fc1, mlp.linear_fc2
         self.world = config.tensor_model_parallel_size
-        self.up = lean_linear(up.weight, up.bias, dtype, weights)
-        self.bias = down.bias if self.world > 1 else None
-        self.down = lean_linear(down.weight, None if self.world > 1 else down.bias, dtype, weights)
+        self.up = lean_linear(up.weight, bias_of(up), dtype, weights)
+        self.bias = bias_of(down) if self.world > 1 else None
+        self.down = lean_linear(down.weight, None if self.world > 1 else bias_of(down), dtype, weights)
         self.gated, self.activation = config.gated_linear_unit, config.activation_func
         if config.bias_activation_fusion and self.activation is gelu:
             self.activation = tanh_gelu  # what the fused kernel computes
@@ -83,7 +81,7 @@ class LeanLayer:
     """A layer as functions of its weights, which are not copied if they have the dtype.
 
     Args:
-        layer: of plain torch modules, see `is_lean`.
+        layer: of modules that we know, see `is_lean`.
         dtype: to compute in.
         weights: see `WEIGHT_KINDS`.
     """
@@ -93,16 +91,14 @@ class LeanLayer:
         self.dtype, self.world = dtype, config.tensor_model_parallel_size
         self.groups = attention.num_query_groups_per_partition
         self.head_size = attention.hidden_size_per_attention_head
-        self.norm = LeanNorm.of(layer.input_layernorm)
         qkv, out = attention.linear_qkv, attention.linear_proj
-        self.qkv = lean_linear(qkv.weight, qkv.bias, dtype, weights)
-        self.bias = out.bias if self.world > 1 else None
-        self.out = lean_linear(out.weight, None if self.world > 1 else out.bias, dtype, weights)
-        self.mlp_norm = LeanNorm.of(layer.pre_mlp_layernorm)
+        self.norm = norm_before(layer.input_layernorm, qkv)
+        self.qkv = lean_linear(qkv.weight, bias_of(qkv), dtype, weights)
+        self.bias = bias_of(out) if self.world > 1 else None
+        self.out = lean_linear(out.weight, None if self.world > 1 else bias_of(out), dtype, weights)
+        self.mlp_norm = norm_before(layer.pre_mlp_layernorm, layer.mlp.linear_fc1)
         self.mlp = LeanMLP(layer.mlp, dtype, weights)
-        self.head_norms = None
-        if attention.q_layernorm is not None and not isinstance(attention.q_layernorm, IdentityOp):
-            self.head_norms = [LeanNorm.of(n) for n in (attention.q_layernorm, attention.k_layernorm)]
+        self.head_norms = head_norms(attention)
         self.scale = config.softmax_scale or self.head_size**-0.5
         self.interleaved = config.rotary_interleaved
 
@@ -185,33 +181,6 @@ class ModuleLayer:
         return sum(parameter.nbytes for parameter in self.layer.parameters())
 
 
-def is_lean(layer: TransformerLayer) -> bool:
-    """Whether `LeanLayer` knows all modules of the layer."""
-    attention = layer.self_attention
-    return (
-        type(attention) is SelfAttention
-        and type(attention.linear_qkv) is ColumnParallelLinear
-        and type(attention.linear_proj) is RowParallelLinear
-        and is_lean_norm(layer.input_layernorm)
-        and is_lean_norm(layer.pre_mlp_layernorm)
-        and all(
-            norm is None or isinstance(norm, IdentityOp) or is_lean_norm(norm)
-            for norm in (attention.q_layernorm, attention.k_layernorm)
-        )
-        and is_lean_mlp(layer.mlp)
-    )
-
-
-def is_lean_mlp(mlp: Any) -> bool:
-    """Whether `LeanMLP` knows the modules and the activation of an MLP."""
-    return (
-        type(mlp) is MLP
-        and type(mlp.linear_fc1) is ColumnParallelLinear
-        and type(mlp.linear_fc2) is RowParallelLinear
-        and (not mlp.config.bias_activation_fusion or mlp.config.activation_func in (gelu, silu))
-    )
-
-
 def layer_mathematics(layer: TransformerLayer, dtype: torch.dtype, weights: str) -> LayerMathematics:
     """The layer's weights as functions where we know its modules, else the modules themselves.
 
@@ -222,7 +191,8 @@ def layer_mathematics(layer: TransformerLayer, dtype: torch.dtype, weights: str)
         return LeanLayer(layer, dtype, weights)
     if weights != "native":
         raise NotImplementedError(
-            f"weights={weights}: only layers of torch modules can change theirs; use native weights"
+            f"weights={weights}: some layer has modules whose weights decoding does not read (FP8, experts, …); "
+            "use native weights"
         )
     return ModuleLayer(layer)
 

@@ -4,8 +4,6 @@
 Suffixes: T tokens, I input features, O output features of this tensor-parallel rank.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear, rms_norm
@@ -13,7 +11,6 @@ from torch.nn.functional import layer_norm, linear, rms_norm
 from nemo_ee.kernels.compiled import is_zen
 from nemo_ee.kernels.products import Linear
 from nemo_ee.megatron.cpu_kernels import KERNEL_TOKENS, kernel_linear, run_product, runs_kernels
-from nemo_ee.megatron.norms import TorchNorm
 from nemo_ee.megatron.vocab_parallel import reduce_over_ranks
 
 WEIGHT_KINDS = ("native", "bf16", "int8")
@@ -168,7 +165,7 @@ def lean_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, kind: s
 
 
 class LeanNorm:
-    """LayerNorm or RMSNorm over the last axis, as `TorchNorm`.
+    """LayerNorm or RMSNorm over the last axis.
 
     Args:
         weight: [H] gain, or gain - 1 if `zero_centered`.
@@ -176,38 +173,45 @@ class LeanNorm:
         eps: added to the variance.
         rms: RMSNorm rather than LayerNorm.
         zero_centered: see `weight`.
+        wide_gain: add the 1 of a zero-centred gain in float32, as Transformer Engine's kernels do, and not in the
+            weight's dtype, as `TorchNorm` does: in bfloat16 1.003 is 1.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, eps: float, rms: bool, zero_centered: bool):
-        self.weight = weight.detach() + 1.0 if zero_centered else weight.detach()
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        rms: bool,
+        zero_centered: bool,
+        wide_gain: bool = False,
+    ):
+        gain = weight.detach()
+        self._wide = wide_gain and zero_centered
+        if self._wide:
+            gain = gain.to(torch.promote_types(gain.dtype, torch.float32))
+        self.weight = gain + 1.0 if zero_centered else gain
         self.bias = None if bias is None else bias.detach()
         self.eps, self.rms, self.shape = eps, rms, (len(weight),)
         # With these, x / sqrt(mean(x^2) + eps) takes three operations; torch's own takes twice as long on a CPU.
         self._scaled = self.weight * len(weight) ** 0.5
-        self._floor = torch.tensor((eps * len(weight)) ** 0.5, dtype=weight.dtype)
-        self._few = rms and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
-
-    @classmethod
-    def of(cls, module: Any) -> "LeanNorm":
-        """From a `TorchNorm`."""
-        return cls(module.weight, module.bias, module.eps, module.rms, module.zero_centered)
+        self._floor = torch.tensor((eps * len(weight)) ** 0.5, dtype=self.weight.dtype)
+        on_cpu = weight.device.type == "cpu"
+        self._few = rms and on_cpu and self.weight.dtype in (torch.float32, torch.float64)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[..., H] -> [..., H], in the input's dtype."""
+        """[..., H] -> [..., H], in the input's dtype, also where autocast computes norms in float32."""
         if self._few and x.dtype == self.weight.dtype:
             norm = torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self._floor)
             return x.div(norm).mul_(self._scaled)
-        weight = self.weight.to(x.dtype)
+        kind = torch.promote_types(x.dtype, self.weight.dtype) if self._wide else x.dtype
+        weight = self.weight.to(kind)
         if self.rms:
-            return rms_norm(x, self.shape, weight, self.eps)
-        return layer_norm(
-            x, self.shape, weight, None if self.bias is None else self.bias.to(x.dtype), self.eps
-        )
-
-
-def is_lean_norm(module: Any) -> bool:
-    """Whether `LeanNorm.of` reads the module."""
-    return type(module) is TorchNorm
+            out = rms_norm(x.to(kind), self.shape, weight, self.eps)
+        else:
+            bias = None if self.bias is None else self.bias.to(kind)
+            out = layer_norm(x.to(kind), self.shape, weight, bias, self.eps)
+        return out.to(x.dtype)
 
 
 def sum_over_ranks(x: Tensor, world: int) -> Tensor:

@@ -6,13 +6,13 @@ Suffixes: N tokens, R rows of this rank, V vocabulary, Vp vocabulary padded to a
 
 from dataclasses import dataclass
 
-import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
 from nemo_ee.core.confidence import RowSummary, confidence, summarise_rows
 from nemo_ee.megatron.gpt import EarlyExitGPTModel
 from nemo_ee.megatron.projection import ExitProjection
+from nemo_ee.megatron.transfer import to_device
 from nemo_ee.megatron.vocab_parallel import gather_columns, log_sum_over_ranks, max_over_ranks
 
 
@@ -79,7 +79,7 @@ class Prediction:
         """The prediction for some of the tokens."""
         if len(indices) == len(self.tokens):
             return self
-        index = torch.tensor(indices, device=self.tokens.device)
+        index = to_device(indices, self.tokens.device)
         return Prediction(self.rows, self.logits[index], self.tokens[index], self.confidence[index])
 
     def vocabulary_shard(self, shard_size: int) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from nemo_ee.kernels.layer import shape_of
 from nemo_ee.megatron.cpu_kernels import KernelLayers
-from nemo_ee.megatron.decode import CachedLayer, PackedTokens
+from nemo_ee.megatron.decode import CachedLayer
+from nemo_ee.megatron.packed_tokens import PackedTokens
 
 
 class Segment:

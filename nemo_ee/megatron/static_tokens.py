@@ -4,12 +4,13 @@
 Suffixes: T tokens in the pack, L keys looked at.
 """
 
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from nemo_ee.megatron.decode import PackedTokens, PositionTable
+from nemo_ee.megatron.packed_tokens import PackedTokens, PositionTable
 
 MASK_ALIGNMENT = 16
 """Attention kernels on GPUs copy masks whose number of keys is not a multiple of this."""
@@ -54,7 +55,7 @@ class StaticTokens(PackedTokens):
 
     def __init__(self, table: PositionTable, index: Tensor, length: int, rows: Rows):
         tokens = index.shape[1]
-        self.length, self.first_rows = length, rows != "any"
+        self.length, self.first_rows, self.neighbours = length, rows != "any", False
         self.single = self.by_run = self.spread = self.from_scratch = self._sees_all = False
         self.height, self.width = (1, tokens) if rows == "first" else (tokens, 1)
         self.sequences = self.height
@@ -63,6 +64,21 @@ class StaticTokens(PackedTokens):
         self._masks: dict[tuple[int, torch.dtype], Tensor] = {}
         self._rotations: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
         self.table, self._span = table, self.positions
+
+    @property
+    def tokens(self) -> int:
+        """T, padding included."""
+        return len(self.positions)
+
+    @cached_property
+    def is_padding(self) -> Tensor:
+        """[T] whether a token stands for none: it is at the spare position."""
+        return self.positions == len(self.table.positions) - 1
+
+    @cached_property
+    def keys_seen(self) -> Tensor:
+        """See `PackedTokens`; one for padding, whichever."""
+        return self.positions.masked_fill(self.is_padding, 0).int() + 1
 
     @property
     def _is_padded(self) -> bool:

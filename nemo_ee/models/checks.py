@@ -55,6 +55,7 @@ def _backbone_faults(cfg: DictConfig) -> Iterator[Fault]:
     """What NeMo would build differently, so that the checkpoint's weights would mean something else here."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    from nemo_ee.megatron.fusions import missing_fusions
     from nemo_ee.megatron.specs import have_transformer_engine
 
     if (name := cfg.get("name") or "") not in LAYER_SPECS:
@@ -69,6 +70,12 @@ def _backbone_faults(cfg: DictConfig) -> Iterator[Fault]:
         rule = "is unknown to megatron-core's plain GPT"
         remedy = f"use another checkpoint, or set ++model.{CUSTOMIZATION}.{key}=null"
         yield Fault(f"model.{CUSTOMIZATION}.{key}", custom[key], rule, remedy)
+    for key, needs in missing_fusions(cfg.get("transformer_engine", False)).items():
+        if key in custom and not key.startswith("bias_"):  # those two run anywhere, only slower than without
+            key = f"{CUSTOMIZATION}.{key}"
+            yield Fault(
+                f"model.{key}", OmegaConf.select(cfg, key), f"needs {needs}", f"set ++model.{key}=null"
+            )
     in_custom = "window_size" in custom
     window = custom["window_size"] if in_custom else cfg.get("window_size")
     if window is not None and not (cfg.get("transformer_engine", False) and have_transformer_engine()):

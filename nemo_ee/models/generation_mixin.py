@@ -104,7 +104,7 @@ class GenerationMixin:
         self,
         weights: str = "native",
         cuda_graphs: bool = True,
-        rows: int = 8,
+        rows: int = 16,
         max_length: int | None = None,
     ) -> None:
         """Reads the weights for decoding once, for all calls of `generate` until `release_decoding`.
@@ -155,7 +155,10 @@ class GenerationMixin:
                 "CPU kernels for decoding: a machine's first run compiles them (half a minute); later ones do not",
                 mode=LogMode.ONCE,
             )
-        return DecodingModel(self.gpt, *kind, **more)
+        decoding = DecodingModel(self.gpt, *kind, **more)
+        for cause in decoding.refused_attention:
+            logging.warning(f"decoding uses {decoding.attention.name}: {cause}", mode=LogMode.ONCE)
+        return decoding
 
     def pipeline_groups(self) -> PipelineGroups:
         """Groups for decoding over pipeline stages. The first call is collective over all ranks of the job."""
@@ -183,7 +186,7 @@ def _check_preparation(weights: str, rows: int, max_length: int | None, limit: i
     if weights not in WEIGHT_KINDS:
         faults.append(one_of("weights", weights, WEIGHT_KINDS))
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
-        faults.append(Fault("rows", rows, "must be a whole number of at least 1", "set rows=8"))
+        faults.append(Fault("rows", rows, "must be a whole number of at least 1", "set rows=16"))
     if max_length is not None and (
         isinstance(max_length, bool) or not isinstance(max_length, int) or not 1 <= max_length <= limit
     ):

@@ -208,6 +208,19 @@ OPTIMIZERS = (
             and not _is_missing(cfg, *APEX_OPTIMIZERS)
         ),
     ),
+    KeyRule("optim.fused", True, "must be true, false or null", also=(False,)),
+    KeyRule(
+        "optim.fused",
+        "null",
+        "is known to adam, adamw and mcore_distributed_optim alone",
+        applies=lambda cfg: cfg.optim.get("name") in APEX_OPTIMIZERS,
+    ),
+    KeyRule(
+        "optim.fused",
+        False,
+        "excludes model.optim.foreach and model.optim.differentiable",
+        applies=lambda cfg: bool(cfg.optim.get("foreach") or cfg.optim.get("differentiable")),
+    ),
 )
 """Of whatever is trained."""
 

@@ -27,6 +27,7 @@ from nemo_ee.models.checks import (
     machine_settings,
     read_early_exit,
 )
+from nemo_ee.models.fused_adam import choose_kernels
 from nemo_ee.models.generation_mixin import GenerationMixin
 
 
@@ -104,6 +105,21 @@ class MegatronGPTEarlyExitModel(GenerationMixin, EarlyExitAdapterMixin, Megatron
     def module_arguments(self) -> dict:
         """Further arguments of `EarlyExitGPTModel`, for subclasses."""
         return {}
+
+    def setup_optimization(self, *args, **kwargs):
+        """NeMo's; then the kernels of torch's Adam and AdamW, see `fused_adam.choose_kernels`."""
+        result = super().setup_optimization(*args, **kwargs)
+        if self._optimizer is not None:
+            choose_kernels(self._optimizer, self.cfg.optim)
+        return result
+
+    def _optim_config_copy(self, optim_config: DictConfig | dict | None) -> DictConfig | None:
+        """NeMo's, all of which it hands to the optimizer: without a null that leaves the choice of kernels open."""
+        copied = super()._optim_config_copy(optim_config)
+        if copied is not None and "fused" in copied and copied.fused is None:
+            with open_dict(copied):
+                del copied.fused
+        return copied
 
     def start_distributed(self) -> None:
         """Brings up torch.distributed and the model-parallel groups, which attention needs to be built."""

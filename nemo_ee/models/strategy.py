@@ -10,12 +10,12 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
-from nemo.core.optim.optimizer_with_main_params import MainParamsOptimizerWrapper
 from nemo.core.optim.optimizers import init_optimizer_states
-from torch.optim import Adam, AdamW, Optimizer
+from torch.optim import Optimizer
 
 from nemo_ee.checkpoint.load import check_training_checkpoint
 from nemo_ee.errors import CheckpointError, RankMissingError
+from nemo_ee.models.fused_adam import inner_optimizers, is_torch_adam, keep_kernels
 
 
 class EarlyExitDDPStrategy(NLPDDPStrategy):
@@ -94,7 +94,7 @@ class EarlyExitDDPStrategy(NLPDDPStrategy):
         for optimizer in optimizers:
             init_optimizer_states(optimizer)
             _complete_adam_states(optimizer)
-        counts = any(map(_counts_by_tensor, optimizers))  # Apex's count by group
+        counts = any(map(is_torch_adam, optimizers))  # Apex's count by group
         if self.lightning_module.with_distributed_adam or not counts:
             return super().optimizer_sharded_state_dict(unsharded_optim_state, is_loading)
         with _without_steps(optimizers) as steps:
@@ -109,9 +109,11 @@ class EarlyExitDDPStrategy(NLPDDPStrategy):
         if self.lightning_module.use_mcore_dist_optim:
             self._load_distributed(checkpoint)
             return
+        (optimizer,) = self._torch_optimizers()
         for state in checkpoint["optimizer_states"]:
             step = state.pop("common_step", None)
             inner = state.get("optimizer", state)
+            keep_kernels(inner.get("param_groups", []), optimizer)
             inner.setdefault("state", {})  # a stage without exits has none, and empty mappings are not stored
             if step is not None:
                 inner["state"] = {
@@ -147,7 +149,9 @@ class EarlyExitDDPStrategy(NLPDDPStrategy):
 
         found = {kind(group): group for group in saved}
         (mine,) = self._torch_optimizers()
-        return [found[kind(group)] for group in mine.param_groups]
+        ordered = [found[kind(group)] for group in mine.param_groups]
+        keep_kernels(ordered, mine)
+        return ordered
 
     def _megatron_optimizers(self) -> list:
         """Megatron's distributed optimizers: one, since there are no experts."""
@@ -155,23 +159,12 @@ class EarlyExitDDPStrategy(NLPDDPStrategy):
         return getattr(whole, "chained_optimizers", [whole])
 
     def _torch_optimizers(self) -> list[Optimizer]:
-        """The optimizers of torch or Apex within Megatron's and NeMo's wrappers: theirs are the states."""
-        optimizer = self.lightning_module.optimizers(use_pl_optimizer=False)
-        if isinstance(optimizer, MainParamsOptimizerWrapper):
-            return [optimizer.optimizer]
-        if not hasattr(optimizer, "mcore_optimizer"):
-            return [optimizer]
-        inner = [part.optimizer for part in self._megatron_optimizers()]
-        return [one for one in inner if one is not None]  # None: there is nothing to train
-
-
-def _counts_by_tensor(optimizer: Optimizer) -> bool:
-    return isinstance(optimizer, Adam | AdamW)
+        return inner_optimizers(self.lightning_module.optimizers(use_pl_optimizer=False))
 
 
 def _complete_adam_states(optimizer: Optimizer) -> None:
     """Step counters of 0 where NeMo's `init_optimizer_states` made moments alone: torch asks for both."""
-    if not _counts_by_tensor(optimizer):
+    if not is_torch_adam(optimizer):
         return
     for group in optimizer.param_groups:
         on_device = group["capturable"] or group["fused"]
@@ -186,7 +179,7 @@ def _without_steps(optimizers: list[Optimizer]) -> Iterator[list[float]]:
     taken = [
         (state, state.pop("step"))
         for optimizer in optimizers
-        if _counts_by_tensor(optimizer)
+        if is_torch_adam(optimizer)
         for state in optimizer.state.values()
         if "step" in state
     ]

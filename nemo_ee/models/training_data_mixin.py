@@ -116,6 +116,7 @@ class TrainingDataMixin:
             raise ConfigError(*faults)
         if not self.cfg.get("restore_from_ckpt"):
             mine, theirs = (OmegaConf.to_container(cfg.optim, resolve=True) for cfg in (self.cfg, saved))
+            mine.pop("fused", None)  # is this run's, see `fused_adam.keep_kernels`
             changed = [f"{key}={mine[key]}" for key in mine if mine[key] != theirs.get(key)]
             if changed:
                 logging.warning(

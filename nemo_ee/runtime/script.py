@@ -12,6 +12,7 @@ from omegaconf.errors import MissingMandatoryValue
 from nemo_ee.errors import CheckpointError, ConfigError, DataError, Fault, GenerationError, RankMissingError
 from nemo_ee.runtime import stand_ins
 from nemo_ee.runtime.children import end_with_parent
+from nemo_ee.runtime.operating_system import check_operating_system
 
 end_with_parent()  # in a process of multiprocessing's, which imports its script, and so this, again
 
@@ -29,6 +30,7 @@ def user_errors(
         optional: mandatory keys that need not be given this time.
     """
     try:
+        check_operating_system()
         _check_given(cfg, optional)
         if nemo:
             stand_ins.enable()

@@ -19,9 +19,9 @@ from torch import Tensor
 from nemo_ee.inference.decoder import EarlyExitDecoder
 from nemo_ee.inference.exit_point import ExitPoint
 from nemo_ee.inference.generate import generating
-from nemo_ee.megatron.decode import PackedTokens
 from nemo_ee.megatron.decoding_model import DecodingModel
 from nemo_ee.megatron.lean_head import LeanOutput
+from nemo_ee.megatron.packed_tokens import PackedTokens
 
 FINAL = "final exit"
 

@@ -18,7 +18,7 @@ from nemo_ee.inference.decoder import EarlyExitDecoder
 from nemo_ee.inference.drafting import expected_rate
 from nemo_ee.inference.generate import generating
 from nemo_ee.inference.request import NEVER
-from nemo_ee.megatron.decode import PackedTokens
+from nemo_ee.megatron.packed_tokens import PackedTokens
 
 LONGEST = 4
 """Drafts of a round that are considered; longer rounds were not better anywhere."""

@@ -12,7 +12,7 @@ from tests.distributed.test_pretraining_parallel import BEFORE, section
 from tests.support.distributed import WorkerError
 from tests.support.pretraining import Case, Recorder, pretraining_config, whole_parameters
 from tests.support.tiny_gpt import fill
-from tests.support.tuning import Layout, resume_in, tuning_trainer, write_text
+from tests.support.tuning import Layout, back_from_teardown, resume_in, tuning_trainer, write_text
 
 STEPS, EVERY, KILLED_AT = 6, 2, 3
 """Steps of a run, steps between checkpoints, and the step after which one rank is killed."""
@@ -70,6 +70,7 @@ def run(prefixes: dict, folder: str, case: Case, layout: Layout, kill_at: int | 
     fill(model)
     model.exits_initialised = not case.initialise
     trainer.fit(model)
+    back_from_teardown(model)
     optimizer = model.optimizers(use_pl_optimizer=False)
     return dict(
         losses=model.seen_losses,

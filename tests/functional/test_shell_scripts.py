@@ -128,7 +128,7 @@ def test_env_makes_anew_what_was_interrupted(tmp_path):
     fake.parent.mkdir()
     # Finds itself fit, makes an environment that lacks everything but a python, and is interrupted.
     fake.write_text(
-        '#!/bin/bash\n[ "$2" = venv ] || exit 0\nmkdir -p "${@: -1}/bin"\n'
+        '#!/bin/bash\n[ "$2" = venv ] || { echo 3.11 && exit 0; }\nmkdir -p "${@: -1}/bin"\n'
         'printf "#!/bin/bash\\nexit 1\\n" >"${@: -1}/bin/python"\nchmod +x "${@: -1}/bin/python"\nexit 130\n'
     )
     fake.chmod(0o755)

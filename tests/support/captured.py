@@ -11,13 +11,14 @@ EXITS = {2: 0.7, 4: 0.5, 6: 0.6}
 STEPS = 36
 
 
-def model_of(gpt, tape=None, rows=3, max_length=64):
+def model_of(gpt, tape=None, rows=3, max_length=64, attention=None):
     """What decodes; with a tape all passes are captured, as `prepare_decoding` has it on a GPU."""
     from nemo_ee.inference.captured_decoding import CapturedDecoding
     from nemo_ee.megatron.decoding_model import DecodingModel
 
     with torch.inference_mode():
         model = DecodingModel(gpt)
+        model.attention = attention or model.attention
         if tape is not None:
             model.captured = CapturedDecoding(model, tape, rows, max_length)
     return model

@@ -272,7 +272,10 @@ def _call(job: _Job, rank: int) -> Any:
     if gpu := torch.cuda.is_available():
         torch.cuda.set_device(rank)
     torch.distributed.init_process_group(
-        "nccl" if gpu else "gloo", init_method=f"file://{job.folder}/store", rank=rank, world_size=job.world_size
+        "nccl" if gpu else "gloo",
+        init_method=f"file://{job.folder}/store",
+        rank=rank,
+        world_size=job.world_size,
     )
     job.ready(rank).touch()
     result = fn(*args, **kwargs)

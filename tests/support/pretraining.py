@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tests.support.tiny_gpt import fill, tiny_model_config
-from tests.support.tuning import OPTIMIZER, SEQUENCE, Layout, data_section, tuning_trainer
+from tests.support.tuning import OPTIMIZER, SEQUENCE, Layout, back_from_teardown, data_section, tuning_trainer
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,7 @@ def pretrain_one(
         model.metrics.finish = lambda _: {}
         trainer.limit_val_batches = 0
     trainer.fit(model)
+    back_from_teardown(model)
     return Outcome(
         {name: gradient / scale for name, gradient in model.first_gradients.items()},
         whole_parameters(model.gpt),

@@ -100,7 +100,8 @@ class Tape(TorchDispatchMode):
             raise RuntimeError(
                 f"{func} reads what another capture has made: a replay may have other things there"
             )
-        out = func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():  # what an operation does inside is its own affair
+            out = func(*args, **kwargs)
         plain = tree_map(self._outside, (args, kwargs))
         outputs = tree_leaves(out)
         for each in outputs:

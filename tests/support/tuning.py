@@ -222,6 +222,7 @@ def prepared(prefixes: dict, case: Case, layout: Layout, trainer: Any, dtype: to
 def outcome_of(model: Any, trainer: Any, before: str) -> Outcome:
     """What is to be compared after a fit; `before` is the backbone's hash before it."""
     state = model.optimizers(use_pl_optimizer=False).state
+    back_from_teardown(model)
     return Outcome(
         train=model.seen[True],
         validation=model.seen[False],
@@ -237,6 +238,12 @@ def outcome_of(model: Any, trainer: Any, before: str) -> Outcome:
         rates=model.rates,
         layers=len(model.gpt.decoder.layers),
     )
+
+
+def back_from_teardown(model: Any) -> None:
+    """After a fit Lightning leaves the model on the CPU, where NCCL gathers nothing."""
+    if torch.cuda.is_available():
+        model.cuda()
 
 
 def recorder() -> type:
@@ -306,7 +313,9 @@ def backbone_hash(model: Any) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.gpt.state_dict().items()):
         if not name.startswith("exits.") and isinstance(tensor, torch.Tensor):
-            digest.update(name.encode() + tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(
+                name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            )
     return digest.hexdigest()
 
 

@@ -156,8 +156,32 @@ def test_prepared_models_generate_with_captured_passes(monkeypatch):
     model.prepare_decoding(cuda_graphs=False)
     assert generated(**ways[1]) == expected[1] and not tape.passes
     model.release_decoding()
-    with pytest.raises(ConfigError, match="rows=0.*set rows=8\n.*max_length=65.*model's 64.*max_length=64"):
+    with pytest.raises(ConfigError, match="rows=0.*set rows=16\n.*max_length=65.*model's 64.*max_length=64"):
         model.prepare_decoding(rows=0, max_length=65)
+
+
+def test_a_server_captures_before_the_first_request(monkeypatch):
+    from nemo_ee.inference import captured_decoding
+    from nemo_ee.inference.request import parse_request
+    from nemo_ee.server.serve import decoding_session
+
+    model, tape = (
+        tiny_model(tiny_model_config(num_layers=4, exits=[1, 3]), dtype=torch.float64),
+        TapeCapture(),
+    )
+    monkeypatch.setattr(captured_decoding, "capture_for", lambda model: tape)
+    model.prepare_decoding(rows=2, max_length=20)
+    usual = parse_request(None, None, None, model.early_exit)
+    try:
+        for _ in range(2):  # a failed session is followed by another
+            with decoding_session(model, 2, 20, usual) as session:
+                captures = len(tape.passes)
+                assert captures > 50 and session._decoder.passes is model.decoding_model().captured.passes
+                with decoding_session(model, 2, 20, usual) as other:
+                    assert other._decoder.passes is not session._decoder.passes
+        assert len(tape.passes) == captures
+    finally:
+        model.release_decoding()
 
 
 def test_caches_that_do_not_fit_are_named_and_decoding_is_eager(one, monkeypatch, warnings_about_graphs):

@@ -16,8 +16,8 @@ from nemo_ee.kernels.compiled import compiled
 from nemo_ee.kernels.exponential import exponential
 from nemo_ee.kernels.readout import Head
 from nemo_ee.megatron.cpu_kernels import KERNEL_TOKENS, SWITCH, kernel_linear, run_head
-from nemo_ee.megatron.decode import PackedTokens
 from nemo_ee.megatron.decoding_model import DecodingModel
+from nemo_ee.megatron.packed_tokens import PackedTokens
 from nemo_ee.megatron.segment import Segment
 from tests.support.tiny_gpt import GPT3, tiny_model, tiny_model_config
 

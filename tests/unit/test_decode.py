@@ -246,7 +246,7 @@ def test_backbones(changes):
 
 def test_runs_are_neighbours_with_as_many_tokens():
     """And of lengths that differ little, as all are padded to the longest; prompts run with prompts."""
-    from nemo_ee.megatron.decode import PADDING, Run
+    from nemo_ee.megatron.packed_tokens import PADDING, Run
 
     def runs(rows, starts, counts):
         return [(run.row, len(run.starts), run.count, run.length) for run in Run.of(rows, starts, counts)]

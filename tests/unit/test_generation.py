@@ -419,21 +419,33 @@ def test_bfloat16_generates():
 
 @pytest.mark.parametrize("o2", [False, True], ids=["autocast", "O2"])
 def test_mixed_precision_generates_in_both_loops(o2):
-    """Near float32: nearly the same confidences for the first tokens, in bfloat16's precision."""
+    """The first tokens' confidences are float32's, as far as bfloat16 goes, and both loops choose the same tokens.
+
+    Its eight bits move one confidence by 2 % in the median, by up to 16 % over 150 prompts, and by other amounts
+    with every release of torch: only of many prompts together is there something to hold.
+    """
     from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
 
     head = HEADS["block, MLP, linear, untied"]
     single = tiny_model(tiny_model_config(head=head))
     half = tiny_model(tiny_model_config(head=head, precision="bf16", megatron_amp_O2=o2))
     assert half.gpt.output_weight().dtype == (torch.bfloat16 if o2 else torch.float32)
+    prompts, early = 40, dict(threshold=0.99)
+    drawn = torch.randint(6, 200, (prompts, 7), generator=torch.Generator().manual_seed(0))
+    firsts = [
+        [(row["exit_layers"][0], row["confidences"][0]) for row in output["early_exit"]]
+        for output in (
+            model.generate((drawn, torch.full((prompts,), 7)), lengths(1), GREEDY, early_exit=early)
+            for model in (single, half)
+        )
+    ]
+    pairs = [(x, y) for (left, x), (other, y) in zip(*firsts, strict=True) if left == other]
+    differences = sorted(abs(y / x - 1) for x, y in pairs)
+    assert len(pairs) > 0.8 * prompts, "few are so near to the threshold that they leave elsewhere"
+    assert 0 < differences[len(pairs) // 2] < 0.06, "rounded, and no more than that"
+
     ids = torch.tensor([[7, 8, 9, 20, 33, 41, 42]]), torch.tensor([7])
-    early = dict(threshold=0.99)
-    expected = single.generate(ids, lengths(1), GREEDY, early_exit=early)
     ours = half.generate(ids, lengths(6), GREEDY, early_exit=early)
-    assert ours["early_exit"][0]["confidences"][0] == pytest.approx(
-        expected["early_exit"][0]["confidences"][0], rel=0.1
-    )
-    assert ours["early_exit"][0]["confidences"][0] != expected["early_exit"][0]["confidences"][0], "rounded"
     strategy = EarlyExitTextGenerationStrategy(half, threshold=0.99)
     text = half.tokenizer.ids_to_text(ids[0][0].tolist())
     theirs = half.generate([text], lengths(6), NEMO, strategy=strategy)

@@ -139,24 +139,28 @@ def test_top_k_and_top_p_are_nemos(top_k, top_p):
 def test_a_rejected_draft_is_replaced_by_a_possible_token():
     """Where both distributions differ by rounding alone nothing is left of p - q to draw from."""
     from nemo_ee.inference.sequence import Draft
-    from nemo_ee.inference.verification import accept_drafts
+    from nemo_ee.inference.verification import Acceptance
+    from nemo_ee.megatron.transfer import to_host
 
     class Highest(random.Random):
         def random(self):
             return 1 - 1e-12
 
     q, p = torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.5 - 1e-7, 0.0]], dtype=torch.float64)
-    assert accept_drafts([Draft(1, 2, 0.5, q)], p[None], Highest()) == (0, 1)
+    for ahead in (False, True):
+        acceptance = Acceptance([Draft(1, 2, 0.5, q)], p[None], Highest(), ahead)
+        assert acceptance.outcome(*to_host(*acceptance.readings())) == (0, 1)
 
 
 def test_predictions_of_several_exits_join_in_the_widest_dtype():
-    from nemo_ee.inference.step import Step
+    from nemo_ee.inference.step import Part, Step
     from nemo_ee.megatron.prediction import Prediction, Rows
 
     step, rows = Step.unanswered(2), Rows(0, 2, 2)
     for i, dtype in ((1, torch.bfloat16), (0, torch.float32)):
         logits = torch.tensor([[1.0009765625, 0.5]], dtype=dtype)
-        step.add(4, [i], Prediction(rows, logits, torch.tensor([0]), torch.tensor([0.6])), [0.6])
+        prediction = Prediction(rows, logits, torch.tensor([0]), torch.tensor([0.6]))
+        step.add(4, Part([i], prediction, [0]), [0.6], [0])
     shard = step.vocabulary_shard(2)
     assert shard.dtype == torch.float32 and shard[0, 0] == 1.0009765625 and shard[1, 0] == 1.0
 

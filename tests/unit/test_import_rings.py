@@ -15,7 +15,7 @@ CATCH_ALL_NAMES = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py"}
 PLAIN = {"nemo_ee.errors", "nemo_ee.config", "nemo_ee.schema"}
 CORE = PLAIN | {"nemo_ee.core", "torch", "numpy"}
 KERNELS = {"nemo_ee.kernels", "numba", "llvmlite", "numpy"}
-MEGATRON = CORE | {"nemo_ee.kernels", "nemo_ee.megatron", "megatron"}
+MEGATRON = CORE | {"nemo_ee.kernels", "nemo_ee.megatron", "megatron", "flash_attn"}
 RINGS = {
     "nemo_ee/__init__.py": set(),
     "nemo_ee/errors.py": set(),

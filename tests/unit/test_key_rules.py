@@ -53,6 +53,7 @@ REFUSED = {
 """Of keys whose other value is not true."""
 WITH_OTHERS = {
     "activations_checkpoint_granularity",
+    "optim.fused",
     "optim.name",
     "optim.overlap_grad_sync",
     "optim.overlap_param_sync",
@@ -181,6 +182,30 @@ def test_apexs_distributed_optimizer_reduces_copies_too_early(apex):
     assert "copies" in optimizer_faults("pretraining", name, four)[0]
     assert optimizer_faults("pretraining", name, four, "model.early_exit.head.projection=untied") == []
     assert optimizer_faults("pretraining", name, "model.pipeline_model_parallel_size=2") == []
+
+
+FUSED = {
+    "fast": ["model.optim.fused=fast"],
+    "not torch's": ["model.optim.fused=false", "model.optim.name=fused_adam"],
+    "two ways": ["model.optim.fused=true", "+model.optim.foreach=true"],
+    "not differentiable": ["model.optim.fused=true", "+model.optim.differentiable=true"],
+}
+
+
+@pytest.mark.parametrize("case", FUSED)
+@pytest.mark.parametrize("script", RULES)
+def test_kernels_that_an_optimizer_has_not(script, case, monkeypatch):
+    monkeypatch.setattr(key_rules, "_have_apex", lambda: True)
+    found = faults(script, FUSED[case])
+    assert found.keys() == {"model.optim.fused"}
+    remedy = found["model.optim.fused"].remedy.removeprefix("set ")
+    assert faults(script, [*FUSED[case], remedy]) == {}
+
+
+@pytest.mark.parametrize("fused", ["true", "false", "null"])
+@pytest.mark.parametrize("script", RULES)
+def test_kernels_may_be_chosen(script, fused):
+    assert faults(script, [f"model.optim.fused={fused}"]) == {}
 
 
 @pytest.mark.parametrize("key", ["overlap_grad_sync", "overlap_param_sync"])

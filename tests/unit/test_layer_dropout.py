@@ -25,6 +25,20 @@ def test_a_skipped_layer_is_the_identity():
     assert dropout(2, before, after) is after
 
 
+def test_a_layer_that_all_samples_go_through_is_left_alone():
+    dropout = LayerDropout({1: 0.01}, (0, 0, 0, 0))
+    before, after = torch.zeros(5, 4, 3), torch.ones(5, 4, 3)
+    assert dropout.kept(1, 4).all() and dropout(1, before, after) is after
+
+
+def test_layers_that_all_samples_skip_have_gradients_of_zero():
+    """Gradients that are reduced while others are computed are waited for, from every parameter."""
+    dropout = LayerDropout({1: 1.0}, (0, 0, 0, 0))
+    before, weight = torch.ones(5, 4, 3, requires_grad=True), torch.ones(3, requires_grad=True)
+    dropout(1, before, before * weight).sum().backward()
+    assert (before.grad == 1).all() and (weight.grad == 0).all()
+
+
 def test_before_backward_runs_when_the_gradient_comes():
     seen = []
     x = torch.ones(3, requires_grad=True)

@@ -56,6 +56,17 @@ def test_sums_add_up(data):
     torch.testing.assert_close(first.cross + second.cross, whole.cross)
 
 
+def test_rows_that_do_not_count_are_as_if_they_were_not_there(data):
+    x, y = (torch.from_numpy(rows) for rows in data)
+    counts = torch.arange(ROWS) % 3 > 0
+    x, y = (rows.where(counts[:, None], float("nan")) for rows in (x, y))
+    found, expected = RidgeAccumulator(FEATURES, TARGETS), RidgeAccumulator(FEATURES, TARGETS)
+    found.update(x, y, counts)
+    expected.update(x[counts], y[counts])
+    torch.testing.assert_close(found.gram, expected.gram)
+    torch.testing.assert_close(found.cross, expected.cross)
+
+
 def test_an_exact_map_is_found_from_float32(data):
     x, _ = data
     x = torch.from_numpy(x).float()

@@ -1,6 +1,8 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """What scripts turn into one line of text, and what they leave alone."""
 
+import platform
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -40,6 +42,13 @@ def test_a_package_that_is_not_nvidias_apex(tmp_path, monkeypatch):
 
     message = message_of(work)
     assert "Apex is installed" in message and "no_such_name" in message and "pip uninstall apex" in message
+
+
+@pytest.mark.parametrize("system, name", [("Darwin", "macOS"), ("Windows", "Windows")])
+def test_other_systems_are_refused_by_name_before_anything_else(system, name, monkeypatch):
+    monkeypatch.setattr(platform, "system", lambda: system)
+    message = message_of(lambda: pytest.fail("not reached"), CONFIG)
+    assert message == f"error: system={name}: is not supported; use Linux or a container (docs/containers.md)"
 
 
 def test_errors_for_users_and_others():

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from nemo_ee.megatron import cached_attention
 from nemo_ee.megatron.cpu_kernels import SWITCH
 from tests.support.captured import (
     PROMPTS,
@@ -27,9 +28,7 @@ from tests.support.tiny_gpt import GPT3, HEADS, tiny_model, tiny_model_config
 @pytest.fixture(autouse=True)
 def few_keys(monkeypatch):
     """Passes look at 16 keys at least, so that tiny texts need several shapes."""
-    from nemo_ee.inference import segment_graphs
-
-    monkeypatch.setattr(segment_graphs, "FEWEST_KEYS", 16)
+    monkeypatch.setattr(cached_attention, "FEWEST_KEYS", 16)
 
 
 @pytest.fixture
@@ -164,9 +163,7 @@ def test_longer_passes_than_captured_ones_run_eagerly(one, monkeypatch):
 @pytest.mark.parametrize("fewest_keys", [16, 64], ids=["some keys", "all keys"])
 def test_padding_changes_no_row_and_spreads_nothing(one, monkeypatch, fewest_keys):
     """Three of five sequences go on: a pass of four, whose padding may be NaN without harm."""
-    from nemo_ee.inference import segment_graphs
-
-    monkeypatch.setattr(segment_graphs, "FEWEST_KEYS", fewest_keys)
+    monkeypatch.setattr(cached_attention, "FEWEST_KEYS", fewest_keys)
     thresholds, rows = [[1.0] * 3] * 3, [0, 2, 3]
     with torch.inference_mode():
         plain, tape = make_decoder(model_of(one), 5, 20), TapeCapture()
@@ -245,7 +242,7 @@ def test_what_stands_in_the_way_of_graphs_is_said_once(one, monkeypatch, warning
     assert "tensor_model_parallel_size=2" in message and "prepare_decoding(cuda_graphs=False)" in message
     model.gpt, model.layers[3] = one, ModuleLayer(one.decoder.layers[2])
     assert segment_graphs.capture_for(model) is None
-    assert "transformer_engine=false" in warnings_about_graphs()[-1]
+    assert "whose weights decoding does not read (FP8" in warnings_about_graphs()[-1]
 
 
 @pytest.mark.gpu  # CUDA graphs themselves

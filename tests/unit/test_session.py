@@ -126,9 +126,9 @@ def test_random_prompts_thresholds_and_exits(gpt, trial, monkeypatch):
     of ragged packs in one call, in one per run of neighbours, or in one per sequence."""
     rng = random.Random(trial)
     if trial % 3 == 1:
-        monkeypatch.setattr("nemo_ee.megatron.decode.PackedTokens._padding", lambda packed: math.inf)
+        monkeypatch.setattr("nemo_ee.megatron.packed_tokens.PackedTokens._padding", lambda packed: math.inf)
     if trial % 3 == 2:
-        monkeypatch.setattr("nemo_ee.megatron.decode.PADDING", -1)
+        monkeypatch.setattr("nemo_ee.megatron.packed_tokens.PADDING", -1)
     batch = rng.randint(2, 6)
     prompts = [[rng.randrange(1, 200) for _ in range(rng.randint(1, 20))] for _ in range(batch)]
 
@@ -268,13 +268,39 @@ def test_sampled_tokens_depend_on_the_seed_alone(gpt):
         assert other.tokens != alone[0].tokens
 
 
-def test_accepting_keeps_the_distribution():
+def judged(drafts, distributions, rng, ahead):
+    """How many drafts are accepted, and the token behind them."""
+    from nemo_ee.inference.verification import Acceptance
+    from nemo_ee.megatron.transfer import to_host
+
+    acceptance = Acceptance(drafts, distributions, rng, ahead)
+    return acceptance.outcome(*to_host(*acceptance.readings()))
+
+
+def test_tokens_drawn_ahead_are_those_drawn_when_they_are_needed():
+    from nemo_ee.inference.sequence import Draft
+
+    generator, found = torch.Generator().manual_seed(1), set()
+    for seed in range(200):
+        count = seed % 4
+        p = (3 * torch.rand(count + seed // 4 % 2, 9, generator=generator)).softmax(-1)
+        if not len(p):
+            continue
+        q = (p[:count].log() + torch.rand(count, 9, generator=generator)).softmax(-1)
+        drafts = [Draft(int(row.argmax()), 1, 0.5, row) for row in q]
+        now, ahead = (judged(drafts, p, random.Random(seed), ahead) for ahead in (False, True))
+        assert now == ahead
+        found.add((now[0] < count, now[1] is None))
+    assert found == {(True, False), (False, False), (False, True)}
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_accepting_keeps_the_distribution(ahead):
     """Empirical frequencies of the first token against the full model's, chi-square at 1e-6."""
     from scipy.stats import chi2
 
     from nemo_ee.inference.sampling import draw
     from nemo_ee.inference.sequence import Draft
-    from nemo_ee.inference.verification import accept_drafts
 
     generator, rng, size, trials = torch.Generator().manual_seed(5), random.Random(11), 7, 20_000
     p, q = (torch.rand(2, size, generator=generator, dtype=torch.float64) ** 3).unbind()
@@ -283,7 +309,7 @@ def test_accepting_keeps_the_distribution():
     counts, wrong = torch.zeros(size), torch.zeros(size)
     for _ in range(trials):
         token = int(draw(q[None], [rng.random()]))
-        good, following = accept_drafts([Draft(token, 1, 0.5, q)], p[None], rng)
+        good, following = judged([Draft(token, 1, 0.5, q)], p[None], rng, ahead)
         counts[token if good else following] += 1
         wrong[token] += 1
     possible = p > 0

@@ -82,6 +82,9 @@ class Event:
 class CUDAGraph:
     """A graph that records operations on a tape and repeats them; a wait while it records is an error."""
 
+    replays = 0
+    """Of all graphs of this process."""
+
     def __init__(self, *_: Any, **__: Any) -> None:
         self.reset()
 
@@ -97,6 +100,7 @@ class CUDAGraph:
 
     def replay(self) -> None:
         """Repeats what was recorded."""
+        CUDAGraph.replays += 1
         self.tape.replay()
 
     def reset(self) -> None:

@@ -36,6 +36,9 @@ TAKES_SCALARS_OF_THE_HOST = {
 INDEXED = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"}
 """Their second argument is a list of indices, which may be on the host."""
 
+PUT = {"index_put", "index_put_", "_index_put_impl_"}
+"""torch makes a number that is put on the host, and uploads it."""
+
 WAITING = {
     "_local_scalar_dense",
     "nonzero",
@@ -115,10 +118,12 @@ def argument(position: int, name: str, args: tuple, kwargs: dict) -> Any:
     return args[position] if position < len(args) else kwargs.get(name)
 
 
+def has_mask(args: tuple) -> bool:
+    """Whether an indexed operation has a mask among its indices."""
+    return any(each is not None and each.dtype in (torch.bool, torch.uint8) for each in args[1])
+
+
 def selects_by_mask(name: str, args: tuple) -> bool:
     """Whether an indexed operation first has to count what a mask selects."""
-    masks = [each for each in args[1] if each is not None and each.dtype in (torch.bool, torch.uint8)]
-    if not masks:
-        return False
     filled = name not in ("index", "_unsafe_index") and args[2].numel() == 1 and len(args[1]) == 1
-    return not filled  # one value under one mask is filled in
+    return has_mask(args) and not filled  # one value under one mask is filled in

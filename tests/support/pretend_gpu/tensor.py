@@ -256,9 +256,15 @@ def _forbidden(func: Any, name: str, strangers: list[Tensor], args: tuple, kwarg
     if (made := rules.MADE_BY_TORCH.get(name)) and made in kwargs and kwargs[made].numel() == 0:
         waits.record(str(func))
         return [each for each in strangers if each is not kwargs[made]]
+    if name in rules.PUT and not rules.has_mask(args) and _is_number_of_the_host(args[2]):
+        waits.record("upload of a value put by index")
     if rules.takes_scalars(func):
-        allowed |= {id(each) for each in strangers if each.dim() == 0}
+        allowed |= {id(each) for each in strangers if _is_number_of_the_host(each)}
     return [each for each in strangers if id(each) not in allowed or id(each) in written]
+
+
+def _is_number_of_the_host(value: Any) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, CudaTensor) and value.dim() == 0
 
 
 def _crossing(args: tuple, kwargs: dict) -> None:

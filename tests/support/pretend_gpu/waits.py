@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 OURS = "/nemo_ee/"
 """In the paths of the package's files."""
@@ -72,16 +73,6 @@ def counting() -> Iterator[list[Wait]]:
         _State.watchers = [watcher for watcher in _State.watchers if watcher is not seen]
 
 
-@contextmanager
-def capturing() -> Iterator[None]:
-    """Within, a wait is an error."""
-    begin_capture()
-    try:
-        yield
-    finally:
-        end_capture()
-
-
 def begin_capture() -> None:
     """A graph records from now on."""
     _State.capturing += 1
@@ -95,6 +86,39 @@ def end_capture() -> None:
 def is_capturing() -> bool:
     """Whether a graph records."""
     return _State.capturing > 0
+
+
+class Window:
+    """The waits from the call of `start` to the last one of `mark`; `tests.support.device_waits` on a pretend GPU.
+
+    Attributes:
+        counting: `start` was called.
+        marks: how often `mark` was.
+    """
+
+    def __init__(self) -> None:
+        self.counting, self.marks = False, 0
+        self._seen: list[Wait] = []
+        self._first = self._last = 0
+
+    def start(self, *_: Any) -> None:
+        """The first call counts."""
+        if not self.counting:
+            self.counting, self._first = True, len(self._seen)
+
+    def mark(self, *_: Any) -> None:
+        """The last call counts."""
+        self.marks, self._last = self.marks + 1, len(self._seen)
+
+    def between(self) -> list[str]:
+        """What waited, and where."""
+        return describe(self._seen[self._first : self._last]).splitlines()
+
+    @contextmanager
+    def watching(self) -> Iterator["Window"]:
+        """Watches all threads."""
+        with counting() as self._seen:
+            yield self
 
 
 def describe(waits: list[Wait]) -> str:

@@ -1,0 +1,212 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""What is run on the CPU and on a pretend GPU, to be compared: the same functions, by ranks of either pool.
+
+All results are the host's. Weights depend on names alone, so both start from the same model.
+"""
+
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support import pretraining, tuning
+from tests.support.device_waits import of_steps
+from tests.support.pretend_gpu import waits
+from tests.support.pretend_gpu.waits import Wait
+from tests.support.tiny_gpt import HEADS, fill, tiny_model, tiny_model_config
+
+TEXTS = ["w1 w2 w3", "w9 w10 w11 w12 w13 w14 w15", "w40"]
+LENGTH = dict(max_length=16)
+GREEDY = dict(use_greedy=True, add_BOS=False)
+REQUESTS: dict[str, tuple[dict, Any]] = {
+    "exits": (GREEDY, dict(threshold=[0.6, 0.5, 0.7])),
+    "lossless": (GREEDY, dict(threshold=0.3, lossless=True)),
+    "full depth": (GREEDY, False),
+    "sampled": (
+        dict(use_greedy=False, add_BOS=False, temperature=0.9, top_k=20, top_p=0.9),
+        dict(threshold=0.5),
+    ),
+    "sampled, lossless": (dict(use_greedy=False, add_BOS=False), dict(threshold=0.3, lossless=True)),
+    "probabilities": ({**GREEDY, "all_probs": True}, dict(threshold=0.5)),
+}
+"""Sampling parameters and `early_exit` of calls of `model.generate`."""
+
+
+def on_host(value: Any) -> Any:
+    """The same with all tensors on the host."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {key: on_host(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(on_host(each) for each in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: on_host(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    return value
+
+
+def tiny(head: str, **overrides: Any) -> Any:
+    """The tiny model with exits of one kind; embeddings are tied where the exits are."""
+    tied = HEADS[head]["projection"] == "tied"
+    config = tiny_model_config(head=HEADS[head], share_embeddings_and_output_weights=tied, **overrides)
+    model = tiny_model(config)
+    return model.cuda() if torch.cuda.is_available() else model
+
+
+def generated(heads: list[str]) -> dict[str, dict[str, Any]]:
+    """Head -> request -> what `model.generate` returned."""
+    return {head: answers(tiny(head)) for head in heads}
+
+
+def answers(model: Any) -> dict[str, Any]:
+    """Request -> what `model.generate` returned: for all texts at once, and for one."""
+    found = {}
+    for name, (sampling, early_exit) in REQUESTS.items():
+        for several, texts in (("batch", TEXTS), ("one", TEXTS[1:2])):
+            generator = torch.Generator().manual_seed(3)
+            found[f"{name}, {several}"] = model.generate(
+                texts, LENGTH, sampling, early_exit=early_exit, generator=generator
+            )
+    return on_host(found)
+
+
+@dataclass
+class Decoding:
+    """What happened while a session decoded.
+
+    Attributes:
+        exits_asked: calls of an exit's head.
+        steps: tokens fed, prompts among them, and verifications: what may wait once.
+        waits: in the session.
+        replays: of graphs.
+    """
+
+    exits_asked: int = 0
+    steps: int = 0
+    waits: list[Wait] = field(default_factory=list)
+    replays: int = 0
+
+
+def decoding_waits(heads: list[str], graphs: bool) -> dict[str, dict[str, Decoding]]:
+    """Head -> request -> waits in decoding."""
+    found = {}
+    for head in heads:
+        model = tiny(head)
+        model.prepare_decoding(cuda_graphs=graphs)
+        found[head] = {}
+        for name, (sampling, early_exit) in REQUESTS.items():
+            for several, texts in (("batch", TEXTS), ("one", TEXTS[1:2])):
+                generator = torch.Generator().manual_seed(3)
+                with _watched() as seen:
+                    model.generate(texts, LENGTH, sampling, early_exit=early_exit, generator=generator)
+                found[head][f"{name}, {several}"] = seen
+    return found
+
+
+@contextmanager
+def _watched() -> Iterator[Decoding]:
+    from nemo_ee.inference.decoder import EarlyExitDecoder
+    from nemo_ee.inference.exit_point import ExitPoint
+    from nemo_ee.inference.session import DecodingSession
+
+    seen = Decoding()
+
+    def counted(original: Callable, counter: str) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            setattr(seen, counter, getattr(seen, counter) + 1)
+            return original(*args, **kwargs)
+
+        return call
+
+    def watched(original: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with waits.counting() as found:
+                result = original(*args, **kwargs)
+            seen.waits += found
+            return result
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("prefill", "step", "flush"):
+            patch.setattr(EarlyExitDecoder, name, counted(getattr(EarlyExitDecoder, name), "steps"))
+        patch.setattr(ExitPoint, "predict", counted(ExitPoint.predict, "exits_asked"))
+        for name in ("add", "step"):
+            patch.setattr(DecodingSession, name, watched(getattr(DecodingSession, name)))
+        before = torch.cuda.CUDAGraph.replays
+        yield seen
+        seen.replays = torch.cuda.CUDAGraph.replays - before
+
+
+def training_waits(
+    prefixes: dict, cases: dict[str, Any], layout: tuning.Layout
+) -> dict[str, list[list[str]]]:
+    """Case -> step -> what waits between its first forward and its last backward."""
+    found = {}
+    for name, case in cases.items():
+        trainer = tuning.tuning_trainer(layout, 2, limit_val_batches=0)
+        if isinstance(case, tuning.Case):
+            kind, config = tuning.recorder(), tuning.tuning_config(prefixes, case, layout)
+        else:
+            kind, config = pretraining.Recorder(), pretraining.pretraining_config(prefixes, case, layout)
+        model = of_steps(kind, waits.Window)(config, trainer)
+        fill(model)
+        model.exits_initialised, model.keep_gradients = True, False
+        trainer.fit(model)
+        found[name] = model.waits
+    return found
+
+
+def tuned(*args: Any) -> dict[str, tuning.Outcome]:
+    """`tests.support.tuning.tune` in float32."""
+    return on_host(tuning.tune(*args, torch.float32))
+
+
+def pretrained(*args: Any, dtype: torch.dtype = torch.float32) -> dict[str, pretraining.Outcome]:
+    """`tests.support.pretraining.pretrain` with parameters of a type."""
+    return on_host(pretraining.pretrain(*args, False, dtype))
+
+
+def served(directory: str) -> dict[str, tuple[list[str], list[list[int]]]]:
+    """Client -> texts and exit layers of what a server answered to two clients that asked at once."""
+    import httpx
+    from omegaconf import OmegaConf
+
+    from nemo_ee.inference.run import restore
+    from nemo_ee.inference.settings import GenerateConfig
+    from nemo_ee.models.trainer_builder import EarlyExitTrainerBuilder
+    from nemo_ee.server.serve import create_service
+    from tests.support.server import listening, server_config
+
+    trainer = dict(devices=1, num_nodes=1, accelerator="auto", precision=32, logger=False)
+    settings = dict(trainer=dict(trainer, enable_checkpointing=False), model=dict(precision=32))
+    builder = EarlyExitTrainerBuilder(OmegaConf.create(settings))
+    source = GenerateConfig(f"{directory}/base.nemo", f"{directory}/exits.nemo")
+    service = create_service(server_config(model_name="tiny"), restore(source, builder.create_trainer()))
+    found, together = {}, threading.Barrier(2)
+
+    def client(name: str, prompts: list[str], temperature: float) -> None:
+        body = dict(model="tiny", prompt=prompts, max_tokens=12, temperature=temperature, seed=5)
+        body["early_exit"] = dict(threshold=0.5)
+        together.wait()
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=120).json()
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        found[name] = [c["text"] for c in choices], [c["early_exit"]["exit_layers"] for c in choices]
+
+    try:
+        with listening(service) as url:
+            clients = [("greedy", TEXTS, 0), ("sampling", TEXTS[:2], 1)]
+            threads = [threading.Thread(target=client, args=each) for each in clients]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    finally:
+        service.engine.stop()
+    return found
