@@ -55,9 +55,9 @@ def enable(gpus: int = 1) -> None:
 
 
 def enable_with_torch() -> None:
-    """Has `import torch` call `enable`, if the environment asks for it."""
+    """Has `import torch` call `enable`, if the environment asks for it and does not hide all GPUs."""
     gpus = int(os.environ.get(GPUS, "0"))
-    if gpus and "torch" not in sys.modules:
+    if gpus and os.environ.get("CUDA_VISIBLE_DEVICES") != "-1" and "torch" not in sys.modules:
         from tests.support.pretend_gpu.importing import EnablingFinder
 
         sys.meta_path.insert(0, EnablingFinder(gpus))

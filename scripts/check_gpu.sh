@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+# Shows on a machine with a GPU what the tests on CPUs cannot: that tokens and losses are the CPU's, that CUDA graphs
+# replay, and how fast it decodes. Offline, in at most 8 minutes; each part has its own time limit, and none stops the
+# others. Prints one table, writes docs/benchmarks/gpu.md and .png, and ends with 1 if any part failed, naming each.
+#
+#   bash scripts/check_gpu.sh                                             on a random model of Llama 3.2 1B's shape
+#   bash scripts/check_gpu.sh --model smollm2.nemo --adapter exits.nemo   on that model (.nemo or .gguf) as well
+#   bash scripts/check_gpu.sh --quick --output DIR                        tiny shapes: do all parts run at all?
+#
+# Installs nothing. The Python is NEMO_EE_PYTHON, or that of NEMO_EE_VENV (default .venv) if there is one, or python3;
+# packages may also lie in PYTHONPATH. What is missing is named in one line.
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+python="${NEMO_EE_PYTHON:-}"
+if [ -z "$python" ]; then
+    if [ -x "${NEMO_EE_VENV:-$root/.venv}/bin/python" ]; then
+        python="${NEMO_EE_VENV:-$root/.venv}/bin/python"
+    elif [ -n "${NEMO_EE_VENV:-}" ]; then
+        echo "error: NEMO_EE_VENV=$NEMO_EE_VENV: holds no Python; unset it to use python3, or name another" >&2
+        exit 2
+    else
+        python=python3
+    fi
+fi
+command -v "$python" >/dev/null || { echo "error: $python was not found; set NEMO_EE_PYTHON to a Python 3.11 or 3.12" >&2; exit 2; }
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+exec "$python" "$root/scripts/gpu_check/check.py" "$@"
