@@ -43,6 +43,7 @@ class CapturedDecoding:
         with torch.inference_mode(False), torch.no_grad():
             memory = DecodingMemory(model, sorted(model.heads), rows, static_positions(max_length))
         self.passes = CapturedPasses(capture, memory)
+        assert model.output is not None, "the whole model"
         self._heads, self._output, self._hidden = model.heads, model.output, model.hidden
 
     def borrow(self, rows: int, max_length: int) -> CapturedPasses | None:

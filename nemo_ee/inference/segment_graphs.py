@@ -150,13 +150,14 @@ class CapturedPasses(EagerPasses):
         examples = {n: hidden if blocks[n] is None else hidden.to(heads[n].dtype) for n in heads}
         parts = [(self._layers(*cut), hidden) for cut in self.memory.cuts()]
         parts += [(self._block(n), x) for n, x in examples.items() if blocks[n] is not None]
-        readouts = [(f"exit {n}", heads[n], x) for n, x in examples.items()]
+        readouts: list[tuple[str, LeanHead | LeanOutput, Tensor]] = [("the final exit", output, hidden)]
+        readouts += [(f"exit {n}", heads[n], x) for n, x in examples.items()]
         for size in reversed(self.sizes):  # the largest first: the others fit into its memory
             inputs = self._inputs_for(size)
             for part, x in parts:
                 for shape in self.memory.attention.shapes(size, self.memory.rows, self._most_keys):
                     yield partial(self._pass, part, inputs, x, *shape)
-            for name, head, x in [*readouts, ("the final exit", output, hidden)]:
+            for name, head, x in readouts:
                 yield partial(self._prediction, name, head, inputs, x)
 
     def run(self, low: int, high: int, x: Tensor, packed: PackedTokens) -> Tensor:
@@ -209,13 +210,14 @@ class CapturedPasses(EagerPasses):
         inputs, shape = self._inputs_for(len(x)), self.memory.attention.shape(packed, self._most_keys)
         # Before anything is loaded: what a capture runs leaves its marks in the inputs.
         captured = [self._pass(part, inputs, x, *shape) for part in parts]
-        if not all(captured):
+        ready = [each for each in captured if each is not None]
+        if len(ready) < len(parts):
             self.eager += len(parts)
             return None
         inputs.load(packed)
         states = inputs.states_like(x)
         states[: len(x)] = x
-        for each in captured:
+        for each in ready:
             each.replay()
         self.replayed += len(parts)
         return states[: len(x)].clone()

@@ -6,6 +6,7 @@ sequence by sequence, and refuse what the packages refuse. What no key may be re
 """
 
 import inspect
+from functools import partial
 
 import pytest
 import torch
@@ -220,3 +221,32 @@ def test_other_devices_dtypes_and_heads_have_the_masked_reference(monkeypatch):
         (torch.float16, 64),
     ]:
         assert chosen_attention(cuda, dtype, 2, 2, size) == (MASKED, ())
+
+
+def attended(attention, query, cache, table, index):
+    tokens = StaticTokens(table, index, len(table.positions) - 1, "any")
+    return (attention(query, cache, tokens, None),)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_installed_calls_on_a_gpu(dtype):
+    """Each agrees with the masked reference, replayed in a graph as well, after rows and positions have changed."""
+    from nemo_ee.megatron.cuda_capture import CudaCapture
+    from nemo_ee.megatron.flash_attention import candidates
+
+    device, found = torch.device("cuda"), list(candidates())
+    assert found, "torch 2.13 has one"
+    table, draw = PositionTable(513, device), torch.Generator().manual_seed(1)
+    for attention in found:
+        for heads in [(2, 3, 64), (8, 4, 128), (4, 1, 64)]:
+            assert first_that_agrees([attention], device, dtype, *heads) == (attention, ())
+        query = torch.randn(4, 2, 3, 64, generator=draw).to(device, dtype)
+        cache = attention.empty_cache(3, 2, 513, 64, dtype, device)
+        cache.copy_(torch.randn(cache.shape, generator=draw))
+        index = torch.tensor([[0, 1, 2, 0], [1, 1, 1, 512]], device=device)
+        captured = CudaCapture(device)(partial(attended, attention, query, cache, table, index))
+        index.copy_(torch.tensor([[0, 2, 2, 1], [7, 300, 301, 512]]))
+        captured.replay()
+        (expected,) = attended(MASKED, query.float(), cache.float(), table, index)
+        torch.testing.assert_close(captured.outputs[0][:3].float(), expected[:3], rtol=0.02, atol=0.02)
