@@ -206,7 +206,9 @@ def _patch_files() -> None:
         return str(pretend.current_device()) if getattr(storage, pretend.MARK, False) else None
 
     def restore(storage: Any, location: str) -> Any:
-        if not location.startswith("cuda"):  # another rank's GPU is as good as this one: it may be told objects
+        if not location.startswith(
+            "cuda"
+        ):  # another rank's GPU is as good as this one: it may be told objects
             return None
         setattr(storage, pretend.MARK, True)
         return storage
