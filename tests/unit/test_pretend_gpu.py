@@ -7,12 +7,12 @@ from pathlib import Path
 
 from tests.support.pretend_gpu import environment
 
-CHECKS = "tests/unit/pretend_gpu_checks.py"
+CHECKS = "tests/unit/pretend_gpu_checks.py", "tests/unit/pretend_gpu_wait_checks.py"
 
 
 def test_checks_pass_in_a_process_of_their_own():
     """They are no tests of this process, where there is no GPU, not even a pretend one."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", CHECKS]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *CHECKS]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, env=environment(2), cwd=root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
