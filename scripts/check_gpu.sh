@@ -8,21 +8,18 @@
 #   bash scripts/check_gpu.sh --model smollm2.nemo --adapter exits.nemo   on that model (.nemo or .gguf) as well
 #   bash scripts/check_gpu.sh --quick --output DIR                        tiny shapes: do all parts run at all?
 #
-# Installs nothing. The Python is NEMO_EE_PYTHON, or that of NEMO_EE_VENV (default .venv) if there is one, or python3;
-# packages may also lie in PYTHONPATH. What is missing is named in one line.
+# Installs nothing. The Python is that of NEMO_EE_VENV (default .venv in the repository), or where there is no such
+# environment python3; packages may also lie in PYTHONPATH. What is missing is named in one line.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-python="${NEMO_EE_PYTHON:-}"
-if [ -z "$python" ]; then
-    if [ -x "${NEMO_EE_VENV:-$root/.venv}/bin/python" ]; then
-        python="${NEMO_EE_VENV:-$root/.venv}/bin/python"
-    elif [ -n "${NEMO_EE_VENV:-}" ]; then
-        echo "error: NEMO_EE_VENV=$NEMO_EE_VENV: holds no Python; unset it to use python3, or name another" >&2
+python="${NEMO_EE_VENV:-$root/.venv}/bin/python"
+if [ ! -x "$python" ]; then
+    if [ -n "${NEMO_EE_VENV:-}" ]; then
+        echo "error: NEMO_EE_VENV=$NEMO_EE_VENV: holds no Python; name another, or unset it to use python3" >&2
         exit 2
-    else
-        python=python3
     fi
+    python=python3
+    command -v "$python" >/dev/null || { echo "error: python3 was not found; set NEMO_EE_VENV to an environment" >&2; exit 2; }
 fi
-command -v "$python" >/dev/null || { echo "error: $python was not found; set NEMO_EE_PYTHON to a Python 3.11 or 3.12" >&2; exit 2; }
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 exec "$python" "$root/scripts/gpu_check/check.py" "$@"

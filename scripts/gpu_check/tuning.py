@@ -39,7 +39,8 @@ def check(settings: "Settings", result: Result) -> None:
     wait = settings.start_reference("tuning")
     found = tuned(settings, "device")
     compare(found["steps"], wait()["steps"], result)
-    result.lines.append(("optimizer", found["optimizer"]))
+    fused = found["optimizer"].endswith(", fused")
+    result.expect(fused, "optimizer", found["optimizer"], "many small kernels instead of torch's fused one")
 
 
 def tuned(settings: "Settings", name: str) -> dict[str, Any]:
