@@ -96,6 +96,7 @@ class Chooser:
             uniforms = [sequences[i].random("draw").random() for i in sampled]
             if len(sampled) == len(places):
                 return step.read(draw(distributions, uniforms))[0], found
+            assert found.greedy is not None, "some sequences do not"
             index = to_device(sampled, distributions.device)
             greedy, drawn = step.read(found.greedy, draw(distributions[index], uniforms))
             for i, token in zip(sampled, drawn, strict=True):
