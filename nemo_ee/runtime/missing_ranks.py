@@ -80,13 +80,26 @@ def _is_of_a_collective(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
+def _own_connection() -> dist.Store:
+    """To the default group's store: a thread that waits for it does not hold up the others."""
+    store = dist.distributed_c10d._get_default_store()
+    if hasattr(store, "clone"):
+        return store.clone()
+    # torch 2.7: there a prefix, which tells torchrun's attempts apart, cannot be read.
+    whole = store._underlying_non_prefix_store
+    if not isinstance(whole, dist.TCPStore):
+        return store
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    other = dist.TCPStore(whole.host, whole.port, wait_for_workers=False, timeout=store.timeout)
+    return dist.PrefixStore(f"attempt {attempt}", other)
+
+
 class _Counting:
     """This rank's count and its view of the others'."""
 
     def __init__(self, children: Sequence[subprocess.Popen]):
         self.rank, self.world, self.children = dist.get_rank(), dist.get_world_size(), children
-        whole = dist.distributed_c10d._get_default_store().clone()
-        self.store = dist.PrefixStore("nemo_ee/counts", whole)
+        self.store = dist.PrefixStore("nemo_ee/counts", _own_connection())
         self.store.set(f"host {self.rank}", socket.gethostname())
         self.store.set(str(self.rank), "0")
         dist.barrier()  # afterwards all keys are there
