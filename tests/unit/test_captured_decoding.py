@@ -130,7 +130,13 @@ def test_what_is_no_number_stays_with_the_sequence_that_made_it(tape):
         gpt.embedding.word_embeddings.weight[bad] = float("nan")
 
     def sequences():
-        texts = [([7, 8, bad] * 10, 3), (list(range(20, 50)), 30), ([9, 5, 6], 8), ([5, 6, 7], 20), ([11], 20)]
+        texts = [
+            ([7, 8, bad] * 10, 3),
+            (list(range(20, 50)), 30),
+            ([9, 5, 6], 8),
+            ([5, 6, 7], 20),
+            ([11], 20),
+        ]
         for prompt, limit in texts:
             request = GenerationRequest(max_length=limit, exits=exits)
             yield Sequence(prompt, request, lambda tokens: False, None, limit, 0)
