@@ -203,6 +203,36 @@ def test_prepared_models_generate_with_captured_passes(monkeypatch):
         model.prepare_decoding(rows=0, max_length=65)
 
 
+def test_what_was_lent_comes_back_after_a_failure(monkeypatch):
+    """However long the error is kept, with all that its frames hold."""
+    from nemo_ee.inference import captured_decoding
+    from nemo_ee.inference.decoder import EarlyExitDecoder
+    from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
+
+    def interrupted(*_, **__):
+        raise RuntimeError("no memory is left")
+
+    model = tiny_model(tiny_model_config(num_layers=4, exits=[1, 3]), dtype=torch.float64)
+    monkeypatch.setattr(captured_decoding, "capture_for", lambda model: TapeCapture())
+    model.prepare_decoding(rows=2, max_length=20)
+    lengths, sampling = dict(max_length=6), dict(add_BOS=False)
+    strategy, errors = EarlyExitTextGenerationStrategy(model), []
+    ways = [dict(), dict(strategy=strategy), dict(sampling_params=dict(compute_logprob=True))]
+    try:
+        for name, some in ("prefill", ways), ("step", ways[:2]):
+            with monkeypatch.context() as patch:
+                patch.setattr(EarlyExitDecoder, name, interrupted)
+                for way in some:
+                    with pytest.raises(RuntimeError, match="no memory is left") as error:
+                        model.generate(["a b"], lengths, **{"sampling_params": sampling, **way})
+                    errors.append(error)
+                    passes = model.decoding_model().captured.passes
+                    assert passes.lend(), (name, way)
+                    passes.give_back()
+    finally:
+        model.release_decoding()
+
+
 def test_a_server_captures_before_the_first_request(monkeypatch):
     from nemo_ee.inference import captured_decoding
     from nemo_ee.inference.request import parse_request
