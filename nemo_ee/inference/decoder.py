@@ -136,8 +136,10 @@ class EarlyExitDecoder:
         """Makes zeros of what a sequence has left in a row: attention to its keys has weight 0 for the next one, but
         0 times what is no number is none either."""
         if length := self._written[row]:
-            for part in (*self.segments, *self.exits):
-                part.clear_row(row, length)
+            for segment in self.segments:
+                segment.clear_row(row, length)
+            for point in self.exits:
+                point.clear_row(row, length)
             self._written[row] = 0
 
     def roll_back(self, row: int, length: int) -> None:
