@@ -74,6 +74,7 @@ class EarlyExitDecoder:
         self.segments = [memory.segment(low, high) for low, high in pairwise(self._edges)]
         self.filled: list[list[int]] = [[] for _ in self.segments]
         self.layers_run: list[int] = []
+        self._written = [0] * rows  # positions of each row that may hold what no sequence there reads
         self.history = None
         if kv_policy == "recompute":
             self.history = torch.zeros(rows, max_length, dtype=torch.long, device=model.device)
@@ -104,6 +105,8 @@ class EarlyExitDecoder:
             Which of the old rows each new row holds.
         """
         order, gone = list(range(self.size)), set(rows)
+        for row in order:
+            self._note_written(row)
         while gone:
             row = min(gone)
             while order and order[-1] in gone:
@@ -117,15 +120,31 @@ class EarlyExitDecoder:
         return order
 
     def _move(self, source: int, target: int) -> None:
+        self._clear(target)
         for k, segment in enumerate(self.segments):
             segment.move(source, target, self.filled[k][source])
         for k, point in enumerate(self.exits):
             point.move(source, target, self.filled[k][source])
         if self.history is not None:
             self.history[target] = self.history[source]
+        self._written[target] = self.filled[0][source]
+
+    def _note_written(self, row: int) -> None:
+        self._written[row] = max(self._written[row], self.filled[0][row])
+
+    def _clear(self, row: int) -> None:
+        """Makes zeros of what a sequence has left in a row: attention to its keys has weight 0 for the next one, but
+        0 times what is no number is none either."""
+        if length := self._written[row]:
+            for segment in self.segments:
+                segment.clear_row(row, length)
+            for point in self.exits:
+                point.clear_row(row, length)
+            self._written[row] = 0
 
     def roll_back(self, row: int, length: int) -> None:
         """Forgets a sequence's tokens from position `length` on."""
+        self._note_written(row)
         for counts in self.filled:
             counts[row] = min(counts[row], length)
 
@@ -143,6 +162,8 @@ class EarlyExitDecoder:
         first, counts = self.size, [len(prompt) for prompt in prompts]
         assert first + len(prompts) <= self.rows, "no free rows"
         rows = list(range(first, first + len(prompts)))
+        for row in rows:
+            self._clear(row)
         packed = PackedTokens(self.table, rows, [0] * len(rows), counts)
         tokens = to_device([t for prompt in prompts for t in prompt], self.model.device)
         self._remember(tokens, packed)

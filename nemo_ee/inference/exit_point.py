@@ -62,6 +62,11 @@ class ExitPoint:
         self._model, self._passes = model, passes
         self.block, self.hidden = passes.memory.blocks[layer], passes.memory.hidden[layer]
 
+    def clear_row(self, row: int, length: int) -> None:
+        """Makes the block's first `length` keys of a row zeros."""
+        if self.block is not None:
+            self.block.clear_row(row, length)
+
     def move(self, source: int, target: int, length: int) -> None:
         """Copies the block's keys of one row to another."""
         if self.block is not None:

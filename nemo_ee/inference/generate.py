@@ -3,7 +3,7 @@
 
 import pickle
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -159,8 +159,10 @@ def seeds(count: int, generator: torch.Generator | None) -> list[int]:
 
 
 def _prompt_logprobs(model: Any, prompts: list[list[int]], texts: list[str] | None) -> dict[str, Any]:
-    decoder = EarlyExitDecoder(model.decoding_model(), [], len(prompts), max(map(len, prompts)))
-    shard = decoder.prefill(prompts, all_positions=True).vocabulary_shard(len(model.gpt.output_weight()))
+    size = len(prompts), max(map(len, prompts))
+    with closing(EarlyExitDecoder(model.decoding_model(), [], *size)) as decoder:
+        step = decoder.prefill(prompts, all_positions=True)
+    shard = step.vocabulary_shard(len(model.gpt.output_weight()))
     logits = gather_columns(shard)[:, : model.gpt.true_vocab_size]
     log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     rows = log_probs.split([len(prompt) for prompt in prompts])

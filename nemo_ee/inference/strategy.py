@@ -74,6 +74,7 @@ class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
         self.confidence = others.confidence or model.early_exit.inference.confidence
         super().__init__(model)
         self.prompt_logits = True
+        self.decoder: EarlyExitDecoder | None = None
         self._prompt_lengths: list[int] | None = None
         self._stop: StopRule | None = None
         self._stop_strings: list[str] = []
@@ -143,7 +144,7 @@ class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
         self.done = [False] * batch
         self.exit_layers: list[list[int]] = [[] for _ in range(batch)]
         self.confidences: list[list[float]] = [[] for _ in range(batch)]
-        self.decoder: EarlyExitDecoder | None = None
+        self.forget()
 
     def prepare_batch_at_step(
         self,
@@ -227,6 +228,12 @@ class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
             {"exit_layers": layers, "confidences": values}
             for layers, values in zip(self.exit_layers, self.confidences, strict=True)
         ]
-        self.decoder = self._prompt_lengths = None
-        self.prompt_logits = True
+        self.forget()
+        self._prompt_lengths, self.prompt_logits = None, True
         return output
+
+    def forget(self) -> None:
+        """Gives back what a batch has borrowed of the model, however it ended; `model.generate` calls it."""
+        if self.decoder is not None:
+            self.decoder.close()
+        self.decoder = None

@@ -56,6 +56,13 @@ class Segment:
         for tensor in [*(layer.cache for layer in self._layers), *self._kept.values()]:
             tensor.zero_()
 
+    def clear_row(self, row: int, length: int) -> None:
+        """Makes the first `length` keys, values and kept states of a row zeros."""
+        for layer in self._layers:
+            layer.cache[:, row, :, :length].zero_()
+        for hidden in self._kept.values():
+            hidden[row, :length].zero_()
+
     def move(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` keys, values and kept states of one row to another."""
         for layer in self._layers:

@@ -97,8 +97,12 @@ class GenerationMixin:
             strategy.prepare(inputs, sampling_params)
         lengths = {**get_default_length_params(), **(length_params or {})}
         sampling = {**get_default_sampling_params(), **(sampling_params or {})}
-        with kept_microbatches():
-            return super().generate(inputs, lengths, sampling, strategy=strategy)  # type: ignore[misc]
+        try:
+            with kept_microbatches():
+                return super().generate(inputs, lengths, sampling, strategy=strategy)  # type: ignore[misc]
+        finally:
+            if isinstance(strategy, EarlyExitTextGenerationStrategy):
+                strategy.forget()
 
     def prepare_decoding(
         self,

@@ -112,6 +112,49 @@ def test_a_call_that_needs_more_than_is_prepared_decodes_eagerly(
     assert f"prepare_decoding({remedy})" in message
 
 
+@pytest.mark.parametrize("tape", [TapeCapture, lambda: None], ids=["captured", "eager"])
+def test_what_is_no_number_stays_with_the_sequence_that_made_it(tape):
+    """Rows are taken over, by new sequences and by those that move: 0 times NaN is NaN."""
+    from nemo_ee.inference.request import GenerationRequest
+    from nemo_ee.inference.sequence import Sequence
+    from nemo_ee.inference.session import DecodingSession
+
+    config = tiny_model_config(
+        exits=[1, 2, 3],
+        head=HEADS["block, MLP, linear, untied"],
+        share_embeddings_and_output_weights=False,
+        num_layers=4,
+    )
+    gpt, bad, exits = tiny_model(config, dtype=torch.float64).gpt, 150, {1: 0.9, 2: 0.9, 3: 0.9}
+    with torch.no_grad():
+        gpt.embedding.word_embeddings.weight[bad] = float("nan")
+
+    def sequences():
+        texts = [
+            ([7, 8, bad] * 10, 3),
+            (list(range(20, 50)), 30),
+            ([9, 5, 6], 8),
+            ([5, 6, 7], 20),
+            ([11], 20),
+        ]
+        for prompt, limit in texts:
+            request = GenerationRequest(max_length=limit, exits=exits)
+            yield Sequence(prompt, request, lambda tokens: False, None, limit, 0)
+
+    def run(model, waiting):
+        everyone = list(waiting)
+        with torch.inference_mode(), DecodingSession(model, [1, 2, 3], 3, 64) as session:
+            while waiting or session.running:
+                batch, waiting = waiting[: session.free], waiting[session.free :]
+                if batch:
+                    session.add(batch)
+                session.step()
+        return [(each.tokens, each.exit_layers) for each in everyone]
+
+    expected = [run(model_of(gpt), [each])[0] for each in sequences()]
+    assert run(model_of(gpt, tape()), list(sequences()))[1:] == expected[1:]
+
+
 def test_memory_is_free_when_the_model_is_released(one):
     model = model_of(one, TapeCapture())
     passes = model.captured.passes
@@ -158,6 +201,36 @@ def test_prepared_models_generate_with_captured_passes(monkeypatch):
     model.release_decoding()
     with pytest.raises(ConfigError, match="rows=0.*set rows=16\n.*max_length=65.*model's 64.*max_length=64"):
         model.prepare_decoding(rows=0, max_length=65)
+
+
+def test_what_was_lent_comes_back_after_a_failure(monkeypatch):
+    """However long the error is kept, with all that its frames hold."""
+    from nemo_ee.inference import captured_decoding
+    from nemo_ee.inference.decoder import EarlyExitDecoder
+    from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
+
+    def interrupted(*_, **__):
+        raise RuntimeError("no memory is left")
+
+    model = tiny_model(tiny_model_config(num_layers=4, exits=[1, 3]), dtype=torch.float64)
+    monkeypatch.setattr(captured_decoding, "capture_for", lambda model: TapeCapture())
+    model.prepare_decoding(rows=2, max_length=20)
+    lengths, sampling = dict(max_length=6), dict(add_BOS=False)
+    strategy, errors = EarlyExitTextGenerationStrategy(model), []
+    ways = [dict(), dict(strategy=strategy), dict(sampling_params=dict(compute_logprob=True))]
+    try:
+        for name, some in ("prefill", ways), ("step", ways[:2]):
+            with monkeypatch.context() as patch:
+                patch.setattr(EarlyExitDecoder, name, interrupted)
+                for way in some:
+                    with pytest.raises(RuntimeError, match="no memory is left") as error:
+                        model.generate(["a b"], lengths, **{"sampling_params": sampling, **way})
+                    errors.append(error)
+                    passes = model.decoding_model().captured.passes
+                    assert passes.lend(), (name, way)
+                    passes.give_back()
+    finally:
+        model.release_decoding()
 
 
 def test_a_server_captures_before_the_first_request(monkeypatch):

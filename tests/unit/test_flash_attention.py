@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from nemo_ee.megatron import flash_attention
 from nemo_ee.megatron.cached_attention import MaskedAttention
 from nemo_ee.megatron.cpu_kernels import SWITCH
 from nemo_ee.megatron.flash_attention import (
@@ -164,17 +165,18 @@ def test_torchs_call_takes_what_it_is_given():
     """By its own signature and its own account of shapes; the kernel needs a GPU."""
     from torch.nn.attention.varlen import varlen_attn
 
-    given = {}
+    given = []
 
     def noted(*args, **kwargs):
         inspect.signature(varlen_attn).bind(*args, **kwargs)
-        given.update(args=args, kwargs=kwargs)
+        given.append((args, kwargs))
         return varlen(*args, **kwargs)
 
     _, refused = first_that_agrees([VariableLengthAttention(noted)], CPU, torch.float32, 2, 3, 16)
     assert refused == ()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        assert varlen_attn(*given["args"], **given["kwargs"]).shape == given["args"][0].shape == (6, 6, 16)
+        shapes = [varlen_attn(*args, **kwargs).shape for args, kwargs in given]
+    assert shapes == [args[0].shape for args, _ in given] == [(6, 6, 16), (1, 6, 16)]
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -205,9 +207,36 @@ def test_a_call_that_reads_too_far_is_refused():
         rows = (cache_batch_idx + 1) % len(k)
         return with_kvcache_op(q, k, v, cache_seqlens, rows.int(), softmax_scale)
 
-    for call in (one_too_many, next_row):
+    def only_the_spare_position(q, k, v, *, cache_seqlens, cache_batch_idx, softmax_scale=None):
+        """What masked keys weigh, 0, times what padding has left behind the others."""
+        return (
+            with_kvcache(q, k, v, cache_seqlens=cache_seqlens, cache_batch_idx=cache_batch_idx)
+            + 0 * v[:1, -1:, :1]
+        )
+
+    for call in (one_too_many, next_row, only_the_spare_position):
         found, _ = first_that_agrees([KeyValueCacheAttention(call)], CPU, torch.bfloat16, 2, 3, 16)
         assert found is MASKED
+
+
+def test_a_call_that_cannot_take_one_token_alone_is_refused():
+    """Kernels choose other ways for one query."""
+
+    def several(q, *args, **kwargs):
+        if len(q) == 1:
+            raise RuntimeError("shape '[4, 2, 3, 16]' is invalid")
+        return with_kvcache(q, *args, **kwargs)
+
+    found, (refused,) = first_that_agrees([KeyValueCacheAttention(several)], CPU, torch.float32, 2, 3, 16)
+    assert found is MASKED and refused.endswith("is invalid")
+
+
+def test_autocast_does_not_round_the_reference(monkeypatch):
+    """Models are made ready under it; the difference is the call's own."""
+    monkeypatch.setattr(flash_attention, "TOLERANCE", 1e-6)
+    exact = KeyValueCacheAttention(with_kvcache)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert first_that_agrees([exact], CPU, torch.float32, 2, 3, 16) == (exact, ())
 
 
 def test_other_devices_dtypes_and_heads_have_the_masked_reference(monkeypatch):
