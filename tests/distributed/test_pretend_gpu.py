@@ -46,6 +46,7 @@ def test_generation_of_every_head(workers, pretend_gpus):
                 assert a["exit_layers"] == b["exit_layers"], (head, request)
                 assert a["confidences"] == pytest.approx(b["confidences"], rel=1e-3, abs=1e-4)
                 layers |= set(a["exit_layers"])
+                assert a["drafts"] == b["drafts"] and bool(b["drafts"]) == ("lossless" in request)
             if request.startswith("probabilities"):
                 for a, b in zip(mine["full_logprob"], answer["full_logprob"], strict=True):
                     torch.testing.assert_close(a, b, rtol=ROUNDING, atol=1e-3)
@@ -60,6 +61,7 @@ def test_decoding_waits_once_per_exit_asked_and_once_per_step(graphs, pretend_gp
             places = main_paths.waits.describe(seen.waits)
             assert len(seen.waits) <= seen.exits_asked + seen.steps, (head, request, seen.steps, places)
             assert seen.steps and seen.waits and bool(seen.replays) == graphs
+            assert bool(seen.drafts) == ("lossless" in request)
     assert sum(seen.exits_asked for requests in found.values() for seen in requests.values()) > 200
 
 

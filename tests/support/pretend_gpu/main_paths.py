@@ -16,6 +16,7 @@ import torch
 
 from tests.support import pretraining, tuning
 from tests.support.device_waits import of_steps
+from tests.support.drafting import drafting_eagerly
 from tests.support.pretend_gpu import waits
 from tests.support.pretend_gpu.waits import Wait
 from tests.support.tiny_gpt import HEADS, fill, tiny_model, tiny_model_config
@@ -70,9 +71,10 @@ def answers(model: Any) -> dict[str, Any]:
     for name, (sampling, early_exit) in REQUESTS.items():
         for several, texts in (("batch", TEXTS), ("one", TEXTS[1:2])):
             generator = torch.Generator().manual_seed(3)
-            found[f"{name}, {several}"] = model.generate(
-                texts, LENGTH, sampling, early_exit=early_exit, generator=generator
-            )
+            with drafting_eagerly():  # no policy would draft with a model as small as this one
+                found[f"{name}, {several}"] = model.generate(
+                    texts, LENGTH, sampling, early_exit=early_exit, generator=generator
+                )
     return on_host(found)
 
 
@@ -85,12 +87,14 @@ class Decoding:
         steps: tokens fed, prompts among them, and verifications: what may wait once.
         waits: in the session.
         replays: of graphs.
+        drafts: that were made.
     """
 
     exits_asked: int = 0
     steps: int = 0
     waits: list[Wait] = field(default_factory=list)
     replays: int = 0
+    drafts: int = 0
 
 
 def decoding_waits(heads: list[str], graphs: bool) -> dict[str, dict[str, Decoding]]:
@@ -103,8 +107,11 @@ def decoding_waits(heads: list[str], graphs: bool) -> dict[str, dict[str, Decodi
         for name, (sampling, early_exit) in REQUESTS.items():
             for several, texts in (("batch", TEXTS), ("one", TEXTS[1:2])):
                 generator = torch.Generator().manual_seed(3)
-                with _watched() as seen:
-                    model.generate(texts, LENGTH, sampling, early_exit=early_exit, generator=generator)
+                with drafting_eagerly(), _watched() as seen:
+                    output = model.generate(
+                        texts, LENGTH, sampling, early_exit=early_exit, generator=generator
+                    )
+                seen.drafts = sum(each["drafts"] for each in output["early_exit"])
                 found[head][f"{name}, {several}"] = seen
     return found
 
