@@ -196,6 +196,22 @@ def test_pretraining_with_bfloat16_weights_in_megatrons_buffers(text, workers, p
         assert mine["O2"].final.keys() == theirs["O2"].final.keys()
 
 
+def test_pretraining_whose_gradients_are_reduced_meanwhile(text, workers, pretend_gpus):
+    """By NeMo's optimizer with O2, on a GPU alone: on a CPU nothing would wait for it (see `cuda_stand_ins`)."""
+    settings = dict(megatron_amp_O2=True, precision="bf16", optim=tuning.OPTIMIZER)
+    args = (
+        main_paths.pretrained_with_main_params,
+        text,
+        Case(section("norm, tied", [2, 6]), settings),
+        Layout(dp=2),
+    )
+    for (expected, on_cpu), (found, on_gpu) in zip(
+        workers(2).run(*args), pretend_gpus(2).run(*args), strict=True
+    ):
+        assert on_gpu and not on_cpu
+        assert len(found) == 2 and found == pytest.approx(expected, rel=2e-3)
+
+
 WATCHED = {
     **{
         f"tuning | {name}": tuning.Case(

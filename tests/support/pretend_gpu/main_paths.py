@@ -180,6 +180,21 @@ def pretrained(*args: Any, dtype: torch.dtype = torch.float32) -> dict[str, pret
     return on_host(pretraining.pretrain(*args, False, dtype))
 
 
+def pretrained_with_main_params(prefixes: dict, case: Any, layout: tuning.Layout) -> tuple[list[float], bool]:
+    """Losses with bfloat16 weights and NeMo's own optimizer of their float32 copies, and whether it reduces gradients
+    while the backward pass goes on."""
+    from nemo.collections.nlp.parts.nlp_overrides import MegatronHalfPrecisionPlugin
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    plugin = MegatronHalfPrecisionPlugin("bf16-mixed", device=device)
+    trainer = tuning.tuning_trainer(layout, case.steps, limit_val_batches=0, precision=None, plugins=[plugin])
+    model = pretraining.Recorder()(pretraining.pretraining_config(prefixes, case, layout), trainer)
+    fill(model)
+    model.exits_initialised, model.keep_gradients = True, False
+    trainer.fit(model)
+    return model.seen_losses, model.optimizers(use_pl_optimizer=False).async_master_grads_allreudce
+
+
 def served(directory: str) -> dict[str, tuple[list[str], list[list[int]]]]:
     """Client -> texts and exit layers of what a server answered to two clients that asked at once."""
     import httpx
