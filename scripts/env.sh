@@ -18,7 +18,6 @@
 _nemo_ee_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" # models and tokenizers are local files; never wait for a server
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
-export TORCH_WARM_POOL="${TORCH_WARM_POOL:-0}" # CUDA builds of torch start compiler processes as NeMo is imported, GPU or not
 
 _nemo_ee_platform() { # that there are packages for this machine
     case "$(uname -s) $(uname -m)" in

@@ -13,8 +13,9 @@ from multiprocessing import resource_tracker
 SECONDS = 1.0
 """How long a process may outlive its parent."""
 
-STOPPING = (signal.SIGTERM, signal.SIGUSR1)
-"""What announces a job's end, as `sbatch --signal=TERM@300`, torchrun and cloud machines do."""
+STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+"""What announces a job's end, as `sbatch --signal=TERM@300`, torchrun and cloud machines do. Windows lacks the latter:
+this module can be imported there all the same, so that scripts can say that it is not supported."""
 
 
 def end_with_parent() -> None:

@@ -18,7 +18,7 @@ def can_compile() -> bool:
     """Whether there is all that torch.compile needs for a GPU: Triton, a C compiler, Python's headers."""
     if importlib.util.find_spec("triton") is None:
         return False
-    compilers = [os.environ["CC"].split()[0]] if os.environ.get("CC") else ["gcc", "clang"]
+    compilers = os.environ.get("CC", "").split()[:1] or ["gcc", "clang"]
     headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
     return any(map(shutil.which, compilers)) and headers.exists()
 

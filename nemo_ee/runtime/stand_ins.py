@@ -24,6 +24,9 @@ ENVIRONMENT = {
     # against this variable without asking whether it is set, and fails with a TypeError outside NVIDIA's
     # containers.
     "NVIDIA_PYTORCH_VERSION": "",
+    # CUDA builds of torch with Triton start a compiler process per core as NeMo is imported, GPU or not
+    # (torch/_inductor/async_compile.py, maybe_warm_pool), which nothing here makes enough use of.
+    "TORCH_WARM_POOL": "0",
 }
 """Environment variables that `enable` sets where they are unset, so that child processes inherit them."""
 

@@ -64,12 +64,13 @@ def write(outcomes: Sequence["Outcome"], output: Path, options: Sequence[str]) -
 
 EXPLAINED = """\
 Greedy, bfloat16. Rates are of all sequences together, behind the first token: medians and quartiles of repetitions in
-which all ways take turns on the same prompts. The *limit* is the time to read the weights that full depth needs once
-per step, and every sequence's keys and values, at the bandwidth of a large copy; exits read less, so they may exceed
-it. *Same text*: tokens before the first difference from full depth without graphs. bfloat16 alone makes equal ways
-part, since a pass of several tokens rounds otherwise than one of one token. *Left*: the share of tokens by the layer
-that they left at; of lossless, the accepted share of drafts. *Eager*: passes through layers and heads that no graph
-ran, prompts included."""
+which all ways take turns on the same prompts. *transformers* is its `generate` as it comes, with the same weights:
+torch's attention, a cache that grows, nothing compiled. The *limit* is the time to read the weights that full depth
+needs once per step, and every sequence's keys and values, at the bandwidth of a large copy; exits read less, so they
+may exceed it. *Same text*: tokens before the first difference from full depth without graphs. bfloat16 alone makes
+equal ways part, since a pass of several tokens rounds otherwise than one of one token. *Left*: the share of tokens by
+the layer that they left at; of lossless, the accepted share of drafts. *Eager*: passes through layers and heads that
+no graph ran, prompts included."""
 
 
 def speed_table(speeds: Sequence[dict]) -> list[str]:

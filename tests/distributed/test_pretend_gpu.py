@@ -46,6 +46,7 @@ def test_generation_of_every_head(workers, pretend_gpus):
                 assert a["exit_layers"] == b["exit_layers"], (head, request)
                 assert a["confidences"] == pytest.approx(b["confidences"], rel=1e-3, abs=1e-4)
                 layers |= set(a["exit_layers"])
+                assert a["drafts"] == b["drafts"] and bool(b["drafts"]) == ("lossless" in request)
             if request.startswith("probabilities"):
                 for a, b in zip(mine["full_logprob"], answer["full_logprob"], strict=True):
                     torch.testing.assert_close(a, b, rtol=ROUNDING, atol=1e-3)
@@ -60,6 +61,7 @@ def test_decoding_waits_once_per_exit_asked_and_once_per_step(graphs, pretend_gp
             places = main_paths.waits.describe(seen.waits)
             assert len(seen.waits) <= seen.exits_asked + seen.steps, (head, request, seen.steps, places)
             assert seen.steps and seen.waits and bool(seen.replays) == graphs
+            assert bool(seen.drafts) == ("lossless" in request)
     assert sum(seen.exits_asked for requests in found.values() for seen in requests.values()) > 200
 
 
@@ -192,6 +194,22 @@ def test_pretraining_with_bfloat16_weights_in_megatrons_buffers(text, workers, p
     for mine, theirs in zip(found, expected, strict=True):
         assert mine["O2"].losses == pytest.approx(theirs["O2"].losses, rel=2e-3)
         assert mine["O2"].final.keys() == theirs["O2"].final.keys()
+
+
+def test_pretraining_whose_gradients_are_reduced_meanwhile(text, workers, pretend_gpus):
+    """By NeMo's optimizer with O2, on a GPU alone: on a CPU nothing would wait for it (see `cuda_stand_ins`)."""
+    settings = dict(megatron_amp_O2=True, precision="bf16", optim=tuning.OPTIMIZER)
+    args = (
+        main_paths.pretrained_with_main_params,
+        text,
+        Case(section("norm, tied", [2, 6]), settings),
+        Layout(dp=2),
+    )
+    for (expected, on_cpu), (found, on_gpu) in zip(
+        workers(2).run(*args), pretend_gpus(2).run(*args), strict=True
+    ):
+        assert on_gpu and not on_cpu
+        assert len(found) == 2 and found == pytest.approx(expected, rel=2e-3)
 
 
 WATCHED = {

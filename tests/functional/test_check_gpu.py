@@ -6,8 +6,10 @@ What a pretend GPU cannot have, it stands in for: a tape of operations for CUDA 
 """
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -75,6 +77,27 @@ def test_a_planted_fault_is_named(pretend_gpus, expected, fault):
     assert any(NAMED[fault] in each for each in faults), faults
     if fault == WAIT:  # and decoding without graphs is right all the same
         assert len(faults) == 1
+
+
+def judged(prompts: int, differing: int) -> list[str]:
+    """Faults of a comparison with transformers, whose texts of some prompts begin otherwise."""
+    import_parts()
+    from result import Result
+    from speed import TRANSFORMERS, Speed, judge
+
+    ways = [("full depth", False), (TRANSFORMERS, None)]
+    speeds = [Speed("some", prompts, way, graphs, [1.0], 1.0) for way, graphs in ways]
+    plain = [[1, 2]] * prompts
+    texts = {speeds[0].name: plain, speeds[1].name: [[3, 2]] * differing + plain[differing:]}
+    result = Result()
+    judge(speeds, texts, result)
+    return result.faults
+
+
+def test_other_weights_than_transformers_are_a_fault_and_a_near_tie_is_none(workers):
+    assert not workers(1).run(judged, 1, 1)[0] and not workers(1).run(judged, 16, 8)[0]
+    (fault,) = workers(1).run(judged, 16, 9)[0]
+    assert "7 of 16 texts begin as ours do" in fault
 
 
 def check_gpu(tmp_path: Path, *options: str, **environment: str) -> subprocess.CompletedProcess:
@@ -166,6 +189,33 @@ def test_a_part_that_hangs_ends_with_all_its_processes(driver, tmp_path):
     while runs(sleeper) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not runs(sleeper)
+
+
+def test_a_check_that_is_ended_ends_its_part(driver, tmp_path, monkeypatch):
+    monkeypatch.setattr(driver, "PARTS", [driver.Part("hangs", 60)])
+    monkeypatch.setattr(sys, "argv", ["check.py", "--quick", "--output", str(tmp_path / "out")])
+    before, sleeper = signal.getsignal(signal.SIGTERM), tmp_path / "sleeper"
+
+    def end() -> None:
+        while not (sleeper.exists() and sleeper.read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=end).start()
+    try:
+        with pytest.raises(SystemExit) as ended:
+            driver.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 128 + signal.SIGTERM
+    deadline = time.monotonic() + 10
+    while runs(int(sleeper.read_text())) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not runs(int(sleeper.read_text()))
+
+
+def test_limits_leave_the_time_for_all(driver):
+    assert sum(part.seconds for part in driver.PARTS) <= driver.SECONDS == 480
 
 
 def runs(process: int) -> bool:

@@ -25,6 +25,10 @@ WAITS = {
     "upload": (lambda: cpu(3).cuda(), 1),
     "upload without waiting": (lambda: cpu(3).cuda(non_blocking=True), 0),
     "tensor": (lambda: torch.tensor([1, 2], device="cuda"), 1),
+    "tensor of the gpu's numbers": (lambda: torch.tensor([[gpu()], [gpu()]]), 2),
+    "contains": (lambda: 1.0 in gpu(3), 1),
+    "argwhere": (lambda: torch.argwhere(gpu(3)), 1),
+    "arange to a number of the gpu's": (lambda: torch.arange(gpu(), device="cuda"), 1),
     "factories": (lambda: (torch.arange(3, device="cuda"), torch.full((2,), 2.0, device="cuda")), 0),
     "nonzero": (lambda: gpu(3).nonzero(), 1),
     "where of a condition": (lambda: torch.where(gpu(3) > 0), 1),
@@ -66,6 +70,15 @@ WAITS = {
 def test_waits_are_counted(what):
     run, count = WAITS[what]
     with waits.counting() as seen:
+        run()
+    assert len(seen) == count, waits.describe(seen)
+
+
+@pytest.mark.parametrize("what", sorted(WAITS.keys() - {"backward", "cross entropy"}))
+def test_waits_are_counted_in_inference_mode(what):
+    """In which texts are generated: torch then hands operations on undivided, `aten.item` for example."""
+    run, count = WAITS[what]
+    with torch.inference_mode(), waits.counting() as seen:
         run()
     assert len(seen) == count, waits.describe(seen)
 

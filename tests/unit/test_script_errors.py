@@ -2,6 +2,10 @@
 """What scripts turn into one line of text, and what they leave alone."""
 
 import platform
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -9,6 +13,7 @@ from omegaconf import OmegaConf
 from nemo_ee.errors import DataError
 from nemo_ee.runtime.script import user_errors
 
+ROOT = Path(__file__).parents[2]
 CONFIG = OmegaConf.create({"model": {"path": "???", "size": 1}, "output": "???", "same": "${output}"})
 
 
@@ -49,6 +54,21 @@ def test_other_systems_are_refused_by_name_before_anything_else(system, name, mo
     monkeypatch.setattr(platform, "system", lambda: system)
     message = message_of(lambda: pytest.fail("not reached"), CONFIG)
     assert message == f"error: system={name}: is not supported; use Linux or a container (docs/containers.md)"
+
+
+def test_windows_is_refused_though_it_lacks_signals():
+    """A script imports what refuses it, and Windows has neither this signal nor masks."""
+    code = """
+        import platform, signal
+        del signal.SIGUSR1, signal.pthread_sigmask
+        platform.system = lambda: "Windows"
+        from nemo_ee.runtime.script import user_errors
+        with user_errors(nemo=False):
+            pass
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and done.stderr.startswith("error: system=Windows: is not supported")
 
 
 def test_errors_for_users_and_others():

@@ -259,6 +259,8 @@ def test_what_torch_needs_to_compile(missing, monkeypatch, tmp_path):
     headers = tmp_path if "Python.h" in present else tmp_path / "none"
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(headers)})
     assert compiler_stand_ins.can_compile() is (missing is None)
+    monkeypatch.setenv("CC", " ")
+    assert compiler_stand_ins.can_compile() is (missing is None)
     monkeypatch.setenv("CC", "no-such-compiler -O2")
     assert not compiler_stand_ins.can_compile()
 
@@ -275,6 +277,18 @@ def test_enable_too_late_is_an_error():
             print(error)
     """
     assert "megatron.core imported before" in run_python(code)
+
+
+def test_torch_starts_no_compiler_processes_unless_told_to():
+    code = """
+        import os
+        from nemo_ee.runtime import stand_ins
+        os.environ.pop("TORCH_WARM_POOL", None)
+        os.environ["NVIDIA_PYTORCH_VERSION"] = "25.05"
+        stand_ins.enable()
+        print(os.environ["TORCH_WARM_POOL"], os.environ["NVIDIA_PYTORCH_VERSION"])
+    """
+    assert run_python(code).split() == ["0", "25.05"]
 
 
 def test_importing_the_runtime_changes_nothing():

@@ -16,6 +16,7 @@ import torch
 
 from tests.support import pretraining, tuning
 from tests.support.device_waits import of_steps
+from tests.support.drafting import drafting_eagerly
 from tests.support.pretend_gpu import waits
 from tests.support.pretend_gpu.waits import Wait
 from tests.support.tiny_gpt import HEADS, fill, tiny_model, tiny_model_config
@@ -70,9 +71,10 @@ def answers(model: Any) -> dict[str, Any]:
     for name, (sampling, early_exit) in REQUESTS.items():
         for several, texts in (("batch", TEXTS), ("one", TEXTS[1:2])):
             generator = torch.Generator().manual_seed(3)
-            found[f"{name}, {several}"] = model.generate(
-                texts, LENGTH, sampling, early_exit=early_exit, generator=generator
-            )
+            with drafting_eagerly():  # no policy would draft with a model as small as this one
+                found[f"{name}, {several}"] = model.generate(
+                    texts, LENGTH, sampling, early_exit=early_exit, generator=generator
+                )
     return on_host(found)
 
 
@@ -85,12 +87,14 @@ class Decoding:
         steps: tokens fed, prompts among them, and verifications: what may wait once.
         waits: in the session.
         replays: of graphs.
+        drafts: that were made.
     """
 
     exits_asked: int = 0
     steps: int = 0
     waits: list[Wait] = field(default_factory=list)
     replays: int = 0
+    drafts: int = 0
 
 
 def decoding_waits(heads: list[str], graphs: bool) -> dict[str, dict[str, Decoding]]:
@@ -103,8 +107,11 @@ def decoding_waits(heads: list[str], graphs: bool) -> dict[str, dict[str, Decodi
         for name, (sampling, early_exit) in REQUESTS.items():
             for several, texts in (("batch", TEXTS), ("one", TEXTS[1:2])):
                 generator = torch.Generator().manual_seed(3)
-                with _watched() as seen:
-                    model.generate(texts, LENGTH, sampling, early_exit=early_exit, generator=generator)
+                with drafting_eagerly(), _watched() as seen:
+                    output = model.generate(
+                        texts, LENGTH, sampling, early_exit=early_exit, generator=generator
+                    )
+                seen.drafts = sum(each["drafts"] for each in output["early_exit"])
                 found[head][f"{name}, {several}"] = seen
     return found
 
@@ -171,6 +178,21 @@ def tuned(*args: Any) -> dict[str, tuning.Outcome]:
 def pretrained(*args: Any, dtype: torch.dtype = torch.float32) -> dict[str, pretraining.Outcome]:
     """`tests.support.pretraining.pretrain` with parameters of a type."""
     return on_host(pretraining.pretrain(*args, False, dtype))
+
+
+def pretrained_with_main_params(prefixes: dict, case: Any, layout: tuning.Layout) -> tuple[list[float], bool]:
+    """Losses with bfloat16 weights and NeMo's own optimizer of their float32 copies, and whether it reduces gradients
+    while the backward pass goes on."""
+    from nemo.collections.nlp.parts.nlp_overrides import MegatronHalfPrecisionPlugin
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    plugin = MegatronHalfPrecisionPlugin("bf16-mixed", device=device)
+    trainer = tuning.tuning_trainer(layout, case.steps, limit_val_batches=0, precision=None, plugins=[plugin])
+    model = pretraining.Recorder()(pretraining.pretraining_config(prefixes, case, layout), trainer)
+    fill(model)
+    model.exits_initialised, model.keep_gradients = True, False
+    trainer.fit(model)
+    return model.seen_losses, model.optimizers(use_pl_optimizer=False).async_master_grads_allreudce
 
 
 def served(directory: str) -> dict[str, tuple[list[str], list[list[int]]]]:

@@ -70,6 +70,19 @@ def stop_server() -> None:
         _server.wait()
 
 
+def on_a_gpu(fn: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Calls it in a rank that has a pretend GPU: without one it would agree with the CPU, and show nothing."""
+    import torch
+
+    from tests.support.pretend_gpu.tensor import CudaTensor
+
+    assert torch.cuda.is_available() and isinstance(torch.empty(0, device="cuda"), CudaTensor), (
+        "no pretend GPU"
+    )
+    assert torch.distributed.get_backend() == "nccl"
+    return fn(*args, **kwargs)
+
+
 def _serve() -> None:
     """Answers requests until there are none."""
     answers = os.fdopen(os.dup(1), "wb")
@@ -82,8 +95,8 @@ def _serve() -> None:
             return
         try:
             fn, args, kwargs = pickle.loads(call)
-            answer = distributed.run_distributed(fn, world_size, *args, timeout=timeout, **kwargs), None
-            encoded = pickle.dumps(answer)
+            results = distributed.run_distributed(on_a_gpu, world_size, fn, *args, timeout=timeout, **kwargs)
+            encoded = pickle.dumps((results, None))
         except Exception as error:
             encoded = pickle.dumps((None, str(error)))
         answers.write(encoded)

@@ -95,6 +95,12 @@ def takes_scalars(func: Any) -> bool:
 
 
 @cache
+def is_composed(func: Any) -> bool:
+    """Whether an operation is made of others on every device, as `aten.item` is."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+
+
+@cache
 def name_of(func: Any) -> str:
     """Without namespace and overload."""
     return func._schema.name.partition("::")[2]

@@ -83,6 +83,8 @@ class CudaTensor(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Checks, counts, computes on the host, and gives results to the device."""
         kwargs = kwargs or {}
+        if rules.is_composed(func):  # in inference mode; else it comes in its parts, by which waits are known
+            return func.decompose(*args, **kwargs)
         _check(func, args, kwargs)
         with no_dispatch():
             out = func(*args, **kwargs)

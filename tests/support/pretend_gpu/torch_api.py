@@ -107,6 +107,7 @@ def _tensor(original: Callable) -> Callable:
         if isinstance(data, CudaTensor):
             made = data.detach().to(device=device, dtype=dtype).clone()
             return made.requires_grad_(requires_grad)
+        _read_each(data)
         if not on_device(device):
             return original(data, dtype=dtype, device=device, requires_grad=requires_grad, **rest)
         waits.record("upload")
@@ -116,12 +117,23 @@ def _tensor(original: Callable) -> Callable:
     return make
 
 
+def _read_each(data: Any) -> None:
+    """torch asks each of the device's tensors in a list for its number, below all Python."""
+    if isinstance(data, list | tuple):
+        for each in data:
+            if isinstance(each, CudaTensor):
+                waits.record("a tensor of the device's numbers")
+            else:
+                _read_each(each)
+
+
 def _as_tensor(original: Callable) -> Callable:
     @functools.wraps(original)
     def make(data: Any, dtype: Any = None, device: Any = None, **rest: Any) -> Tensor:
         device = _default_device(dict(device=device))
         if isinstance(data, CudaTensor) or (isinstance(data, Tensor) and on_device(device)):
             return data.to(device=device, dtype=dtype)
+        _read_each(data)
         if not on_device(device):
             return original(data, dtype=dtype, device=device, **rest)
         waits.record("upload")
