@@ -310,11 +310,8 @@ def _check_head(config: EarlyExitConfig, vocab_size: int | None, key: str) -> li
         vocab_size and head.projection == "shortlist" and head.shortlist_size > vocab_size
     ):
         rule = f"must lie within 1..{vocab_size or 'the vocabulary size'}"
-        faults.append(
-            Fault(
-                f"{key}.head.shortlist_size", head.shortlist_size, rule, "use e.g. 8192, or projection=tied"
-            )
-        )
+        remedy = f"use e.g. {min(8192, vocab_size or 8192)}, or set {key}.head.projection=tied"
+        faults.append(Fault(f"{key}.head.shortlist_size", head.shortlist_size, rule, remedy))
     if config.init not in INITIALISATIONS:
         faults.append(one_of(f"{key}.init", config.init, INITIALISATIONS))
     if config.init == "ridge" and not head.linear:

@@ -99,6 +99,10 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
             config = _read_override(override_config_path, root)
             if return_config:
                 return config
+            if hasattr(calling_cls, "exits_to_take"):
+                # Else NeMo would build the class that wrote the file, if that is none above ours; and where building
+                # fails, it would log a traceback and build once more.
+                config.pop("target", None)
             refuse_adapter(restore_path, archive.read_config(root))
             home = tempfile.TemporaryDirectory(prefix="nemo_ee_tokenizer_")
             tokenizer.resolve(config, root, home.name)

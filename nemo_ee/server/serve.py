@@ -73,9 +73,10 @@ def check(config: ServerConfig) -> None:
     usual_request(config, read_early_exit(source))
     limit = position_limit(base)
     if config.max_prompt_tokens + config.max_tokens > limit + 1:
-        total = config.max_prompt_tokens + config.max_tokens
+        tokens = min(config.max_tokens, (limit + 1) // 2)
+        prompt = min(config.max_prompt_tokens, limit + 1 - tokens)
         rule = f"with max_prompt_tokens={config.max_prompt_tokens} they exceed the model's {limit} positions"
-        remedy = f"lower one of them by {total - limit - 1}"
+        remedy = f"use e.g. max_prompt_tokens={prompt} max_tokens={tokens}"
         raise ConfigError(Fault("max_tokens", config.max_tokens, rule, remedy))
 
 

@@ -23,13 +23,19 @@ def same(found: dict, at: int, expected: dict, source: int) -> None:
         assert value.equal(expected[key.replace(f"exits.{at}.", f"exits.{source}.")]), key
 
 
-def edit(folder: str, head: str) -> None:
+def edit(folder: str, head: str, writer: str) -> None:
     from nemo_ee.checkpoint.content_hash import backbone_content_hash
     from nemo_ee.models.exit_editor import edit_exits
     from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
 
     first, second, third = (f"{folder}/{name}.nemo" for name in ("first", "second", "third"))
-    tiny_model(tiny_model_config([2, 4, 6], HEADS[head])).save_to(first)
+    written = tiny_model(tiny_model_config([2, 4, 6], HEADS[head]))
+    written.cfg.target = writer
+    written.save_to(first)
+    assert (
+        type(MegatronGPTEarlyExitModel.restore_from(first, trainer=tiny_trainer()))
+        is MegatronGPTEarlyExitModel
+    )
     edit_exits(first, second, [2, 5, 8], {6: 8}, tiny_trainer(), {"init": "copy"})
     before, after = exits_of(first), exits_of(second)
     assert {key.split(".")[1] for key in after if key.startswith("exits.")} == {"2", "5", "8"}
@@ -51,9 +57,16 @@ def edit(folder: str, head: str) -> None:
     same(exits_of(third), 8, before, 6)
 
 
-@pytest.mark.parametrize("head", ["MLP, untied", "block, shortlist"])
+WRITERS = {
+    "MLP, untied": "nemo_ee.models.megatron_gpt_ee_tuning_model.MegatronGPTEETuningModel",
+    "block, shortlist": "nemo_ee.models.megatron_gpt_ee_pretraining_model.MegatronGPTEEPretrainingModel",
+}
+"""Head -> the class that wrote the checkpoint: a training script's, and not the one that edits it."""
+
+
+@pytest.mark.parametrize("head", WRITERS)
 def test_exits_that_stay_keep_every_bit(head, workers, tmp_path):
-    workers(1).run(edit, str(tmp_path), head)
+    workers(1).run(edit, str(tmp_path), head, WRITERS[head])
 
 
 def add_to_plain(folder: str) -> None:

@@ -211,7 +211,8 @@ def messages_of(directory, overrides):
 
 def test_refused_before_the_model_is_built(expected, workers):
     faults = {
-        "max_tokens=34": "max_tokens=34: with max_prompt_tokens=32 they exceed the model's 64 positions",
+        "max_tokens=34": "max_tokens=34: with max_prompt_tokens=32 they exceed the model's 64 positions; "
+        "use e.g. max_prompt_tokens=32 max_tokens=32",
         "early_exit.exits=[5]": "not all of the model's exits",
         "gpt_model_file=none.nemo": "none.nemo",
         "tensor_model_parallel_size=2": "runs the model in one process",

@@ -246,13 +246,19 @@ FAULTY = {
     ),
     "ridge tokens": ({"ridge__tokens": 0}, "ridge.tokens", "0", "positive", "40960"),
     "ridge penalty": ({"ridge__penalty": 0}, "ridge.penalty", "0.0", "positive", "0.01"),
-    "shortlist of nothing": ({"head__shortlist_size": 0}, "head.shortlist_size", "0", "1..1000", "8192"),
+    "shortlist of nothing": (
+        {"head__shortlist_size": 0},
+        "head.shortlist_size",
+        "0",
+        "1..1000",
+        "use e.g. 1000,",
+    ),
     "shortlist above the vocabulary": (
         {"head__projection": "shortlist", "head__shortlist_size": 1001},
         "head.shortlist_size",
         "1001",
         "1..1000",
-        "projection=tied",
+        "use e.g. 1000, or set model.early_exit.head.projection=tied",
     ),
     "training a tied projection": (
         {"head__projection": "tied"},
