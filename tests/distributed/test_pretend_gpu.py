@@ -26,6 +26,7 @@ ROUNDING = 1e-4
 
 VALIDATED = dict(val_check_interval=2, limit_val_batches=1)
 O2 = dict(megatron_amp_O2=True, precision="bf16", optim=OVERLAPPED)
+CROSS_ENTROPY = dict(ce_weight=1.0, kl_weight=0.0, argmax_weight=0.0)
 MIXED = dict(ce_weight=0.3, kl_weight=0.5, argmax_weight=0.2, token_weighting="confidence")
 
 
@@ -225,6 +226,12 @@ WATCHED = {
         for name, head in HEADS.items()
     },
     **{f"pretraining | {name}": Case(section(name, [2, 6])) for name in HEADS},
+    "tuning | truncated": tuning.Case(
+        dict(layers=[2, 6], init="random", head=HEADS["linear, shortlist"], tuning=CROSS_ENTROPY)
+    ),
+    "pretraining | layers are dropped": Case(
+        section("norm, tied", [2, 4, 6], token_weighting="confidence", layer_dropout=dict(max_rate=0.5))
+    ),
 }
 WATCHED_LAYOUTS = {
     "one process": (Layout(), tuple(WATCHED)),
@@ -247,3 +254,9 @@ def test_training_waits_for_nothing_between_first_forward_and_last_backward(name
             ours = [line for step in steps for line in step if NEMOS_OWN not in line]
             assert not ours, (case, ours)
             assert all("synchronize" in line for step in steps for line in step)
+
+
+def test_the_closed_form_waits_for_nothing_while_it_reads(pretend_gpus):
+    for name in ("linear, shortlist", "MLP, untied"):
+        (found,) = pretend_gpus(1).run(main_paths.closed_form_waits, {**HEADS[name], "linear": True})
+        assert not found, main_paths.waits.describe(found)

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from tests.support import pretraining, tuning
-from tests.support.device_waits import of_steps
 from tests.support.drafting import drafting_eagerly
 from tests.support.pretend_gpu import waits
 from tests.support.pretend_gpu.waits import Wait
 from tests.support.tiny_gpt import HEADS, fill, tiny_model, tiny_model_config
+from tests.unit import test_exit_init
 
 TEXTS = ["w1 w2 w3", "w9 w10 w11 w12 w13 w14 w15", "w40"]
 LENGTH = dict(max_length=16)
@@ -162,11 +162,40 @@ def training_waits(
             kind, config = tuning.recorder(), tuning.tuning_config(prefixes, case, layout)
         else:
             kind, config = pretraining.Recorder(), pretraining.pretraining_config(prefixes, case, layout)
-        model = of_steps(kind, waits.Window)(config, trainer)
+        model = waits.of_steps(kind)(config, trainer)
         fill(model)
         model.exits_initialised, model.keep_gradients = True, False
         trainer.fit(model)
         found[name] = model.waits
+    return found
+
+
+def closed_form_waits(head: dict) -> list[Wait]:
+    """What waits while the closed form, and then its quality on other text, read micro-batches."""
+    from nemo_ee.megatron.exit_init import RidgeInitialiser, initialise_projections
+    from nemo_ee.megatron.fit_quality import HeldOutFit
+    from nemo_ee.megatron.tuning_step import run_backbone
+
+    gpt = test_exit_init.build(head)
+    initialise_projections(gpt, torch.arange(0, 200, 4), None)
+    for each in gpt.exits.values():
+        each.reset_for_fit()
+    made = test_exit_init.micro_batches()
+    batches = [
+        dataclasses.replace(
+            one, **{name: part.cuda() for name, part in vars(one).items() if part is not None}
+        )
+        for one in made
+    ]
+    found = []
+    for reader in (RidgeInitialiser(gpt), HeldOutFit(gpt)):
+        with waits.counting() as seen:
+            run_backbone(
+                gpt, iter(batches), len(batches), test_exit_init.LENGTH, test_exit_init.ROWS, True, reader
+            )
+        if isinstance(reader, RidgeInitialiser):
+            reader.finish(test_exit_init.PENALTY)
+        found += seen
     return found
 
 

@@ -89,7 +89,7 @@ def is_capturing() -> bool:
 
 
 class Window:
-    """The waits from the call of `start` to the last one of `mark`; `tests.support.device_waits` on a pretend GPU.
+    """The waits from the first call of `start` to the last one of `mark`.
 
     Attributes:
         counting: `start` was called.
@@ -119,6 +119,33 @@ class Window:
         """Watches all threads."""
         with counting() as self._seen:
             yield self
+
+
+def of_steps(kind: type) -> type:
+    """A model class whose training steps note in `waits` what waits between first forward and last backward."""
+
+    class Watched(kind):
+        waits: list[list[str]]
+
+        def fwd_bwd_step(self, dataloader_iter: Any, forward_only: bool, *more: Any) -> Any:
+            if forward_only:
+                return super().fwd_bwd_step(dataloader_iter, forward_only, *more)
+            seen = Window()
+            handles = [self.gpt.decoder.register_forward_pre_hook(seen.start)]
+            for parameter in self.gpt.parameters():
+                if parameter.requires_grad:
+                    handles.append(parameter.register_post_accumulate_grad_hook(seen.mark))
+            try:
+                with seen.watching():
+                    result = super().fwd_bwd_step(dataloader_iter, forward_only, *more)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            assert seen.counting and seen.marks, "a forward and a backward pass were seen"
+            self.waits = [*getattr(self, "waits", []), seen.between()]
+            return result
+
+    return Watched
 
 
 def describe(waits: list[Wait]) -> str:
