@@ -127,7 +127,8 @@ class Chooser:
         allowed = raw.clone()
         for i, place in enumerate(places):
             if place.too_short:
-                allowed[i, place.eos] = float("-inf")
+                assert place.eos is not None, "only with EOS is a text too short"
+                allowed[i, place.eos : place.eos + 1] = float("-inf")  # a slice is filled without a wait
         greedy = allowed.argmax(-1) if any(place.options.use_greedy for place in places) else None
         if all(place.options.use_greedy for place in places):
             return Choices(greedy, None, log_probs)

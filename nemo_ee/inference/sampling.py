@@ -68,5 +68,5 @@ def penalise(logits: Tensor, texts: Sequence[Sequence[int]], penalty: float) -> 
     """
     seen = torch.zeros_like(logits, dtype=torch.bool)
     for row, text in enumerate(texts):
-        seen[row, to_device(sorted(set(text)), logits.device)] = True
+        seen[row].index_fill_(0, to_device(sorted(set(text)), logits.device), True)  # by index it would wait
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)

@@ -22,14 +22,14 @@ from tests.support.tiny_gpt import HEADS, fill, tiny_model, tiny_model_config
 from tests.unit import test_exit_init
 
 TEXTS = ["w1 w2 w3", "w9 w10 w11 w12 w13 w14 w15", "w40"]
-LENGTH = dict(max_length=16)
+LENGTH = dict(max_length=16, min_length=4)
 GREEDY = dict(use_greedy=True, add_BOS=False)
 REQUESTS: dict[str, tuple[dict, Any]] = {
     "exits": (GREEDY, dict(threshold=[0.6, 0.5, 0.7])),
     "lossless": (GREEDY, dict(threshold=0.3, lossless=True)),
     "full depth": (GREEDY, False),
     "sampled": (
-        dict(use_greedy=False, add_BOS=False, temperature=0.9, top_k=20, top_p=0.9),
+        dict(use_greedy=False, add_BOS=False, temperature=0.9, top_k=20, top_p=0.9, repetition_penalty=1.2),
         dict(threshold=0.5),
     ),
     "sampled, lossless": (dict(use_greedy=False, add_BOS=False), dict(threshold=0.3, lossless=True)),
