@@ -27,12 +27,18 @@ def check(settings: "Settings", result: Result) -> None:
     result.lines.append(("tests marked gpu", f"{len(cases) - len(unwell)} of {len(cases)} passed"))
     for case, outcome in unwell:
         name = f"{case.get('classname')}::{case.get('name')}"
-        said = (outcome.get("message") or "").strip().splitlines() or ["no message"]
-        result.faults.append(f"{name} {OUTCOMES[outcome.tag]}: {said[0]}")
+        result.faults.append(f"{name} {OUTCOMES[outcome.tag]}: {reason(outcome)}")
     if not cases:
         result.faults.append("no test ran")
     elif done is not None and done.returncode != 0 and not unwell:
         result.faults.append(f"pytest ended with {done.returncode}; see its output")
+
+
+def reason(outcome: ElementTree.Element) -> str:
+    """What pytest marks with E, of which the message has the first line alone, shortened; in 600 characters."""
+    marked = [line[1:].strip() for line in (outcome.text or "").splitlines() if line.startswith("E ")]
+    said = marked or (outcome.get("message") or "").strip().splitlines()[:1] or ["no message"]
+    return " ".join(said)[:600]
 
 
 OUTCOMES = {"failure": "failed", "error": "failed", "skipped": "was skipped"}

@@ -52,7 +52,10 @@ def write(outcomes: Sequence["Outcome"], output: Path, options: Sequence[str]) -
     lines += [f"Written by `{' '.join(['bash scripts/check_gpu.sh', *options])}`.", ""]
     lines += [f"- {key}: {value}" for key, value in facts.items()]
     if speeds:
-        plot(speeds).savefig(output / "gpu.png")
+        figure = plot(speeds)
+        warning = "FIGURES MEAN NOTHING: " if pretend or "--quick" in options else ""
+        figure.suptitle(f"{warning}{facts.get('GPU', 'unknown GPU')}", fontsize=11)
+        figure.savefig(output / "gpu.png")
         lines += ["", "## Decoding", "", EXPLAINED, "", *speed_table(speeds), "", "![decoding](gpu.png)"]
     lines += ["", "## All that was checked", "", table(outcomes)]
     path = output / "gpu.md"
@@ -118,6 +121,8 @@ def theirs(speed: dict, speeds: Sequence[dict]) -> float:
 
 def plot(speeds: Sequence[dict]) -> Any:
     """A panel per model and batch size: rates with their quartiles, and the limit."""
+    from matplotlib.ticker import MaxNLocator
+
     from nemo_ee.report.statistics import spread
     from nemo_ee.report.style import FINAL_LINE_COLOUR, label, new_figure
 
@@ -134,6 +139,7 @@ def plot(speeds: Sequence[dict]) -> Any:
         axes.axvline(
             mine[0]["limit"], color=FINAL_LINE_COLOUR, linestyle="--", label="bandwidth limit, full depth"
         )
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.legend(fontsize=9, frameon=False)
-        label(axes, f"{model}, batch {batch}", FIRST_RATE, "")
+        label(axes, f"{model}\nbatch {batch}", FIRST_RATE, "")
     return figure

@@ -70,6 +70,16 @@ class Settings:
         return wait
 
 
+def no_gpu(version: str, cuda: str | None) -> str:
+    """What to say where torch, of that version and built for that CUDA, sees no GPU."""
+    remedy = (
+        "nvidia-smi must list one, CUDA_VISIBLE_DEVICES must not hide it, and its driver must be new enough"
+    )
+    if cuda is None:
+        remedy = f"it was built without CUDA; install a build with it into {sys.prefix}"
+    return f"torch {version} sees no GPU, so there is nothing to check: {remedy}"
+
+
 def run(name: str, settings: Settings) -> Result:
     """The part's result; what it raises is a fault."""
     result = Result()
@@ -78,8 +88,8 @@ def run(name: str, settings: Settings) -> Result:
             import torch
 
             if not torch.cuda.is_available():
-                result.facts["no GPU"] = f"torch {torch.__version__} sees no GPU; there is nothing to check"
-                raise RuntimeError(result.facts["no GPU"])
+                result.facts["no GPU"] = no_gpu(torch.__version__, torch.version.cuda)
+                raise SystemExit(result.facts["no GPU"])
             torch.set_float32_matmul_precision("highest")
             importlib.import_module(name).check(settings, result)
     except SystemExit as error:

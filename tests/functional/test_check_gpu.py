@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.functional.test_decoding_benchmarks import write_inputs
 from tests.support import planted_faults
@@ -234,6 +235,27 @@ def test_a_failed_part_stops_no_other(driver, tmp_path, monkeypatch, capsys):
     assert "passes: passed" in told.out and "failed: fails: exits: 3" in told.err
     assert "failed: crashes: died of SIGSEGV" in told.err
     assert "**Failed: fails, crashes.**" in (tmp_path / "out" / "gpu.md").read_text()
+
+
+def test_a_machine_without_a_gpu_is_one_line(tmp_path):
+    done = check_gpu(tmp_path, CUDA_VISIBLE_DEVICES="-1", PYTHONPATH="")
+    assert done.returncode == 2 and "Traceback" not in done.stdout
+    (line,) = done.stderr.splitlines()
+    remedy = "built without CUDA" if torch.version.cuda is None else "nvidia-smi"
+    assert line.startswith("error: torch ") and "sees no GPU" in line and remedy in line
+
+
+def test_a_failed_assertion_is_told_whole(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(PARTS), *sys.path])
+    from xml.etree import ElementTree
+
+    from marked_tests import reason
+
+    outcome = ElementTree.fromstring(
+        "<failure message='assert (a...b)'>>  assert x\nE  assert (a, kernel refused) == (a, ())\nE  first</failure>"
+    )
+    assert reason(outcome) == "assert (a, kernel refused) == (a, ()) first"
+    assert reason(ElementTree.fromstring("<skipped message='no GPU' />")) == "no GPU"
 
 
 def test_what_is_missing_is_one_line(tmp_path):

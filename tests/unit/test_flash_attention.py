@@ -258,6 +258,7 @@ def attended(attention, query, cache, table, index):
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu_kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_installed_calls_on_a_gpu(dtype):
     """Each agrees with the masked reference, replayed in a graph as well, after rows and positions have changed."""
