@@ -20,6 +20,18 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
 
 
+def pytest_configure(config):
+    if (
+        config.option.markexpr == "gpu" and not torch.cuda.is_available()
+    ):  # all would be skipped, and all seem well
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        setting = "unset" if hidden is None else repr(hidden)
+        raise pytest.UsageError(
+            f"-m gpu: torch {torch.__version__} sees no GPU with CUDA_VISIBLE_DEVICES={setting}; "
+            "use CUDA_VISIBLE_DEVICES=0 bash scripts/test.sh -m gpu, on a machine with one"
+        )
+
+
 def pytest_collection_modifyitems(config, items):
     slow = pytest.mark.skip(reason="slow; pass --slow to run it")
     gpu = pytest.mark.skip(reason="needs a GPU; CUDA_VISIBLE_DEVICES=0 bash scripts/test.sh -m gpu runs it")

@@ -10,11 +10,11 @@ import json
 import pytest
 import torch
 
-from tests.distributed import test_pretraining_resume, test_tuning_resume
+from tests.distributed import test_exit_editor, test_pretraining_resume, test_tuning_resume
 from tests.distributed.test_pretraining_optimizers import DISTRIBUTED, OVERLAPPED
 from tests.distributed.test_pretraining_parallel import section
 from tests.functional import test_generate_script
-from tests.support import tuning
+from tests.support import tiny_llama, tuning
 from tests.support.distributed import WorkerError
 from tests.support.pretend_gpu import main_paths
 from tests.support.pretraining import Case, largest_gap
@@ -132,6 +132,25 @@ def checkpoints(tmp_path_factory, workers):
     directory = tmp_path_factory.mktemp("checkpoints")
     (expected,) = workers(1).run(test_generate_script.write_checkpoints, str(directory))
     return directory, expected
+
+
+def test_exits_of_a_checkpoint_are_edited(pretend_gpus, tmp_path):
+    head, writer = next(iter(test_exit_editor.WRITERS.items()))
+    pretend_gpus(1).run(test_exit_editor.edit, str(tmp_path), head, writer)
+
+
+def converted(source: str, output: str) -> str:
+    from nemo_ee.checkpoint.content_hash import backbone_content_hash
+    from nemo_ee.checkpoint.convert import convert_to_nemo
+
+    return backbone_content_hash(convert_to_nemo(source, output))
+
+
+def test_a_converted_model_has_the_same_weights(workers, pretend_gpus, tmp_path):
+    source = str(tiny_llama.write(tmp_path / "llama"))
+    (expected,) = workers(1).run(converted, source, str(tmp_path / "cpu.nemo"))
+    (found,) = pretend_gpus(1).run(converted, source, str(tmp_path / "gpu.nemo"))
+    assert found == expected
 
 
 @pytest.mark.parametrize("tp", [1, 2])

@@ -245,6 +245,15 @@ def test_a_machine_without_a_gpu_is_one_line(tmp_path):
     assert line.startswith("error: torch ") and "sees no GPU" in line and remedy in line
 
 
+def test_marked_tests_alone_without_a_gpu_are_an_error():
+    """They would all be skipped, which looks like success."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu"]
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=hidden, capture_output=True, text=True, timeout=120)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "CUDA_VISIBLE_DEVICES=''; use CUDA_VISIBLE_DEVICES=0 bash scripts/test.sh -m gpu" in done.stderr
+
+
 def test_a_failed_assertion_is_told_whole(monkeypatch):
     monkeypatch.setattr(sys, "path", [str(PARTS), *sys.path])
     from xml.etree import ElementTree
