@@ -39,15 +39,15 @@ def multi_tensor_l2norm(chunk_size: int, overflow_buffer, tensor_lists: list, pe
     """The 2-norm of all tensors of the one list, shape [1], and those of each, or None.
 
     Computed in float32 at least, whatever the tensors are in, on any device, and nothing on the host waits for
-    it. `chunk_size` and `overflow_buffer` are those of ``amp_C.multi_tensor_l2norm``, which does not write the
-    latter either.
+    it. In float32 as Apex's, since ranks without gradients send a norm of that type. `chunk_size` and
+    `overflow_buffer` are those of ``amp_C.multi_tensor_l2norm``, which does not write the latter either.
     """
     import torch
 
     (tensors,) = tensor_lists
     dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors}, torch.float32)
     norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype))
-    return torch.linalg.vector_norm(norms).reshape(1), (norms if per_tensor else None)
+    return torch.linalg.vector_norm(norms).float().reshape(1), (norms.float() if per_tensor else None)
 
 
 class MultiTensor:

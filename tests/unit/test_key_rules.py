@@ -194,8 +194,8 @@ FUSED = {
 
 @pytest.mark.parametrize("case", FUSED)
 @pytest.mark.parametrize("script", RULES)
-def test_kernels_that_an_optimizer_has_not(script, case, monkeypatch):
-    monkeypatch.setattr(key_rules, "_have_apex", lambda: True)
+def test_kernels_that_an_optimizer_has_not(script, case, apex):
+    apex(True, *APEXS[:2], gpu=True)
     found = faults(script, FUSED[case])
     assert found.keys() == {"model.optim.fused"}
     remedy = found["model.optim.fused"].remedy.removeprefix("set ")

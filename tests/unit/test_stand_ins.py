@@ -232,6 +232,7 @@ def test_two_norm_is_computed_in_float32_at_least(dtypes):
     norm, _ = apex_stand_ins.MultiTensor.multi_tensor_l2norm(65536, None, [tensors], False)
     expected = torch.cat([tensor.double().flatten() for tensor in tensors]).norm()
     torch.testing.assert_close(norm.double(), expected.reshape(1), rtol=1e-6, atol=0)
+    assert norm.dtype == torch.float32, "ranks without gradients send such a norm"
 
 
 def test_compilation_is_left_to_gpus_that_have_a_compiler():
