@@ -112,6 +112,7 @@ def test_tuning_goes_on_where_it_was_killed(text, pretend_gpus, tmp_path):
         assert all(torch.equal(mine.optimizer[key][part], value) for part, value in state.items()), key
 
 
+@pytest.mark.slow
 def test_pretraining_goes_on_where_it_was_killed(text, pretend_gpus, tmp_path):
     case, layout = test_pretraining_resume.CASES["PP2, layers dropped"]
     pool = pretend_gpus(2)
