@@ -267,7 +267,23 @@ def _patch_the_rest() -> None:
     def compile(model: Any = None, **_: Any) -> Any:  # noqa: A001
         return (lambda function: function) if model is None else model
 
+    functional = torch.nn.functional
+    functional.scaled_dot_product_attention = _with_its_mask(functional.scaled_dot_product_attention)
     torch.compile = compile
+
+
+def _with_its_mask(original: Callable) -> Callable:
+    """Causal attention with a mask made here: torch 2.7's C++ makes it on what it takes for the tensors' device."""
+
+    @functools.wraps(original)
+    def attention(query: Tensor, key: Tensor, *args: Any, is_causal: bool = False, **kwargs: Any) -> Tensor:
+        if is_causal and isinstance(query, CudaTensor):
+            size = query.shape[-2], key.shape[-2]
+            kwargs["attn_mask"] = torch.ones(size, dtype=torch.bool, device=query.device).tril()
+            is_causal = False
+        return original(query, key, *args, is_causal=is_causal, **kwargs)
+
+    return attention
 
 
 def _for_the_cpu(original: Callable) -> Callable:
