@@ -62,6 +62,17 @@ def pretend_gpus():
     pool.stop_server()
 
 
+@pytest.fixture
+def warnings_about_graphs(caplog):
+    """Gives the messages so far that say why decoding runs without graphs."""
+    from nemo.utils import logging
+
+    logging.once_logged.clear()
+    logging._logger.addHandler(caplog.handler)
+    yield lambda: [r.getMessage() for r in caplog.records if "CUDA graphs" in r.getMessage()]
+    logging._logger.removeHandler(caplog.handler)
+
+
 @pytest.fixture(autouse=True)
 def _scripts_meet_at_a_port_of_their_own():
     """Trainers in this process leave the port they listen at in the environment, which scripts inherit."""

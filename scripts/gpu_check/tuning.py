@@ -8,7 +8,7 @@ import tiny
 from result import Result
 
 from tests.support.tiny_gpt import fill
-from tests.support.tuning import Case, Layout, recorder, tuning_config, write_text
+from tests.support.tuning import Case, Layout, recorder, trainer_settings, tuning_config, write_text
 
 if TYPE_CHECKING:
     from part import Settings
@@ -48,15 +48,7 @@ def tuned(settings: "Settings", name: str) -> dict[str, Any]:
     folder, steps = settings.work / f"tuning_{name}", QUICK_STEPS if settings.quick else STEPS
     folder.mkdir()
     case = Case(EARLY_EXIT)
-    trainer = tiny.trainer(
-        max_steps=steps,
-        val_check_interval=steps,
-        check_val_every_n_epoch=None,
-        limit_val_batches=2,
-        num_sanity_val_steps=0,
-        gradient_clip_val=0.5,
-        log_every_n_steps=1,
-    )
+    trainer = tiny.trainer(**trainer_settings(steps))
     model = recorder()(tuning_config(write_text(folder), case, Layout()), trainer)
     fill(model)
     model.exits_initialised = False  # the closed form comes after the backbone's weights

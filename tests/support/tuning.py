@@ -188,9 +188,9 @@ def tune_one(prefixes: dict, case: Case, layout: Layout, dtype: torch.dtype = to
     return outcome_of(model, trainer, before)
 
 
-def tuning_trainer(layout: Layout, steps: int, **settings: Any) -> Any:
-    """A trainer that validates at the end and clips gradients."""
-    defaults = dict(
+def trainer_settings(steps: int) -> dict[str, Any]:
+    """Of a trainer that validates at the end and clips gradients."""
+    return dict(
         max_steps=steps,
         val_check_interval=steps,
         check_val_every_n_epoch=None,
@@ -199,7 +199,11 @@ def tuning_trainer(layout: Layout, steps: int, **settings: Any) -> Any:
         gradient_clip_val=0.5,
         log_every_n_steps=1,
     )
-    return tiny_trainer(layout.world_size, **{**defaults, **settings})
+
+
+def tuning_trainer(layout: Layout, steps: int, **settings: Any) -> Any:
+    """See `trainer_settings`."""
+    return tiny_trainer(layout.world_size, **{**trainer_settings(steps), **settings})
 
 
 def prepared(prefixes: dict, case: Case, layout: Layout, trainer: Any, dtype: torch.dtype) -> Any:

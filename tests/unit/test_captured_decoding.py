@@ -14,17 +14,6 @@ from tests.support.tape import TapeCapture
 from tests.support.tiny_gpt import HEADS, tiny_model, tiny_model_config
 
 
-@pytest.fixture
-def warnings_about_graphs(caplog):
-    """Gives the messages so far."""
-    from nemo.utils import logging
-
-    logging.once_logged.clear()
-    logging._logger.addHandler(caplog.handler)
-    yield lambda: [r.getMessage() for r in caplog.records if "CUDA graphs" in r.getMessage()]
-    logging._logger.removeHandler(caplog.handler)
-
-
 @pytest.fixture(scope="module")
 def one():
     head = HEADS["block, MLP, linear, untied"]

@@ -31,17 +31,6 @@ def few_keys(monkeypatch):
     monkeypatch.setattr(cached_attention, "FEWEST_KEYS", 16)
 
 
-@pytest.fixture
-def warnings_about_graphs(caplog):
-    """Gives the messages so far."""
-    from nemo.utils import logging
-
-    logging.once_logged.clear()
-    logging._logger.addHandler(caplog.handler)
-    yield lambda: [r.getMessage() for r in caplog.records if "CUDA graphs" in r.getMessage()]
-    logging._logger.removeHandler(caplog.handler)
-
-
 @pytest.fixture(scope="module", params=HEADS)
 def gpt(request):
     config = tiny_model_config(head=HEADS[request.param], share_embeddings_and_output_weights=False)

@@ -96,11 +96,8 @@ def takes_scalars(func: Any) -> bool:
 
 @cache
 def is_composed(func: Any) -> bool:
-    """Whether an operation is made of others on every device, as `aten.item` is; but not attention, for which torch's
-    C++ makes a mask on the host."""
-    return name_of(func) != "scaled_dot_product_attention" and torch._C._dispatch_has_kernel_for_dispatch_key(
-        func.name(), "CompositeImplicitAutograd"
-    )
+    """Whether an operation is made of others on every device, as `aten.item` is."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
 
 @cache
