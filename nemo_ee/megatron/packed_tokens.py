@@ -160,9 +160,6 @@ class PackedTokens:
         self.length = max(start + count for start, count in zip(starts, counts, strict=True))
         self.from_scratch = max(starts) == 0
         self._sees_all = self.width == 1 and min(starts) + 1 == self.length
-        self._masks: dict[tuple[int, torch.dtype], Tensor] = {}
-        self._run_masks: dict[tuple[Run, int, torch.dtype], Tensor] = {}
-        self._rotations: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
         device = table.positions.device
         ragged = device.type == "cpu" and not self.single and (self.width > 1 or not self.first_rows)
         self.runs = Run.of(rows, starts, counts) if ragged or self.single else []
@@ -265,37 +262,43 @@ class PackedTokens:
         table = self.table
         if table.cos is None:
             return qkv
-        key, size = (qkv.shape[2], qkv.dtype), table.cos.shape[-1]
-        if key not in self._rotations:
+        size = table.cos.shape[-1]
+
+        def factors() -> tuple[Tensor, Tensor]:
             cos, sin = table.cos[self._span], table.sin[self._span]
             shape = (len(cos), 1, *qkv.shape[2:])
-            factors = qkv.new_ones(shape), qkv.new_zeros(shape)
-            factors[0][:, :, :-1, :size] = cos
-            factors[1][:, :, :-1, :size] = sin
-            self._rotations[key] = factors
-        return rotate(qkv, *self._rotations[key], size, interleaved)
+            all_cos, all_sin = qkv.new_ones(shape), qkv.new_zeros(shape)
+            all_cos[:, :, :-1, :size] = cos
+            all_sin[:, :, :-1, :size] = sin
+            return all_cos, all_sin
+
+        cos, sin = self.once(("rotation", qkv.shape[2], qkv.dtype), factors)
+        return rotate(qkv, cos, sin, size, interleaved)
 
     def mask(self, repeats: int, dtype: torch.dtype) -> Tensor | None:
         """[N, 1, R x Q, L] to add to scores, -inf where a key is not visible; None if all are. R is `repeats`."""
         if self._sees_all:
             return None
-        if (repeats, dtype) not in self._masks:
+
+        def mask() -> Tensor:
             keys = self.table.positions[: self.length]
             visible = keys <= self.pad(self.positions)[:, :, None]
-            self._masks[repeats, dtype] = additive(visible.repeat(1, repeats, 1)[:, None], dtype)
-        return self._masks[repeats, dtype]
+            return additive(visible.repeat(1, repeats, 1)[:, None], dtype)
+
+        return self.once(("mask", repeats, dtype), mask)
 
     def run_mask(self, run: Run, repeats: int, dtype: torch.dtype) -> Tensor | None:
         """[n, 1, R x count, L] of a run of n sequences, as `mask`."""
         if run.count == 1 and not run.padding:
             return None
-        key = run, repeats, dtype
-        if key not in self._run_masks:
+
+        def mask() -> Tensor:
             keys = self.table.positions[: run.length]
             last = to_device(run.starts, keys.device)[:, None] + keys[: run.count]  # [n, count]
             visible = keys <= last[:, :, None]
-            self._run_masks[key] = additive(visible.repeat(1, repeats, 1)[:, None], dtype)
-        return self._run_masks[key]
+            return additive(visible.repeat(1, repeats, 1)[:, None], dtype)
+
+        return self.once((run, repeats, dtype), mask)
 
     def pad(self, packed: Tensor) -> Tensor:
         """[T, ...] -> [N, Q, ...], zeros where a sequence has fewer tokens.

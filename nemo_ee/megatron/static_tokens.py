@@ -7,7 +7,6 @@ Suffixes: T tokens in the pack, L keys looked at.
 from functools import cached_property
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from nemo_ee.megatron.packed_tokens import PackedTokens, PositionTable
@@ -61,8 +60,6 @@ class StaticTokens(PackedTokens):
         self.sequences = self.height
         self.token_rows = self.row_index = index[0]
         self.positions = index[1]
-        self._masks: dict[tuple[int, torch.dtype], Tensor] = {}
-        self._rotations: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
         self.table, self._span = table, self.positions
 
     @property

@@ -9,19 +9,22 @@ from omegaconf import DictConfig
 from torch.optim import Adam, AdamW, Optimizer
 
 
+def megatron_optimizers(optimizer: McoreDistributedOptimizer) -> list:
+    """Megatron's distributed optimizers within NeMo's wrapper: one, since there are no experts."""
+    whole = optimizer.mcore_optimizer
+    return getattr(whole, "chained_optimizers", [whole])
+
+
 def inner_optimizers(optimizer: Any) -> list[Optimizer]:
     """The optimizers of torch or Apex within Megatron's and NeMo's wrappers: theirs are the states.
 
-    Of Megatron's that are distributed there is one, since there are no experts, or none on a stage that has
-    nothing to train.
+    None is within Megatron's on a stage that has nothing to train.
     """
     if isinstance(optimizer, MainParamsOptimizerWrapper):
         return [optimizer.optimizer]
     if not isinstance(optimizer, McoreDistributedOptimizer):
         return [optimizer]
-    whole = optimizer.mcore_optimizer
-    parts = getattr(whole, "chained_optimizers", [whole])
-    return [part.optimizer for part in parts if part.optimizer is not None]
+    return [part.optimizer for part in megatron_optimizers(optimizer) if part.optimizer is not None]
 
 
 def is_torch_adam(optimizer: Optimizer) -> bool:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from nemo_ee.checkpoint.load import check_training_checkpoint
 from nemo_ee.errors import CheckpointError, RankMissingError
-from nemo_ee.models.fused_adam import inner_optimizers, is_torch_adam, keep_kernels
+from nemo_ee.models.fused_adam import inner_optimizers, is_torch_adam, keep_kernels, megatron_optimizers
 
 
 class EarlyExitDDPStrategy(NLPDDPStrategy):
@@ -129,7 +129,8 @@ class EarlyExitDDPStrategy(NLPDDPStrategy):
         state["optimizer"]["param_groups"] = self._own_order(state["optimizer"]["param_groups"])
         shards, kind = state.pop("param_state", None), state.pop("param_state_sharding_type", None)
         super().load_optimizer_state_dict(checkpoint)
-        for part in self._megatron_optimizers() if shards is not None else ():
+        optimizer = self.lightning_module.optimizers(use_pl_optimizer=False)
+        for part in megatron_optimizers(optimizer) if shards is not None else ():
             load = {
                 "fully_sharded_model_space": part.load_parameter_state_from_fs_model_space,
                 "dp_zero_gather_scatter": part.load_parameter_state_from_dp_zero,
@@ -152,11 +153,6 @@ class EarlyExitDDPStrategy(NLPDDPStrategy):
         ordered = [found[kind(group)] for group in mine.param_groups]
         keep_kernels(ordered, mine)
         return ordered
-
-    def _megatron_optimizers(self) -> list:
-        """Megatron's distributed optimizers: one, since there are no experts."""
-        whole = self.lightning_module.optimizers(use_pl_optimizer=False).mcore_optimizer
-        return getattr(whole, "chained_optimizers", [whole])
 
     def _torch_optimizers(self) -> list[Optimizer]:
         return inner_optimizers(self.lightning_module.optimizers(use_pl_optimizer=False))
