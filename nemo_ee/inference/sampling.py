@@ -19,7 +19,8 @@ def token_distribution(logits: Tensor, options: SamplingOptions, texts: Sequence
         texts: N lists of the token ids so far, for the repetition penalty.
     """
     if options.use_greedy:
-        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(torch.float32)
+        certain = torch.zeros_like(logits, dtype=torch.float32)
+        return certain.scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / options.temperature
     if options.repetition_penalty != 1.0:
         logits = penalise(logits, texts, options.repetition_penalty)

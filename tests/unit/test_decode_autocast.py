@@ -40,11 +40,12 @@ def confidences(model, exits):
 
 
 def test_what_autocast_promotes_is_read_from_torch():
-    assert {"rms_norm", "layer_norm", "softmax", "cumsum", "linalg_vector_norm"} <= promoted()
+    """Torch 2.7 does not promote `rms_norm`, later ones do."""
+    assert {"layer_norm", "softmax", "cumsum", "linalg_vector_norm"} <= promoted()
     assert not {"linear", "addmm", "matmul", "scaled_dot_product_attention", "cat"} & promoted()
     half = torch.ones(2, 4, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16), CudaPromotions():
-        assert torch.nn.functional.rms_norm(half, (4,)).dtype == torch.float32
+        assert torch.nn.functional.layer_norm(half, (4,)).dtype == torch.float32
         assert torch.nn.functional.linear(half.float(), half.float()).dtype == torch.bfloat16
 
 

@@ -163,8 +163,9 @@ def test_padding_asks_for_one_key():
 
 def test_torchs_call_takes_what_it_is_given():
     """By its own signature and its own account of shapes; the kernel needs a GPU."""
-    from torch.nn.attention.varlen import varlen_attn
-
+    varlen_attn = pytest.importorskip(
+        "torch.nn.attention.varlen", reason="it came after torch 2.7"
+    ).varlen_attn
     given = []
 
     def noted(*args, **kwargs):

@@ -7,6 +7,7 @@ All results are the host's. Weights depend on names alone, so both start from th
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -253,11 +254,9 @@ def served(directory: str) -> dict[str, tuple[list[str], list[list[int]]]]:
     try:
         with listening(service) as url:
             clients = [("greedy", TEXTS, 0), ("sampling", TEXTS[:2], 1)]
-            threads = [threading.Thread(target=client, args=each) for each in clients]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            with ThreadPoolExecutor(len(clients)) as pool:
+                for done in [pool.submit(client, *each) for each in clients]:
+                    done.result()
     finally:
         service.engine.stop()
     return found
