@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_ee.checkpoint import gguf, keys, llama, tokenizer
+from nemo_ee.checkpoint import end_of_text, gguf, keys, llama, tokenizer
 from nemo_ee.errors import CheckpointError
 
 NEMO_GPT = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
@@ -47,6 +47,9 @@ def convert_to_nemo(
     live = gguf.load_tokenizer(source) if from_gguf else _load_tokenizer(source)
     config = _load_config(source, from_gguf)
     llama.check_supported(config)
+    ends = (
+        gguf.inspect(source).eos_token_ids if from_gguf else end_of_text.of_folder(source, config.vocab_size)
+    )
     nemo_config = OmegaConf.create(llama.nemo_config(config, len(live), precision))
     with tempfile.TemporaryDirectory(prefix="nemo_ee_convert_") as scratch:
         home = Path(scratch, tokenizer.DIRECTORY)
@@ -55,6 +58,8 @@ def convert_to_nemo(
         else:
             tokenizer.copy_files(source, home)
         nemo_config.tokenizer = {"library": "huggingface", "type": str(home), "use_fast": bool(live.is_fast)}
+        if (ids := end_of_text.joined(live.eos_token_id, ends)) is not None:
+            nemo_config.tokenizer[end_of_text.KEY] = ids
         _build_and_save(nemo_config, _load_weights(source, from_gguf), config, output)
     return output
 

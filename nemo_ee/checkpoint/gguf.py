@@ -19,6 +19,7 @@ class GGUFTokenizer:
     special: dict[str, str]
     add_bos: bool
     chat_template: str | None
+    eos_token_ids: tuple[int, ...] = ()
 
 
 def is_gguf(path: str | os.PathLike) -> bool:
