@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from nemo_ee.checkpoint.gguf import keys, model, rope, tensors
@@ -100,7 +101,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             )
     try:
         reader = GGUFReader(path)
-        values = {key: field.contents() for key, field in reader.fields.items()}
+        values = {key: _contents(field) for key, field in reader.fields.items()}
     except Exception as error:  # a cut file fails wherever the reader happens to be
         if "GGMLQuantizationType" in str(error):
             raise CheckpointError(
@@ -111,3 +112,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{path}: is truncated or damaged ({type(error).__name__}: {error}); download it again"
         ) from error
     return values, {tensor.name: tensor for tensor in reader.tensors}
+
+
+def _contents(field: Any) -> Any:
+    """A field's value. Numbers in fp32 become the shortest decimals that they are: 1e-05, where the file holds
+    9.999999747378752e-06."""
+    from gguf import GGUFValueType
+
+    value = field.contents()
+    return float(str(np.float32(value))) if field.types == [GGUFValueType.FLOAT32] else value

@@ -96,7 +96,7 @@ TOKENIZER_IGNORED = {
 }
 
 TOKENIZER_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "add_eos_token": (False,),  # a prompt would end with the end of text
+    "add_eos_token": (False,),
     "add_sep_token": (False,),
     "remove_extra_whitespaces": (False,),
     "suppress_tokens": ([],),
@@ -128,6 +128,11 @@ def faults(values: Mapping[str, Any], architecture: str) -> Iterator[str]:
         section, _, name = key.partition(".")
         if section == architecture:
             yield from _judge(key, name, value, MODEL_USED | MODEL_IGNORED, MODEL_NEUTRAL)
+        elif key == "tokenizer.ggml.add_eos_token" and value:
+            yield (
+                f"{key}={value}: must be False or absent, or every prompt would end with the end of text; "
+                f'set it to False: gguf-set-metadata FILE.gguf {key} "" --force'
+            )
         elif key.startswith("tokenizer.ggml."):
             name = key.removeprefix("tokenizer.ggml.")
             yield from _judge(key, name, value, TOKENIZER_USED | TOKENIZER_IGNORED, TOKENIZER_NEUTRAL)

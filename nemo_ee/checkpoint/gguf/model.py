@@ -54,10 +54,10 @@ def config(values: Mapping[str, Any], found: Mapping[str, Any]) -> Any:
     window = int(value("attention.sliding_window", 0))
     if 0 < window < context:
         fault("attention.sliding_window", window, f"attention must reach context_length={context}")
-    base = _decimal(value("rope.freq_base", 10000.0))
+    base = float(value("rope.freq_base", 10000.0))
     if EMBEDDING not in found:
-        faults.append(f"{EMBEDDING}: is missing; download the whole file again")
-    rows = int(found[EMBEDDING].shape[-1]) if EMBEDDING in found else 0
+        raise CheckpointError(f"{EMBEDDING}: is missing; download the whole file again")
+    rows = int(found[EMBEDDING].shape[-1])
     if int(value("vocab_size", rows)) != rows:
         fault("vocab_size", value("vocab_size"), f"must be the {rows} rows of {EMBEDDING}")
     settings = {
@@ -66,7 +66,7 @@ def config(values: Mapping[str, Any], found: Mapping[str, Any]) -> Any:
         "intermediate_size": int(value("feed_forward_length")),
         "num_attention_heads": heads,
         "num_key_value_heads": int(value("attention.head_count_kv", heads)),
-        "rms_norm_eps": _decimal(value("attention.layer_norm_rms_epsilon")),
+        "rms_norm_eps": float(value("attention.layer_norm_rms_epsilon")),
     }
     scaling = None
     if not faults:
@@ -90,8 +90,3 @@ def config(values: Mapping[str, Any], found: Mapping[str, Any]) -> Any:
         rope_scaling=scaling,
         tie_word_embeddings=OUTPUT not in found,
     )
-
-
-def _decimal(value: float) -> float:
-    """The shortest decimal that is this fp32 number: files hold 1e-5 as 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
