@@ -72,6 +72,7 @@ def write(
     keys: Mapping[str, Any] | None = None,
     tensors: Mapping[str, Any] | None = None,
     quantization: str = "F32",
+    big_endian: bool = False,
 ) -> Path:
     """Writes ``network`` (a one-layer Llama by default) with its tokenizer; returns ``path``.
 
@@ -79,8 +80,9 @@ def write(
         keys: added or, with None, left out.
         tensors: likewise.
         quantization: of all matrices.
+        big_endian: whether bytes are in the order of IBM's machines.
     """
-    from gguf import GGMLQuantizationType, GGUFWriter, quantize
+    from gguf import GGMLQuantizationType, GGUFEndian, GGUFWriter, quantize
 
     if network is None:
         network = tiny_llama.model(config(num_hidden_layers=1))
@@ -90,7 +92,7 @@ def write(
         **(byte_vocabulary() if vocabulary is None else vocabulary),
         **(keys or {}),
     }
-    writer = GGUFWriter(path, architecture)
+    writer = GGUFWriter(path, architecture, endianess=GGUFEndian.BIG if big_endian else GGUFEndian.LITTLE)
     for key, value in values.items():
         if value is not None and key != "general.architecture":
             _put(writer, key, value)
@@ -104,6 +106,14 @@ def write(
     writer.write_tensors_to_file()
     writer.close()
     return Path(path)
+
+
+def reloaded(tokenizer: Any, folder: Path) -> Any:
+    """Saved and loaded, as every user of a converted file gets it."""
+    from transformers import AutoTokenizer
+
+    tokenizer.save_pretrained(folder / "saved")
+    return AutoTokenizer.from_pretrained(folder / "saved", local_files_only=True)
 
 
 def rope_divisors(settings: Any) -> np.ndarray:

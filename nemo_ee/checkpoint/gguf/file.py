@@ -111,6 +111,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise CheckpointError(
             f"{path}: is truncated or damaged ({type(error).__name__}: {error}); download it again"
         ) from error
+    if reader.byte_order == "S":
+        raise CheckpointError(
+            f"{path}: its bytes are in the order of another machine; "
+            "swap them: gguf-convert-endian FILE.gguf native"
+        )
     return values, {tensor.name: tensor for tensor in reader.tensors}
 
 

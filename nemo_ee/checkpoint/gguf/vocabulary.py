@@ -12,6 +12,11 @@ from nemo_ee.errors import CheckpointError
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6
 """Of ``tokenizer.ggml.token_type``; 1 is an ordinary token."""
 
+_NAMES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+"""llama.cpp's keys (``…_token_id``) and transformers' names."""
+_ENDS = ("eot", "eom", "fim_pad", "fim_rep", "fim_sep")
+"""Other keys whose tokens end a text."""
+
 _ENDS_BY_NAME = {
     "<|eot_id|>",
     "<|im_end|>",
@@ -96,25 +101,16 @@ class Vocabulary:
         rule = rule_of(values.get(f"{prefix}pre") or "default") if bytes_ else None
         tokens = _array(values, f"{prefix}tokens")
         tokens = [token or f"[EMPTY_{number}]" for number, token in enumerate(tokens)]
-        types = _array(values, f"{prefix}token_type", len(tokens), default=1)
-        while types and types[-1] == UNUSED:
-            types.pop()
-        del tokens[len(types) :]
         _check_unique(tokens)
+        types = _array(values, f"{prefix}token_type", len(tokens), default=1)
+        ids = _ids(values, len(tokens), {} if bytes_ else {"bos": 1, "eos": 2, "unknown": 0})
+        used = max(
+            [number for number, type_ in enumerate(types) if type_ != UNUSED] + list(ids.values()), default=-1
+        )
+        del tokens[used + 1 :], types[used + 1 :]
         types = [
             CONTROL if token in _ENDS_BY_NAME else type_ for token, type_ in zip(tokens, types, strict=True)
         ]
-
-        defaults = {} if bytes_ else {"bos": 1, "eos": 2, "unknown": 0}
-        ids: dict[str, int] = {}
-        for name in ("eos", "eot", "eom", "bos", "unknown", "padding", "fim_pad", "fim_rep", "fim_sep"):
-            token = values.get(f"{prefix}{name}_token_id", defaults.get(name))
-            if token is not None and not 0 <= token < len(tokens):
-                raise CheckpointError(
-                    f"{prefix}{name}_token_id={token}: must be one of {len(tokens)} tokens; {REMEDY}"
-                )
-            if token is not None:
-                ids[name] = int(token)
         add_bos = bool(values.get(f"{prefix}add_bos_token", rule.add_bos if rule else True))
         space_prefix = bool(values.get(f"{prefix}add_space_prefix", not bytes_))
         for name, needed in (("eos", True), ("bos", add_bos)):
@@ -124,19 +120,31 @@ class Vocabulary:
             raise CheckpointError(
                 f"{prefix}add_space_prefix=True: must be False beside {prefix}model=gpt2; {REMEDY}"
             )
-        names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
         return cls(
             tokens=tuple(tokens),
             types=tuple(types),
             rule=rule,
             merges=_merges(_array(values, f"{prefix}merges"), set(tokens)) if bytes_ else (),
             scores=() if bytes_ else tuple(_array(values, f"{prefix}scores", len(tokens))),
-            special={names[name]: token for name, token in ids.items() if name in names},
+            special={_NAMES[name]: token for name, token in ids.items() if name in _NAMES},
             add_bos=add_bos,
             space_prefix=space_prefix,
             eos_token_ids=_ends(tokens, ids),
             chat_template=_templates(values),
         )
+
+
+def _ids(values: Mapping[str, Any], count: int, defaults: Mapping[str, int]) -> dict[str, int]:
+    """The tokens that have a key of their own, by its name."""
+    ids = {}
+    for name in (*_NAMES, *_ENDS):
+        key = f"tokenizer.ggml.{name}_token_id"
+        token = values.get(key, defaults.get(name))
+        if token is not None and not 0 <= token < count:
+            raise CheckpointError(f"{key}={token}: must be one of {count} tokens; {REMEDY}")
+        if token is not None:
+            ids[name] = int(token)
+    return ids
 
 
 def _array(values: Mapping[str, Any], key: str, length: int | None = None, default: Any = None) -> list[Any]:
@@ -170,8 +178,7 @@ def _merges(lines: list[str], tokens: set[str]) -> tuple[tuple[str, str], ...]:
 
 
 def _ends(tokens: list[str], ids: Mapping[str, int]) -> tuple[int, ...]:
-    names = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
-    ends = [ids[name] for name in names if name in ids]
+    ends = [ids[name] for name in ("eos", *_ENDS) if name in ids]
     ends += [number for number, token in enumerate(tokens) if token in _ENDS_BY_NAME]
     texts = {tokens[number] for number in ends}
     if any(pair <= texts for pair in _HARMONY):
