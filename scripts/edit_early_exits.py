@@ -35,6 +35,8 @@ def main(cfg: DictConfig) -> None:
         )
         for n in model.early_exit.layers:
             print(f"exit {n}: {f'weights of exit {model.sources[n]}' if n in model.sources else 'new'}")
+        if not model.early_exit.layers:
+            print("no exits")
         print(f"wrote {cfg.output_path}")
 
 

@@ -13,7 +13,6 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from nemo_ee.checkpoint import end_of_text, gguf, keys, llama, tokenizer
 from nemo_ee.errors import CheckpointError
 
-NEMO_GPT = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 
 
@@ -147,6 +146,7 @@ def _build_and_save(
 
     from nemo_ee.checkpoint.connector import EarlyExitSaveRestoreConnector
     from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
+    from nemo_ee.models.megatron_gpt_model import TARGET
 
     strategy = NLPDDPStrategy(no_ddp_communication_hook=True, process_group_backend="gloo")
     trainer = Trainer(
@@ -169,5 +169,5 @@ def _build_and_save(
         # machine-dependent switches go back to what any machine may read; our model adapts them where it
         # loads
         model.cfg.update(nemo_config)
-        model.cfg.target = NEMO_GPT
+        model.cfg.target = TARGET
     EarlyExitSaveRestoreConnector().save_to(model, str(output))

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_ee.checkpoint import archive
 from nemo_ee.errors import CheckpointError
@@ -56,25 +56,28 @@ def tokenizer_from_nemo(path: str | os.PathLike) -> Any:
         return _load(root / DIRECTORY, settings)
 
 
-def pack_files(settings: DictConfig, live: Any, directory: str | os.PathLike) -> bool:
-    """Puts a model's Hugging Face tokenizer into the folder that becomes its ``.nemo`` file.
+def pack(settings: DictConfig | None, live: Any, config_file: str | os.PathLike) -> bool:
+    """Puts a model's Hugging Face tokenizer beside the configuration in the folder that becomes its ``.nemo`` file.
 
     Args:
         settings: the model's ``tokenizer`` section. Where ``type`` is a directory its files are copied
             unchanged.
         live: the transformers tokenizer in use, which writes the files where ``type`` is a hub name.
-        directory: top folder of the archive to be.
+        config_file: the model's configuration, written already; ``tokenizer.type`` is changed in it.
 
     Returns:
         False, and nothing written, for tokenizers of other libraries: NeMo packs their single files itself.
     """
     if settings is None or settings.get("library") != "huggingface":
         return False
-    target = Path(directory) / DIRECTORY
+    target = Path(config_file).parent / DIRECTORY
     if Path(str(settings.type)).is_dir():
         copy_files(settings.type, target)
     else:
         live.save_pretrained(target)
+    config = OmegaConf.load(config_file)
+    config.tokenizer.type = INSIDE
+    OmegaConf.save(config, config_file)
     return True
 
 
@@ -89,21 +92,23 @@ def copy_files(source: str | os.PathLike, target: str | os.PathLike) -> Path:
     return target
 
 
-def resolve(config: DictConfig, root: str | os.PathLike, home: str | os.PathLike) -> None:
-    """Points ``tokenizer.type`` of a restored configuration at files that outlive the extracted archive.
+def is_inside(config: DictConfig) -> bool:
+    """Whether a ``model`` configuration says that the tokenizer lies in the archive's folder."""
+    return (config.get("tokenizer") or {}).get("type") == INSIDE
+
+
+def resolve(config: DictConfig, root: str | os.PathLike | None, home: str | os.PathLike) -> None:
+    """Points ``tokenizer.type`` of a configuration at files that outlive the extracted archive.
 
     Args:
-        config: the ``model`` configuration; changed in place.
-        root: the extracted archive.
+        config: the ``model`` configuration, of which :func:`is_inside` is true; changed in place.
+        root: the extracted archive; None where nothing is being restored.
         home: a folder that lives as long as the model does.
 
     Raises:
-        CheckpointError: the configuration says the tokenizer is inside, and it is not.
+        CheckpointError: the tokenizer is not there.
     """
-    settings = config.get("tokenizer")
-    if settings is None or settings.get("type") != INSIDE:
-        return
-    if not (Path(root) / DIRECTORY).is_dir():
+    if root is None or not (Path(root) / DIRECTORY).is_dir():
         raise CheckpointError(
             f"{root}: tokenizer.type={INSIDE} but there is no {DIRECTORY}/ in the checkpoint; "
             "set model.tokenizer.type to a tokenizer directory"
