@@ -50,6 +50,8 @@ def convert_to_nemo(
         gguf.inspect(source).eos_token_ids if from_gguf else end_of_text.of_folder(source, config.vocab_size)
     )
     nemo_config = OmegaConf.create(llama.nemo_config(config, len(live), precision))
+    if {len(live), max(live.get_vocab().values()) + 1} != {config.vocab_size}:
+        nemo_config[llama.ROWS] = config.vocab_size
     with tempfile.TemporaryDirectory(prefix="nemo_ee_convert_") as scratch:
         home = Path(scratch, tokenizer.DIRECTORY)
         if from_gguf:

@@ -49,6 +49,11 @@ def tokenize_prompts(
             f"inputs: a list of {', '.join(kinds)}; give texts, chats, or a tuple of two tensors"
         )
     for i, prompt in enumerate(prompts):
+        if (outside := max(prompt, default=0)) >= tokenizer.vocab_size:
+            raise GenerationError(
+                f"prompt {i}: its token {tokenizer.name(outside)!r} has the id {outside}, and the model reads ids "
+                f"below {tokenizer.vocab_size}; leave it out of the prompt"
+            )
         if not prompt:
             raise GenerationError(f"prompt {i}: it has no tokens; give at least one, or set add_BOS=true")
         if len(prompt) > position_limit:

@@ -27,6 +27,7 @@ class TextTokenizer:
     Attributes:
         nemo: the tokenizer.
         special: ids of special tokens.
+        rows: of the model's embedding, padding apart; None: as many as the tokenizer has tokens.
 
     Raises:
         ConfigError: settings that break a rule.
@@ -37,7 +38,7 @@ class TextTokenizer:
         others, add_bos = settings.get("eos_token_ids"), settings.get("add_bos")
         self._bos = known_id(getattr(tokenizer, "bos_id", None))
         _check(others, add_bos, self._bos)
-        self.nemo = tokenizer
+        self.nemo, self.rows = tokenizer, None
         self._other_ends = tuple(others or ())
         self._own_rule: list[int] = []
         self._add_bos: bool | None = add_bos
@@ -62,8 +63,8 @@ class TextTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Of the tokenizer."""
-        return self.nemo.vocab_size
+        """One more than the largest id that the model can read."""
+        return self.rows or self.nemo.vocab_size
 
     def before(self, add_bos: bool | None = None) -> list[int]:
         """What a text begins with: BOS, or nothing.

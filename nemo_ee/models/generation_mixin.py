@@ -42,6 +42,7 @@ class GenerationMixin:
         """The tokenizer with the model's rules for texts: how they begin, and the tokens that end them."""
         if self._text_tokenizer is None or self._text_tokenizer.nemo is not self.tokenizer:
             self._text_tokenizer = TextTokenizer(self.tokenizer, self.cfg.get("tokenizer"))
+        self._text_tokenizer.rows = getattr(self, "true_vocab_size", None)  # known once the tokenizer is
         return self._text_tokenizer
 
     def generate(

@@ -30,6 +30,7 @@ from nemo_ee.models.checks import (
 )
 from nemo_ee.models.fused_adam import choose_kernels
 from nemo_ee.models.generation_mixin import GenerationMixin
+from nemo_ee.models.vocabulary import used_rows
 
 
 class MegatronGPTEarlyExitModel(GenerationMixin, EarlyExitAdapterMixin, MegatronGPTModel):
@@ -139,9 +140,9 @@ class MegatronGPTEarlyExitModel(GenerationMixin, EarlyExitAdapterMixin, Megatron
 
     def _build_vocab(self) -> None:
         """NeMo's; `padded_vocab_size` is also that of a checkpoint that overrides it."""
-        self.true_vocab_size = int(self.tokenizer.vocab_size)
         super()._build_vocab()
         self.padded_vocab_size = self.cfg.get("override_vocab_size") or self.padded_vocab_size
+        self.true_vocab_size = used_rows(self.cfg, self.tokenizer, self.padded_vocab_size)
 
     def to_config_file(self, path2yaml_file: str) -> None:
         """NeMo's, with the settings that were given instead of those adapted to this machine."""
