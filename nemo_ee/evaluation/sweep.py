@@ -226,7 +226,7 @@ class Sweep:
             Sample(
                 tokenizer.decode(text.prompt),
                 settings.sample_threshold,
-                tuple(token_pieces(text.tokens, tokenizer, text.prompt)),
+                tuple(token_pieces(text.tokens, tokenizer)),
                 tuple(text.exit_layers),
                 tuple(text.confidences),
             )
