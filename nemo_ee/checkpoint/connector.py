@@ -13,13 +13,13 @@ from nemo.collections.nlp.parts.nlp_overrides import NLPSaveRestoreConnector
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ee.checkpoint import archive, collective, keys, tokenizer
+from nemo_ee.checkpoint import archive, collective, keys, targets, tokenizer
 from nemo_ee.checkpoint.base import BaseCheckpoint
 from nemo_ee.checkpoint.legacy import read_legacy_weights
 from nemo_ee.checkpoint.load import has_fp8_state, load_weights, save_weights
 from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint
 from nemo_ee.errors import CheckpointError
-from nemo_ee.models.megatron_gpt_model import TARGET, MegatronGPTModel
+from nemo_ee.models.megatron_gpt_model import MegatronGPTModel
 
 
 class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
@@ -159,7 +159,7 @@ def _name_plain_gpt(config_file: Path) -> None:
     """NeMo's own class as ``target`` becomes the name by which NeMo can read the tokenizer beside it."""
     config = OmegaConf.load(config_file)
     if config.get("target") == f"{MegatronGPTModel.__module__}.{MegatronGPTModel.__qualname__}":
-        config.target = TARGET
+        config.target = targets.PLAIN
         OmegaConf.save(config, config_file)
 
 

@@ -50,8 +50,7 @@ def convert_to_nemo(
         gguf.inspect(source).eos_token_ids if from_gguf else end_of_text.of_folder(source, config.vocab_size)
     )
     nemo_config = OmegaConf.create(llama.nemo_config(config, len(live), precision))
-    if {len(live), max(live.get_vocab().values()) + 1} != {config.vocab_size}:
-        nemo_config[llama.ROWS] = config.vocab_size
+    _count_rows(nemo_config, live, config.vocab_size)
     with tempfile.TemporaryDirectory(prefix="nemo_ee_convert_") as scratch:
         home = Path(scratch, tokenizer.DIRECTORY)
         if from_gguf:
@@ -83,6 +82,21 @@ def _check_arguments(source: Path, output: Path, precision: str, overwrite: bool
         faults.append(f"precision={precision}: must be one of {', '.join(DTYPES)}; choose one")
     if faults:
         raise CheckpointError("\n".join(faults))
+
+
+def _count_rows(nemo_config: DictConfig, live: Any, rows: int) -> None:
+    """Notes how many rows count where they are not the tokenizer's tokens; warns of tokens that have none."""
+    ids = live.get_vocab()
+    if {len(live), max(ids.values()) + 1} != {rows}:
+        nemo_config[llama.ROWS] = rows
+    if without := sorted((token, name) for name, token in ids.items() if token >= rows):
+        from nemo.utils import logging
+
+        logging.warning(
+            f"{len(without)} tokens of the tokenizer have no row in the embedding (vocab_size={rows}), first "
+            f"{without[0][1]!r} with the id {without[0][0]}: texts that have them are refused. If these are many, the "
+            "tokenizer is another model's."
+        )
 
 
 def _load_config(source: Path, from_gguf: bool) -> Any:
@@ -148,7 +162,6 @@ def _build_and_save(
 
     from nemo_ee.checkpoint.connector import EarlyExitSaveRestoreConnector
     from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
-    from nemo_ee.models.megatron_gpt_model import TARGET
 
     strategy = NLPDDPStrategy(no_ddp_communication_hook=True, process_group_backend="gloo")
     trainer = Trainer(
@@ -171,5 +184,4 @@ def _build_and_save(
         # machine-dependent switches go back to what any machine may read; our model adapts them where it
         # loads
         model.cfg.update(nemo_config)
-        model.cfg.target = TARGET
     EarlyExitSaveRestoreConnector().save_to(model, str(output))

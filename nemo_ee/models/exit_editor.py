@@ -15,7 +15,6 @@ from nemo_ee.checkpoint.keys import EXITS_PREFIX
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.megatron import exit_init
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
-from nemo_ee.models.megatron_gpt_model import TARGET
 
 
 class EditedExitsModel(MegatronGPTEarlyExitModel):
@@ -111,11 +110,9 @@ def edit_exits(
     model = kind.restore_from(str(path), override_config_path=config, trainer=trainer)
     if layers:
         model.initialise_new_exits()
-        model.cfg.target = f"{MegatronGPTEarlyExitModel.__module__}.{MegatronGPTEarlyExitModel.__qualname__}"
     else:
         with open_dict(model.cfg):
             model.cfg.pop("early_exit")
-        model.cfg.target = TARGET
     model.save_to(str(output))
     return model
 

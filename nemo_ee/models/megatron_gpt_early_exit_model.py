@@ -15,6 +15,7 @@ from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch.nn.functional import gelu
 
+from nemo_ee.checkpoint import targets
 from nemo_ee.checkpoint.adapter_mixin import EarlyExitAdapterMixin
 from nemo_ee.checkpoint.connector import start_distributed
 from nemo_ee.checkpoint.keys import exit_layer, is_exit
@@ -145,10 +146,11 @@ class MegatronGPTEarlyExitModel(GenerationMixin, EarlyExitAdapterMixin, Megatron
         self.true_vocab_size = used_rows(self.cfg, self.tokenizer, self.padded_vocab_size)
 
     def to_config_file(self, path2yaml_file: str) -> None:
-        """NeMo's, with the settings that were given instead of those adapted to this machine."""
+        """NeMo's, with the settings that were given instead of those adapted to this machine, for any reader."""
         mine = self._cfg
         self._cfg = mine.copy()
         with open_dict(self._cfg):
+            self._cfg.target = targets.WITH_EXITS if self.early_exit.layers else targets.PLAIN
             for key, (given, adapted) in self._adapted.items():
                 if self._cfg.get(key) == adapted:
                     self._cfg[key] = given

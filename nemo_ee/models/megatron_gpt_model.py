@@ -9,9 +9,6 @@ from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import Meg
 
 from nemo_ee.runtime import archived_tokenizer
 
-__all__ = ["TARGET", "MegatronGPTModel"]
-
-TARGET = f"{__name__}.{MegatronGPTModel.__qualname__}"
-"""What a configuration says under ``target``."""
+__all__ = ["MegatronGPTModel"]
 
 archived_tokenizer.install()

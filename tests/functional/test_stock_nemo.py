@@ -40,7 +40,10 @@ def write_all(folder: str) -> torch.Tensor:
     (source / "generation_config.json").write_text('{"eos_token_id": [18, 2]}')
     with torch.no_grad():
         theirs = AutoModelForCausalLM.from_pretrained(source)(tiny_llama.prompts()).logits
-    paths = {name: f"{folder}/{name}.nemo" for name in ("converted", "edited", "exits", "merged", "saved")}
+    paths = {
+        name: f"{folder}/{name}.nemo"
+        for name in ("converted", "edited", "exits", "merged", "saved", "trained")
+    }
     convert_to_nemo(source, paths["converted"])
     shutil.rmtree(source)
     section = {"init": "copy", "head": {"norm": True, "projection": "tied"}}
@@ -54,6 +57,9 @@ def write_all(folder: str) -> torch.Tensor:
     )
     model.save_adapters(paths["exits"])
     adapter.merge(paths["converted"], paths["exits"], paths["merged"])
+    # As of a training class, which a reader has no data for.
+    model.cfg.target = "nemo_ee.models.megatron_gpt_ee_pretraining_model.MegatronGPTEEPretrainingModel"
+    model.save_to(paths["trained"])
     with tarfile.open(paths["converted"]) as tar:
         tar.extractall(f"{folder}/unpacked", filter="data")
     return theirs
@@ -70,8 +76,9 @@ def load_all(folder: str, theirs: torch.Tensor) -> dict:
     assert "nemo_ee.checkpoint.connector" not in sys.modules
     stock_nemo.use_local_layers()
     found = {}
-    for name in ("converted.nemo", "unpacked", "edited.nemo", "merged.nemo", "saved.nemo"):
-        for way in (stock_nemo.restore, stock_nemo.as_lm_eval):
+    for name in ("converted.nemo", "unpacked", "edited.nemo", "merged.nemo", "saved.nemo", "trained.nemo"):
+        both = name in ("converted.nemo", "unpacked", "merged.nemo")
+        for way in (stock_nemo.restore, stock_nemo.as_lm_eval)[: 1 + both]:
             model = way(f"{folder}/{name}")
             kind = f"{type(model).__module__}.{type(model).__name__}"
             ends = list(model.cfg.tokenizer.eos_token_ids)
@@ -126,7 +133,7 @@ def written(workers, tmp_path_factory):
 def test_stock_nemo_reads_all_that_is_written(workers, written):
     found = workers(1).run(load_all, str(written[0]), written[1])[0]
     for (name, way), (kind, ids, ends, difference) in found.items():
-        plain = name in ("converted.nemo", "unpacked")
+        plain = name in ("converted.nemo", "unpacked", "saved.nemo")
         assert (kind, ids, ends) == (PLAIN if plain else OURS, IDS, [2, 18]), (name, way)
         assert difference < CLOSE, (name, way)
 
@@ -136,6 +143,42 @@ def test_nemos_fine_tuning_takes_a_base_and_saves_it_with_its_tokenizer(workers,
     for itself, ids, gap_to_theirs in (first, second):
         assert itself and ids == IDS and gap_to_theirs < CLOSE
     assert difference < CLOSE and same
+
+
+def older_files(folder: str, theirs: torch.Tensor) -> list[tuple]:
+    """Files with NeMo's class as target, or none, load through our connector, and NeMo reads what it saves of them."""
+    from omegaconf import OmegaConf
+
+    from nemo_ee.checkpoint import archive
+    from nemo_ee.checkpoint.connector import EarlyExitSaveRestoreConnector
+    from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel, MegatronGPTModel
+
+    stock_nemo.use_local_layers()
+    found = []
+    for target in (PLAIN, None):
+        shutil.copytree(f"{folder}/unpacked", f"older {target}")
+        config = OmegaConf.load(f"older {target}/model_config.yaml")
+        config.pop("target") if target is None else config.update(target=target)
+        OmegaConf.save(config, f"older {target}/model_config.yaml")
+        for cls in (MegatronGPTEarlyExitModel, MegatronGPTModel):
+            model = cls.restore_from(
+                f"older {target}",
+                trainer=stock_nemo.trainer(),
+                save_restore_connector=EarlyExitSaveRestoreConnector(),
+            )
+            EarlyExitSaveRestoreConnector().save_to(model, "again.nemo")
+            again = stock_nemo.restore("again.nemo")
+            saved = archive.read_config("again.nemo").target
+            found.append(
+                (type(model) is cls, gap(model, theirs), saved, type(again).__name__, gap(again, theirs))
+            )
+    return found
+
+
+def test_older_files_load_through_our_connector(workers, written):
+    for same, first, target, name, second in workers(1).run(older_files, str(written[0]), written[1])[0]:
+        assert same and first < CLOSE and second < CLOSE
+        assert target == "nemo_ee.models.megatron_gpt_model.MegatronGPTModel" and name == "MegatronGPTModel"
 
 
 def without_its_tokenizer(folder: str) -> str:
