@@ -13,7 +13,6 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from nemo_ee.checkpoint import end_of_text, gguf, keys, llama, tokenizer
 from nemo_ee.errors import CheckpointError
 
-NEMO_GPT = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 
 
@@ -49,6 +48,7 @@ def convert_to_nemo(
     llama.check_supported(config)
     ends = file.eos_token_ids if file else end_of_text.of_folder(source, config.vocab_size)
     nemo_config = OmegaConf.create(llama.nemo_config(config, len(live), precision))
+    _count_rows(nemo_config, live, config.vocab_size)
     with tempfile.TemporaryDirectory(prefix="nemo_ee_convert_") as scratch:
         home = Path(scratch, tokenizer.DIRECTORY)
         if file:
@@ -81,6 +81,21 @@ def _check_arguments(source: Path, output: Path, precision: str, overwrite: bool
         faults.append(f"precision={precision}: must be one of {', '.join(DTYPES)}; choose one")
     if faults:
         raise CheckpointError("\n".join(faults))
+
+
+def _count_rows(nemo_config: DictConfig, live: Any, rows: int) -> None:
+    """Notes how many rows count where they are not the tokenizer's tokens; warns of tokens that have none."""
+    ids = live.get_vocab()
+    if {len(live), max(ids.values()) + 1} != {rows}:
+        nemo_config[llama.ROWS] = rows
+    if without := sorted((token, name) for name, token in ids.items() if token >= rows):
+        from nemo.utils import logging
+
+        logging.warning(
+            f"{len(without)} tokens of the tokenizer have no row in the embedding (vocab_size={rows}), first "
+            f"{without[0][1]!r} with the id {without[0][0]}: texts that have them are refused. If these are many, the "
+            "tokenizer is another model's."
+        )
 
 
 def _load_config(source: Path) -> Any:
@@ -160,5 +175,4 @@ def _build_and_save(
         # machine-dependent switches go back to what any machine may read; our model adapts them where it
         # loads
         model.cfg.update(nemo_config)
-        model.cfg.target = NEMO_GPT
     EarlyExitSaveRestoreConnector().save_to(model, str(output))

@@ -240,10 +240,6 @@ def damage_tokenizer(folder: Path) -> None:
         (folder / name).unlink()
 
 
-def damage_vocabulary(folder: Path) -> None:
-    tiny_llama.tokenizer(150).save_pretrained(folder)
-
-
 def damage_config(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 
@@ -255,7 +251,6 @@ def damage_config(folder: Path) -> None:
         (damage_weights, "weights cannot be read"),
         (damage_one_weight, "model.layers.2.mlp.up_proj.weight"),
         (damage_tokenizer, "tokenizer"),
-        (damage_vocabulary, "vocab_size=100"),
         (damage_config, "config.json"),
     ],
 )

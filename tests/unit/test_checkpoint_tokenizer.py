@@ -49,9 +49,14 @@ def test_weights_do_not_come_along(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"library": "sentencepiece", "model": "x"}, "tokenizer.library=sentencepiece"),
+        (
+            {"library": "sentencepiece", "model": "nemo:x.model"},
+            "tokenizer.model=nemo:x.model but there is no x.model",
+        ),
+        ({"library": "sentencepiece", "model": "nemo:../x"}, "no ../x in the checkpoint"),
+        ({"model": "x"}, "no tokenizer.library"),
         ({"library": "huggingface", "type": "/nowhere/tokenizer"}, "tokenizer.type=/nowhere/tokenizer"),
-        ({"library": "huggingface", "type": tokenizer.INSIDE}, "no tokenizer that transformers can load"),
+        ({"library": "huggingface", "type": tokenizer.INSIDE}, "there is no tokenizer/ in the checkpoint"),
     ],
 )
 def test_what_cannot_be_loaded_is_named(tmp_path, settings, words):
