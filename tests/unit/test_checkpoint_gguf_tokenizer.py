@@ -96,6 +96,11 @@ def test_an_unused_token_that_pads_is_kept():
     assert loaded_with(**marked(padding_token_id=264)).pad_token == "<spare>"
 
 
+def test_types_of_no_token_are_of_no_consequence():
+    types = tiny_gguf.byte_vocabulary()["tokenizer.ggml.token_type"]
+    assert len(loaded_with(token_type=[*types, 3, 1])) == len(types)
+
+
 def test_nemos_tokenizer_sees_the_same(tmp_path):
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 

@@ -148,14 +148,14 @@ def _ids(values: Mapping[str, Any], count: int, defaults: Mapping[str, int]) -> 
 
 
 def _array(values: Mapping[str, Any], key: str, length: int | None = None, default: Any = None) -> list[Any]:
-    """A list under ``key``, of at least ``length``; without the key, ``default`` that many times."""
+    """A list under ``key``, cut to ``length`` if longer; without the key, ``default`` that many times."""
     if key not in values and default is not None:
         return [default] * (length or 0)
     value = values.get(key)
     if not isinstance(value, list) or len(value) < (length or 0):
         found = "null" if value is None else shown(value)
         raise CheckpointError(f"{key}={found}: must be a list with an entry for each token; {REMEDY}")
-    return list(value)
+    return list(value[:length])
 
 
 def _check_unique(tokens: list[str]) -> None:
