@@ -30,7 +30,7 @@ IMPORTED_BY_NEMO_NLP_UNDECLARED = [
     "sacrebleu>=2.4",
 ]
 OURS = [
-    "gguf>=0.10",  # reading GGUF files through transformers
+    "gguf>=0.16",  # ReaderField.contents
     "matplotlib>=3.8",
     "numba>=0.60",  # NeMo needs it too
     "sentencepiece>=0.2,<1",

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_ee.checkpoint import archive, collective, keys, torch_dist
+from nemo_ee.checkpoint import archive, collective, keys, targets, torch_dist
 from nemo_ee.checkpoint.content_hash import backbone_content_hash
 from nemo_ee.errors import CheckpointError
 
@@ -112,7 +112,7 @@ def merge(
         torch_dist.join(parts, merged / archive.WEIGHTS_DIRECTORY, leave=keys.is_exit)
         with open_dict(base_config):
             base_config.early_exit = config.early_exit
-            base_config.target = config.target
+            base_config.target = targets.WITH_EXITS
         OmegaConf.save(base_config, merged / archive.CONFIG_NAME)
         return archive.write_archive(merged, output)
 

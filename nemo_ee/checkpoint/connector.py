@@ -13,12 +13,13 @@ from nemo.collections.nlp.parts.nlp_overrides import NLPSaveRestoreConnector
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ee.checkpoint import archive, collective, keys, tokenizer
+from nemo_ee.checkpoint import archive, collective, keys, targets, tokenizer
 from nemo_ee.checkpoint.base import BaseCheckpoint
 from nemo_ee.checkpoint.legacy import read_legacy_weights
 from nemo_ee.checkpoint.load import has_fp8_state, load_weights, save_weights
 from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint
 from nemo_ee.errors import CheckpointError
+from nemo_ee.models.megatron_gpt_model import MegatronGPTModel
 
 
 class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
@@ -65,10 +66,8 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
                 self._handle_artifacts(model, nemo_file_folder=str(directory))
                 self._update_artifact_paths(model, path2yaml_file=str(config_file))
             live = getattr(model.tokenizer, "tokenizer", None)
-            if tokenizer.pack_files(model.cfg.get("tokenizer"), live, directory):
-                config = OmegaConf.load(config_file)
-                config.tokenizer.type = tokenizer.INSIDE
-                OmegaConf.save(config, config_file)
+            if tokenizer.pack(model.cfg.get("tokenizer"), live, config_file):
+                _name_plain_gpt(config_file)
 
         collective.save_archive(save_path, lambda directory: save_weights(model, directory), write_rest)
 
@@ -104,8 +103,6 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
                 # fails, it would log a traceback and build once more.
                 config.pop("target", None)
             refuse_adapter(restore_path, archive.read_config(root))
-            home = tempfile.TemporaryDirectory(prefix="nemo_ee_tokenizer_")
-            tokenizer.resolve(config, root, home.name)
             weights = root / archive.WEIGHTS_DIRECTORY
             checkpoint = TorchDistCheckpoint(weights, restore_path) if weights.is_dir() else None
             self.model_extracted_dir, self._restored_path = str(root), restore_path
@@ -115,7 +112,6 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
                 )
             finally:
                 self.model_extracted_dir = given
-            model._tokenizer_home = home  # deleted with the model
             if state is not None:
                 state = self.modify_state_dict(config, state)
                 self.load_instance_with_state_dict(model, _fit_legacy(state, model, restore_path), False)
@@ -157,6 +153,14 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
         if not os.path.isfile(model_weights):
             return super()._load_state_dict_from_disk(model_weights, map_location)
         return read_legacy_weights(Path(model_weights), name=self._restored_path)
+
+
+def _name_plain_gpt(config_file: Path) -> None:
+    """NeMo's own class as ``target`` becomes the name by which NeMo can read the tokenizer beside it."""
+    config = OmegaConf.load(config_file)
+    if config.get("target") == f"{MegatronGPTModel.__module__}.{MegatronGPTModel.__qualname__}":
+        config.target = targets.PLAIN
+        OmegaConf.save(config, config_file)
 
 
 def start_distributed(trainer: Any) -> None:

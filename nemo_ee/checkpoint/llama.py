@@ -13,6 +13,8 @@ import torch
 from nemo_ee.errors import CheckpointError
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+ROWS = "embedding_rows"
+"""Of the ``model`` section: rows of the embedding that count, where they are not as many as the tokenizer's tokens."""
 
 
 def check_supported(config: Any) -> None:
@@ -69,15 +71,7 @@ def vocabulary_divisor(tokens: int, rows: int) -> int:
     Args:
         tokens: size of the tokenizer, added tokens included.
         rows: rows of the embedding.
-
-    Raises:
-        CheckpointError: tokens that have no row.
     """
-    if tokens > rows:
-        raise CheckpointError(
-            f"vocab_size={rows}: must be at least the tokenizer's {tokens} tokens; "
-            "use the tokenizer that belongs to this model"
-        )
     divisor = 128
     while -(-tokens // divisor) * divisor < rows:
         divisor *= 2

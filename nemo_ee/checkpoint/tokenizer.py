@@ -1,17 +1,19 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""Hugging Face tokenizers inside ``.nemo`` files. Imports no NeMo.
+"""Tokenizers inside ``.nemo`` files. Imports no NeMo until a tokenizer of another library is loaded.
 
-NeMo stores such a tokenizer as the path or hub name in ``tokenizer.type``, which says nothing on another
-machine. Here its files lie in the archive's ``tokenizer/`` and ``tokenizer.type`` is ``nemo:tokenizer``.
+NeMo packs single files (a SentencePiece model) and refers to them as ``nemo:NAME``. A Hugging Face tokenizer it stores
+as the path or hub name in ``tokenizer.type``, which says nothing on another machine. Here its files lie in the
+archive's ``tokenizer/`` and ``tokenizer.type`` is ``nemo:tokenizer``.
 """
 
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_ee.checkpoint import archive
 from nemo_ee.errors import CheckpointError
@@ -19,62 +21,72 @@ from nemo_ee.errors import CheckpointError
 DIRECTORY = "tokenizer"
 INSIDE = f"nemo:{DIRECTORY}"
 
+_FILES = ("model", "vocab_file", "merge_file")
+"""Keys of the ``tokenizer`` section that name single files."""
+_UNIQUE = re.compile("^[0-9a-f]{32}_")
+"""What NeMo puts before the name of a file each time that it packs it."""
 _SUFFIXES = {".json", ".model", ".txt", ".jinja", ".tiktoken"}
 _OTHER_FILES = {"generation_config.json"}
 _MAX_BYTES = 256 * 2**20
 
 
 def tokenizer_from_nemo(path: str | os.PathLike) -> Any:
-    """Loads the transformers tokenizer of a ``.nemo`` file; the archive is not needed afterwards.
+    """Loads the tokenizer of a ``.nemo`` file; the archive is not needed afterwards.
 
     Args:
         path: a ``.nemo`` file or the directory of an extracted one.
 
     Returns:
-        A transformers tokenizer.
+        A transformers tokenizer; for other libraries NeMo's, as its models have it.
 
     Raises:
-        CheckpointError: the checkpoint is bad (see :func:`nemo_ee.checkpoint.archive.read_config`), names a
-            tokenizer of another library, or one that is neither inside nor on this machine.
+        CheckpointError: the checkpoint is bad (see :func:`nemo_ee.checkpoint.archive.read_config`), has no tokenizer,
+            or one that is neither inside nor on this machine.
     """
-    settings = archive.read_config(path).get("tokenizer")
-    if settings is None or settings.get("library") != "huggingface":
-        library = None if settings is None else settings.get("library")
+    config = archive.read_config(path)
+    settings = config.get("tokenizer")
+    if settings is None or settings.get("library") is None:
         raise CheckpointError(
-            f"{path}: tokenizer.library={library}: must be huggingface; convert the checkpoint again"
+            f"{path}: has no tokenizer.library, so no tokenizer; give a NeMo GPT checkpoint"
         )
-    if settings.type != INSIDE:
+    with tempfile.TemporaryDirectory() as scratch:
+        if is_inside(config):
+            root = archive.extract(
+                path, Path(scratch, "archive"), want=lambda name: "model_weights" not in name
+            )
+            resolve(config, root, Path(scratch, "home"))
+        if settings.library != "huggingface":
+            return _load_with_nemo(path, settings)
         if not Path(settings.type).is_dir():
             raise CheckpointError(
                 f"{path}: tokenizer.type={settings.type}: is not on this machine; "
                 f"save the model with nemo_ee, which puts the tokenizer into the file"
             )
         return _load(Path(settings.type), settings)
-    with tempfile.TemporaryDirectory() as scratch:
-        wanted = (DIRECTORY, archive.CONFIG_NAME)
-        root = archive.extract(path, scratch, want=lambda name: name.split("/")[0] in wanted)
-        return _load(root / DIRECTORY, settings)
 
 
-def pack_files(settings: DictConfig, live: Any, directory: str | os.PathLike) -> bool:
-    """Puts a model's Hugging Face tokenizer into the folder that becomes its ``.nemo`` file.
+def pack(settings: DictConfig | None, live: Any, config_file: str | os.PathLike) -> bool:
+    """Puts a model's Hugging Face tokenizer beside the configuration in the folder that becomes its ``.nemo`` file.
 
     Args:
         settings: the model's ``tokenizer`` section. Where ``type`` is a directory its files are copied
             unchanged.
         live: the transformers tokenizer in use, which writes the files where ``type`` is a hub name.
-        directory: top folder of the archive to be.
+        config_file: the model's configuration, written already; ``tokenizer.type`` is changed in it.
 
     Returns:
         False, and nothing written, for tokenizers of other libraries: NeMo packs their single files itself.
     """
     if settings is None or settings.get("library") != "huggingface":
         return False
-    target = Path(directory) / DIRECTORY
+    target = Path(config_file).parent / DIRECTORY
     if Path(str(settings.type)).is_dir():
         copy_files(settings.type, target)
     else:
         live.save_pretrained(target)
+    config = OmegaConf.load(config_file)
+    config.tokenizer.type = INSIDE
+    OmegaConf.save(config, config_file)
     return True
 
 
@@ -89,27 +101,70 @@ def copy_files(source: str | os.PathLike, target: str | os.PathLike) -> Path:
     return target
 
 
-def resolve(config: DictConfig, root: str | os.PathLike, home: str | os.PathLike) -> None:
-    """Points ``tokenizer.type`` of a restored configuration at files that outlive the extracted archive.
+def is_inside(config: DictConfig) -> bool:
+    """Whether a ``model`` configuration says that files of its tokenizer lie in the archive."""
+    settings = config.get("tokenizer") or {}
+    return any(str(settings.get(key)).startswith("nemo:") for key in ("type", *_FILES))
+
+
+def resolve(config: DictConfig, root: str | os.PathLike | None, home: str | os.PathLike) -> None:
+    """Points the tokenizer of a configuration at files that outlive the extracted archive.
 
     Args:
-        config: the ``model`` configuration; changed in place.
-        root: the extracted archive.
+        config: the ``model`` configuration, of which :func:`is_inside` is true; changed in place.
+        root: the extracted archive; None where nothing is being restored.
         home: a folder that lives as long as the model does.
 
     Raises:
-        CheckpointError: the configuration says the tokenizer is inside, and it is not.
+        CheckpointError: a file is not there.
     """
-    settings = config.get("tokenizer")
-    if settings is None or settings.get("type") != INSIDE:
-        return
-    if not (Path(root) / DIRECTORY).is_dir():
-        raise CheckpointError(
-            f"{root}: tokenizer.type={INSIDE} but there is no {DIRECTORY}/ in the checkpoint; "
-            "set model.tokenizer.type to a tokenizer directory"
-        )
+    settings, root, home = config.tokenizer, Path(root or "."), Path(home)
     with open_dict(config):
-        config.tokenizer.type = str(copy_files(Path(root) / DIRECTORY, Path(home) / DIRECTORY))
+        if settings.get("type") == INSIDE:
+            if not (root / DIRECTORY).is_dir():
+                raise CheckpointError(
+                    f"{root}: tokenizer.type={INSIDE} but there is no {DIRECTORY}/ in the checkpoint; "
+                    "set model.tokenizer.type to a tokenizer directory"
+                )
+            settings.type = str(copy_files(root / DIRECTORY, home / DIRECTORY))
+        for key in _FILES:
+            if not str(settings.get(key)).startswith("nemo:"):
+                continue
+            name = settings[key].removeprefix("nemo:")
+            if Path(name).name != name or not (root / name).is_file():
+                raise CheckpointError(
+                    f"{root}: tokenizer.{key}={settings[key]} but there is no {name} in the checkpoint; "
+                    f"set model.tokenizer.{key} to such a file"
+                )
+            home.mkdir(parents=True, exist_ok=True)
+            settings[key] = shutil.copyfile(root / name, str(home / _UNIQUE.sub("", name)))
+
+
+def _load_with_nemo(path: str | os.PathLike, settings: DictConfig) -> Any:
+    from nemo.collections.nlp.modules.common.tokenizer_utils import get_nmt_tokenizer
+
+    from nemo_ee.data.token_rules import name_special_pieces
+
+    try:
+        tokenizer = get_nmt_tokenizer(
+            library=settings.library,
+            model_name=settings.get("type"),
+            tokenizer_model=settings.get("model"),
+            vocab_file=settings.get("vocab_file"),
+            merges_file=settings.get("merge_file"),
+            delimiter=settings.get("delimiter"),
+            special_tokens=settings.get("special_tokens"),
+            legacy=settings.get("sentencepiece_legacy", settings.library == "sentencepiece"),
+            chat_template=settings.get("chat_template"),
+        )
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise CheckpointError(
+            f"{path}: tokenizer.library={settings.library}: NeMo cannot load it ({error}); copy the checkpoint again"
+        ) from error
+    if settings.get("additional_special_tokens"):
+        tokenizer.add_special_tokens(list(settings.additional_special_tokens))
+    name_special_pieces(tokenizer)
+    return tokenizer
 
 
 def _load(directory: Path, settings: DictConfig) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_ee.checkpoint import archive
 from nemo_ee.checkpoint.keys import EXITS_PREFIX
@@ -90,7 +90,7 @@ def edit_exits(
     Args:
         path: a full `.nemo`, with exits or without.
         output: the `.nemo` to write.
-        layers: the exits that it shall have.
+        layers: the exits that it shall have; without any it becomes a plain checkpoint again.
         moves: exit layer of `path` -> the layer among `layers` that takes its weights.
         trainer: of one process.
         early_exit: further keys of the section, e.g. `init` of new exits; `head` where `path` has no exits.
@@ -102,15 +102,36 @@ def edit_exits(
     if Path(output).exists() and not overwrite:
         raise ConfigError(Fault("output_path", output, "exists", "choose another, or set overwrite=true"))
     config = archive.read_config(path)
+    _check_layers(layers, early_exit or {})
     sources = _sources(config, layers, moves)
     section = {**_section(config), **(early_exit or {}), "layers": sorted(layers)}
-    config = EditedExitsModel.add_exits(config, section)
+    config = EditedExitsModel.add_exits(config, section if layers else None)
     kind = type("EditedExits", (EditedExitsModel,), {"sources": sources})
     model = kind.restore_from(str(path), override_config_path=config, trainer=trainer)
-    model.initialise_new_exits()
-    model.cfg.target = f"{MegatronGPTEarlyExitModel.__module__}.{MegatronGPTEarlyExitModel.__qualname__}"
+    if layers:
+        model.initialise_new_exits()
+    else:
+        with open_dict(model.cfg):
+            model.cfg.pop("early_exit")
     model.save_to(str(output))
     return model
+
+
+def _check_layers(layers: Any, early_exit: Mapping[str, Any]) -> None:
+    faults = []
+    if not isinstance(layers, Sequence) or not all(type(n) is int for n in layers):
+        faults.append(
+            Fault("layers", layers, "must be a list of layers", "write layers=[3,6], or layers=[] for none")
+        )
+    elif not layers:
+        rule, remedy = "layers=[] leaves no exit that would have it", "leave it out"
+        faults += [
+            Fault(f"early_exit.{key}", value, rule, remedy)
+            for key, value in early_exit.items()
+            if key != "init"
+        ]
+    if faults:
+        raise ConfigError(*faults)
 
 
 def _section(config: DictConfig) -> dict[str, Any]:

@@ -70,7 +70,10 @@ def test_exits_that_stay_keep_every_bit(head, workers, tmp_path):
 
 
 def add_to_plain(folder: str) -> None:
+    from nemo_ee.checkpoint import archive
+    from nemo_ee.checkpoint.content_hash import backbone_content_hash
     from nemo_ee.models.exit_editor import edit_exits
+    from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
 
     plain, edited = f"{folder}/plain.nemo", f"{folder}/edited.nemo"
     config = tiny_model_config([2], HEADS["norm, tied"])
@@ -79,7 +82,28 @@ def add_to_plain(folder: str) -> None:
     section = {"init": "random", "head": HEADS["MLP, untied"]}
     model = edit_exits(plain, edited, [3, 6], {}, tiny_trainer(), section)
     assert model.gpt.exits["3"].projection.weight.std() > 0
+    edit_exits(edited, f"{folder}/bare.nemo", [], {}, tiny_trainer(), {"init": "copy"})
+    bare, base = (archive.read_config(path) for path in (f"{folder}/bare.nemo", plain))
+    assert "early_exit" not in bare and bare.target.endswith("megatron_gpt_model.MegatronGPTModel")
+    assert bare.tokenizer == base.tokenizer
+    assert exits_of(f"{folder}/bare.nemo").keys() == exits_of(plain).keys()
+    assert backbone_content_hash(f"{folder}/bare.nemo") == backbone_content_hash(plain)
+    assert (
+        MegatronGPTEarlyExitModel.restore_from(
+            f"{folder}/bare.nemo", trainer=tiny_trainer()
+        ).early_exit.layers
+        == ()
+    )
+    for layers, section, key in (
+        (3, {}, "layers"),
+        (None, {}, "layers"),
+        ([], {"head": {}}, "early_exit.head"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            edit_exits(edited, f"{folder}/no.nemo", layers, {}, tiny_trainer(), section)
+        assert [fault.key for fault in caught.value.faults] == [key]
     for layers, moves, key in (
+        ([], {3: 4}, "moves.3"),
         ([3], {6: 4}, "moves.6"),
         ([3], {5: 3}, "moves.5"),
         ([4, 5], {3: 4, 6: 4}, "moves"),
@@ -93,5 +117,5 @@ def add_to_plain(folder: str) -> None:
         edit_exits(plain, f"{folder}/no.nemo", [3], {}, tiny_trainer(), {"head": HEADS["linear, shortlist"]})
 
 
-def test_exits_are_added_to_a_plain_checkpoint(workers, tmp_path):
+def test_exits_are_added_to_a_plain_checkpoint_and_taken_off_again(workers, tmp_path):
     workers(1).run(add_to_plain, str(tmp_path))

@@ -13,7 +13,7 @@ import torch
 
 from nemo_ee.checkpoint import archive
 from nemo_ee.errors import CheckpointError
-from tests.support import tiny_llama
+from tests.support import tiny_gguf, tiny_llama
 from tests.support.script import run_script
 
 LLAMA3_SCALING = {
@@ -177,6 +177,46 @@ def test_script_converts_and_then_refuses_to_overwrite(tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["hf", "m.nemo"]
 
 
+GGUF_VARIANTS = {
+    "llama3-rope-two-ends": {"rope_scaling": LLAMA3_SCALING, "tie_word_embeddings": False},
+    "linear-rope": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+}
+
+
+@torch.no_grad()
+def gguf_gap(folder: str, changes: dict) -> tuple[float, list[int], str]:
+    """Largest difference of logits from the network that was written as GGUF; ids and text of a chat's end."""
+    settings = tiny_gguf.config(vocab_size=265, **changes)
+    network = tiny_llama.model(settings)
+    vocabulary = tiny_gguf.byte_vocabulary()
+    vocabulary["tokenizer.ggml.tokens"] += ["<|eot_id|>", "<tool_call>"]
+    vocabulary["tokenizer.ggml.token_type"] += [3, 4]
+    keys = {"tokenizer.ggml.pre": "llama-bpe"}
+    source = tiny_gguf.write(Path(folder, "m.gguf"), network, vocabulary, keys)
+    convert(source, f"{folder}/m.nemo")
+    source.unlink()
+    model = restore(f"{folder}/m.nemo")
+    ids = torch.randint(3, 263, (2, 48), generator=torch.Generator().manual_seed(1))
+    gap = (logits(model, ids) - network(ids).logits[..., : model.true_vocab_size]).abs().max().item()
+    end = model.tokenizer.text_to_ids("xyz<tool_call><|eot_id|>")
+    return gap, end, model.tokenizer.ids_to_text(end)
+
+
+@pytest.mark.parametrize("variant", GGUF_VARIANTS)
+def test_gguf_files_give_the_network_that_was_written(workers, tmp_path, variant):
+    gap, end, text = workers(1).run(gguf_gap, str(tmp_path), GGUF_VARIANTS[variant])[0]
+    assert gap < 1e-4
+    assert (end, text) == ([260, 262, 261], "xyz<tool_call>")
+    assert list(archive.read_config(tmp_path / "m.nemo").tokenizer.eos_token_ids) == [2, 261]
+
+
+def test_a_gguf_file_with_keys_that_would_be_lost_gives_one_error_and_no_file(tmp_path):
+    source = tiny_gguf.write(tmp_path / "m.gguf", keys={"llama.rope.scaling.type": "yarn"})
+    with pytest.raises(CheckpointError, match="llama.rope.scaling.type=yarn"):
+        convert(source, tmp_path / "m.nemo")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["m.gguf"]
+
+
 def damage_architecture(folder: Path) -> None:
     text = (folder / "config.json").read_text().replace("LlamaForCausalLM", "MambaForCausalLM")
     (folder / "config.json").write_text(text)
@@ -200,10 +240,6 @@ def damage_tokenizer(folder: Path) -> None:
         (folder / name).unlink()
 
 
-def damage_vocabulary(folder: Path) -> None:
-    tiny_llama.tokenizer(150).save_pretrained(folder)
-
-
 def damage_config(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 
@@ -215,7 +251,6 @@ def damage_config(folder: Path) -> None:
         (damage_weights, "weights cannot be read"),
         (damage_one_weight, "model.layers.2.mlp.up_proj.weight"),
         (damage_tokenizer, "tokenizer"),
-        (damage_vocabulary, "vocab_size=100"),
         (damage_config, "config.json"),
     ],
 )
@@ -300,6 +335,27 @@ def smollm2_gaps(source: str, path: str) -> tuple[list[float], list[bool]]:
             tokens = torch.cat((tokens, logits(model, tokens)[:, -1:].argmax(-1)), dim=1)
         equal.append(torch.equal(tokens, expected))
     return gaps, equal
+
+
+@pytest.mark.slow
+def test_smollm2s_ids_follow_its_published_rule(tmp_path):
+    """Digits one by one, then GPT-2's words, as its tokenizer.json says; and its merges."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from nemo_ee.checkpoint import gguf
+
+    file = gguf.inspect(fetch_smollm2(tmp_path))
+    tokens = file.vocabulary.tokens
+    own = Tokenizer(models.BPE({token: n for n, token in enumerate(tokens)}, list(file.vocabulary.merges)))
+    own.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer = file.load_tokenizer()
+    assert [tokens[n] for n in file.eos_token_ids] == ["<|im_end|>", "<|endoftext|>", "<reponame>"]
+    for prompt in [*SMOLLM2_PROMPTS, "x  1", "    12 = 3", "1234", "(f", ";\n"]:
+        if "<|" not in prompt:
+            assert tokenizer(prompt).input_ids == own.encode(prompt).ids, prompt
+    assert tokenizer("x  1").input_ids == [104, 256, 33]
 
 
 @pytest.mark.slow

@@ -207,24 +207,6 @@ def perplexity(model, prompts, continuations):
     return math.exp(sum(losses) / len(losses))
 
 
-class Characters:
-    """A tokenizer whose tokens are bytes of UTF-8."""
-
-    eos_id = 0
-
-    def ids_to_text(self, ids):
-        return bytes(i for i in ids if i).decode("utf-8", errors="replace")
-
-    def ids_to_tokens(self, ids):
-        return ["<eos>" if i == 0 else chr(i) for i in ids]
-
-
-def test_pieces_of_text_join_to_the_text():
-    ids = list("a é€!".encode())
-    pieces = sweep.text_pieces([*ids, 0], Characters())
-    assert pieces == ["a", " ", "", "é", "", "", "€", "!", "<eos>"]
-
-
 def test_settings_report_every_fault():
     values = {
         "gpt_model_file": "???",

@@ -108,3 +108,18 @@ def test_the_command_line(monkeypatch):
     monkeypatch.setattr(run_keys.HydraConfig, "initialized", staticmethod(lambda: True))
     monkeypatch.setattr(run_keys.HydraConfig, "get", staticmethod(lambda: hydra))
     assert run_keys.command_line_keys() == {"num_layers", "x.y", "z", "w"}
+
+
+def test_what_ends_a_text_comes_from_the_checkpoint():
+    saved = OmegaConf.create(
+        dict(
+            num_layers=2, tokenizer=dict(library="huggingface", type="nemo:tokenizer", eos_token_ids=[2, 18])
+        )
+    )
+    run = OmegaConf.create(
+        dict(num_layers=2, tokenizer=dict(library="huggingface", type="???", eos_token_ids=None))
+    )
+    config, _ = run_keys.put_over(saved, run, given=())
+    assert config.tokenizer == saved.tokenizer
+    config, _ = run_keys.put_over(saved, run, given=["tokenizer.eos_token_ids"])
+    assert config.tokenizer.eos_token_ids is None
