@@ -1,0 +1,190 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Chats in a tokenizer's own (Jinja) template: token ids as Hugging Face's `apply_chat_template` gives them, and
+which of them a model would have to emit."""
+
+import re
+from collections.abc import Collection, Sequence
+from typing import Any
+
+ROLES = {"user": "user", "human": "user", "system": "system"} | dict.fromkeys(
+    ("assistant", "gpt", "model"), "assistant"
+)
+"""What the speakers of NeMo's and ShareGPT's conversations are called -> the role in a template."""
+
+
+def messages_of(line: dict[str, Any]) -> tuple[list[dict[str, Any]], list[bool]]:
+    """The messages of one line, and which of them are learnt.
+
+    Args:
+        line: with `messages`, a list of `{"role", "content"}`, all assistants' being learnt; or in NeMo's form with
+            `conversations`, a list of `{"from", "value"}`, perhaps `system`, and perhaps `mask`: speakers, separated by
+            commas, who are not learnt. Speakers other than `ROLES` are users if `mask` names them, else assistants.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    for key in ("tools", "functions", "type"):
+        if line.get(key):
+            raise ValueError(f"has {key!r}, which chats in the tokenizer's template are not read with")
+    if "messages" in line:
+        messages = _turns(line["messages"], "messages", "role", "content")
+        learnt = [message["role"] == "assistant" for message in messages]
+    elif "conversations" in line:
+        turns = _turns(line["conversations"], "conversations", "from", "value")
+        masked = None
+        if line.get("mask") is not None:
+            masked = {name.strip().lower() for name in str(line["mask"]).split(",")}
+        messages = [{"role": "system", "content": line["system"]}] if line.get("system") else []
+        learnt = [False] * len(messages)
+        for turn in turns:
+            name = turn["from"].strip().lower()
+            role = ROLES.get(name)
+            if role is None and masked is None:
+                raise ValueError(
+                    f"has a turn from {turn['from']!r}; say in 'mask' whose turns are not to be learnt"
+                )
+            role = role or ("user" if name in masked else "assistant")
+            messages.append({"role": role, "content": turn["value"]})
+            learnt.append(role == "assistant" if masked is None else name not in masked and role != "system")
+        for message, learn in zip(messages, learnt, strict=True):
+            if learn and message["role"] != "assistant":
+                raise ValueError(f"would have turns of the {message['role']} learnt; name them in 'mask'")
+    else:
+        hint = "; it looks like plain text: set model.data.chat=false" if "input" in line else ""
+        raise ValueError(f"has neither 'messages' nor 'conversations'{hint}")
+    if not any(learnt):
+        raise ValueError("has no answer: no turn of an assistant that is to be learnt")
+    return messages, learnt
+
+
+def _turns(value: Any, key: str, who: str, what: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"has no list of turns in {key!r}")
+    for number, turn in enumerate(value, 1):
+        texts = isinstance(turn, dict) and all(isinstance(turn.get(name), str) for name in (who, what))
+        if not texts:
+            raise ValueError(f"has a turn {number} in {key!r} without the texts {who!r} and {what!r}")
+    return value
+
+
+class ChatTemplate:
+    """The chat template of a Hugging Face tokenizer.
+
+    An answer begins where the model would be asked: behind the prompt that the template makes of the turns before. It
+    ends with the first special token behind what was said; what a template puts behind that, no model emits.
+    In a template with `{% generation %}` marks these say where answers are.
+
+    Args:
+        tokenizer: Hugging Face's.
+        end_ids: tokens that end a text, if they are not all special.
+    """
+
+    def __init__(self, tokenizer: Any, end_ids: Collection[int]):
+        self.tokenizer, self.end_ids = tokenizer, frozenset(end_ids)
+        special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+        self.ends = self.end_ids | special | frozenset(tokenizer.all_special_ids)
+        template = tokenizer.get_chat_template()
+        self.marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) and tokenizer.is_fast
+
+    def tokens(self, messages: list[dict], learnt: Sequence[bool]) -> tuple[list[int], list[bool]]:
+        """Token ids of a conversation, and which of them belong to answers that are learnt.
+
+        Raises:
+            ValueError: the template refuses the conversation, or shows an answer where it cannot be found.
+        """
+        assistants = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+        if self.marked and all(learnt[k] for k in assistants):
+            out = self.tokenizer.apply_chat_template(
+                messages, return_dict=True, return_assistant_tokens_mask=True
+            )
+            return list(out["input_ids"]), [bool(mark) for mark in out["assistant_masks"]]
+        shown = _Shown(self.tokenizer, self._render(messages))
+        starts = {k: shown.first_token_from(self._start(messages, k, shown.text)) for k in assistants}
+        mask = [False] * len(shown.ids)
+        for k, following in zip(assistants, [*assistants[1:], None], strict=True):
+            if learnt[k]:
+                limit = len(shown.ids) if following is None else starts[following]
+                end = self._end(messages, k, shown, starts[k], limit)
+                mask[starts[k] : end] = [True] * (end - starts[k])
+        return shown.ids, mask
+
+    def _render(self, messages: list[dict], prompt: bool = False) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        except (
+            Exception
+        ) as error:  # a template is a program by the tokenizer's authors; it raises what it likes
+            raise ValueError(f"is refused by the tokenizer's chat template: {error}") from error
+
+    def _start(self, messages: list[dict], k: int, text: str) -> int:
+        """Where in the text the answer of turn k begins."""
+        try:
+            prompt = self._render(messages[:k], prompt=True)
+        except ValueError:  # e.g. a conversation that an assistant begins
+            prompt = None
+        if prompt is not None and text.startswith(prompt):
+            return len(prompt)
+        # What a template shows of the turns before may depend on those that follow.
+        head, _ = self._around(messages, k, text)
+        if not text.startswith(head):
+            raise ValueError(
+                f"has turn {k + 1}, which the tokenizer's chat template shows where it cannot be found"
+            )
+        return len(head)
+
+    def _around(self, messages: list[dict], k: int, text: str) -> tuple[str, str]:
+        """The text before what turn k says, and the text behind it."""
+        content = "answer"
+        while content in text:
+            content += "x"
+        other = self._render([*messages[:k], {**messages[k], "content": content}, *messages[k + 1 :]])
+        head, found, tail = other.partition(content)
+        if not found:
+            raise ValueError(f"has turn {k + 1}, which the tokenizer's chat template does not show")
+        return head, tail
+
+    def _end(self, messages: list[dict], k: int, shown: "_Shown", start: int, limit: int) -> int:
+        """One past the last token of the answer that begins with the token `start`."""
+        _, tail = self._around(messages, k, shown.text)
+        if shown.text.endswith(tail):
+            end = shown.first_token_behind(len(shown.text) - len(tail))
+            return next((index + 1 for index in range(end, limit) if shown.ids[index] in self.ends), end)
+        for index in range(start, limit):
+            if shown.ids[index] in self.end_ids:
+                return index + 1
+        raise ValueError(f"has turn {k + 1}, whose end in the tokenizer's chat template cannot be found")
+
+
+class _Shown:
+    """A conversation as text and as tokens, as `apply_chat_template` makes them of it.
+
+    Attributes:
+        text: the text.
+        ids: its token ids.
+    """
+
+    def __init__(self, tokenizer: Any, text: str):
+        self.tokenizer, self.text = tokenizer, text
+        out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
+        self.ids, self.places = out["input_ids"], out.get("offset_mapping")
+
+    def first_token_from(self, start: int) -> int:
+        """The first token that holds characters from `start` on."""
+        if self.places is None:
+            return self._tokens_before(start)
+        return next((i for i, (_, end) in enumerate(self.places) if end > start), len(self.ids))
+
+    def first_token_behind(self, end: int) -> int:
+        """The first token that holds no character before `end`."""
+        if self.places is None:
+            return self._tokens_before(end)
+        return next((i for i, (begin, _) in enumerate(self.places) if begin >= end), len(self.ids))
+
+    def _tokens_before(self, place: int) -> int:
+        before = self.tokenizer(self.text[:place], add_special_tokens=False)["input_ids"]
+        if self.ids[: len(before)] != before:
+            raise ValueError(
+                "has an answer that shares a token with what is around it, which only a fast tokenizer can tell; "
+                "set ++model.tokenizer.use_fast=true"
+            )
+        return len(before)
