@@ -11,6 +11,7 @@ On a GPU cluster start it with torchrun or srun; without a GPU, `trainer.devices
 import hydra
 from omegaconf import DictConfig
 
+from nemo_ee.models.command_line import check_command_line
 from nemo_ee.runtime.script import user_errors
 
 
@@ -29,4 +30,6 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    with user_errors(nemo=False):
+        check_command_line("megatron_gpt_ee_tuning")
     main()
