@@ -10,14 +10,15 @@ On a GPU cluster start it with torchrun or srun; without a GPU, `trainer.devices
 
 from omegaconf import DictConfig
 
+from nemo_ee.models.command_line import check_command_line
 from nemo_ee.runtime.script import script, user_errors
 
 
-@script("megatron_gpt_ee_pretraining")
+@script("megatron_gpt_ee_pretraining", check=check_command_line)
 def main(cfg: DictConfig) -> None:
     """Builds or restores the model, trains it and saves it with its exits."""
-    comes_along = ["model.tokenizer.type"] if cfg.model.restore_from_path else []
-    with user_errors(cfg, optional=comes_along):
+    in_a_file = cfg.model.restore_from_path or cfg.model.tokenizer.model  # a .nemo, or SentencePiece's
+    with user_errors(cfg, optional=["model.tokenizer.type"] if in_a_file else []):
         from nemo_ee.models.experiment import fit, start_experiment
         from nemo_ee.models.megatron_gpt_ee_pretraining_model import MegatronGPTEEPretrainingModel
         from nemo_ee.models.trainer_builder import EarlyExitTrainerBuilder

@@ -10,10 +10,11 @@ On a GPU cluster start it with torchrun or srun; without a GPU, `trainer.devices
 
 from omegaconf import DictConfig
 
+from nemo_ee.models.command_line import check_command_line
 from nemo_ee.runtime.script import script, user_errors
 
 
-@script("megatron_gpt_ee_tuning")
+@script("megatron_gpt_ee_tuning", check=check_command_line)
 def main(cfg: DictConfig) -> None:
     """Restores the base, adds exits, tunes them and saves them alone."""
     with user_errors(cfg):

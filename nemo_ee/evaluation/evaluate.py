@@ -22,7 +22,7 @@ from nemo_ee.evaluation.sweep import Sweep, document_prompts
 from nemo_ee.evaluation.teacher_forced import TextScores, score_text
 from nemo_ee.inference.generate import generating
 from nemo_ee.inference.prompts import tokenize_prompts
-from nemo_ee.models.checks import read_early_exit
+from nemo_ee.models.checks import from_checkpoint, read_early_exit
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
 from nemo_ee.report.schema import Metadata, Report
 from nemo_ee.report.tuning_curve import read_tuning_curve
@@ -86,11 +86,14 @@ def restore(config: EvaluationConfig, trainer: Any) -> MegatronGPTEarlyExitModel
     """
     overrides = OmegaConf.create({"precision": config.precision})
     base = config.gpt_model_file
-    if config.adapter_file is not None:
-        model = MegatronGPTEarlyExitModel.restore_with_exits(base, config.adapter_file, trainer, overrides)
-    else:
-        merged = OmegaConf.merge(run_keys.without_layout(archive.read_config(base)), overrides)
-        model = MegatronGPTEarlyExitModel.restore_from(base, override_config_path=merged, trainer=trainer)
+    with from_checkpoint(base):
+        if config.adapter_file is not None:
+            model = MegatronGPTEarlyExitModel.restore_with_exits(
+                base, config.adapter_file, trainer, overrides
+            )
+        else:
+            merged = OmegaConf.merge(run_keys.without_layout(archive.read_config(base)), overrides)
+            model = MegatronGPTEarlyExitModel.restore_from(base, override_config_path=merged, trainer=trainer)
     return model.eval()
 
 

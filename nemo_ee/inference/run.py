@@ -19,7 +19,7 @@ from nemo_ee.inference.generate import on_first_rank, position_limit
 from nemo_ee.inference.prompts import tokenize_prompts
 from nemo_ee.inference.request import parse_request
 from nemo_ee.inference.settings import GenerateConfig, in_own_keys
-from nemo_ee.models.checks import read_early_exit
+from nemo_ee.models.checks import from_checkpoint, read_early_exit
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
 
 
@@ -95,11 +95,14 @@ def restore(config: GenerateConfig, trainer: Any) -> MegatronGPTEarlyExitModel:
     }
     overrides = OmegaConf.create(changes)
     base = config.gpt_model_file
-    if config.adapter_file is not None:
-        model = MegatronGPTEarlyExitModel.restore_with_exits(base, config.adapter_file, trainer, overrides)
-    else:
-        merged = OmegaConf.merge(run_keys.without_layout(archive.read_config(base)), overrides)
-        model = MegatronGPTEarlyExitModel.restore_from(base, override_config_path=merged, trainer=trainer)
+    with from_checkpoint(base):
+        if config.adapter_file is not None:
+            model = MegatronGPTEarlyExitModel.restore_with_exits(
+                base, config.adapter_file, trainer, overrides
+            )
+        else:
+            merged = OmegaConf.merge(run_keys.without_layout(archive.read_config(base)), overrides)
+            model = MegatronGPTEarlyExitModel.restore_from(base, override_config_path=merged, trainer=trainer)
     return model.eval()
 
 

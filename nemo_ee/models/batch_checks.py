@@ -25,17 +25,20 @@ def ramp_up_faults(cfg: DictConfig, data_parallel: int) -> Iterator[Fault]:
         return
     if len(ramp) != 3 or not all(isinstance(number, int) and number > 0 for number in ramp):
         rule = "must be [start, increment, samples], numbers above 0"
-        yield Fault(RAMP_UP, ramp, rule, "write e.g. [16, 16, 100000], or null")
+        yield Fault(RAMP_UP, ramp, rule, f"write e.g. [16, 16, 100000], or null: set ++{RAMP_UP}=null")
         return
-    start, increment, _ = ramp
+    start, increment, samples = ramp
     each = cfg.micro_batch_size * data_parallel
     for what, size in (("start", start), ("increment", increment)):
         if size % each:
             rule = f"{what} {size} must be a multiple of micro_batch_size x data-parallel size = {each}"
-            yield Fault(RAMP_UP, ramp, rule, f"use e.g. {each * max(1, size // each)}")
+            fits = each * max(1, size // each)
+            both = {"start": start, "increment": increment, what: fits}
+            whole = f"'++{RAMP_UP}=[{both['start']},{both['increment']},{samples}]'"
+            yield Fault(RAMP_UP, ramp, rule, f"use e.g. {fits}: set {whole}")
     if start >= full or (full - start) % increment:
         rule = f"increments of {increment} must lead from {start} to model.global_batch_size={full}"
-        yield Fault(RAMP_UP, ramp, rule, "change one of the three, or set it to null")
+        yield Fault(RAMP_UP, ramp, rule, f"change one of the three, or set ++{RAMP_UP}=null")
 
 
 def document_faults(cfg: DictConfig, fine_tuning: bool = False) -> Iterator[Fault]:
@@ -56,16 +59,18 @@ def document_faults(cfg: DictConfig, fine_tuning: bool = False) -> Iterator[Faul
     apart = data.get("reset_attention_mask", False)
     if apart and cfg.get("get_attention_mask_from_fusion", True):
         rule = "would change nothing: attention makes a causal mask of its own"
-        remedy = "set model.get_attention_mask_from_fusion to false, or this to false"
+        remedy = (
+            "set ++model.get_attention_mask_from_fusion=false, or ++model.data.reset_attention_mask=false"
+        )
         yield Fault("model.data.reset_attention_mask", True, rule, remedy)
     if apart and cfg.get("transformer_engine", False) and have_transformer_engine():
         rule = "would change nothing: Transformer Engine's causal attention reads no mask"
-        remedy = "set model.transformer_engine to false, or this to false"
+        remedy = "set ++model.transformer_engine=false, or ++model.data.reset_attention_mask=false"
         yield Fault("model.data.reset_attention_mask", True, rule, remedy)
     rotary = cfg.get("position_embedding_type", "learned_absolute") == "rope"
     if data.get("reset_position_ids", False) and rotary and not apart:
         rule = "would change nothing: rotary embeddings see the distances of positions alone"
-        remedy = "set it to false, or reset_attention_mask to true"
+        remedy = "set ++model.data.reset_position_ids=false, or ++model.data.reset_attention_mask=true"
         yield Fault("model.data.reset_position_ids", True, rule, remedy)
 
 

@@ -10,10 +10,11 @@ from lightning.pytorch import Trainer
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_ee.checkpoint import archive
+from nemo_ee.checkpoint import archive, run_keys
 from nemo_ee.checkpoint.keys import EXITS_PREFIX
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.megatron import exit_init
+from nemo_ee.models.checks import from_checkpoint
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
 
 
@@ -101,13 +102,14 @@ def edit_exits(
     """
     if Path(output).exists() and not overwrite:
         raise ConfigError(Fault("output_path", output, "exists", "choose another, or set overwrite=true"))
-    config = archive.read_config(path)
+    saved = archive.read_config(path)
     _check_layers(layers, early_exit or {})
-    sources = _sources(config, layers, moves)
-    section = {**_section(config), **(early_exit or {}), "layers": sorted(layers)}
-    config = EditedExitsModel.add_exits(config, section if layers else None)
+    sources = _sources(saved, layers, moves)
+    section = {**_section(saved), **(early_exit or {}), "layers": sorted(layers)}
+    config = EditedExitsModel.add_exits(_one_process(saved), section if layers else None)
     kind = type("EditedExits", (EditedExitsModel,), {"sources": sources})
-    model = kind.restore_from(str(path), override_config_path=config, trainer=trainer)
+    with from_checkpoint(path):
+        model = kind.restore_from(str(path), override_config_path=config, trainer=trainer)
     if layers:
         model.initialise_new_exits()
     else:
@@ -132,6 +134,15 @@ def _check_layers(layers: Any, early_exit: Mapping[str, Any]) -> None:
         ]
     if faults:
         raise ConfigError(*faults)
+
+
+def _one_process(saved: DictConfig) -> DictConfig:
+    """A checkpoint's configuration for one process; what it says of precision is what its weights have."""
+    config = run_keys.without_layout(saved)
+    with open_dict(config):
+        config.update(tensor_model_parallel_size=1, pipeline_model_parallel_size=1)
+        config.update({key: saved[key] for key in ("precision", "megatron_amp_O2") if key in saved})
+    return config
 
 
 def _section(config: DictConfig) -> dict[str, Any]:

@@ -68,9 +68,14 @@ def _as_override(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _same(reason: str, remedy: str | None = None, **use: Any) -> list[KeyRule]:
+def _same(
+    reason: str,
+    remedy: str | None = None,
+    applies: Callable[[DictConfig], bool] = lambda cfg: True,
+    **use: Any,
+) -> list[KeyRule]:
     """Rules of several keys with one reason."""
-    return [KeyRule(key, value, reason, remedy=remedy) for key, value in use.items()]
+    return [KeyRule(key, value, reason, applies=applies, remedy=remedy) for key, value in use.items()]
 
 
 def _without_transformer_engine(cfg: DictConfig) -> bool:
@@ -147,6 +152,17 @@ ANY_MODEL = (
         ffn_dropout=0.0,
         activations_checkpoint_layers_per_pipeline=None,
         num_micro_batches_with_partial_activation_checkpoints=None,
+        onnx_safe=False,
+        reduce_amax=True,
+        use_flash_attention=False,
+        sync_batch_comm=False,
+        apex_transformer_log_level=30,
+    ),
+    *_same("overlaps the passes of interleaved pipelines, which are not supported", overlap_p2p_comm=False),
+    *_same(
+        "profiles what a GPU does, and there is none",
+        applies=lambda cfg: not torch.cuda.is_available(),
+        **{"nsys_profile.enabled": False, "memory_profile.enabled": False},
     ),
     *_same(
         "exits are placed by whole layers; uneven stages are num_layers_in_first_pipeline_stage and …_last_…",
@@ -207,6 +223,11 @@ OPTIMIZERS = (
             and not torch.cuda.is_available()
             and not _is_missing(cfg, *APEX_OPTIMIZERS)
         ),
+    ),
+    *_same(
+        "rates begin anew with model.restore_from_ckpt, and a run that goes on keeps its own",
+        reset_lr=False,
+        reset_lr_steps=False,
     ),
     KeyRule("optim.fused", True, "must be true, false or null", also=(False,)),
     KeyRule(

@@ -12,7 +12,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
 from nemo.utils import logging
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
 from nemo_ee.checkpoint import archive, run_keys
@@ -94,6 +94,8 @@ class MegatronGPTEEPretrainingModel(
             return cls.restore_from(path, override_config_path=config, trainer=trainer)
         with open_dict(cfg.model):  # which makes NeMo count steps and samples from 0
             cfg.model.restore_from_ckpt = ckpt
+            if OmegaConf.is_missing(cfg.model.tokenizer, "type"):
+                cfg.model.tokenizer.type = None  # of a tokenizer that is one file
         trainer.ckpt_path = ckpt or trainer.ckpt_path
         return cls(cfg.model, trainer)
 

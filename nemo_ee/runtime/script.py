@@ -19,10 +19,16 @@ from nemo_ee.runtime.operating_system import check_operating_system
 end_with_parent()  # in a process of multiprocessing's, which imports its script, and so this, again
 
 
-def script(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+def script(
+    config_name: str, check: Callable[[str], None] | None = None
+) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Makes a function of a file in ``scripts/`` a Hydra program with a configuration of ``conf/``.
 
     Its command line may hold names of files as they are, see :mod:`nemo_ee.runtime.command_line`.
+
+    Args:
+        config_name: of the file in ``conf/``.
+        check: is called with it before Hydra reads the command line.
     """
 
     def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
@@ -32,10 +38,10 @@ def script(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callabl
         def main() -> None:
             from nemo_ee.runtime.command_line import quote_paths
 
-            try:
+            with user_errors(nemo=False):
                 sys.argv[1:] = quote_paths(sys.argv[1:])
-            except ConfigError as error:
-                sys.exit(f"error: {error}")
+                if check is not None:
+                    check(config_name)
             run()
 
         return main

@@ -39,7 +39,7 @@ def test_filling_while_growing_names_both_ways_out():
     changes = dict(PRETRAINING, pipeline_model_parallel_size=4, rampup_batch_size=[2, 2, 100], **filled)
     (fault,) = faults_of(check_pretraining, config(**changes))
     assert fault.key == RAMP_UP
-    assert "null" in fault.remedy and "bubble_filling's warmup and cooldown to false" in fault.remedy
+    assert "null" in fault.remedy and "bubble_filling.warmup=false" in fault.remedy
 
 
 def test_tuning_does_not_grow():
@@ -87,4 +87,4 @@ def test_attention_that_reads_no_mask_is_refused(monkeypatch):
     monkeypatch.setattr("nemo_ee.megatron.specs.have_transformer_engine", lambda: True)
     faults = list(batch_checks.document_faults(config(**APART, transformer_engine=True)))
     assert [fault.key for fault in faults] == ["model.data.reset_attention_mask"]
-    assert "transformer_engine to false" in faults[0].remedy
+    assert "++model.transformer_engine=false" in faults[0].remedy

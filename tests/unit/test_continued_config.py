@@ -35,7 +35,7 @@ OLD_LAYOUT = dict(  # what NeMo's examples and clusters leave in a checkpoint
     gradient_accumulation_fusion=True,
     defer_embedding_wgrad_compute=True,
     fp8=True,
-    fp8_hybrid=True,
+    fp8_e4m3=True,
     dist_ckpt_format="zarr",
     optim=dict(name="distributed_fused_adam", overlap_grad_sync=True),
 )
@@ -103,7 +103,7 @@ def test_a_length_of_the_data_alone_is_a_fault(tmp_path):
     path = checkpoint(tmp_path / "c")
     cfg = script("megatron_gpt_ee_pretraining", f"model.restore_from_path={path}", "model.data.seq_length=32")
     config = Pretraining.continued_config(cfg, {"data.seq_length"})
-    with pytest.raises(ConfigError, match=r"model.data.seq_length=32: .*; set model.encoder_seq_length=32"):
+    with pytest.raises(ConfigError, match=r"model.data.seq_length=32: .*; set ..model.encoder_seq_length=32"):
         check_pretraining(config)
 
 
