@@ -27,7 +27,8 @@ class TextTokenizer:
     Attributes:
         nemo: the tokenizer.
         special: ids of special tokens.
-        rows: of the model's embedding, padding apart; None: as many as the tokenizer has tokens.
+        vocab_size: one more than the largest id that may be read; a model sets it to its embedding's rows, padding
+            apart. (A Hugging Face tokenizer counts its tokens, and may leave ids out.)
 
     Raises:
         ConfigError: settings that break a rule.
@@ -38,7 +39,7 @@ class TextTokenizer:
         others, add_bos = settings.get("eos_token_ids"), settings.get("add_bos")
         self._bos = known_id(getattr(tokenizer, "bos_id", None))
         _check(others, add_bos, self._bos)
-        self.nemo, self.rows = tokenizer, None
+        self.nemo = tokenizer
         self._other_ends = tuple(others or ())
         self._own_rule: list[int] = []
         self._add_bos: bool | None = add_bos
@@ -54,17 +55,14 @@ class TextTokenizer:
             self._known = frozenset(pieces) - self.special
         else:
             self.special = frozenset()
+        counted = getattr(tokenizer, "vocab_size", 0)
+        self.vocab_size: int = max(counted, max(self.special.union(self._known or ()), default=-1) + 1)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """All tokens that end a text, the tokenizer's own EOS first; empty where there is none."""
         own = known_id(getattr(self.nemo, "eos_id", None))
         return tuple(dict.fromkeys([*([] if own is None else [own]), *self._other_ends]))
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id that the model can read."""
-        return self.rows or self.nemo.vocab_size
 
     def before(self, add_bos: bool | None = None) -> list[int]:
         """What a text begins with: BOS, or nothing.

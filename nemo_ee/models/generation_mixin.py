@@ -42,7 +42,8 @@ class GenerationMixin:
         """The tokenizer with the model's rules for texts: how they begin, and the tokens that end them."""
         if self._text_tokenizer is None or self._text_tokenizer.nemo is not self.tokenizer:
             self._text_tokenizer = TextTokenizer(self.tokenizer, self.cfg.get("tokenizer"))
-        self._text_tokenizer.rows = getattr(self, "true_vocab_size", None)  # known once the tokenizer is
+        if (rows := getattr(self, "true_vocab_size", None)) is not None:  # known once the tokenizer is
+            self._text_tokenizer.vocab_size = rows
         return self._text_tokenizer
 
     def generate(
@@ -113,7 +114,8 @@ class GenerationMixin:
         try:
             with kept_microbatches():
                 output = super().generate(inputs, lengths, sampling, strategy=strategy)  # type: ignore[misc]
-            if sampling["compute_logprob"] and inputs is not given and isinstance(given[0], str):
+            texts = isinstance(given, list | tuple) and isinstance(given[0], str)
+            if output is not None and sampling["compute_logprob"] and texts:  # NeMo's loop has seen token ids
                 output["sentences"] = list(given)
             return output
         finally:

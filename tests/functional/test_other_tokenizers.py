@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from nemo_ee.errors import GenerationError
-from tests.support import tiny_chats
+from tests.support import tiny_chats, tiny_llama
 from tests.support.tiny_gpt import tiny_model, tiny_model_config, tiny_trainer
 from tests.support.uncached import generate_uncached
 
@@ -193,6 +193,26 @@ def test_all_ranks_stop_at_each_end_of_text(workers, qwen, kind):
     for least, ids in zip((0, 9), found[0], strict=True):
         expected = [published.generate(p, min_new_tokens=least or None) for p in PROMPTS]
         assert ids == [published.ids(p) + new for p, new in zip(PROMPTS, expected, strict=True)]
+
+
+def test_ids_with_gaps_are_said_as_well(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = [*(f"w{n}" for n in range(20)), "</s>", "x"]
+    ids = {name: n if n < 20 else n + 20 for n, name in enumerate(names)}
+    core = Tokenizer(models.WordLevel(ids, unk_token="w0"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tiny_llama.model(tiny_llama.config(vocab_size=48, eos_token_id=40)).save_pretrained(tmp_path / "hf")
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>").save_pretrained(tmp_path / "hf")
+    published = Published(tmp_path / "hf")
+    model = restored(convert(tmp_path / "hf", tmp_path / "m.nemo"))
+    assert model.tokenizer.vocab_size == 22 and model.text_tokenizer.vocab_size == 48  # the embedding's rows
+    for prompt in (f"w{n} x w{n + 3}" for n in range(8)):
+        expected = published.generate(prompt)
+        output = model.generate([prompt], dict(max_length=STEPS), early_exit=False)
+        assert output["token_ids"][0] == published.ids(prompt) + expected
+        assert output["sentences"][0] == published.text(published.ids(prompt) + expected)
 
 
 @pytest.fixture(scope="module")

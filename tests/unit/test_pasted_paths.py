@@ -49,7 +49,7 @@ READ_BY_HYDRA = {
 
 
 def composed(script: Path, *arguments: str):
-    name = re.search(r'@script\("(\w+)"\)', script.read_text())[1]
+    name = re.search(r'@script\("(\w+)"', script.read_text())[1]
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
         return compose(name, overrides=quote_paths(arguments))
 
