@@ -9,7 +9,8 @@ import pytest
 
 from nemo_ee.data.fetch import KNOWN_FILES, PackageFile
 from nemo_ee.errors import ConfigError, DataError
-from nemo_ee.tuning_text.prompts import TASKS, TOPICS, key_of, read_file, read_prompts
+from nemo_ee.inference.prompt_file import read_prompt_file
+from nemo_ee.tuning_text.prompts import TASKS, TOPICS, key_of, read_prompts
 from nemo_ee.tuning_text.settings import PromptsConfig, TuningTextConfig
 
 HELD_OUT = Path(__file__).parents[2] / "scripts" / "benchmarks" / "held_out_prompts.jsonl"
@@ -128,7 +129,7 @@ def test_a_damaged_source_is_named(sources):
 
 
 def test_held_out_prompts_are_none_that_are_built():
-    held = [turns[0]["content"] for turns in read_file(str(HELD_OUT), "prompts.exclude_file")]
+    held = [turns[0]["content"] for turns in read_prompt_file(str(HELD_OUT), "prompts.exclude_file")]
     assert len(held) == len({key_of([{"role": "user", "content": text}]) for text in held}) == 40
     kinds = [json.loads(line)["kind"] for line in HELD_OUT.read_text().splitlines()]
     assert len(set(kinds)) >= 7 and min(map(kinds.count, kinds)) >= 4
