@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_ee.checkpoint import gguf, keys, llama, tokenizer
+from nemo_ee.checkpoint import end_of_text, gguf, keys, llama, tokenizer
 from nemo_ee.errors import CheckpointError
 
 NEMO_GPT = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
@@ -43,19 +43,23 @@ def convert_to_nemo(
     """
     source, output, precision = Path(input_name_or_path), Path(output_path), str(precision)
     _check_arguments(source, output, precision, overwrite)
-    from_gguf = gguf.is_gguf(source)
-    live = gguf.load_tokenizer(source) if from_gguf else _load_tokenizer(source)
-    config = _load_config(source, from_gguf)
+    file = gguf.inspect(source) if gguf.is_gguf(source) else None
+    live = file.load_tokenizer() if file else _load_tokenizer(source)
+    config = file.config if file else _load_config(source)
     llama.check_supported(config)
+    ends = file.eos_token_ids if file else end_of_text.of_folder(source, config.vocab_size)
     nemo_config = OmegaConf.create(llama.nemo_config(config, len(live), precision))
     with tempfile.TemporaryDirectory(prefix="nemo_ee_convert_") as scratch:
         home = Path(scratch, tokenizer.DIRECTORY)
-        if from_gguf:
+        if file:
             live.save_pretrained(home)
         else:
             tokenizer.copy_files(source, home)
         nemo_config.tokenizer = {"library": "huggingface", "type": str(home), "use_fast": bool(live.is_fast)}
-        _build_and_save(nemo_config, _load_weights(source, from_gguf), config, output)
+        if (ids := end_of_text.joined(live.eos_token_id, ends)) is not None:
+            nemo_config.tokenizer[end_of_text.KEY] = ids
+        weights = file.load_weights() if file else _load_weights(source)
+        _build_and_save(nemo_config, weights, config, output)
     return output
 
 
@@ -79,15 +83,9 @@ def _check_arguments(source: Path, output: Path, precision: str, overwrite: bool
         raise CheckpointError("\n".join(faults))
 
 
-def _load_config(source: Path, from_gguf: bool) -> Any:
+def _load_config(source: Path) -> Any:
     from transformers import AutoConfig
 
-    if from_gguf:
-        config = AutoConfig.from_pretrained(str(source.parent), gguf_file=source.name)
-        if not config.architectures:
-            names = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-            config.architectures = [names.get(config.model_type, config.model_type)]
-        return config
     try:
         named = json.loads((source / "config.json").read_text()).get("architectures") or ["none"]
     except ValueError as error:
@@ -109,15 +107,13 @@ def _load_tokenizer(source: Path) -> Any:
         ) from error
 
 
-def _load_weights(source: Path, from_gguf: bool) -> dict[str, torch.Tensor]:
-    """The state dict in fp32; a GGUF file's tensors are dequantised."""
+def _load_weights(source: Path) -> dict[str, torch.Tensor]:
+    """The state dict in fp32."""
     from transformers import AutoModelForCausalLM
 
-    where = {"gguf_file": source.name} if from_gguf else {"local_files_only": True}
-    folder = str(source.parent if from_gguf else source)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, torch_dtype=torch.float32, output_loading_info=True, **where
+            str(source), torch_dtype=torch.float32, output_loading_info=True, local_files_only=True
         )
     except Exception as error:  # safetensors, pickle and zip files each fail in their own way
         raise CheckpointError(
