@@ -104,7 +104,7 @@ class AnswerFiles:
         """Makes of the answers so far the files for tuning; every so many go to validation.
 
         Args:
-            validation_share: of the answers.
+            validation_share: of the answers; at least one, unless it is 0.
 
         Raises:
             DataError: there are no answers, or none for training.
@@ -112,7 +112,7 @@ class AnswerFiles:
         lines = (
             self._answers.read_bytes()[: self.progress.size].splitlines(keepends=True) if self._size() else []
         )
-        count = round(validation_share * len(lines)) if validation_share else 0
+        count = max(1, round(validation_share * len(lines))) if validation_share else 0
         if not lines or count == len(lines):
             raise DataError(
                 f"{self._answers}: {len(lines)} answers are too few for validation_share={validation_share}; "
@@ -122,6 +122,7 @@ class AnswerFiles:
         parts = {self.train: [line for i, line in enumerate(lines) if i not in held]}
         parts[self.validation] = [line for i, line in enumerate(lines) if i in held]
         for path, part in parts.items():
+            path.unlink(missing_ok=True)
             if part:
                 self._replace(path, b"".join(part))
         self._replace(self.summary, self._record(self.progress))

@@ -27,8 +27,9 @@ def write_base(directory):
 
     config = tiny_gpt.tiny_model_config(share_embeddings_and_output_weights=False)
     del config.early_exit
-    said = [set(text.split()) for text, _ in spoken(tiny_gpt.tiny_model(config))]
-    words = sorted(set.union(*said))
+    texts = [text.split() for text, _ in spoken(tiny_gpt.tiny_model(config))]
+    said = [set(words) for words in texts]
+    words = sorted(set.union(*said) - {words[0] for words in texts})
     eos = min(words, key=lambda word: abs(sum(word in text for text in said) - len(said) / 2))
     built = tiny_gpt.tokenizer()
     built.eos_token = eos
@@ -48,7 +49,8 @@ def spoken(model):
         )
         new = output["token_ids"][0][-len(output["early_exit"][0]["exit_layers"]) :]
         ended = new[-1] == model.tokenizer.eos_id
-        found.append((" ".join(model.tokenizer.ids_to_tokens(new[:-1] if ended else new)), ended))
+        words = model.tokenizer.ids_to_tokens(new[:-1] if ended else new)
+        found.append((" ".join(word for word in words if not word.startswith("<")), ended))
     return found
 
 
