@@ -30,7 +30,7 @@ PROMPTS = HERE / "held_out_prompts.jsonl"
 THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 TIMING_STEPS = 11
 CORES = 2
-TOKENS_TO_GENERATE = 200
+TOKENS_TO_GENERATE = 160
 
 
 @dataclass(frozen=True)
