@@ -79,6 +79,7 @@ CHOICES = frozenset(
         "data",
         "optim",
         "early_exit",
+        "answer_only_loss",  # of tuning on chats
         "reset_lr",
         "reset_lr_steps",
         "do_layer_norm_weight_decay",

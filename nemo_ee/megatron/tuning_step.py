@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from megatron.core import parallel_state
@@ -56,12 +57,13 @@ def run_backbone(
     gpt: EarlyExitGPTModel,
     batches: Iterator[MicroBatch],
     num_microbatches: int,
-    sequence_length: int,
-    micro_batch_size: int,
     needs_final: bool,
     consume: Consumer,
 ) -> None:
     """Runs micro-batches through the frozen backbone and hands each one's states to `consume`.
+
+    They may have different lengths. Stages of a pipeline send states of one shape, so there those of a window are
+    padded to its longest, with tokens that do not count.
 
     With `needs_final` and P > 1 stages they run in windows of at most `WINDOW` P micro-batches: at most so many
     wait with their states for the final one, however many a global batch has. A window of W costs the time of
@@ -74,8 +76,6 @@ def run_backbone(
         gpt: this stage's module.
         batches: micro-batches, the same on every stage.
         num_microbatches: how many to run.
-        sequence_length: S.
-        micro_batch_size: B.
         needs_final: whether `consume` gets the final normed state.
         consume: called in order of micro-batches; gradients are enabled by it where it needs them.
     """
@@ -112,17 +112,36 @@ def run_backbone(
 
     with torch.no_grad():
         for window in windows:
+            size, length, source = 0, 0, batches  # sizes that one stage alone does not read
+            if pipelined:
+                alike = of_one_length(list(islice(batches, window)))
+                (size, length), source, received = alike[0].tokens.shape, iter(alike), None
             get_forward_backward_func()(
                 forward_step_func=forward_step,
-                data_iterator=batches,
+                data_iterator=source,
                 model=[gpt],
                 num_microbatches=window,
-                seq_length=sequence_length,
-                micro_batch_size=micro_batch_size,
+                seq_length=length,
+                micro_batch_size=size,
                 forward_only=True,
             )
             while waiting:
                 deliver(*waiting.popleft())
+
+
+def of_one_length(batches: list[MicroBatch]) -> list[MicroBatch]:
+    """Micro-batches padded to the longest of them; what is added is no token that counts, and none before it sees
+    it, since attention is causal."""
+    longest = max(batch.tokens.shape[1] for batch in batches)
+    return [_padded(batch, longest - batch.tokens.shape[1]) for batch in batches]
+
+
+def _padded(batch: MicroBatch, more: int) -> MicroBatch:
+    if not more:
+        return batch
+    assert batch.attention_mask is None, "a mask says nothing of positions that are added"
+    parts = (batch.tokens, batch.labels, batch.loss_mask, batch.position_ids)
+    return MicroBatch(*(torch.nn.functional.pad(part, (0, more)) for part in parts))
 
 
 def even_parts(count: int, largest: int) -> list[int]:

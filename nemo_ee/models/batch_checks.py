@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.data.data_config import dataset_parts
 from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.models.fine_tuning_checks import is_fine_tuning
 
 RAMP_UP = "model.rampup_batch_size"
 
@@ -37,14 +38,19 @@ def ramp_up_faults(cfg: DictConfig, data_parallel: int) -> Iterator[Fault]:
         yield Fault(RAMP_UP, ramp, rule, "change one of the three, or set it to null")
 
 
-def document_faults(cfg: DictConfig) -> Iterator[Fault]:
-    """Settings that keep documents of one sequence apart, where they would change nothing."""
+def document_faults(cfg: DictConfig, fine_tuning: bool = False) -> Iterator[Fault]:
+    """Settings that keep documents of one sequence apart, where they would change nothing.
+
+    Args:
+        cfg: model configuration.
+        fine_tuning: whether fine-tuning data can be read.
+    """
     from nemo_ee.megatron.specs import have_transformer_engine
 
     data = cfg.get("data") or {}
     for key in ("train_ds", "validation_ds"):
-        if data.get(key) is not None:
-            rule = "is read by NeMo's fine-tuning, which packs sequences for Transformer Engine; not here"
+        if data.get(key) is not None and not fine_tuning:
+            rule = "is read in tuning alone (scripts/megatron_gpt_ee_tuning.py)"
             remedy = "use data_prefix; reset_attention_mask keeps documents of a sequence apart"
             yield Fault(f"model.data.{key}", "…", rule, remedy)
     apart = data.get("reset_attention_mask", False)
@@ -72,8 +78,9 @@ def validation_faults(trainer: DictConfig, data: DictConfig | None) -> Iterator[
     """
     interval, limit = trainer.get("val_check_interval"), trainer.get("limit_val_batches")
     steps = trainer.get("max_steps")
-    if data is not None and data.get("data_prefix") is not None and steps is not None and steps < 0:
-        rule = "Megatron's datasets are built for a number of steps"
+    trains = data is not None and (data.get("data_prefix") is not None or is_fine_tuning(data))
+    if trains and steps is not None and steps < 0:
+        rule = "datasets are built for a number of steps"
         yield Fault("trainer.max_steps", steps, rule, "set it to 1 or more")
         return
     for key, value, least in (("val_check_interval", interval, 1), ("limit_val_batches", limit, 0)):

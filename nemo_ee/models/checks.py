@@ -11,6 +11,7 @@ from nemo_ee.config import EarlyExitConfig, parse_early_exit
 from nemo_ee.core.bubbles import most_fills
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.models.batch_checks import RAMP_UP, document_faults, ramp_up_faults
+from nemo_ee.models.fine_tuning_checks import fine_tuning_faults, is_fine_tuning
 from nemo_ee.models.key_rules import ANY_MODEL, CUSTOMIZATION, PRETRAINING, TUNING, key_faults
 
 LAYER_SPECS = ("", "te_gpt", "decoder_block_gpt")
@@ -205,8 +206,9 @@ def check_tuning(cfg: DictConfig) -> None:
         remedy = "turn on one of block, mlp, norm, linear, or train_projection; or use projection=shortlist"
         faults.append(Fault("model.early_exit.head", str(head), rule, remedy))
     faults += key_faults(cfg, TUNING)
-    faults += document_faults(cfg)
-    if (data := cfg.get("data")) is not None:
+    faults += document_faults(cfg, fine_tuning=True)
+    faults += fine_tuning_faults(cfg)
+    if (data := cfg.get("data")) is not None and not is_fine_tuning(data):
         length, limit = data.seq_length, cfg.encoder_seq_length
         if length > limit:
             rule = f"exceeds the backbone's model.encoder_seq_length={limit}"

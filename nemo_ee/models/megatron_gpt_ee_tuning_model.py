@@ -11,7 +11,6 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from nemo.utils import logging
 from omegaconf import DictConfig, open_dict
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from nemo_ee.checkpoint.keys import is_exit
 from nemo_ee.config import HeadConfig
@@ -25,6 +24,7 @@ from nemo_ee.megatron.query_key_norms import sum_query_key_norms
 from nemo_ee.megatron.tuning_step import MicroBatch, exit_step, run_backbone
 from nemo_ee.models.checks import check_model, check_tuning, read_early_exit
 from nemo_ee.models.exit_metrics import ExitMetrics, validation_values
+from nemo_ee.models.fine_tuning_data_mixin import FineTuningDataMixin
 from nemo_ee.models.first_weights_mixin import FirstWeightsMixin
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
 from nemo_ee.models.training_data_mixin import TrainingDataMixin
@@ -34,7 +34,9 @@ BASE_KEY = "nemo_ee_base"
 """In a checkpoint written while tuning: name and content hash of its base."""
 
 
-class MegatronGPTEETuningModel(TrainingDataMixin, FirstWeightsMixin, MegatronGPTEarlyExitModel):
+class MegatronGPTEETuningModel(
+    FineTuningDataMixin, TrainingDataMixin, FirstWeightsMixin, MegatronGPTEarlyExitModel
+):
     """Tunes exits on a frozen backbone.
 
     The backbone is kept in the compute dtype (`precision`), the exits and their optimizer states in float32.
@@ -166,8 +168,6 @@ class MegatronGPTEETuningModel(TrainingDataMixin, FirstWeightsMixin, MegatronGPT
             self.gpt,
             self.micro_batches(dataloader_iter),
             count,
-            self.sequence_length,
-            self.cfg.micro_batch_size,
             self.wants_teacher,
             consume,
         )
@@ -176,11 +176,6 @@ class MegatronGPTEETuningModel(TrainingDataMixin, FirstWeightsMixin, MegatronGPT
             for n in means.keys() - {0}:
                 self.log(f"train_loss/exit_{n}", means[n].loss, rank_zero_only=True, batch_size=1)
         return self.objective(means)
-
-    @property
-    def sequence_length(self) -> int:
-        """Tokens per tuning sequence; at most what the backbone was made for."""
-        return self.cfg.data.seq_length
 
     @property
     def wants_teacher(self) -> bool:
@@ -243,13 +238,13 @@ class MegatronGPTEETuningModel(TrainingDataMixin, FirstWeightsMixin, MegatronGPT
         loss = self.objective(means)
         self.log("val_loss", loss, prog_bar=True, rank_zero_only=True, batch_size=1)
         consumed = float(self.compute_consumed_samples(self.trainer.global_step - self.init_global_step))
-        self.log("consumed_tokens", consumed * self.sequence_length, rank_zero_only=True, batch_size=1)
+        self.log("consumed_tokens", consumed * self.tokens_per_sample, rank_zero_only=True, batch_size=1)
         return loss
 
     # --- data and first weights ---------------------------------------------------------------------------
 
     def fit_translators(self) -> None:
-        """Ridge regression on the last `ridge.tokens` tokens of the training samples.
+        """Ridge regression on the last `ridge.tokens` tokens of the training samples that count.
 
         Logs R² of every exit on a tenth as many tokens before them, where there are so many.
         """
@@ -257,34 +252,32 @@ class MegatronGPTEETuningModel(TrainingDataMixin, FirstWeightsMixin, MegatronGPT
             if int(n) in self.new_exits:
                 head.reset_for_fit()
         dp, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
-        size, sequence = self.cfg.micro_batch_size, self.sequence_length
+        size = self.cfg.micro_batch_size
         widest = self.transformer_config.hidden_size
         if self.early_exit.head.mlp:
             widest += self.transformer_config.ffn_hidden_size
-        tokens = self.early_exit.ridge.tokens_for(widest)
-        count = -(-tokens // (size * sequence * dp))
-        samples, more = len(self._train_ds), -(-count // 10)
+        samples, tokens = self.samples_from_end(self.early_exit.ridge.tokens_for(widest))
+        count = -(-samples // (size * dp))
+        more = -(-count // 10)
 
         def batches(first_index: int, end: int) -> Iterator[MicroBatch]:
             for index in range(first_index, end):
                 first = (index * dp + rank) * size
-                chosen = [self._train_ds[samples - 1 - (first + i) % samples] for i in range(size)]
-                yield self.to_micro_batch(default_collate(chosen))
+                chosen = [self.sample_from_end(first + i) for i in range(size)]
+                yield self.to_micro_batch(self.collate(chosen))
 
-        logging.info(f"Fitting {len(self.new_exits)} translators on {count * size * sequence * dp} tokens.")
+        logging.info(f"Fitting {len(self.new_exits)} translators on {tokens} tokens of {samples} samples.")
         for layers in exit_init.ridge_passes(self.gpt, self.new_exits):
             fit = exit_init.RidgeInitialiser(self.gpt, layers)
-            run_backbone(self.gpt, batches(0, count), count, sequence, size, True, fit)
+            run_backbone(self.gpt, batches(0, count), count, True, fit)
             fit.finish(self.early_exit.ridge.penalty)
-        if (count + more) * size * dp > samples:
+        if (count + more) * size * dp > self.samples_to_fit:
             logging.warning("No text is left to hold out: how well the closed form fits is not known.")
             return
         held_out = HeldOutFit(self.gpt)
-        run_backbone(self.gpt, batches(count, count + more), more, sequence, size, True, held_out)
+        run_backbone(self.gpt, batches(count, count + more), more, True, held_out)
         for n, value in sorted(held_out.finish().items()):
-            logging.info(
-                f"Exit {n}: R² {value:.4f} on {more * size * sequence * dp} tokens that were held out."
-            )
+            logging.info(f"Exit {n}: R² {value:.4f} on {more * size * dp} samples that were held out.")
 
     # --- checkpoints --------------------------------------------------------------------------------------
 

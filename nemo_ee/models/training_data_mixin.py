@@ -35,10 +35,14 @@ class TrainingDataMixin:
             datasets = super().build_train_valid_test_datasets()
         for dataset in datasets:
             separate_padding(dataset)
+        self.without_validation()
+        return datasets
+
+    def without_validation(self) -> None:
+        """Turns validations off where there is nothing to validate on, and says so."""
         if self._validation_ds is None and self.trainer.limit_val_batches:
             logging.warning("model.data has no text for validation: there will be none.")
             self.trainer.limit_val_batches = 0
-        return datasets
 
     def build_pretraining_data_loader(self, *args: Any, **kwargs: Any) -> Any:
         """NeMo's; workers go on reading until the run has ended, whoever else is told to."""

@@ -60,7 +60,7 @@ def step(stages: int, windows: list[int]) -> dict[int, tuple]:
             result = tuning_step.exit_step(gpt, batch, states, final, teacher, gpt.early_exit, 0.3)
             sums.append({n: stats.clone() for n, stats in result.stats.items()})
 
-        tuning_step.run_backbone(gpt, iter(batches), BATCHES, LENGTH, ROWS, True, consume)
+        tuning_step.run_backbone(gpt, iter(batches), BATCHES, True, consume)
         assert order == list(range(BATCHES))
         gradients = {name: p.grad.clone() for name, p in gpt.exits.named_parameters() if p.grad is not None}
         found[window] = gradients, sums, max(alive)

@@ -63,7 +63,7 @@ ERRORS = {
         {"trainer.val_check_interval": "0"},
         "trainer.val_check_interval=0: must be a number",
     ),
-    "no end": (ONE, {"trainer.max_steps": "-1"}, "trainer.max_steps=-1: Megatron's datasets are built for"),
+    "no end": (ONE, {"trainer.max_steps": "-1"}, "trainer.max_steps=-1: datasets are built for"),
     "no time": (
         ONE,
         {"exp_manager.max_time_per_run": "3h"},

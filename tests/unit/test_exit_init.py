@@ -56,7 +56,7 @@ def fit(gpt) -> None:
     for head in gpt.exits.values():
         head.reset_for_fit()
     closed_form = RidgeInitialiser(gpt)
-    run_backbone(gpt, iter(micro_batches()), BATCHES, LENGTH, ROWS, True, closed_form)
+    run_backbone(gpt, iter(micro_batches()), BATCHES, True, closed_form)
     closed_form.finish(PENALTY)
 
 
@@ -122,7 +122,7 @@ def test_one_exit_at_a_time_is_fitted_as_all_together():
             head.reset_for_fit()
         for layers in passes:
             closed_form = RidgeInitialiser(gpt, layers)
-            run_backbone(gpt, iter(micro_batches()), BATCHES, LENGTH, ROWS, True, closed_form)
+            run_backbone(gpt, iter(micro_batches()), BATCHES, True, closed_form)
             closed_form.finish(PENALTY)
             assert closed_form.sums == {}, "nothing of the sums is left"
         fits.append((passes, {name: p.detach().clone() for name, p in gpt.exits.named_parameters()}))
@@ -155,10 +155,10 @@ def test_held_out_r2_is_that_of_the_least_squares_prediction():
         expected[n] = 1 - error / np.square(target - target.mean(0)).sum()
     closed_form = RidgeInitialiser(gpt)
     batches = micro_batches()
-    run_backbone(gpt, iter(batches[:-1]), BATCHES - 1, LENGTH, ROWS, True, closed_form)
+    run_backbone(gpt, iter(batches[:-1]), BATCHES - 1, True, closed_form)
     closed_form.finish(PENALTY)
     held_out = HeldOutFit(gpt)
-    run_backbone(gpt, iter(batches[-1:]), 1, LENGTH, ROWS, True, held_out)
+    run_backbone(gpt, iter(batches[-1:]), 1, True, held_out)
     assert held_out.finish() == pytest.approx(expected, rel=1e-6)
 
 

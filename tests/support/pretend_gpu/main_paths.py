@@ -190,9 +190,7 @@ def closed_form_waits(head: dict) -> list[Wait]:
     found = []
     for reader in (RidgeInitialiser(gpt), HeldOutFit(gpt)):
         with waits.counting() as seen:
-            run_backbone(
-                gpt, iter(batches), len(batches), test_exit_init.LENGTH, test_exit_init.ROWS, True, reader
-            )
+            run_backbone(gpt, iter(batches), len(batches), True, reader)
         if isinstance(reader, RidgeInitialiser):
             reader.finish(test_exit_init.PENALTY)
         found += seen
