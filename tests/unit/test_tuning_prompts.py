@@ -93,13 +93,13 @@ def sources(tmp_path, monkeypatch):
     for name in ("gsm8k-questions", "boolq-questions", "wikipedia-intros"):
         monkeypatch.setitem(KNOWN_FILES, name, PackageFile("none", "0", "none"))
     write(
-        tmp_path / "gsm8k-questions",
+        tmp_path / "gsm8k-questions.jsonl",
         *(json.dumps({"question": f"{n} eggs?", "answer": "3"}) for n in range(4)),
     )
     records = ({"question": f"is {n} even", "passage": f"About {n}. {TEXT}"} for n in range(12))
-    write(tmp_path / "boolq-questions", *map(json.dumps, records))
+    write(tmp_path / "boolq-questions.jsonl", *map(json.dumps, records))
     articles = {f"T{n}": {"title": f"T{n}", "extract": TEXT} for n in range(30)}
-    (tmp_path / "wikipedia-intros").write_text(json.dumps(articles))
+    (tmp_path / "wikipedia-intros.json").write_text(json.dumps(articles))
     return str(tmp_path)
 
 
@@ -123,8 +123,8 @@ def test_sources_take_turns(sources):
 
 
 def test_a_damaged_source_is_named(sources):
-    Path(sources, "boolq-questions").write_text('{"question": "is it"}\n')
-    with pytest.raises(DataError, match="boolq-questions: is not what it should be.*passage"):
+    Path(sources, "boolq-questions.jsonl").write_text('{"question": "is it"}\n')
+    with pytest.raises(DataError, match="boolq-questions.jsonl: is not what it should be.*passage"):
         prompts(directory=sources)
 
 
