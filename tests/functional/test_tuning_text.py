@@ -22,20 +22,19 @@ USUAL = [
 
 
 def write_base(directory):
-    """A base without exits, whose end of text is a word that about half of its answers have; returns that word."""
+    """A base without exits, which ends about half of its answers: its row for the end of a text is made longer."""
     from tests.support import tiny_gpt
 
     config = tiny_gpt.tiny_model_config(share_embeddings_and_output_weights=False)
     del config.early_exit
-    texts = [text.split() for text, _ in spoken(tiny_gpt.tiny_model(config))]
-    said = [set(words) for words in texts]
-    words = sorted(set.union(*said) - {words[0] for words in texts})
-    eos = min(words, key=lambda word: abs(sum(word in text for text in said) - len(said) / 2))
-    built = tiny_gpt.tokenizer()
-    built.eos_token = eos
-    built.save_pretrained(f"{directory}/tokenizer")
-    config.tokenizer.type = f"{directory}/tokenizer"
-    tiny_gpt.tiny_model(config).save_to(f"{directory}/base.nemo")
+    model = tiny_gpt.tiny_model(config)
+    row = model.gpt.output_weight().data[model.tokenizer.eos_id]
+    for _ in range(30):
+        row *= 1.05
+        answers = spoken(model)
+        if all(text for text, _ in answers) and 3 <= sum(ended for _, ended in answers) <= 8:
+            break
+    model.save_to(f"{directory}/base.nemo")
     Path(directory, "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
 
 
@@ -210,7 +209,12 @@ def write_other(directory):
 
 def read_with_nemo(path):
     """Samples of NeMo's own data set of chats: the words that enter the loss."""
-    from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_chat_dataset import GPTSFTChatDataset
+    from nemo_ee.runtime.hugging_face_datasets import datasets_or_stand_in
+
+    with datasets_or_stand_in():
+        from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_chat_dataset import (
+            GPTSFTChatDataset,
+        )
     from nemo.collections.nlp.modules.common.tokenizer_utils import get_nmt_tokenizer
 
     from tests.support.tiny_tokenizer import save_tiny_tokenizer
@@ -246,13 +250,12 @@ def test_nemo_reads_the_file(workspace, workers):
 
 def read_for_tuning(directory):
     """(prompt and answer as tuning reads them, the part that is learnt, finish_reason) of each line."""
-    from transformers import AutoTokenizer
-
     from nemo_ee.data.chat_template import ChatTemplate
     from nemo_ee.data.fine_tuning import TemplateChatDataset
+    from tests.support.tiny_gpt import tokenizer as tiny_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(f"{directory}/tokenizer")
-    template = ChatTemplate(tokenizer, [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<eos>")])
+    tokenizer = tiny_tokenizer()
+    template = ChatTemplate(tokenizer, [tokenizer.eos_token_id])
     path = f"{directory}/alone_train.jsonl"
     dataset = TemplateChatDataset(path, tokenizer, 4096, special_tokens=template)
     lines = [json.loads(line) for line in Path(path).read_text().splitlines()]

@@ -183,8 +183,25 @@ def test_sweep_equals_brute_force(block_model):
         assert result.full_depth_perplexity == pytest.approx(perplexity(block_model, prompts, full))
         assert result.speedup.median > 0 and result.full_depth_tokens_per_second.median > 0
     assert results[0].agreement < 1.0 and results[-1].agreement == 1.0, "the case must be tried"
+    for each in run.quality.exits:
+        right = [
+            says(block_model, each.layer, prompt + continuation[:i]) == continuation[i]
+            for prompt, continuation in zip(prompts, full, strict=True)
+            for i in range(1, len(continuation))
+        ]
+        assert each.tokens == len(right) and each.agreement == pytest.approx(sum(right) / len(right))
+    assert [each.layer for each in run.quality.exits] == list(LAYERS)
     sample = run.samples()[0]
+    assert sample.prompt == block_model.tokenizer.ids_to_text(prompts[0])
+    run.names = ["a question", "another", "a third"]
+    assert [each.prompt for each in run.samples()] == ["a question", "another"]
     assert "".join(sample.tokens) == block_model.tokenizer.ids_to_text(run.texts[0.6][0].tokens)
+
+
+@torch.no_grad()
+def says(model, layer, ids):
+    """The most probable token of an exit at the last position."""
+    return naive_exit(model, layer, torch.tensor([ids]))[0, -1, :VOCABULARY].argmax().item()
 
 
 @torch.no_grad()
@@ -238,11 +255,19 @@ def test_settings_report_every_fault():
     values = {
         "gpt_model_file": "m.nemo",
         "data": {"prefix": "text", "sequences": 0},
-        "generation": {"thresholds": [0.9, 1.5, 0.5], "tokens_to_generate": 1, "sample_threshold": 0.8},
+        "generation": {
+            "thresholds": [0.9, 1.5, 0.5],
+            "tokens_to_generate": 1,
+            "sample_threshold": 0.8,
+            "prompts": ["a text"],
+            "chat_prompts_file": "chats.txt",
+        },
     }
     with pytest.raises(ConfigError) as error:
         settings.EvaluationConfig.from_dict(values)
     for part in ("data.sequences=0", "ascending", "[0, 1]", "tokens_to_generate=1", "sample_threshold=0.8"):
+        assert part in str(error.value)
+    for part in ("generation.chat_prompts_file=chats.txt: with generation.prompts",):
         assert part in str(error.value)
 
 
