@@ -31,6 +31,9 @@ THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 TIMING_STEPS = 11
 CORES = 2
 TOKENS_TO_GENERATE = 160
+"""Of an answer that is tuned on, at most."""
+LONGEST_ANSWER = 128
+"""Tokens of an answer that is measured on, at most."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--validation", required=True, help="prefix of an indexed dataset of other articles")
     parser.add_argument("--work", type=Path, required=True, help="directory of what the recipes write")
     parser.add_argument("--downloads", default="downloads", help="directory of the prompts' sources")
-    parser.add_argument("--minutes", type=float, default=5.0, help="of two cores, for each recipe")
+    parser.add_argument("--minutes", type=float, default=3.0, help="of two cores, for each recipe")
     parser.add_argument(
-        "--prompts", type=int, nargs="*", default=[256], help="how many are answered, per recipe"
+        "--prompts", type=int, nargs="*", default=[192], help="how many are answered, per recipe"
     )
     parser.add_argument("--layers", default="10,20", help="exit layers")
     parser.add_argument("--sequences", type=int, default=48, help="held-out pieces of articles")
@@ -112,9 +115,10 @@ def compose_tuning(arguments: argparse.Namespace, recipe: TextRecipe, *changes: 
         for split, prefix in (("train", arguments.train), ("validation", arguments.validation))
     )
     data = [f"model.data.data_prefix={{{parts},test:[{arguments.validation}]}}"]
-    if recipe.prompts:
+    if recipe.prompts:  # three chats have about as many tokens as two pieces of articles
         file = f"{arguments.work}/answers_{recipe.prompts}_train.jsonl"
         data = ["model.data.chat=true", f"model.data.train_ds.file_names=[{file}]"]
+        data += ["model.micro_batch_size=3", "model.global_batch_size=3"]
     common = [
         f"model.restore_from_path={arguments.model}",
         f"model.early_exit.layers=[{arguments.layers}]",
@@ -123,11 +127,7 @@ def compose_tuning(arguments: argparse.Namespace, recipe: TextRecipe, *changes: 
         "exp_manager=null",
     ]
     with initialize_config_dir(CONF, version_base=None):
-        return hydra_compose(compose, [*common, *data, *changes, *arguments.set])
-
-
-def hydra_compose(compose: Callable, overrides: list[str]) -> Any:
-    return compose("megatron_gpt_ee_tuning", overrides)
+        return compose("megatron_gpt_ee_tuning", [*common, *data, *changes, *arguments.set])
 
 
 def fit(cfg: Any, save_to: Path) -> dict:
@@ -199,13 +199,9 @@ def measure(arguments: argparse.Namespace, recipe: TextRecipe) -> dict:
     ).eval()
     chats = read_prompt_file(str(PROMPTS), "held out")
     prompts = tokenize_prompts(chats, model.tokenizer, False, model.cfg.encoder_seq_length)
-    model.prepare_decoding()
-    sweep = Sweep(model, prompts, SweepConfig(tokens_to_generate=128, thresholds=THRESHOLDS), seed=0)
-    texts = [
-        text
-        for first in range(0, len(prompts), 8)
-        for text in sweep.generate(prompts[first : first + 8], None)
-    ]
+    options = SweepConfig(tokens_to_generate=LONGEST_ANSWER, thresholds=THRESHOLDS)
+    sweep = Sweep(model, prompts, options, seed=0)
+    texts = _answers(arguments.work / "held_out_answers.json", sweep, prompts)
     scores = sweep.score(texts)
 
     def score(tokens: Any, labels: Any) -> Any:
@@ -219,8 +215,20 @@ def measure(arguments: argparse.Namespace, recipe: TextRecipe) -> dict:
         "articles": [asdict(each) for each in measure_quality(score, articles.split(4), seed=0).exits],
         "thresholds": [_at(sweep, threshold, scores, torch) for threshold in THRESHOLDS],
         "prompts": len(prompts),
-        "ended": sum(len(text.tokens) < 128 for text in texts),
+        "ended": sum(len(text.tokens) < LONGEST_ANSWER for text in texts),
     }
+
+
+def _answers(path: Path, sweep: Any, prompts: list[list[int]]) -> list:
+    """Full depth's answers to the held-out prompts: the same for all recipes, and so written once."""
+    from nemo_ee.evaluation.sweep import GeneratedText
+
+    if not path.exists():
+        sweep.model.prepare_decoding()
+        batches = [prompts[first : first + 8] for first in range(0, len(prompts), 8)]
+        found = [text for batch in batches for text in sweep.generate(batch, None)]
+        path.write_text(json.dumps([asdict(text) for text in found]))
+    return [GeneratedText(**each) for each in json.loads(path.read_text())]
 
 
 def _at(sweep: Any, threshold: float, scores: list, torch: Any) -> dict:
@@ -276,14 +284,12 @@ def main() -> None:
         for recipe in recipes_of(arguments):
             rows = {row["name"]: row for row in load(path)}
             row = rows.get(recipe.name, {"name": recipe.name, "spent": 0.0, **about})
-            parts: dict[str, tuple] = {"measured": (measure,)}
             left = arguments.minutes * 60 * CORES
             if recipe.prompts:
                 row = _part(row, "written", path, write_answers, arguments, recipe)
                 left -= row["written"]["seconds"]
             row = _part(row, "tuned", path, tune, arguments, recipe, left)
-            for name, (work,) in parts.items():
-                row = _part(row, name, path, work, arguments, recipe)
+            _part(row, "measured", path, measure, arguments, recipe)
         print(write_page(load(path), arguments.output))
 
 
