@@ -9,16 +9,15 @@ The exit status is 2 where nothing could be certified: the thresholds written ar
 
 import sys
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ee.runtime.script import user_errors
+from nemo_ee.runtime.script import script, user_errors
 
 NOTHING_CERTIFIED = 2
 """Exit status; 1 is an error."""
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="calibrate_early_exit")
+@script("calibrate_early_exit")
 def main(cfg: DictConfig) -> None:
     """Restores, scores, chooses, writes, and says what is promised."""
     with user_errors(cfg):

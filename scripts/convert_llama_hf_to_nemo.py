@@ -4,13 +4,12 @@
 python scripts/convert_llama_hf_to_nemo.py input_name_or_path=DIRECTORY output_path=model.nemo
 """
 
-import hydra
 from omegaconf import DictConfig
 
-from nemo_ee.runtime.script import user_errors
+from nemo_ee.runtime.script import script, user_errors
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="convert_llama_hf_to_nemo")
+@script("convert_llama_hf_to_nemo")
 def main(cfg: DictConfig) -> None:
     """Reads the configuration, converts, and says where the result lies."""
     with user_errors(cfg):

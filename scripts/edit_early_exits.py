@@ -4,13 +4,12 @@
 python scripts/edit_early_exits.py gpt_model_file=model.nemo output_path=edited.nemo 'layers=[3,6,9]' '+moves.8=9'
 """
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ee.runtime.script import user_errors
+from nemo_ee.runtime.script import script, user_errors
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="edit_early_exits")
+@script("edit_early_exits")
 def main(cfg: DictConfig) -> None:
     """Edits and says what became of every exit."""
     with user_errors(cfg):

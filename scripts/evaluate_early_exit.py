@@ -5,13 +5,12 @@
         data.prefix=text_validation
 """
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ee.runtime.script import user_errors
+from nemo_ee.runtime.script import script, user_errors
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="evaluate_early_exit")
+@script("evaluate_early_exit")
 def main(cfg: DictConfig) -> None:
     """Restores, measures, writes the report, and says where it lies."""
     with user_errors(cfg):

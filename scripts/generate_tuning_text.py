@@ -6,13 +6,12 @@
 Run it again to go on where it was stopped.
 """
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ee.runtime.script import user_errors
+from nemo_ee.runtime.script import script, user_errors
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="generate_tuning_text")
+@script("generate_tuning_text")
 def main(cfg: DictConfig) -> None:
     """Asks, answers, writes, and says what was written."""
     with user_errors(cfg):

@@ -5,13 +5,12 @@
         'prompts=["Once upon a time"]' early_exit.threshold=0.7
 """
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ee.runtime.script import user_errors
+from nemo_ee.runtime.script import script, user_errors
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="megatron_gpt_ee_generate")
+@script("megatron_gpt_ee_generate")
 def main(cfg: DictConfig) -> None:
     """Restores, generates, prints, and writes the output file."""
     with user_errors(cfg):

@@ -8,13 +8,12 @@
 On a GPU cluster start it with torchrun or srun; without a GPU, `trainer.devices=4` starts four processes.
 """
 
-import hydra
 from omegaconf import DictConfig
 
-from nemo_ee.runtime.script import user_errors
+from nemo_ee.runtime.script import script, user_errors
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="megatron_gpt_ee_pretraining")
+@script("megatron_gpt_ee_pretraining")
 def main(cfg: DictConfig) -> None:
     """Builds or restores the model, trains it and saves it with its exits."""
     comes_along = ["model.tokenizer.type"] if cfg.model.restore_from_path else []

@@ -6,15 +6,14 @@ python scripts/megatron_gpt_ee_server.py gpt_model_file=model.nemo adapter_file=
 
 import sys
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ee.runtime.script import user_errors
+from nemo_ee.runtime.script import script, user_errors
 
 EXTRA = ("fastapi", "prometheus_client", "starlette", "uvicorn")
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="megatron_gpt_ee_server")
+@script("megatron_gpt_ee_server")
 def main(cfg: DictConfig) -> None:
     """Restores the model and answers requests until SIGINT or SIGTERM."""
     with user_errors(cfg):

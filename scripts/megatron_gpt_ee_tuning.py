@@ -8,13 +8,12 @@
 On a GPU cluster start it with torchrun or srun; without a GPU, `trainer.devices=2` starts two processes.
 """
 
-import hydra
 from omegaconf import DictConfig
 
-from nemo_ee.runtime.script import user_errors
+from nemo_ee.runtime.script import script, user_errors
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="megatron_gpt_ee_tuning")
+@script("megatron_gpt_ee_tuning")
 def main(cfg: DictConfig) -> None:
     """Restores the base, adds exits, tunes them and saves them alone."""
     with user_errors(cfg):

@@ -4,13 +4,12 @@
 python scripts/merge_early_exits.py gpt_model_file=model.nemo adapter_file=exits.nemo output_path=merged.nemo
 """
 
-import hydra
 from omegaconf import DictConfig
 
-from nemo_ee.runtime.script import user_errors
+from nemo_ee.runtime.script import script, user_errors
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="merge_early_exits")
+@script("merge_early_exits")
 def main(cfg: DictConfig) -> None:
     """Merges and says where the result lies."""
     with user_errors(cfg):

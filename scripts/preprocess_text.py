@@ -8,15 +8,14 @@ writes data/wiki_train.bin and .idx, data/wiki_validation.bin and .idx, and data
 Every setting is explained in conf/preprocess_text.yaml; override it on the command line as above.
 """
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.data.preprocess import preprocess
 from nemo_ee.data.preprocess_config import PreprocessConfig
-from nemo_ee.runtime.script import user_errors
+from nemo_ee.runtime.script import script, user_errors
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="preprocess_text")
+@script("preprocess_text")
 def main(cfg: DictConfig) -> None:
     """Runs the preprocessing that ``cfg`` describes; a user's error ends it with one message and status 1."""
     with user_errors(cfg, nemo=False):

@@ -7,14 +7,13 @@ writes a Hugging Face tokenizer directory, for tokenizer.type of preprocess_text
 model.tokenizer.type of pre-training. Every setting is explained in conf/train_tokenizer.yaml.
 """
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.data.tokenizer_training import TokenizerTrainingConfig, train_tokenizer
-from nemo_ee.runtime.script import user_errors
+from nemo_ee.runtime.script import script, user_errors
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="train_tokenizer")
+@script("train_tokenizer")
 def main(cfg: DictConfig) -> None:
     """Trains what `cfg` describes; a user's error ends it with one message and status 1."""
     with user_errors(cfg, nemo=False):

@@ -41,7 +41,7 @@ def preprocess(config: PreprocessConfig) -> dict:
 
     Returns:
         The content of the ``.json``: documents and tokens in all and per split, tokenizer, vocabulary size,
-        end-of-document id, dtype, split, seed, and each input's size and sha256.
+        ids before each document, end-of-document id, dtype, split, seed, and each input's size and sha256.
 
     Raises:
         ConfigError: the tokenizer cannot be loaded, or has no end-of-sequence token while ``append_eod`` is
@@ -156,6 +156,7 @@ def _summary(
         "tokenizer_library": config.tokenizer.library if config.tokenizer.nemo is None else "nemo",
         "vocabulary_size": tokenizer.vocab_size,
         "dtype": datasets.dtype.name,
+        "bos": tokenizer.before,
         "eod": tokenizer.eod if config.append_eod else None,
         "document": config.document,
         "json_key": config.json_key,

@@ -166,6 +166,10 @@ def check_split(split: object) -> list[Fault]:
 
 def _check_tokenizer(tokenizer: Mapping) -> list[Fault]:
     library = tokenizer.get("library", "huggingface")
+    for key in ("add_bos", "sentencepiece_legacy"):
+        if tokenizer.get(key) is not None and not isinstance(tokenizer[key], bool):
+            remedy = f"set tokenizer.{key}=null"
+            return [Fault(f"tokenizer.{key}", tokenizer[key], "must be true, false or null", remedy)]
     if tokenizer.get("nemo"):
         return []
     if library == "huggingface" and not tokenizer.get("type"):

@@ -6,12 +6,13 @@ would take ten more seconds in every worker process. All other libraries go thro
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from nemo_ee.data.token_rules import beginning, joined, known_id, name_special_pieces, tokens_before_a_text
 from nemo_ee.errors import ConfigError, DataError, Fault
 
 
@@ -28,7 +29,12 @@ class TokenizerConfig:
         delimiter: separator of a ``tabular`` tokenizer.
         use_fast: use the Rust implementation of a Hugging Face tokenizer.
         trust_remote_code: let a Hugging Face tokenizer run code of its own.
-        nemo: a ``.nemo`` checkpoint to take the tokenizer from, instead of all of the above.
+        sentencepiece_legacy: NeMo's old way of special tokens with sentencepiece; None is its default, true.
+        special_tokens: tokens by their roles (``eos_token``, ...), which NeMo adds.
+        additional_special_tokens: further ones.
+        add_bos: put BOS before each document, or not; None for the tokenizer's own rule, as with ``nemo`` for what
+            that checkpoint says. Nothing comes before a document that begins with it.
+        nemo: a ``.nemo`` checkpoint to take the tokenizer from, instead of all of the above but ``add_bos``.
     """
 
     library: str = "huggingface"
@@ -39,6 +45,10 @@ class TokenizerConfig:
     delimiter: str | None = None
     use_fast: bool = True
     trust_remote_code: bool = False
+    sentencepiece_legacy: bool | None = None
+    special_tokens: Mapping | Sequence | None = None
+    additional_special_tokens: Mapping | Sequence | None = None
+    add_bos: bool | None = None
     nemo: str | None = None
 
     @property
@@ -55,32 +65,27 @@ class DocumentTokenizer(Protocol):
     eod: int | None
     """Id of the token that ends a document (the end-of-sequence token), if the vocabulary has one."""
 
+    before: list[int]
+    """What a document begins with: BOS, or nothing."""
+
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text`` alone, without a beginning- or end-of-sequence token."""
+        """Token ids of ``text`` behind ``before``, without an end-of-sequence token; none for a text without tokens."""
 
 
 class HuggingFaceTokenizer:
-    """A Hugging Face tokenizer; the same ids as NeMo's ``AutoTokenizer.text_to_ids``.
+    """A Hugging Face tokenizer; the same ids as NeMo's ``AutoTokenizer.text_to_ids``, behind BOS.
 
     Args:
-        config: with ``library: huggingface`` and ``type`` set.
+        config: with ``library: huggingface`` and ``type`` set, and no special tokens.
 
     Raises:
-        ConfigError: the tokenizer cannot be loaded.
+        ConfigError: the tokenizer cannot be loaded, or has no BOS and ``add_bos`` is true.
     """
 
     def __init__(self, config: TokenizerConfig):
-        from transformers import AutoTokenizer
-
-        files = {"vocab_file": config.vocab_file, "merges_file": config.merge_file}
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(
-                config.type,
-                use_fast=config.use_fast,
-                trust_remote_code=config.trust_remote_code,
-                **{key: value for key, value in files.items() if value is not None},
-            )
-        except (OSError, ValueError, KeyError) as error:
+            self._tokenizer = _from_pretrained(config)
+        except Exception as error:
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ConfigError(
                 Fault(
@@ -93,9 +98,12 @@ class HuggingFaceTokenizer:
         self.vocab_size = max(len(self._tokenizer), max(self._tokenizer.get_vocab().values()) + 1)
         eos, sep = self._tokenizer.eos_token_id, self._tokenizer.sep_token_id
         self.eod = eos if eos is not None else sep
+        bos, cls = self._tokenizer.bos_token_id, self._tokenizer.cls_token_id
+        self.before = _before(tokens_before_a_text(self._tokenizer), cls if bos is None else bos, config)
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        ids = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        return joined(self.before, ids) if ids else []
 
 
 class NemoTokenizer:
@@ -111,6 +119,9 @@ class NemoTokenizer:
     def __init__(self, config: TokenizerConfig):
         from nemo.collections.nlp.modules.common.tokenizer_utils import get_nmt_tokenizer
 
+        legacy = config.sentencepiece_legacy
+        if legacy is None:
+            legacy = config.library == "sentencepiece"
         try:
             self._tokenizer: Any = get_nmt_tokenizer(
                 library=config.library,
@@ -121,8 +132,11 @@ class NemoTokenizer:
                 delimiter=config.delimiter,
                 use_fast=config.use_fast,
                 trust_remote_code=config.trust_remote_code,
-                legacy=config.library == "sentencepiece",
+                special_tokens=config.special_tokens,
+                legacy=legacy,
             )
+            if config.additional_special_tokens is not None:
+                self._tokenizer.add_special_tokens(config.additional_special_tokens)
         except (OSError, ValueError, NotImplementedError) as error:
             raise ConfigError(
                 Fault(
@@ -133,10 +147,42 @@ class NemoTokenizer:
                 )
             ) from error
         self.vocab_size = int(self._tokenizer.vocab_size)
-        self.eod = getattr(self._tokenizer, "eos_id", None)
+        name_special_pieces(self._tokenizer)
+        self.eod = known_id(getattr(self._tokenizer, "eos_id", None))
+        own = tokens_before_a_text(self._tokenizer.tokenizer) if config.library == "huggingface" else []
+        self.before = _before(own, known_id(getattr(self._tokenizer, "bos_id", None)), config)
 
     def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.text_to_ids(text))
+        ids = list(self._tokenizer.text_to_ids(text))
+        return joined(self.before, ids) if ids else []
+
+
+def _from_pretrained(config: TokenizerConfig) -> Any:
+    """As NeMo's: where there is no fast tokenizer the slow one, and the other way round."""
+    from transformers import AutoTokenizer
+
+    files = {"vocab_file": config.vocab_file, "merges_file": config.merge_file}
+    files = {key: value for key, value in files.items() if value is not None}
+    failures = []
+    for use_fast in (config.use_fast, not config.use_fast):
+        try:
+            loaded = AutoTokenizer.from_pretrained(
+                config.type, use_fast=use_fast, trust_remote_code=config.trust_remote_code, **files
+            )
+            if loaded is False:  # which slow tokenizers give instead of an error
+                raise ValueError("its files are those of another kind of tokenizer")
+            return loaded
+        except Exception as error:  # of whatever the folder's own class raises
+            failures.append(error)
+    raise failures[0]
+
+
+def _before(own_rule: list[int], bos: int | None, config: TokenizerConfig) -> list[int]:
+    try:
+        return beginning(own_rule, bos, config.add_bos)
+    except LookupError as error:
+        rule, remedy = str(error), "set tokenizer.add_bos=false"
+        raise ConfigError(Fault("tokenizer.add_bos", config.add_bos, rule, remedy)) from error
 
 
 def load_tokenizer(config: TokenizerConfig) -> DocumentTokenizer:
@@ -149,7 +195,9 @@ def load_tokenizer(config: TokenizerConfig) -> DocumentTokenizer:
         ConfigError: the tokenizer cannot be loaded.
     """
     assert config.nemo is None, "take the tokenizer out of the checkpoint first: tokenizer_files"
-    return HuggingFaceTokenizer(config) if config.library == "huggingface" else NemoTokenizer(config)
+    added = config.special_tokens is not None or config.additional_special_tokens is not None
+    plain = config.library == "huggingface" and not added
+    return HuggingFaceTokenizer(config) if plain else NemoTokenizer(config)
 
 
 @contextmanager
@@ -169,6 +217,8 @@ def tokenizer_files(config: TokenizerConfig) -> Iterator[TokenizerConfig]:
     if config.nemo is None:
         yield config
         return
+    from omegaconf import OmegaConf
+
     from nemo_ee.checkpoint import archive
 
     section = archive.read_config(config.nemo).get("tokenizer")
@@ -182,6 +232,12 @@ def tokenizer_files(config: TokenizerConfig) -> Iterator[TokenizerConfig]:
         values: dict[str, Any] = {
             key: _member_path(section[key], root, config.nemo) for key in keys if section.get(key) is not None
         }
+        names = ("sentencepiece_legacy", "special_tokens", "additional_special_tokens")
+        plain = OmegaConf.to_container(section, resolve=True)
+        values |= {key: plain[key] for key in names if plain.get(key) is not None}
+        values["use_fast"] = bool(section.get("use_fast", False))  # NeMo's default
+        if config.add_bos is None:
+            values["add_bos"] = section.get("add_bos")
         yield replace(config, nemo=None, **values)
 
 

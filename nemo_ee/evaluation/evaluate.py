@@ -53,14 +53,15 @@ def evaluate(config: EvaluationConfig, trainer: Any) -> list[Path]:
         rule = f"x trainer.num_nodes={trainer.num_nodes}: an evaluation runs in one process"
         raise ConfigError(Fault("trainer.devices", trainer.num_devices, rule, "set both to 1"))
     model = restore(config, trainer)
-    settings, tokenizer = config.generation, model.tokenizer
+    settings = config.generation
     data = config.data
     sequences = held_out_sequences(data.prefix, data.sequences, data.seq_length, model.true_vocab_size)
     if settings.prompts is None and chats is None:
         prompts = document_prompts(data, settings.num_prompts, settings.prompt_tokens)
     else:
+        limit = model.cfg.encoder_seq_length
         asked = list(settings.prompts) if chats is None else chats
-        prompts = tokenize_prompts(asked, tokenizer, False, model.cfg.encoder_seq_length)
+        prompts = tokenize_prompts(asked, model.text_tokenizer, None, limit)
     batches = sequences.split(data.batch_size)
     steps = len(batches) + Sweep.generations(settings, len(prompts))
     with tqdm(total=steps, file=sys.stderr, desc="held-out text", dynamic_ncols=True) as bar:

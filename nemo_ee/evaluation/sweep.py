@@ -16,6 +16,7 @@ from nemo_ee.errors import DataError, GenerationError
 from nemo_ee.evaluation.held_out import HeldOutQuality, quality_of
 from nemo_ee.evaluation.settings import HeldOutConfig, SweepConfig
 from nemo_ee.evaluation.teacher_forced import CONFIDENCE_RULE, TextScores, score_final, score_text
+from nemo_ee.inference.display import token_pieces
 from nemo_ee.inference.generate import generating
 from nemo_ee.report.schema import Interval, Sample, Spread, ThresholdResult
 from nemo_ee.report.statistics import bootstrap_mean, spread
@@ -120,7 +121,7 @@ class Sweep:
     def generate(self, prompts: Sequence[list[int]], threshold: float | None) -> list[GeneratedText]:
         """One call of the model's `generate`, greedy, until EOS."""
         lengths = torch.tensor([len(prompt) for prompt in prompts])
-        ids = torch.full((len(prompts), int(lengths.max())), self.model.tokenizer.eos_id)
+        ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
         for row, prompt in zip(ids, prompts, strict=True):
             row[: len(prompt)] = torch.tensor(prompt)
         early_exit: dict | bool = False
@@ -129,7 +130,7 @@ class Sweep:
         output = self.model.generate(
             (ids, lengths),
             {"max_length": self.settings.tokens_to_generate, "min_length": 0},
-            {"use_greedy": True, "add_BOS": False, "end_strings": ["<|endoftext|>"]},
+            {"use_greedy": True, "end_strings": ["<|endoftext|>"]},
             early_exit=early_exit,
         )
         return [
@@ -166,7 +167,7 @@ class Sweep:
         whole = [text.prompt + text.tokens for text in texts]
         width = max(map(len, whole))
         device = self.model.gpt.output_weight().device
-        ids = torch.full((len(texts), width), self.model.tokenizer.eos_id, device=device)
+        ids = torch.zeros(len(texts), width, dtype=torch.long, device=device)
         mask = torch.zeros(len(texts), width - 1, dtype=torch.bool, device=device)
         for row, (text, tokens) in enumerate(zip(texts, whole, strict=True)):
             ids[row, : len(tokens)] = torch.tensor(tokens, device=device)
@@ -238,13 +239,13 @@ class Sweep:
 
     def samples(self) -> tuple[Sample, ...]:
         """The first texts at `sample_threshold`."""
-        settings, tokenizer = self.settings, self.model.tokenizer
-        names = self.names or [tokenizer.ids_to_text(prompt) for prompt in self.prompts[: settings.samples]]
+        settings, tokenizer = self.settings, self.model.text_tokenizer
+        names = self.names or [tokenizer.decode(prompt) for prompt in self.prompts[: settings.samples]]
         return tuple(
             Sample(
                 name,
                 settings.sample_threshold,
-                tuple(text_pieces(text.tokens, tokenizer)),
+                tuple(token_pieces(text.tokens, tokenizer, text.prompt)),
                 tuple(text.exit_layers),
                 tuple(text.confidences),
             )
@@ -252,25 +253,6 @@ class Sweep:
                 names[: settings.samples], self.texts.get(settings.sample_threshold, []), strict=False
             )
         )
-
-
-def text_pieces(tokens: Sequence[int], tokenizer: Any) -> list[str]:
-    """What each token adds to the text, for people to read.
-
-    Bytes of a character that is not complete yet count to the token that completes it. EOS shows its name.
-    """
-    pieces: list[str] = []
-    shown = ""
-    for count, token in enumerate(tokens, 1):
-        if token == tokenizer.eos_id:
-            pieces.append(tokenizer.ids_to_tokens([token])[0])
-            continue
-        text = tokenizer.ids_to_text(list(tokens[:count]))
-        if count < len(tokens):
-            text = text.rstrip("\ufffd")
-        pieces.append(text[len(shown) :])
-        shown = max(shown, text, key=len)
-    return pieces
 
 
 def _ratio(one: Sequence[float], other: Sequence[float]) -> Spread:

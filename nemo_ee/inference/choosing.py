@@ -27,13 +27,13 @@ class Place:
 
     Attributes:
         options: of its sequence.
-        eos: EOS token id, if there is one.
-        too_short: EOS may not come yet.
+        eos: tokens that end texts.
+        too_short: those may not come yet.
         text: token ids before it; only for a repetition penalty, else empty.
     """
 
     options: SamplingOptions
-    eos: int | None
+    eos: tuple[int, ...]
     too_short: bool
     text: list[int]
 
@@ -41,7 +41,7 @@ class Place:
     def after(cls, sequence: Sequence, drafts: int | None = None) -> "Place":
         """Behind a sequence's tokens and some of its drafts; None means all."""
         options, count = sequence.request.sampling, len(sequence.drafts) if drafts is None else drafts
-        too_short = sequence.eos is not None and len(sequence.tokens) + count < sequence.request.min_length
+        too_short = bool(sequence.eos) and len(sequence.tokens) + count < sequence.request.min_length
         text: list[int] = []
         if not options.use_greedy and options.repetition_penalty != 1.0:
             text = sequence.prompt + sequence.tokens + [draft.token for draft in sequence.drafts[:count]]
@@ -50,7 +50,7 @@ class Place:
     def needs_logits(self, token: int | None) -> bool:
         """Whether the most probable token is not all that is asked for, or may not come yet. None for one that the
         host does not know."""
-        too_early = self.too_short and token in (self.eos, None)
+        too_early = self.too_short and (token is None or token in self.eos)
         return not self.options.use_greedy or self.options.all_probs or too_early
 
 
@@ -126,9 +126,8 @@ class Chooser:
             log_probs = raw.to(torch.promote_types(raw.dtype, torch.float32)).log_softmax(-1)
         allowed = raw.clone()
         for i, place in enumerate(places):
-            if place.too_short:
-                assert place.eos is not None, "only with EOS is a text too short"
-                allowed[i, place.eos : place.eos + 1] = float("-inf")  # a slice is filled without a wait
+            for token in place.eos if place.too_short else ():
+                allowed[i, token : token + 1] = float("-inf")  # a slice is filled without a wait
         greedy = allowed.argmax(-1) if any(place.options.use_greedy for place in places) else None
         if all(place.options.use_greedy for place in places):
             return Choices(greedy, None, log_probs)

@@ -3,31 +3,29 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 from nemo_ee.inference.detokenizer import Detokenizer
-from nemo_ee.inference.text import text_decoder
+from nemo_ee.inference.text import TextTokenizer
 
 RESET, DIM = "\x1b[0m", "\x1b[2m"
 SHADES = (46, 82, 118, 154, 190, 226, 220, 214, 208, 202)
 """xterm colours from green (the first exit) to orange (the last); the final exit keeps the terminal's own."""
 
 
-def token_pieces(tokens: Sequence[int], tokenizer: Any, before: Sequence[int] = ()) -> list[str]:
+def token_pieces(tokens: Sequence[int], tokenizer: TextTokenizer, before: Sequence[int] = ()) -> list[str]:
     """What each token adds to the text; the parts of one character count for its last token.
 
     A special token, which adds nothing, shows as its name.
 
     Args:
         tokens: generated token ids.
-        tokenizer: NeMo's.
+        tokenizer: the model's.
         before: tokens that the text begins with, so that a leading space shows.
     """
-    decode = text_decoder(tokenizer)
-    detokenizer = Detokenizer(decode, before)
+    detokenizer = Detokenizer(tokenizer.decode, before)
     pieces = [piece for token in tokens for piece in detokenizer.feed(token)] + detokenizer.close()
     return [
-        piece if piece or decode([token]) else tokenizer.ids_to_tokens([token])[0]
+        piece if piece or tokenizer.decode([token]) else tokenizer.name(token)
         for token, piece in zip(tokens, pieces, strict=True)
     ]
 

@@ -54,14 +54,12 @@ def generate(
         GenerationError: a model or prompts that cannot be served.
     """
     check_model_can_generate(model)
-    tokenizer, limit = model.tokenizer, position_limit(model.cfg)
+    tokenizer, limit = model.text_tokenizer, position_limit(model.cfg)
 
     def read() -> tuple[GenerationRequest, list[list[int]], list[int], list[str] | None]:
         request = parse_request(length_params, sampling_params, early_exit, model.early_exit)
         sampling = request.sampling
-        prompts = tokenize_prompts(
-            inputs, tokenizer, sampling.add_BOS and not sampling.compute_logprob, limit
-        )
+        prompts = tokenize_prompts(inputs, tokenizer, sampling.add_BOS, limit)
         drawn = [0] * len(prompts) if sampling.use_greedy else seeds(len(prompts), generator)
         return request, prompts, drawn, list(inputs) if isinstance(inputs[0], str) else None
 
@@ -166,7 +164,7 @@ def _prompt_logprobs(model: Any, prompts: list[list[int]], texts: list[str] | No
     logits = gather_columns(shard)[:, : model.gpt.true_vocab_size]
     log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     rows = log_probs.split([len(prompt) for prompt in prompts])
-    return to_prompt_logprobs(prompts, rows, model.tokenizer, texts)
+    return to_prompt_logprobs(prompts, rows, model.text_tokenizer, texts)
 
 
 def check_model_can_generate(model: Any) -> None:

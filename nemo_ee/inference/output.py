@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from nemo_ee.inference.sequence import Sequence as Generated
+from nemo_ee.inference.text import TextTokenizer
 
 SPECIAL_TOKENS = ("pad_token", "eos_token", "bos_token", "cls_token", "unk_token", "sep_token", "mask_token")
 
 
-def to_output(results: Sequence[Generated], tokenizer: Any) -> dict[str, Any]:
+def to_output(results: Sequence[Generated], tokenizer: TextTokenizer) -> dict[str, Any]:
     """NeMo's dictionary for generated text.
 
     `sentences`, `tokens`, `token_ids` and `offsets` cover prompt and continuation, each sentence up to its
@@ -33,7 +34,10 @@ def to_output(results: Sequence[Generated], tokenizer: Any) -> dict[str, Any]:
 
 
 def to_prompt_logprobs(
-    prompts: Sequence[list[int]], log_probs: Sequence[Tensor], tokenizer: Any, texts: list[str] | None = None
+    prompts: Sequence[list[int]],
+    log_probs: Sequence[Tensor],
+    tokenizer: TextTokenizer,
+    texts: list[str] | None = None,
 ) -> dict[str, Any]:
     """NeMo's dictionary for `compute_logprob`: the prompts alone, of n tokens each, with their
     log-probabilities.
@@ -41,7 +45,7 @@ def to_prompt_logprobs(
     Args:
         prompts: token ids.
         log_probs: [n, V] per prompt; row i predicts token i + 1.
-        tokenizer: NeMo's.
+        tokenizer: the model's.
         texts: the prompts as they were given, for `sentences`; None decodes them.
 
     Returns:
@@ -59,27 +63,30 @@ def to_prompt_logprobs(
     return output
 
 
-def text_fields(ids: list[list[int]], tokenizer: Any) -> dict[str, Any]:
-    """`sentences`, `tokens`, `token_ids` and `offsets` (where each token starts, in characters)."""
-    special = {getattr(tokenizer, name, None) for name in SPECIAL_TOKENS} - {None}
+def text_fields(ids: list[list[int]], tokenizer: TextTokenizer) -> dict[str, Any]:
+    """`sentences`, `tokens`, `token_ids` and `offsets` (where each token starts, in characters).
+
+    Special tokens have their names in `tokens`, as in NeMo, and no text in `sentences`.
+    """
+    named = {getattr(tokenizer.nemo, name, None) for name in SPECIAL_TOKENS} - {None}
     tokens = [token_texts(sequence, tokenizer) for sequence in ids]
     offsets = []
-    for words in tokens:
+    for sequence, words in zip(ids, tokens, strict=True):
         starts = [0]
-        for word in words[:-1]:
-            starts.append(starts[-1] + (0 if word in special else len(word)))
+        for token, word in zip(sequence[:-1], words, strict=False):
+            starts.append(starts[-1] + (0 if word in named or token in tokenizer.special else len(word)))
         offsets.append(starts)
-    sentences = [tokenizer.ids_to_text(sequence) for sequence in ids]
+    sentences = [tokenizer.decode(sequence) for sequence in ids]
     return {"sentences": sentences, "tokens": tokens, "token_ids": ids, "offsets": offsets}
 
 
-def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
+def token_texts(ids: Sequence[int], tokenizer: TextTokenizer) -> list[str]:
     """Each token's own text as the tokenizer stores it; bytes are decoded where the tokenizer tells how.
 
     Added tokens are not stored as bytes and may have characters that stand for none, e.g. spaces.
     """
-    words = list(tokenizer.ids_to_tokens(list(ids)))
-    decoder = getattr(getattr(tokenizer, "tokenizer", None), "byte_decoder", None)
+    words = [tokenizer.name(token) for token in ids]
+    decoder = getattr(getattr(tokenizer.nemo, "tokenizer", None), "byte_decoder", None)
     if decoder is None:
         return words
     return [

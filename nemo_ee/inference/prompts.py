@@ -10,18 +10,21 @@ from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTo
 from torch import Tensor
 
 from nemo_ee.errors import GenerationError
-from nemo_ee.inference.text import known_id
+from nemo_ee.inference.text import TextTokenizer
 
 
-def tokenize_prompts(inputs: Any, tokenizer: Any, add_bos: bool, position_limit: int) -> list[list[int]]:
+def tokenize_prompts(
+    inputs: Any, tokenizer: TextTokenizer, add_bos: bool | None, position_limit: int
+) -> list[list[int]]:
     """Token ids of every prompt.
 
     Args:
         inputs: texts; or a tuple of two tensors, token ids [B, S] and lengths [B]; or a chat in NeMo's form (a
             list of turns, each `{"role": [...], "content": [...]}` with one entry per conversation); or one
             conversation, a list of `{"role": str, "content": str}`; or a list of conversations.
-        tokenizer: NeMo's.
-        add_bos: put BOS before each text (not before chats and token ids).
+        tokenizer: the model's.
+        add_bos: put BOS before each text that does not begin with it; None for the model's rule. Chats have what
+            their template writes, and token ids are taken as they are.
         position_limit: positions of the model.
 
     Raises:
@@ -35,11 +38,11 @@ def tokenize_prompts(inputs: Any, tokenizer: Any, add_bos: bool, position_limit:
             f"inputs={inputs!r}: must be a non-empty list of prompts; wrap a single prompt in []"
         )
     elif is_chat_input(inputs):
-        prompts = [chat_tokens(tokenizer, turns) for turns in _conversations(inputs)]
+        prompts = [chat_tokens(tokenizer.nemo, turns) for turns in _conversations(inputs)]
     elif all(isinstance(x, str) for x in inputs):
         prompts = [_text_tokens(tokenizer, text, add_bos, i) for i, text in enumerate(inputs)]
     elif all(isinstance(x, list) and is_chat_input(x) for x in inputs):
-        prompts = [chat_tokens(tokenizer, turns) for turns in inputs]
+        prompts = [chat_tokens(tokenizer.nemo, turns) for turns in inputs]
     else:
         kinds = sorted({type(x).__name__ for x in inputs})
         raise GenerationError(
@@ -74,31 +77,39 @@ def chat_tokens(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
             Exception
         ) as error:  # a template is a program by the tokenizer's authors; it raises what it likes
             raise GenerationError(f"chat: the tokenizer's template refuses these turns: {error}") from error
-    return tokenizer.text_to_ids(turns)
+    names = {
+        name.lower(): name for name in tokenizer.chat_template["roles"]
+    }  # NeMo's are "User", "Assistant"
+    if unknown := [turn["role"] for turn in turns if turn["role"].lower() not in names]:
+        known = ", ".join(names.values())
+        raise GenerationError(
+            f"chat: the tokenizer's template refuses these turns: role {unknown[0]}; it has {known}"
+        )
+    return tokenizer.text_to_ids([{**turn, "role": names[turn["role"].lower()]} for turn in turns])
 
 
 def require_chat_template(tokenizer: Any) -> None:
-    """Raises GenerationError if the tokenizer has no chat template."""
+    """Raises GenerationError if the tokenizer has no chat template, or one of another form than its library's."""
     inner = tokenizer.tokenizer if isinstance(tokenizer, AutoTokenizer) else tokenizer
-    if getattr(inner, "chat_template", None) is None:
+    if (template := getattr(inner, "chat_template", None)) is None:
         raise GenerationError(
             "chat: the tokenizer has no chat template; give plain texts, or another tokenizer"
         )
+    if inner is tokenizer and "roles" not in template:
+        raise GenerationError(
+            "chat: model.tokenizer.chat_template has no roles; for this library NeMo's form is needed, e.g. "
+            "{prefix: '', roles: {user: '{_content_} ', assistant: '{_content_} '}}"
+        )
 
 
-def _text_tokens(tokenizer: Any, text: str, add_bos: bool, i: int) -> list[int]:
+def _text_tokens(tokenizer: TextTokenizer, text: str, add_bos: bool | None, i: int) -> list[int]:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise GenerationError(
             f"prompt {i}: it is no valid Unicode ({error.reason}); leave that out"
         ) from error
-    if not add_bos:
-        return tokenizer.text_to_ids(text)
-    bos = known_id(getattr(tokenizer, "bos_id", None))
-    if bos is None:
-        raise GenerationError("sampling_params.add_BOS=True: the tokenizer has no BOS token; set it to false")
-    return [bos, *tokenizer.text_to_ids(text)]
+    return tokenizer.encode(text, add_bos)
 
 
 def _given_tokens(tokens: Tensor, lengths: Tensor, vocabulary: int) -> list[list[int]]:

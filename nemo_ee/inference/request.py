@@ -22,7 +22,7 @@ LOWEST_TEMPERATURE = 1e-6
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """NeMo's sampling parameters. Defaults are NeMo's (`get_default_sampling_params`).
+    """NeMo's sampling parameters. Defaults are NeMo's (`get_default_sampling_params`), but for `add_BOS`.
 
     Attributes:
         use_greedy: take the most probable token; the next four are then ignored.
@@ -32,12 +32,13 @@ class SamplingOptions:
         repetition_penalty: logits of tokens that the text has already are divided by it where positive and
             multiplied where negative (arXiv:1909.05858). NeMo 2.4.1 ignores it unless it computes
             log-probabilities.
-        add_BOS: put the tokenizer's BOS before each prompt.
+        add_BOS: put the tokenizer's BOS before each text that does not begin with it. None is the model's rule,
+            see `TextTokenizer`; the dictionary of NeMo's own defaults says True.
         all_probs: also return the log-probabilities of the generated tokens and of the whole vocabulary.
         compute_logprob: return the log-probabilities of the prompts' own tokens, and generate nothing.
-        end_strings: a sequence ends when its generated text ends with one. `<|endoftext|>` stands for EOS, which
-            always ends it. (NeMo compares a string that is one token by that token's id alone and so misses it
-            as a part of others.)
+        end_strings: a sequence ends when its generated text ends with one. `<|endoftext|>` stands for EOS; that and
+            all else that ends the model's texts (`TextTokenizer.eos_ids`) always ends it. (NeMo compares a string
+            that is one token by that token's id alone and so misses it as a part of others.)
     """
 
     use_greedy: bool = True
@@ -45,7 +46,7 @@ class SamplingOptions:
     top_k: int = 0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
-    add_BOS: bool = True
+    add_BOS: bool | None = None
     all_probs: bool = False
     compute_logprob: bool = False
     end_strings: tuple[str, ...] = ("<|endoftext|>", "<extra_id_1>")
@@ -57,7 +58,7 @@ class LengthOptions:
 
     Attributes:
         max_length: tokens to generate, at most.
-        min_length: tokens before EOS may come.
+        min_length: tokens before a token that ends texts may come.
     """
 
     max_length: int = 30
@@ -93,7 +94,7 @@ class GenerationRequest:
 
     Attributes:
         max_length: tokens to generate, at most.
-        min_length: tokens before EOS may come.
+        min_length: tokens before a token that ends texts may come.
         sampling: how tokens are chosen.
         exits: exit layer -> threshold; empty generates at full depth.
         max_pending: see `EarlyExitDecoder.step`.

@@ -111,7 +111,7 @@ def generate(model: Any, config: GenerateConfig, prompts: list[str]) -> Iterator
     reserved.
     """
     inputs = [[{"role": "user", "content": text}] for text in prompts] if config.chat else prompts
-    tokenizer, add_bos = model.tokenizer, config.inference.add_BOS
+    tokenizer, add_bos = model.text_tokenizer, config.inference.add_BOS
     limit = position_limit(model.cfg)
     ids = on_first_rank(lambda: tokenize_prompts(inputs, tokenizer, add_bos, limit))
     rows = min(config.batch_size, len(prompts))
@@ -129,7 +129,7 @@ def generate(model: Any, config: GenerateConfig, prompts: list[str]) -> Iterator
             new = ids[len(ids) - len(exits["exit_layers"]) :]
             yield {
                 "prompt": prompts[start + i],
-                "text": tokenizer.ids_to_text(new),
+                "text": tokenizer.decode(new),
                 "tokens": token_pieces(new, tokenizer, ids[: len(ids) - len(new)]),
                 "token_ids": new,
                 **exits,

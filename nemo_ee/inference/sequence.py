@@ -51,7 +51,7 @@ class Sequence:
         prompt: token ids, at least one.
         request: lengths, sampling, exits.
         stop: whether generated tokens end the sequence.
-        eos: token that is not chosen before `min_length` tokens; None where there is none.
+        eos: tokens that are not chosen before `min_length` tokens.
         limit: tokens to generate, at most.
         seed: of its own random numbers, so that its tokens do not depend on its neighbours.
         tokens: generated token ids, with the EOS or end string that ended them.
@@ -68,7 +68,7 @@ class Sequence:
     prompt: list[int]
     request: GenerationRequest
     stop: Callable[[Tokens[int]], bool]
-    eos: int | None
+    eos: tuple[int, ...]
     limit: int
     seed: int = 0
     tokens: list[int] = field(default_factory=list)

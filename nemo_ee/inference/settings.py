@@ -34,9 +34,9 @@ class SamplingConfig:
         top_k: sample among the k most probable tokens; 0 for all.
         top_p: sample among the most probable tokens that together have this probability.
         temperature: divides logits before sampling.
-        add_BOS: put the tokenizer's BOS before each prompt.
+        add_BOS: put the tokenizer's BOS before each prompt, or not; null for the model's rule.
         tokens_to_generate: per prompt, at most.
-        min_tokens_to_generate: before EOS may come.
+        min_tokens_to_generate: before a text may end.
         repetition_penalty: above 1 makes tokens that the text has already rarer.
         end_strings: generation ends behind one of these; `<|endoftext|>` stands for EOS.
     """
@@ -45,7 +45,7 @@ class SamplingConfig:
     top_k: int = 0
     top_p: float = 1.0
     temperature: float = 1.0
-    add_BOS: bool = False
+    add_BOS: bool | None = None
     tokens_to_generate: int = 64
     min_tokens_to_generate: int = 0
     repetition_penalty: float = 1.0
@@ -170,6 +170,11 @@ def _faults(config: GenerateConfig) -> list[Fault]:
         faults.append(one_of("weights", config.weights, WEIGHT_KINDS))
     if not -(2**63) <= config.seed < 2**63:
         faults.append(Fault("seed", config.seed, "must fit in 64 bits", "use e.g. 1234"))
+    if config.chat and config.inference.add_BOS is not None:
+        rule = "with chat=true the tokenizer's template says where BOS stands"
+        faults.append(
+            Fault("inference.add_BOS", config.inference.add_BOS, rule, "set inference.add_BOS=null")
+        )
     for name in ("batch_size", "tensor_model_parallel_size", "pipeline_model_parallel_size"):
         if getattr(config, name) < 1:
             faults.append(Fault(name, getattr(config, name), "must be positive", "use 1 or more"))

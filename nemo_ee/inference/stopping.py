@@ -1,10 +1,9 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""When a sequence ends: EOS, or generated text that ends with one of the end strings."""
+"""When a sequence ends: a token that ends texts, or generated text that ends with one of the end strings."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from nemo_ee.inference.text import known_id, text_decoder
+from nemo_ee.inference.text import TextTokenizer
 
 END_OF_SEQUENCE = "<|endoftext|>"
 """The end string that stands for EOS, whatever the tokenizer calls it (NeMo's convention)."""
@@ -15,31 +14,24 @@ TAIL_TOKENS = 16
 class StopRule:
     """Decides whether generated tokens end a sequence.
 
-    End strings that are one special token of the tokenizer are compared by id, as its text may be empty, others
+    End strings that are one special token of the tokenizer are compared by id, as it has no text, others
     by decoding the tail of what was generated; the prompt never counts.
 
     Args:
-        tokenizer: NeMo's.
+        tokenizer: the model's.
         end_strings: see `SamplingOptions`.
 
     Attributes:
-        eos: EOS token id; None where the tokenizer has none.
-        token_ids: tokens that end a sequence, EOS among them.
+        eos: tokens that end every text; empty where the model has none.
+        token_ids: tokens that end a sequence, those among them.
         texts: end strings to look for in decoded text.
     """
 
-    def __init__(self, tokenizer: Any, end_strings: Sequence[str]):
-        self.eos = known_id(tokenizer.eos_id)
-        self.token_ids, self.texts = {self.eos} - {None}, []
-        self._decode = text_decoder(tokenizer)
-        for text in end_strings:
-            if text == END_OF_SEQUENCE and self.eos is not None:
-                continue
-            token = unseen_token_id(tokenizer, text, self._decode)
-            if token is None:
-                self.texts.append(text)
-            else:
-                self.token_ids.add(token)
+    def __init__(self, tokenizer: TextTokenizer, end_strings: Sequence[str]):
+        self.eos = tokenizer.eos_ids
+        self._decode = tokenizer.decode
+        said = [text for text in end_strings if text != END_OF_SEQUENCE or not self.eos]
+        self.token_ids, self.texts = end_tokens(tokenizer, said)
         self._tail = max((len(text.encode()) for text in self.texts), default=0) + TAIL_TOKENS
 
     def __call__(self, generated: Sequence[int]) -> bool:
@@ -52,25 +44,14 @@ class StopRule:
         return any(text.endswith(end) for end in self.texts)
 
 
-def special_token_id(tokenizer: Any, text: str) -> int | None:
-    """The id of `text` if it is one token behind other text, else None (NeMo's rule)."""
-    before = tokenizer.text_to_ids("<extra_id_1>")
-    both = tokenizer.text_to_ids(f"<extra_id_1>{text}")
-    return both[-1] if len(both) == len(before) + 1 and both[:-1] == before else None
-
-
-def unseen_token_id(tokenizer: Any, text: str, decode: Callable[[list[int]], str]) -> int | None:
-    """The id of the special token of that name, if it has no text; else None.
-
-    An ordinary word that is one token may also come as part of others, and what is not in the vocabulary is one token
-    too, the unknown one.
+def end_tokens(tokenizer: TextTokenizer, strings: Sequence[str]) -> tuple[frozenset[int], list[str]]:
+    """Tokens that end a sequence: those that end every text, and strings that are special tokens, whose text nobody
+    sees; and the other strings.
 
     Args:
-        tokenizer: NeMo's.
-        text: the name.
-        decode: token ids to text.
+        tokenizer: the model's.
+        strings: end strings.
     """
-    token = special_token_id(tokenizer, text)
-    if token is None or decode([token]):
-        return None
-    return token if tokenizer.ids_to_tokens([token]) == [text] else None
+    special = {text: tokenizer.special_id(text) for text in strings}
+    ids = {token for token in special.values() if token is not None}
+    return frozenset({*tokenizer.eos_ids, *ids}), [text for text, token in special.items() if token is None]

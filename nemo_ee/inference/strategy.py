@@ -78,31 +78,43 @@ class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
         self._prompt_lengths: list[int] | None = None
         self._stop: StopRule | None = None
         self._stop_strings: list[str] = []
+        self._min_length = 0
 
-    def prepare(self, inputs: Any, sampling_params: Mapping | None) -> None:
-        """Tells what NeMo's loop does not: prompts' lengths, and whether it reads the logits of prompt tokens.
-        `model.generate` calls it on all ranks; without it prompts must be texts.
+    def prepare(self, inputs: Any, length_params: Mapping, sampling_params: Mapping) -> tuple[Tensor, Tensor]:
+        """Tells what NeMo's loop does not: prompts' lengths, the least length, and whether it reads the logits of
+        prompt tokens. `model.generate` calls it on all ranks; without it prompts must be texts.
+
+        Args:
+            inputs: see `tokenize_prompts`.
+            length_params: all of NeMo's.
+            sampling_params: all of NeMo's; `add_BOS` may be None, for the model's rule.
+
+        Returns:
+            What to hand to NeMo's loop: tensors are taken as they are, and all else becomes token ids
+            [B, longest prompt + max_length] and lengths [B]. (With `compute_logprob` that loop cuts texts to their
+            length without BOS.)
 
         Raises:
             ConfigError: log-probabilities that NeMo's loop does not give.
             GenerationError: see `tokenize_prompts`; on every rank, where NeMo's loop would raise it on the first
                 and leave the others waiting.
         """
-        sampling = sampling_params or {}
-        self.prompt_logits = bool(sampling.get("compute_logprob", False))
-        if sampling.get("all_probs", False) and not self.prompt_logits:
+        self.prompt_logits = bool(sampling_params["compute_logprob"])
+        if sampling_params["all_probs"] and not self.prompt_logits:
             rule = "NeMo's loop has no probabilities of generated tokens"
             raise ConfigError(
                 Fault("sampling_params.all_probs", True, rule, "call model.generate without a strategy")
             )
-        add_bos = sampling.get("add_BOS", True) and not self.prompt_logits
+        self._min_length = length_params["min_length"]
         self.model.start_distributed()
-        self._prompt_lengths = on_first_rank(
-            lambda: [len(prompt) for prompt in self._tokenize(inputs, add_bos)]
-        )
+        prompts = on_first_rank(lambda: self._tokenize(inputs, sampling_params["add_BOS"]))
+        self._prompt_lengths = [len(prompt) for prompt in prompts]
+        if isinstance(inputs, tuple):
+            return inputs
+        return self._padded(prompts, 1 if self.prompt_logits else length_params["max_length"])
 
-    def _tokenize(self, inputs: Any, add_bos: bool) -> list[list[int]]:
-        return tokenize_prompts(inputs, self.model.tokenizer, add_bos, position_limit(self.model.cfg))
+    def _tokenize(self, inputs: Any, add_bos: bool | None) -> list[list[int]]:
+        return tokenize_prompts(inputs, self.model.text_tokenizer, add_bos, position_limit(self.model.cfg))
 
     def tokenize_batch(self, sentences: Any, max_len: int, add_BOS: bool) -> tuple[Tensor, Tensor]:
         """Token ids [B, longest prompt + max_len], clipped and padded with EOS, and lengths [B].
@@ -110,8 +122,13 @@ class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
         Raises:
             GenerationError: see `tokenize_prompts`.
         """
-        prompts, padding = self._tokenize(sentences, add_BOS), self.model.tokenizer.eos_id
-        lengths = self._prompt_lengths = [len(prompt) for prompt in prompts]
+        prompts = self._tokenize(sentences, add_BOS)
+        self._prompt_lengths = [len(prompt) for prompt in prompts]
+        return self._padded(prompts, max_len)
+
+    def _padded(self, prompts: list[list[int]], max_len: int) -> tuple[Tensor, Tensor]:
+        lengths = [len(prompt) for prompt in prompts]
+        padding = (*self.model.text_tokenizer.eos_ids, 0)[0]
         width, device = self.clip_max_len(max(lengths) + max_len), self.model.gpt.output_weight().device
         padded = [prompt + [padding] * (width - len(prompt)) for prompt in prompts]
         return torch.tensor(padded, device=device), torch.tensor(lengths, device=device)
@@ -171,7 +188,8 @@ class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
     def forward_step(self, batch: list[Any], tensor_shape: list[int]) -> list[dict[str, Tensor]]:
         """Feeds the new tokens and returns logits [B, S, Vp/TP], S = 1 or all the prompts' first tokens.
 
-        Logits of tokens that the exit cannot emit are -inf.
+        Logits of tokens that the exit cannot emit are -inf, and those of tokens that end texts while one is too short;
+        of the latter NeMo's loop knows a single one.
         """
         tokens, length, maxlen = batch
         gpt, first = self.model.gpt, self.decoder is None
@@ -199,6 +217,11 @@ class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
             whole = logits.new_zeros(len(tokens), 1, shard)
             whole[rows] = logits
             logits = whole
+        short = [b for b in rows if length - self.lengths[b] < self._min_length and not self.prompt_logits]
+        offset = shard * parallel_state.get_tensor_model_parallel_rank()
+        here = [token - offset for token in self.model.text_tokenizer.eos_ids if 0 <= token - offset < shard]
+        for b in short:
+            logits[b, -1, here] = float("-inf")
         self._note(step, rows, length, last=length if first and self.prompt_logits else 1)
         return [{"logits": logits}]
 
@@ -214,7 +237,10 @@ class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
     ) -> Tensor:
         """Which sequences have ended, [B] bool; those are not computed further."""
         if self._stop is None or self._stop_strings != end_strings:
-            self._stop, self._stop_strings = StopRule(self.model.tokenizer, end_strings), list(end_strings)
+            self._stop, self._stop_strings = (
+                StopRule(self.model.text_tokenizer, end_strings),
+                list(end_strings),
+            )
         ended = []
         for b, row in enumerate(tokens.tolist()):
             generated = row[self.lengths[b] :]
@@ -223,13 +249,15 @@ class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
         return torch.tensor(ended, device=prev.device)
 
     def post_generation_process(self, output: dict[str, Any]) -> dict[str, Any]:
-        """Adds `early_exit`, and forgets the batch."""
+        """Adds `early_exit`, writes `sentences` as we decode them, and forgets the batch."""
+        decode = self.model.text_tokenizer.decode
+        output["sentences"] = [decode(ids) for ids in output["token_ids"]]
         output["early_exit"] = [
             {"exit_layers": layers, "confidences": values}
             for layers, values in zip(self.exit_layers, self.confidences, strict=True)
         ]
         self.forget()
-        self._prompt_lengths, self.prompt_logits = None, True
+        self._prompt_lengths, self.prompt_logits, self._min_length = None, True, 0
         return output
 
     def forget(self) -> None:

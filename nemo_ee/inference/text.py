@@ -1,29 +1,137 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""Token ids to text, often and quickly."""
+"""From text to token ids and back, with what a checkpoint says of its texts: how they begin, and what ends them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+from nemo.collections.common.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+
+from nemo_ee.data.token_rules import beginning, joined, known_id, special_ids, tokens_before_a_text
+from nemo_ee.errors import ConfigError, Fault, GenerationError
 
 
-def known_id(token: int | None) -> int | None:
-    """A tokenizer's BOS or EOS id; None where it has none, which SentencePiece writes -1."""
-    return None if token is None or token < 0 else token
+class TextTokenizer:
+    """NeMo's tokenizer with a model's rules for its texts.
 
-
-def text_decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:
-    """`ids_to_text` of NeMo's tokenizers; special tokens have no text.
-
-    That of Hugging Face tokenizers asks for all special tokens once per token, which takes most of its time;
-    here they are asked for once.
+    Special tokens have no text: those flagged so in a Hugging Face tokenizer, SentencePiece's control symbols and
+    the special tokens of NeMo's legacy mode. Nor has an id that the tokenizer does not know, which a model with
+    rows to spare may choose.
 
     Args:
         tokenizer: NeMo's.
+        settings: the model's `tokenizer` section. Read are `eos_token_ids` (tokens that end a text, beside the
+            tokenizer's own EOS) and `add_bos` (whether texts begin with BOS; null: the tokenizer's own rule, and none
+            for tokenizers of other libraries than Hugging Face's).
+
+    Attributes:
+        nemo: the tokenizer.
+        special: ids of special tokens.
+
+    Raises:
+        ConfigError: settings that break a rule.
     """
-    if not isinstance(tokenizer, AutoTokenizer):
-        return lambda ids: tokenizer.ids_to_text(list(ids))
-    special = frozenset(tokenizer.tokenizer.all_special_ids)
-    return lambda ids: tokenizer.ids_to_text(
-        [token for token in ids if token not in special], remove_special_tokens=False
-    )
+
+    def __init__(self, tokenizer: Any, settings: Mapping | None = None):
+        settings = {} if settings is None else settings
+        others, add_bos = settings.get("eos_token_ids"), settings.get("add_bos")
+        self._bos = known_id(getattr(tokenizer, "bos_id", None))
+        _check(others, add_bos, self._bos)
+        self.nemo = tokenizer
+        self._other_ends = tuple(others or ())
+        self._own_rule: list[int] = []
+        self._add_bos: bool | None = add_bos
+        self._known: frozenset[int] | None = None
+        if isinstance(tokenizer, AutoTokenizer):
+            self._own_rule = tokens_before_a_text(tokenizer.tokenizer)
+            self.special = special_ids(tokenizer.tokenizer)
+            self._known = frozenset(tokenizer.tokenizer.get_vocab().values()) - self.special
+        elif isinstance(tokenizer, SentencePieceTokenizer):
+            pieces = range(tokenizer.original_vocab_size)
+            control = {token for token in pieces if tokenizer.tokenizer.is_control(token)}
+            self.special = frozenset(control | set(tokenizer.id_to_special_token))
+            self._known = frozenset(pieces) - self.special
+        else:
+            self.special = frozenset()
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """All tokens that end a text, the tokenizer's own EOS first; empty where there is none."""
+        own = known_id(getattr(self.nemo, "eos_id", None))
+        return tuple(dict.fromkeys([*([] if own is None else [own]), *self._other_ends]))
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the tokenizer."""
+        return self.nemo.vocab_size
+
+    def before(self, add_bos: bool | None = None) -> list[int]:
+        """What a text begins with: BOS, or nothing.
+
+        Args:
+            add_bos: None for the model's rule.
+
+        Raises:
+            GenerationError: a BOS that the tokenizer lacks.
+        """
+        try:
+            return beginning(self._own_rule, self._bos, self._add_bos if add_bos is None else add_bos)
+        except LookupError as error:
+            raise GenerationError(f"add_BOS=True: {error}; set it to null or false") from error
+
+    def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
+        """Token ids of a text that is to be continued, with exactly one BOS or none.
+
+        Args:
+            text: may begin with the name of BOS itself.
+            add_bos: see `before`.
+        """
+        return joined(self.before(add_bos), self.nemo.text_to_ids(text))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Their text; as `decode(…, skip_special_tokens=True)` of transformers, spaces left as they are, and
+        `decode_ids` of SentencePiece."""
+        if self._known is None:
+            return self.nemo.ids_to_text(list(ids))
+        shown = [token for token in ids if token in self._known]
+        if isinstance(self.nemo, SentencePieceTokenizer):
+            return self.nemo.tokenizer.decode_ids(shown)
+        return self.nemo.tokenizer.decode(
+            shown,
+            skip_special_tokens=False,  # they are gone, and slow tokenizers would look for them once more
+            clean_up_tokenization_spaces=False,  # which would change text that has been streamed
+            spaces_between_special_tokens=False,
+        )
+
+    def name(self, token: int) -> str:
+        """How the vocabulary writes a token; "" for an id that it lacks."""
+        if self._known is not None and token not in self._known and token not in self.special:
+            return ""
+        return self.nemo.ids_to_tokens([token])[0] or ""
+
+    def special_id(self, name: str) -> int | None:
+        """The id of the special token of that name; None for all other strings.
+
+        An ordinary word that is one token is none: it may also come as part of others.
+        """
+        if not self.special:
+            return None
+        token = self.nemo.tokens_to_ids([name])[0]
+        return token if token in self.special and self.name(token) == name else None
+
+
+def _check(eos_token_ids: Any, add_bos: Any, bos: int | None) -> None:
+    faults, prefix = [], "model.tokenizer."
+    is_list = isinstance(eos_token_ids, Sequence) and not isinstance(eos_token_ids, str)
+    if eos_token_ids is not None and not (is_list and all(type(t) is int and t >= 0 for t in eos_token_ids)):
+        rule, remedy = "must be a list of token ids, or null for the tokenizer's own EOS", "set e.g. [2,18]"
+        given = list(eos_token_ids) if is_list else eos_token_ids
+        faults.append(Fault(f"{prefix}eos_token_ids", given, rule, remedy))
+    if add_bos is not None and not isinstance(add_bos, bool):
+        rule = "must be true, false, or null for the tokenizer's own rule"
+        faults.append(Fault(f"{prefix}add_bos", add_bos, rule, f"set {prefix}add_bos=null"))
+    elif add_bos and bos is None:
+        rule = "the tokenizer has no BOS token"
+        faults.append(Fault(f"{prefix}add_bos", add_bos, rule, f"set {prefix}add_bos=null"))
+    if faults:
+        raise ConfigError(*faults)

@@ -20,6 +20,7 @@ from nemo_ee.inference.captured_decoding import captured_decoding
 from nemo_ee.inference.generate import check_model_can_generate, generate, generating, position_limit
 from nemo_ee.inference.pipeline_channel import PipelineGroups
 from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
+from nemo_ee.inference.text import TextTokenizer
 from nemo_ee.megatron.decoding_model import DecodingModel
 from nemo_ee.megatron.lean_weights import WEIGHT_KINDS
 from nemo_ee.schema import one_of
@@ -34,6 +35,14 @@ class GenerationMixin:
     _looked_for_untuned_exits = False
     _decoding_model: DecodingModel | None = None
     _pipeline_groups: PipelineGroups | None = None
+    _text_tokenizer: TextTokenizer | None = None
+
+    @property
+    def text_tokenizer(self) -> TextTokenizer:
+        """The tokenizer with the model's rules for texts: how they begin, and the tokens that end them."""
+        if self._text_tokenizer is None or self._text_tokenizer.nemo is not self.tokenizer:
+            self._text_tokenizer = TextTokenizer(self.tokenizer, self.cfg.get("tokenizer"))
+        return self._text_tokenizer
 
     def generate(
         self,
@@ -92,14 +101,20 @@ class GenerationMixin:
             remedy = "give exits to EarlyExitTextGenerationStrategy; NeMo's loop has torch's generator"
             rule = "has no effect with a strategy"
             raise ConfigError(*(Fault(name, value, rule, remedy) for name, value in ignored.items()))
+        lengths = {**get_default_length_params(), **(length_params or {})}
+        sampling = {**get_default_sampling_params(), "add_BOS": None, **(sampling_params or {})}
+        given = inputs
         if isinstance(strategy, EarlyExitTextGenerationStrategy):
             self.warn_of_untuned_exits()
-            strategy.prepare(inputs, sampling_params)
-        lengths = {**get_default_length_params(), **(length_params or {})}
-        sampling = {**get_default_sampling_params(), **(sampling_params or {})}
+            inputs = strategy.prepare(inputs, lengths, sampling)
+        if sampling["add_BOS"] is None:  # NeMo's own strategy knows yes and no
+            sampling["add_BOS"] = bool(self.text_tokenizer.before())
         try:
             with kept_microbatches():
-                return super().generate(inputs, lengths, sampling, strategy=strategy)  # type: ignore[misc]
+                output = super().generate(inputs, lengths, sampling, strategy=strategy)  # type: ignore[misc]
+            if sampling["compute_logprob"] and inputs is not given and isinstance(given[0], str):
+                output["sentences"] = list(given)
+            return output
         finally:
             if isinstance(strategy, EarlyExitTextGenerationStrategy):
                 strategy.forget()

@@ -12,12 +12,13 @@ from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import (
     mcore_model_customize,
 )
 from nemo.utils import logging
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from torch.nn.functional import gelu
 
 from nemo_ee.checkpoint.adapter_mixin import EarlyExitAdapterMixin
 from nemo_ee.checkpoint.connector import start_distributed
 from nemo_ee.checkpoint.keys import exit_layer, is_exit
+from nemo_ee.data.token_rules import name_special_pieces, named_templates
 from nemo_ee.megatron.activations import tanh_gelu
 from nemo_ee.megatron.gpt import EarlyExitGPTModel
 from nemo_ee.models.checks import (
@@ -124,6 +125,17 @@ class MegatronGPTEarlyExitModel(GenerationMixin, EarlyExitAdapterMixin, Megatron
     def start_distributed(self) -> None:
         """Brings up torch.distributed and the model-parallel groups, which attention needs to be built."""
         start_distributed(self.trainer)
+
+    def _build_tokenizer(self) -> None:
+        """NeMo's, with what its legacy mode leaves out; refuses a `tokenizer` section that breaks a rule."""
+        super()._build_tokenizer()
+        name_special_pieces(self.tokenizer)
+        inner = getattr(self.tokenizer, "tokenizer", None)
+        if OmegaConf.is_config(
+            template := getattr(inner, "chat_template", None)
+        ):  # which transformers cannot read
+            inner.chat_template = named_templates(OmegaConf.to_container(template))
+        self.text_tokenizer  # noqa: B018, before anything is allocated
 
     def _build_vocab(self) -> None:
         """NeMo's; `padded_vocab_size` is also that of a checkpoint that overrides it."""

@@ -1,11 +1,13 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""What every script does around its work: stand-ins for what the machine lacks, and errors as one clear text."""
+"""What every script does around its work: its command line, stand-ins for what the machine lacks, clear errors."""
 
+import functools
 import sys
 import traceback
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
+import hydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
@@ -15,6 +17,30 @@ from nemo_ee.runtime.children import end_with_parent
 from nemo_ee.runtime.operating_system import check_operating_system
 
 end_with_parent()  # in a process of multiprocessing's, which imports its script, and so this, again
+
+
+def script(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+    """Makes a function of a file in ``scripts/`` a Hydra program with a configuration of ``conf/``.
+
+    Its command line may hold names of files as they are, see :mod:`nemo_ee.runtime.command_line`.
+    """
+
+    def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
+        run = hydra.main(version_base=None, config_path="../conf", config_name=config_name)(task)
+
+        @functools.wraps(task)
+        def main() -> None:
+            from nemo_ee.runtime.command_line import quote_paths
+
+            try:
+                sys.argv[1:] = quote_paths(sys.argv[1:])
+            except ConfigError as error:
+                sys.exit(f"error: {error}")
+            run()
+
+        return main
+
+    return decorate
 
 
 @contextmanager

@@ -74,7 +74,7 @@ def make_plan(call: AnyRequest, model: ServedModel, config: ServerConfig) -> Pla
     choices = [
         Choice(
             Sequence(prompt, request, EndTokens(end_tokens), tokenizer.eos, limit, (seed + i) % 2**64),
-            TextStream(decode, prompt, stop_strings),
+            TextStream(decode, prompt, stop_strings, end_tokens),
         )
         for prompt in prompts
         for i in range(call.n)
@@ -145,7 +145,6 @@ def _generation_request(
         "temperature": 1.0 if greedy else call.temperature,
         "top_k": call.top_k,
         "top_p": call.top_p,
-        "add_BOS": False,
     }
     try:
         request = parse_request(

@@ -14,13 +14,12 @@ from nemo.utils import logging
 
 from nemo_ee.checkpoint import adapter, archive
 from nemo_ee.config import EarlyExitConfig
-from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.errors import ConfigError, Fault, GenerationError
 from nemo_ee.inference.generate import generating, position_limit
 from nemo_ee.inference.request import GenerationRequest, parse_request
 from nemo_ee.inference.run import restore
 from nemo_ee.inference.session import DecodingSession
 from nemo_ee.inference.settings import GenerateConfig
-from nemo_ee.inference.text import known_id
 from nemo_ee.models.checks import read_early_exit
 from nemo_ee.server.app import create_app
 from nemo_ee.server.engine import Engine
@@ -112,8 +111,11 @@ def create_service(config: ServerConfig, model: Any) -> Service:
         ConfigError: `add_BOS` without such a token.
         GenerationError: a model that cannot be served.
     """
-    if config.add_BOS and known_id(getattr(model.tokenizer, "bos_id", None)) is None:
-        raise ConfigError(Fault("add_BOS", True, "the tokenizer has no BOS token", "set it to false"))
+    try:
+        tokenizer = SharedTokenizer(model.text_tokenizer, config.add_BOS)
+    except GenerationError as error:
+        rule = "the tokenizer has no BOS token"
+        raise ConfigError(Fault("add_BOS", config.add_BOS, rule, "set add_BOS=null")) from error
     usual = usual_request(config, model.early_exit)
     longest = config.max_prompt_tokens + config.max_tokens - 1  # the last token is not fed
     model.prepare_decoding(config.weights, rows=config.slots, max_length=longest)
@@ -127,7 +129,6 @@ def create_service(config: ServerConfig, model: Any) -> Service:
         metrics,
     )
     engine.start()
-    tokenizer = SharedTokenizer(model.tokenizer, config.add_BOS)
     gpt = model.gpt
     served = ServedModel(
         config.served_name, tokenizer, model.early_exit, usual, gpt.config.num_layers, gpt.true_vocab_size

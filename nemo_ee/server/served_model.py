@@ -6,36 +6,38 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from nemo_ee.config import EarlyExitConfig
 from nemo_ee.errors import GenerationError
 from nemo_ee.inference.prompts import chat_tokens
 from nemo_ee.inference.request import GenerationRequest
-from nemo_ee.inference.stopping import unseen_token_id
-from nemo_ee.inference.text import known_id, text_decoder
+from nemo_ee.inference.stopping import end_tokens
+from nemo_ee.inference.text import TextTokenizer
 from nemo_ee.server.errors import ApiError
 
 
 class SharedTokenizer:
-    """NeMo's tokenizer for several threads: each call has it alone, as tokenizers do not promise more.
+    """A model's tokenizer for several threads: each call has it alone, as tokenizers do not promise more.
 
     Encoding and decoding have a copy each, so that a long prompt does not keep the engine waiting.
 
     Args:
-        tokenizer: NeMo's.
-        add_bos: put BOS before each text.
+        tokenizer: the model's.
+        add_bos: put BOS before each text, or not; None for the model's rule.
+
+    Raises:
+        GenerationError: a BOS that the tokenizer lacks.
     """
 
-    def __init__(self, tokenizer: Any, add_bos: bool = False):
+    def __init__(self, tokenizer: TextTokenizer, add_bos: bool | None = None):
+        tokenizer.before(add_bos)
         self._encoder, self._encoding, self._add_bos = tokenizer, threading.Lock(), add_bos
-        self._decode, self._decoding = text_decoder(copy.deepcopy(tokenizer)), threading.Lock()
+        self._decoder, self._decoding = copy.deepcopy(tokenizer), threading.Lock()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt."""
         with self._encoding:
-            ids = self._encoder.text_to_ids(text)
-        return [self._encoder.bos_id, *ids] if self._add_bos else ids
+            return self._encoder.encode(text, self._add_bos)
 
     def encode_chat(self, turns: list[dict[str, str]]) -> list[int]:
         """Token ids of a conversation, up to where the assistant answers.
@@ -45,38 +47,24 @@ class SharedTokenizer:
         """
         try:
             with self._encoding:
-                return chat_tokens(self._encoder, turns)
+                return chat_tokens(self._encoder.nemo, turns)
         except GenerationError as error:
             raise ApiError(400, str(error), "messages", "invalid_value") from error
-        except AssertionError as error:  # of NeMo's own templates, about a role that they do not know
-            text = f"chat: the tokenizer's template refuses these turns: {error}"
-            raise ApiError(400, text, "messages", "invalid_value") from error
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Their text, as `ids_to_text`; special tokens have none."""
+        """Their text; special tokens have none."""
         with self._decoding:
-            return self._decode(ids)
+            return self._decoder.decode(ids)
 
     def end_tokens(self, strings: Sequence[str]) -> tuple[frozenset[int], list[str]]:
-        """Tokens that end a sequence: EOS, and stop strings that are special tokens, whose text nobody sees; and
-        the other stop strings."""
-        ids, texts = {self.eos} - {None}, []
-        for string in strings:
-            token = self._unseen_token(string)
-            if token is None:
-                texts.append(string)
-            else:
-                ids.add(token)
-        return frozenset(ids), texts
-
-    def _unseen_token(self, string: str) -> int | None:
+        """See `nemo_ee.inference.stopping.end_tokens`."""
         with self._encoding:
-            return unseen_token_id(self._encoder, string, self._encoder.ids_to_text)
+            return end_tokens(self._encoder, strings)
 
     @property
-    def eos(self) -> int | None:
-        """EOS token id; None where there is none."""
-        return known_id(self._encoder.eos_id)
+    def eos(self) -> tuple[int, ...]:
+        """Tokens that end every text."""
+        return self._encoder.eos_ids
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class ServerConfig:
         early_exit: when tokens may leave, for requests that do not say; confidence and kv_policy are those of
             all requests.
         weights: how decoding holds weights, see `nemo_ee.megatron.lean_weights`.
-        add_BOS: put the tokenizer's BOS before each prompt that is a text.
+        add_BOS: put the tokenizer's BOS before each prompt that is a text, or not; null for the model's rule.
         slots: sequences that decode together.
         max_prompt_tokens: of one prompt.
         max_tokens: to generate per choice.
@@ -62,7 +62,7 @@ class ServerConfig:
     allowed_hosts: tuple[str, ...] | None = None
     early_exit: ExitOptions = field(default_factory=ExitOptions)
     weights: str = "native"
-    add_BOS: bool = False
+    add_BOS: bool | None = None
     slots: int = 8
     max_prompt_tokens: int = 1024
     max_tokens: int = 512

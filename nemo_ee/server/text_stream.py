@@ -14,10 +14,21 @@ class TextStream:
         decode: see `Detokenizer`.
         prompt: see `Detokenizer`.
         stop: see `StopStrings`.
+        end_tokens: each ends the text, and has none of its own even where it is a word.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], prompt: Sequence[int], stop: Sequence[str] = ()):
-        self._detokenizer, self._stop = Detokenizer(decode, prompt), StopStrings(stop)
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        prompt: Sequence[int],
+        stop: Sequence[str] = (),
+        end_tokens: frozenset[int] = frozenset(),
+    ):
+        self._detokenizer, self._stop, self._end_tokens = (
+            Detokenizer(decode, prompt),
+            StopStrings(stop),
+            end_tokens,
+        )
 
     @property
     def stopped(self) -> bool:
@@ -26,6 +37,8 @@ class TextStream:
 
     def feed(self, token: int) -> list[str]:
         """Adds a token; returns the pieces that are settled now."""
+        if token in self._end_tokens:
+            return self._through_stop([*self._detokenizer.close(), ""])
         return self._through_stop(self._detokenizer.feed(token))
 
     def close(self) -> list[str]:

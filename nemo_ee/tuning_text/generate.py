@@ -30,7 +30,6 @@ from nemo_ee.inference.sequence import Sequence
 from nemo_ee.inference.session import DecodingSession
 from nemo_ee.inference.settings import in_own_keys
 from nemo_ee.inference.stopping import StopRule
-from nemo_ee.inference.text import text_decoder
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
 from nemo_ee.tuning_text.answer_files import AnswerFiles, Progress
 from nemo_ee.tuning_text.prompts import Turns, read_prompts
@@ -68,14 +67,14 @@ def generate_tuning_text(config: TuningTextConfig, trainer: Any) -> AnswerFiles:
         return files
     model = _restore(config, trainer)
     model.start_distributed()
-    tokenizer, limit = model.tokenizer, position_limit(model.cfg)
-    ids = on_first_rank(lambda: tokenize_prompts(prompts, tokenizer, False, limit))
+    tokenizer, limit = model.text_tokenizer, position_limit(model.cfg)
+    ids = on_first_rank(lambda: tokenize_prompts(prompts, tokenizer, None, limit))
     size = BATCHES_PER_BLOCK * config.batch_size
     done = on_first_rank(lambda: files.progress.prompts)
     longest = min(max(map(len, ids)) + request.max_length, limit)
     model.prepare_decoding(config.weights, rows=config.batch_size, max_length=longest)
     first = trainer.global_rank == 0
-    stop, decode = StopRule(tokenizer, ()), text_decoder(tokenizer)
+    stop = StopRule(tokenizer, ())
     with tqdm(total=len(prompts), initial=done, unit="prompt", file=sys.stderr, disable=not first) as bar:
         while done < len(prompts) and on_first_rank(lambda: _is_time(config, files.progress, size)):
             chosen = range(done, min(done + size, len(prompts)))
@@ -95,7 +94,9 @@ def generate_tuning_text(config: TuningTextConfig, trainer: Any) -> AnswerFiles:
             if first:
                 seconds = time.perf_counter() - began
                 asked = zip((prompts[i] for i in chosen), answers, strict=True)
-                records = [record for turns, each in asked if (record := _record(turns, each, decode))]
+                records = [
+                    record for turns, each in asked if (record := _record(turns, each, tokenizer.decode))
+                ]
                 files.append(records, _after(files.progress, answers, records, seconds))
                 bar.set_postfix_str(f"{files.progress.tokens / files.progress.seconds:.0f} tokens/s")
             done = chosen.stop

@@ -123,7 +123,7 @@ class OurWeights:
 
     def __call__(self, prompts: Tokens, count: int, clock: Clock) -> Tokens:
         request = parse_request(lengths(count), SAMPLING, self.early_exit, self.model.early_exit)
-        stop = StopRule(self.model.tokenizer, SAMPLING["end_strings"])
+        stop = StopRule(self.model.text_tokenizer, SAMPLING["end_strings"])
         with generating(self.model), marked(clock):
             if self._decoding is None:
                 self._decoding = DecodingModel(self.model.gpt, self.weights)

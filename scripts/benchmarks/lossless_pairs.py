@@ -82,7 +82,7 @@ def run_pair(
     from nemo_ee.inference.session import DecodingSession
     from nemo_ee.inference.stopping import StopRule
 
-    stop, longest = StopRule(model.tokenizer, SAMPLING["end_strings"]), len(prompts[0]) + count
+    stop, longest = StopRule(model.text_tokenizer, SAMPLING["end_strings"]), len(prompts[0]) + count
     seconds, sequences, sessions = dict.fromkeys(ways, 0.0), {}, {}
     with generating(model):
         decoding = model.decoding_model()

@@ -47,7 +47,7 @@ class TimedSequence(Sequence):
     """
 
     def __init__(self, prompt: list[int], request: GenerationRequest, seed: int):
-        super().__init__(prompt, request, lambda tokens: False, eos=0, limit=request.max_length, seed=seed)
+        super().__init__(prompt, request, lambda tokens: False, eos=(0,), limit=request.max_length, seed=seed)
         self.times: list[float] = []
 
     def commit(self, token: int, exit_layer: int, confidence: float) -> bool:

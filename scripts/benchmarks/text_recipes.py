@@ -198,7 +198,7 @@ def measure(arguments: argparse.Namespace, recipe: TextRecipe) -> dict:
         arguments.model, str(exits), trainer, overrides
     ).eval()
     chats = read_prompt_file(str(PROMPTS), "held out")
-    prompts = tokenize_prompts(chats, model.tokenizer, False, model.cfg.encoder_seq_length)
+    prompts = tokenize_prompts(chats, model.text_tokenizer, None, model.cfg.encoder_seq_length)
     options = SweepConfig(tokens_to_generate=LONGEST_ANSWER, thresholds=THRESHOLDS)
     sweep = Sweep(model, prompts, options, seed=0)
     texts = _answers(arguments.work / "held_out_answers.json", sweep, prompts)

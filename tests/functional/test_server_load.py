@@ -45,7 +45,7 @@ def cases(model):
     """Requests, with the text and exit layers that `model.generate` gives them alone."""
     from nemo_ee.server.served_model import SharedTokenizer
 
-    tokenizer, made = SharedTokenizer(model.tokenizer), []
+    tokenizer, made = SharedTokenizer(model.text_tokenizer), []
     for n in range(6):
         prompt, limit = " ".join(f"w{(7 * n + 3 * i) % 190}" for i in range(1 + 6 * n)), 6 + 3 * n
         for name, mode in MODES.items():

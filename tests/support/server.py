@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from nemo_ee.config import parse_early_exit
+from nemo_ee.inference.text import TextTokenizer
 from nemo_ee.server.engine import Engine
 from nemo_ee.server.metrics import Metrics
 from nemo_ee.server.serve import Server, usual_request
@@ -38,7 +39,7 @@ def server_config(**settings: Any) -> ServerConfig:
 def served_model(config: ServerConfig, tokenizer: Any = None) -> ServedModel:
     """The fake session's model."""
     exits = parse_early_exit({"layers": list(EXIT_LAYERS[:-1])}, num_layers=EXIT_LAYERS[-1])
-    shared = SharedTokenizer(tokenizer or tiny_tokenizer(), config.add_BOS)
+    shared = SharedTokenizer(TextTokenizer(tokenizer or tiny_tokenizer()), config.add_BOS)
     usual = usual_request(config, exits)
     return ServedModel(config.served_name, shared, exits, usual, EXIT_LAYERS[-1], VOCABULARY)
 

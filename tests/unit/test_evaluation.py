@@ -191,11 +191,11 @@ def test_sweep_equals_brute_force(block_model):
         ]
         assert each.tokens == len(right) and each.agreement == pytest.approx(sum(right) / len(right))
     assert [each.layer for each in run.quality.exits] == list(LAYERS)
-    sample = run.samples()[0]
-    assert sample.prompt == block_model.tokenizer.ids_to_text(prompts[0])
+    sample, text = run.samples()[0], run.texts[0.6][0]
+    whole = block_model.tokenizer.ids_to_text(text.prompt + text.tokens)
+    assert sample.prompt + "".join(sample.tokens) == whole, "with the space between them"
     run.names = ["a question", "another", "a third"]
     assert [each.prompt for each in run.samples()] == ["a question", "another"]
-    assert "".join(sample.tokens) == block_model.tokenizer.ids_to_text(run.texts[0.6][0].tokens)
 
 
 @torch.no_grad()
@@ -222,24 +222,6 @@ def perplexity(model, prompts, continuations):
         logits = model.gpt(ids, torch.arange(ids.shape[1])[None], None)[0, :, :VOCABULARY].log_softmax(-1)
         losses += [-logits[len(prompt) - 1 + i, token].item() for i, token in enumerate(continuation)]
     return math.exp(sum(losses) / len(losses))
-
-
-class Characters:
-    """A tokenizer whose tokens are bytes of UTF-8."""
-
-    eos_id = 0
-
-    def ids_to_text(self, ids):
-        return bytes(i for i in ids if i).decode("utf-8", errors="replace")
-
-    def ids_to_tokens(self, ids):
-        return ["<eos>" if i == 0 else chr(i) for i in ids]
-
-
-def test_pieces_of_text_join_to_the_text():
-    ids = list("a é€!".encode())
-    pieces = sweep.text_pieces([*ids, 0], Characters())
-    assert pieces == ["a", " ", "", "é", "", "", "€", "!", "<eos>"]
 
 
 def test_settings_report_every_fault():

@@ -387,8 +387,9 @@ def test_chat_without_a_template_is_refused():
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 
     from nemo_ee.inference.prompts import tokenize_prompts
+    from nemo_ee.inference.text import TextTokenizer
 
-    bare = AutoTokenizer(tokenizer_folder(chat=False))
+    bare = TextTokenizer(AutoTokenizer(tokenizer_folder(chat=False)))
     with pytest.raises(GenerationError, match="no chat template"):
         tokenize_prompts([{"role": "user", "content": "w1"}], bare, False, 64)
 

@@ -8,6 +8,7 @@ import pytest
 from nemo_ee.errors import ConfigError
 from nemo_ee.inference.display import RESET, marked, summary, token_pieces
 from nemo_ee.inference.settings import GenerateConfig
+from nemo_ee.inference.text import TextTokenizer
 from tests.support.tiny_tokenizer import EOS, save_tiny_tokenizer
 
 
@@ -15,20 +16,20 @@ from tests.support.tiny_tokenizer import EOS, save_tiny_tokenizer
 def tokenizer(tmp_path_factory):
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 
-    return AutoTokenizer(str(save_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))))
+    return TextTokenizer(AutoTokenizer(str(save_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))))
 
 
 def test_pieces_join_to_the_text_and_characters_stay_whole(tokenizer):
-    before, text = tokenizer.text_to_ids("the"), " cat é漢 sat"
-    tokens = tokenizer.text_to_ids(text)
+    before, text = tokenizer.encode("the"), " cat é漢 sat"
+    tokens = tokenizer.encode(text)
     pieces = token_pieces(tokens, tokenizer, before)
     assert len(pieces) == len(tokens) and "".join(pieces) == text
     assert "é" in pieces and "漢" in pieces and pieces.count("") == 1 + 2  # bytes before a character's last
 
 
 def test_special_tokens_show_as_their_names(tokenizer):
-    cat, sat = tokenizer.text_to_ids(" cat"), tokenizer.text_to_ids(" sat é")
-    pieces = token_pieces([*cat, tokenizer.eos_id, *sat, tokenizer.eos_id], tokenizer)
+    cat, sat = tokenizer.encode(" cat"), tokenizer.encode(" sat é")
+    pieces = token_pieces([*cat, tokenizer.nemo.eos_id, *sat, tokenizer.nemo.eos_id], tokenizer)
     assert pieces.count(EOS) == 2 and pieces[-1] == EOS
     assert "".join(pieces) == f" cat{EOS} sat é{EOS}" and pieces[-3:-1] == ["", "é"]
 
@@ -50,13 +51,13 @@ def test_summary_shares():
 def test_end_strings(tokenizer):
     from nemo_ee.inference.stopping import StopRule
 
-    ids = tokenizer.text_to_ids
+    ids = tokenizer.encode
     stop = StopRule(tokenizer, ["<|endoftext|>", "the dog", EOS])
-    assert stop.texts == ["the dog"] and stop.token_ids == {tokenizer.eos_id}
+    assert stop.texts == ["the dog"] and stop.token_ids == {tokenizer.nemo.eos_id}
     assert (
         stop(ids("ran after the dog")) and not stop(ids("ran after the do")) and not stop(ids("the dog ran"))
     )
-    assert stop([*ids("the cat"), tokenizer.eos_id])
+    assert stop([*ids("the cat"), tokenizer.nemo.eos_id])
     long = ids("the dog " + "the cat sat on the mat " * 40)
     assert not stop(long) and stop(long + ids("the dog"))
 

@@ -16,14 +16,20 @@ GREEDY = dict(use_greedy=True, add_BOS=False)
 def words():
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 
-    return AutoTokenizer(tokenizer_folder())
+    from nemo_ee.inference.text import TextTokenizer
+
+    return TextTokenizer(AutoTokenizer(tokenizer_folder()))
 
 
 @pytest.fixture(scope="module")
 def bytes_tokenizer(tmp_path_factory):
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 
-    return AutoTokenizer(str(save_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"), eos=False)))
+    from nemo_ee.inference.text import TextTokenizer
+
+    return TextTokenizer(
+        AutoTokenizer(str(save_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"), eos=False)))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +67,7 @@ def test_inputs_that_are_refused(inputs, message):
 @pytest.mark.parametrize("bos", [None, -1])
 def test_a_tokenizer_without_bos_is_refused(bos):
     from nemo_ee.inference.prompts import tokenize_prompts
+    from nemo_ee.inference.text import TextTokenizer
 
     class Tokenizer:
         bos_id = bos
@@ -69,8 +76,9 @@ def test_a_tokenizer_without_bos_is_refused(bos):
             return [5]
 
     with pytest.raises(GenerationError, match="add_BOS=True: the tokenizer has no BOS"):
-        tokenize_prompts(["a"], Tokenizer(), True, 64)
-    assert tokenize_prompts(["a"], Tokenizer(), False, 64) == [[5]]
+        tokenize_prompts(["a"], TextTokenizer(Tokenizer()), True, 64)
+    for add_bos in (None, False):
+        assert tokenize_prompts(["a"], TextTokenizer(Tokenizer()), add_bos, 64) == [[5]]
 
 
 @pytest.mark.parametrize(
@@ -171,20 +179,20 @@ def test_without_eos_nothing_is_forbidden_and_the_end_string_is_text(bytes_token
     from nemo_ee.inference.sequence import Sequence
     from nemo_ee.inference.stopping import StopRule
 
-    assert bytes_tokenizer.eos_id is None
+    assert bytes_tokenizer.nemo.eos_id is None
     stop = StopRule(bytes_tokenizer, ["<|endoftext|>"])
-    assert stop.eos is None and not stop.token_ids and stop.texts == ["<|endoftext|>"]
+    assert stop.eos == () and not stop.token_ids and stop.texts == ["<|endoftext|>"]
     sequence = Sequence([5], GenerationRequest(min_length=3), stop, stop.eos, 9)
     assert not any(Place.after(sequence).needs_logits(token) for token in range(9))
 
 
 def test_an_end_string_that_is_one_token_also_ends_within_others(bytes_tokenizer):
-    from nemo_ee.inference.stopping import StopRule, special_token_id
+    from nemo_ee.inference.stopping import StopRule
 
-    ids, stop = bytes_tokenizer.text_to_ids, StopRule(bytes_tokenizer, ["the"])
-    alone = special_token_id(bytes_tokenizer, "the")
+    ids, stop = bytes_tokenizer.encode, StopRule(bytes_tokenizer, ["the"])
+    (alone,) = ids("the")
     text = ids("ran after the")
-    assert alone is not None and text[-1] != alone, "the token with the space in front is another"
+    assert text[-1] != alone, "the token with the space in front is another"
     assert stop(text) and stop(ids("the")) and not stop(ids("the cat"))
 
 
@@ -193,20 +201,21 @@ def test_an_end_string_out_of_vocabulary_does_not_end_at_every_unknown_token(tmp
     from tokenizers.pre_tokenizers import Whitespace
 
     from nemo_ee.inference.stopping import StopRule
+    from nemo_ee.inference.text import TextTokenizer
     from tests.support import tiny_gpt
 
     words = tiny_gpt.tokenizer()
     words.backend_tokenizer.pre_tokenizer = Whitespace()  # which parts a word from the ">" before it
     words.save_pretrained(tmp_path)
     known = AutoTokenizer(str(tmp_path))
-    stop = StopRule(known, ["zzz"])
+    stop = StopRule(TextTokenizer(known), ["zzz"])
     assert not stop(known.text_to_ids("zzz")) and stop([known.eos_id])
 
 
 def test_pieces_are_decoded_in_short_windows(bytes_tokenizer):
     from nemo_ee.inference.display import token_pieces
 
-    longest, original = 0, bytes_tokenizer.ids_to_text
+    longest, original = 0, bytes_tokenizer.decode
 
     def recorded(ids, *args, **kwargs):
         nonlocal longest
@@ -214,25 +223,26 @@ def test_pieces_are_decoded_in_short_windows(bytes_tokenizer):
         return original(ids, *args, **kwargs)
 
     text = " the cat é漢😀 sat" * 20
-    tokens, before = bytes_tokenizer.text_to_ids(text), bytes_tokenizer.text_to_ids("and")
-    bytes_tokenizer.ids_to_text = recorded
+    tokens, before = bytes_tokenizer.encode(text), bytes_tokenizer.encode("and")
+    bytes_tokenizer.decode = recorded
     try:
         pieces = token_pieces(tokens, bytes_tokenizer, before)
     finally:
-        del bytes_tokenizer.ids_to_text
+        del bytes_tokenizer.decode
     assert "".join(pieces) == text and len(pieces) == len(tokens) and longest <= 8
 
 
 def test_broken_bytes_do_not_hold_back_what_follows(bytes_tokenizer):
     from nemo_ee.inference.display import token_pieces
 
-    broken = bytes_tokenizer.text_to_ids("😀")[:1] * 6
-    pieces = token_pieces(broken + bytes_tokenizer.text_to_ids(" the cat"), bytes_tokenizer)
+    broken = bytes_tokenizer.encode("😀")[:1] * 6
+    pieces = token_pieces(broken + bytes_tokenizer.encode(" the cat"), bytes_tokenizer)
     assert all(pieces[:3]) and "".join(pieces).endswith(" the cat")
 
 
 def test_added_tokens_with_characters_that_stand_for_no_byte():
     from nemo_ee.inference.output import token_texts
+    from nemo_ee.inference.text import TextTokenizer
 
     class Inner:
         byte_decoder = {"Ġ": 32, "a": 97, "Ã": 195, "©": 169}
@@ -243,7 +253,7 @@ def test_added_tokens_with_characters_that_stand_for_no_byte():
         def ids_to_tokens(self, ids):
             return [["Ġa", "Ã©", "<new line>"][i] for i in ids]
 
-    assert token_texts([0, 1, 2], Tokenizer()) == [" a", "é", "<new line>"]
+    assert token_texts([0, 1, 2], TextTokenizer(Tokenizer())) == [" a", "é", "<new line>"]
 
 
 def test_greedy_decoding_draws_nothing(model):

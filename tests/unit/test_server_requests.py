@@ -9,6 +9,7 @@ from nemo.collections.common.tokenizers.chat_template_mixin import tokenize_with
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from tokenizers.pre_tokenizers import Whitespace
 
+from nemo_ee.inference.text import TextTokenizer
 from nemo_ee.server.errors import ApiError
 from nemo_ee.server.plan import make_plan
 from nemo_ee.server.protocol import ChatRequest, CompletionRequest, parse
@@ -355,6 +356,6 @@ def test_bos_stands_before_texts_only():
 
 def test_decoding_is_the_tokenizers_own():
     tokenizer = tiny_tokenizer()
-    shared = SharedTokenizer(tokenizer)
+    shared = SharedTokenizer(TextTokenizer(tokenizer))
     for ids in ([], [tokenizer.eos_id], [7, tokenizer.eos_id, 8, tokenizer.bos_id], [2, 150]):
         assert shared.decode(ids) == tokenizer.ids_to_text(ids)

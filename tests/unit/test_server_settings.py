@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from nemo_ee.errors import ConfigError
 from nemo_ee.inference.request import ExitOptions
+from nemo_ee.inference.text import TextTokenizer
 from nemo_ee.server.serve import check_address, create_service
 from nemo_ee.server.settings import ServerConfig, is_loopback
 from tests.support.server import server_config
@@ -18,7 +19,7 @@ from tests.support.server import server_config
 
 @pytest.mark.parametrize("bos", [None, -1])
 def test_a_tokenizer_without_bos_is_refused(bos):
-    model = SimpleNamespace(tokenizer=SimpleNamespace(bos_id=bos))
+    model = SimpleNamespace(text_tokenizer=TextTokenizer(SimpleNamespace(bos_id=bos)))
     with pytest.raises(ConfigError, match="add_BOS=True: the tokenizer has no BOS token"):
         create_service(server_config(add_BOS=True), model)
 
