@@ -99,7 +99,7 @@ python scripts/megatron_gpt_ee_generate.py "gpt_model_file=$work/smollm2.nemo" "
 stage "9/9 report: quality per exit on articles, and on chats; speed against agreement"
 python scripts/evaluate_early_exit.py "gpt_model_file=$work/smollm2.nemo" "adapter_file=$exits" \
     "data.prefix=$work/wikipedia_validation" data.sequences=64 "generation.chat_prompts_file=$held_out" \
-    generation.tokens_to_generate=64 "tuning_log_dir=$work/tuned" "output_dir=$work/report"
+    generation.tokens_to_generate=48 "tuning_log_dir=$work/tuned" "output_dir=$work/report"
 
 stage "done"
 echo "report:  $work/report/report.md and the plots beside it"
