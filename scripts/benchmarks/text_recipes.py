@@ -61,6 +61,7 @@ def parse_arguments() -> argparse.Namespace:
         "--prompts", type=int, nargs="*", default=[192], help="how many are answered, per recipe"
     )
     parser.add_argument("--layers", default="10,20", help="exit layers")
+    parser.add_argument("--only", default="", help="run recipes whose name contains this")
     parser.add_argument("--sequences", type=int, default=48, help="held-out pieces of articles")
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), help="directory")
     parser.add_argument("--set", nargs="*", default=[], help="changes to the configuration of tuning")
@@ -69,7 +70,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def recipes_of(arguments: argparse.Namespace) -> list[TextRecipe]:
     answers = [TextRecipe(f"its own answers to {count} prompts", count) for count in arguments.prompts]
-    return [TextRecipe("Wikipedia"), *answers]
+    recipes = [TextRecipe("Wikipedia"), *answers]
+    return [recipe for recipe in recipes if arguments.only in recipe.name]
 
 
 def write_answers(arguments: argparse.Namespace, recipe: TextRecipe) -> dict:
@@ -283,7 +285,7 @@ def main() -> None:
         arguments.work.mkdir(parents=True, exist_ok=True)
         for recipe in recipes_of(arguments):
             rows = {row["name"]: row for row in load(path)}
-            row = rows.get(recipe.name, {"name": recipe.name, "spent": 0.0, **about})
+            row = rows.get(recipe.name, {"name": recipe.name, **about})
             left = arguments.minutes * 60 * CORES
             if recipe.prompts:
                 row = _part(row, "written", path, write_answers, arguments, recipe)
