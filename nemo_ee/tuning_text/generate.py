@@ -79,16 +79,10 @@ def generate_tuning_text(config: TuningTextConfig, trainer: Any) -> AnswerFiles:
         while done < len(prompts) and on_first_rank(lambda: _is_time(config, files.progress, size)):
             chosen = range(done, min(done + size, len(prompts)))
             began = time.perf_counter()
+            lengths = [min(request.max_length, limit + 1 - len(ids[i])) for i in chosen]
             answers = [
-                Sequence(
-                    ids[i],
-                    request,
-                    stop,
-                    stop.eos,
-                    min(request.max_length, limit + 1 - len(ids[i])),
-                    _seed(config.seed, i),
-                )
-                for i in chosen
+                Sequence(ids[i], request, stop, stop.eos, length, _seed(config.seed, i))
+                for i, length in zip(chosen, lengths, strict=True)
             ]
             _answer(model, answers, config.batch_size)
             if first:

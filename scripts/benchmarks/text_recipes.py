@@ -17,6 +17,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -163,17 +164,21 @@ def fit(cfg: Any, save_to: Path) -> dict:
     }
 
 
-def tune(arguments: argparse.Namespace, recipe: TextRecipe, left: float) -> dict:
-    """Closed form, the time of a step, and as many steps as fit into the processor seconds that are left."""
-    start = arguments.work / f"start_{recipe.prompts}.nemo"
-    timing = [f"trainer.max_steps={TIMING_STEPS}", "model.optim.lr=0", "model.optim.sched.warmup_steps=1"]
-    closed = fit(compose_tuning(arguments, recipe, *timing), start)
-    # What the steps at a rate of 0 took is for measuring alone; a run of known speed has none.
-    steps = max(2, round((left - closed["before"]) / closed["per_step"]))
-    changes = [f"model.adapter_path={start}", f"trainer.max_steps={steps}"]
+def start(arguments: argparse.Namespace, recipe: TextRecipe) -> dict:
+    """The closed form, and the time of a step."""
+    changes = [f"trainer.max_steps={TIMING_STEPS}", "model.optim.lr=0", "model.optim.sched.warmup_steps=1"]
+    return fit(compose_tuning(arguments, recipe, *changes), arguments.work / f"start_{recipe.prompts}.nemo")
+
+
+def tune(arguments: argparse.Namespace, recipe: TextRecipe, steps: int) -> dict:
+    """As many steps as fit into what is left."""
+    changes = [
+        f"model.adapter_path={arguments.work}/start_{recipe.prompts}.nemo",
+        f"trainer.max_steps={steps}",
+    ]
     changes.append(f"model.optim.sched.warmup_steps={steps // 10 + 1}")
-    tuned = fit(compose_tuning(arguments, recipe, *changes), arguments.work / f"tuned_{recipe.prompts}.nemo")
-    return {"steps": steps, "closed_form": closed, "tuning": tuned}
+    cfg = compose_tuning(arguments, recipe, *changes)
+    return {"steps": steps, **fit(cfg, arguments.work / f"tuned_{recipe.prompts}.nemo")}
 
 
 def measure(arguments: argparse.Namespace, recipe: TextRecipe) -> dict:
@@ -256,8 +261,8 @@ def _at(sweep: Any, threshold: float, scores: list, torch: Any) -> dict:
 def _in_child(work: Callable, *arguments: Any) -> dict:
     """In a process of its own, of one thread: Megatron's batch sizes are a process's for good, and waiting threads
     would be counted as working."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_called, (work, *arguments))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_called, work, *arguments).result()
 
 
 def _called(work: Callable, *arguments: Any) -> dict:
@@ -290,7 +295,10 @@ def main() -> None:
             if recipe.prompts:
                 row = _part(row, "written", path, write_answers, arguments, recipe)
                 left -= row["written"]["seconds"]
-            row = _part(row, "tuned", path, tune, arguments, recipe, left)
+            row = _part(row, "started", path, start, arguments, recipe)
+            # What the steps at a rate of 0 took is for measuring alone; a run of known speed has none.
+            steps = max(2, round((left - row["started"]["before"]) / row["started"]["per_step"]))
+            row = _part(row, "tuned", path, tune, arguments, recipe, steps)
             _part(row, "measured", path, measure, arguments, recipe)
         print(write_page(load(path), arguments.output))
 

@@ -111,8 +111,7 @@ def _by_threshold(rows: Sequence[dict]) -> list[list[str]]:
 
 
 def _cost(row: dict) -> list[str]:
-    written, tuned = row.get("written"), row["tuned"]
-    run = tuned["tuning"]
+    written, run = row.get("written"), row["tuned"]
     cells = (
         [f"{written['seconds']:.0f}", f"{written['tokens']:,}", f"{written['answers']:,}"]
         if written
@@ -122,9 +121,9 @@ def _cost(row: dict) -> list[str]:
     return [
         row["name"],
         *cells,
-        f"{tuned['closed_form']['before']:.0f}",
+        f"{row['started']['before']:.0f}",
         f"{run['all']:.0f}",
-        f"{tuned['steps']:,}",
+        f"{run['steps']:,}",
         f"{run['per_step']:.2f}",
         f"{counted:,.0f}",
     ]

@@ -43,7 +43,8 @@ def row(name, written=None):
         "device": "CPU",
         "minutes": 3.0,
         **({"written": written} if written else {}),
-        "tuned": {"steps": 10, "closed_form": run, "tuning": run, "load": "3.0"},
+        "started": run,
+        "tuned": {"steps": 10, **run, "load": "3.0"},
         "measured": {
             "answers": [quality(10, 0.625), quality(20, 0.75)],
             "articles": [quality(10, 0.375), quality(20, 0.5)],
@@ -79,7 +80,7 @@ def test_what_is_left_for_tuning_is_the_same_time_less_what_was_written(benchmar
 
     def part(row, name, path, work, *arguments):
         calls.append((name, arguments[1].name, *arguments[2:]))
-        return {**row, name: {"seconds": 100.0}}
+        return {**row, name: {"seconds": 100.0, "before": 60.0, "per_step": 2.0}}
 
     globals_ = names["main"].__globals__
     monkeypatch.setitem(globals_, "_part", part)
@@ -91,11 +92,12 @@ def test_what_is_left_for_tuning_is_the_same_time_less_what_was_written(benchmar
     names["main"]()
     one, other = "its own answers to 5 prompts", "its own answers to 7 prompts"
     assert calls == [
-        ("tuned", "Wikipedia", 360.0),
+        ("started", "Wikipedia"),
+        ("tuned", "Wikipedia", 150),
         ("measured", "Wikipedia"),
         *(
             call
             for name in (one, other)
-            for call in (("written", name), ("tuned", name, 260.0), ("measured", name))
+            for call in (("written", name), ("started", name), ("tuned", name, 100), ("measured", name))
         ),
     ]
