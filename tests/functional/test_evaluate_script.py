@@ -106,7 +106,7 @@ def test_texts_and_chats_are_different_prompts(workspace, workers):
     found = {}
     for name, prompts in {
         "chat": "chat_prompts_file=one.txt",
-        "in_words": "prompts=[user w1 w2 <eos> assistant]",
+        "in_words": 'prompts=["user w1 w2 <eos> assistant"]',
         "text": "prompts=[w1 w2]",
     }.items():
         overrides = [*SMALL, f"generation.{prompts}", "generation.sample_threshold=0.3"]

@@ -185,9 +185,13 @@ def test_sweep_equals_brute_force(block_model):
     assert results[0].agreement < 1.0 and results[-1].agreement == 1.0, "the case must be tried"
     for each in run.quality.exits:
         right = [
-            says(block_model, each.layer, prompt + continuation[:i]) == continuation[i]
+            token == wanted
             for prompt, continuation in zip(prompts, full, strict=True)
-            for i in range(1, len(continuation))
+            for token, wanted in zip(
+                said(block_model, each.layer, prompt + continuation, len(prompt)),
+                continuation[1:],
+                strict=True,
+            )
         ]
         assert each.tokens == len(right) and each.agreement == pytest.approx(sum(right) / len(right))
     assert [each.layer for each in run.quality.exits] == list(LAYERS)
@@ -199,9 +203,9 @@ def test_sweep_equals_brute_force(block_model):
 
 
 @torch.no_grad()
-def says(model, layer, ids):
-    """The most probable token of an exit at the last position."""
-    return naive_exit(model, layer, torch.tensor([ids]))[0, -1, :VOCABULARY].argmax().item()
+def said(model, layer, ids, first):
+    """The most probable token of an exit behind each token from `first` on, but the last one."""
+    return naive_exit(model, layer, torch.tensor([ids]))[0, first:-1, :VOCABULARY].argmax(-1).tolist()
 
 
 @torch.no_grad()
