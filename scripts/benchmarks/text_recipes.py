@@ -217,7 +217,19 @@ def measure(arguments: argparse.Namespace, recipe: TextRecipe) -> dict:
 
     articles = held_out_sequences(arguments.validation, arguments.sequences, 256, model.true_vocab_size)
     own = quality_of(((each, mask) for each, _, mask in scores), seed=0)
+    agreeing = {
+        n: [
+            int(count)
+            for each, _, mask in scores
+            for count in ((each.exits[n].tokens == each.final.tokens) & mask).sum(1)
+        ]
+        for n in sweep.exits
+    }
     return {
+        "per_prompt": {
+            "tokens": [int(count) for _, _, mask in scores for count in mask.sum(1)],
+            "agreeing": {str(n): counts for n, counts in agreeing.items()},
+        },
         "answers": [asdict(each) for each in own.exits],
         "articles": [asdict(each) for each in measure_quality(score, articles.split(4), seed=0).exits],
         "thresholds": [_at(sweep, threshold, scores, torch) for threshold in THRESHOLDS],

@@ -23,7 +23,7 @@ def quality(layer, agreement):
     return {"layer": layer, "agreement": agreement, "agreement_ci": {"low": 0.1, "high": 0.9}, "tokens": 1200}
 
 
-def row(name, written=None):
+def row(name, written=None, agreeing=300):
     thresholds = [
         {
             "threshold": threshold,
@@ -48,6 +48,7 @@ def row(name, written=None):
         "measured": {
             "answers": [quality(10, 0.625), quality(20, 0.75)],
             "articles": [quality(10, 0.375), quality(20, 0.5)],
+            "per_prompt": {"tokens": [600, 600], "agreeing": {"10": [agreeing, 300], "20": [300, 300]}},
             "thresholds": thresholds,
             "prompts": 40,
             "ended": 30,
@@ -59,7 +60,7 @@ def row(name, written=None):
 
 def test_page_of_texts(benchmark, tmp_path):
     written = {"seconds": 90.0, "tokens": 15000, "answers": 128}
-    page = benchmark("text_report")["write_page"]([row("Wikipedia"), row("answers", written)], tmp_path)
+    page = benchmark("text_report")["write_page"]([row("Wikipedia"), row("answers", written, 420)], tmp_path)
     assert (tmp_path / "text_recipes.md").read_text() == page and (
         tmp_path / "text_recipes.png"
     ).stat().st_size
@@ -71,6 +72,8 @@ def test_page_of_texts(benchmark, tmp_path):
     assert ["Wikipedia", "0.8", "0.960 [0.200, 1.000]", "10.0 %", "10.0 %"] in cells
     assert ["answers", "90", "15,000", "128", "20", "100", "10", "1.50", "3,600"] in cells
     assert ["Wikipedia", "", "", "", "20", "100", "10", "1.50", "3,600"] in cells
+    assert ["answers", "10", "+0.100 [+0.000, +0.200]"] in cells, "one prompt gained 0.2, the other nothing"
+    assert ["answers", "20", "+0.000 [+0.000, +0.000]"] in cells
     assert "(360 s)" in page and "3 to 17 meanwhile" in page and "40 prompts" in page
 
 
