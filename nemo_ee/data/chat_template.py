@@ -31,14 +31,18 @@ def messages_of(line: dict[str, Any]) -> tuple[list[dict[str, Any]], list[bool]]
         learnt = [message["role"] == "assistant" for message in messages]
     elif "conversations" in line:
         turns = _turns(line["conversations"], "conversations", "from", "value")
-        masked = None if line.get("mask") is None else {name.strip() for name in str(line["mask"]).split(",")}
+        masked = None
+        if line.get("mask") is not None:
+            masked = {name.strip().lower() for name in str(line["mask"]).split(",")}
         messages = [{"role": "system", "content": line["system"]}] if line.get("system") else []
         learnt = [False] * len(messages)
         for turn in turns:
-            name = turn["from"]
-            role = ROLES.get(name.lower())
+            name = turn["from"].strip().lower()
+            role = ROLES.get(name)
             if role is None and masked is None:
-                raise ValueError(f"has a turn from {name!r}; say in 'mask' whose turns are not to be learnt")
+                raise ValueError(
+                    f"has a turn from {turn['from']!r}; say in 'mask' whose turns are not to be learnt"
+                )
             role = role or ("user" if name in masked else "assistant")
             messages.append({"role": role, "content": turn["value"]})
             learnt.append(role == "assistant" if masked is None else name not in masked and role != "system")
@@ -67,16 +71,18 @@ class ChatTemplate:
     """The chat template of a Hugging Face tokenizer.
 
     An answer begins where the model would be asked: behind the prompt that the template makes of the turns before. It
-    ends with the first token that ends a text, as generation does; what a template puts behind it no model emits.
+    ends with the first special token behind what was said; what a template puts behind that, no model emits.
     In a template with `{% generation %}` marks these say where answers are.
 
     Args:
         tokenizer: Hugging Face's.
-        end_ids: tokens that end a text.
+        end_ids: tokens that end a text, if they are not all special.
     """
 
     def __init__(self, tokenizer: Any, end_ids: Collection[int]):
         self.tokenizer, self.end_ids = tokenizer, frozenset(end_ids)
+        special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+        self.ends = self.end_ids | special | frozenset(tokenizer.all_special_ids)
         template = tokenizer.get_chat_template()
         self.marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) and tokenizer.is_fast
 
@@ -86,22 +92,21 @@ class ChatTemplate:
         Raises:
             ValueError: the template refuses the conversation, or shows an answer where it cannot be found.
         """
-        text = self._render(messages)
         assistants = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
         if self.marked and all(learnt[k] for k in assistants):
             out = self.tokenizer.apply_chat_template(
                 messages, return_dict=True, return_assistant_tokens_mask=True
             )
             return list(out["input_ids"]), [bool(mark) for mark in out["assistant_masks"]]
-        ids, begins = self._encode(text)
-        starts = {k: self._index(ids, begins, text, self._start(messages, k, text)) for k in assistants}
-        mask = [False] * len(ids)
+        shown = _Shown(self.tokenizer, self._render(messages))
+        starts = {k: shown.first_token_from(self._start(messages, k, shown.text)) for k in assistants}
+        mask = [False] * len(shown.ids)
         for k, following in zip(assistants, [*assistants[1:], None], strict=True):
             if learnt[k]:
-                limit = len(ids) if following is None else starts[following]
-                end = self._end(messages, k, text, ids, begins, starts[k], limit)
+                limit = len(shown.ids) if following is None else starts[following]
+                end = self._end(messages, k, shown, starts[k], limit)
                 mask[starts[k] : end] = [True] * (end - starts[k])
-        return ids, mask
+        return shown.ids, mask
 
     def _render(self, messages: list[dict], prompt: bool = False) -> str:
         try:
@@ -110,13 +115,6 @@ class ChatTemplate:
             Exception
         ) as error:  # a template is a program by the tokenizer's authors; it raises what it likes
             raise ValueError(f"is refused by the tokenizer's chat template: {error}") from error
-
-    def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]] | None]:
-        """Ids, and for fast tokenizers the characters of each."""
-        if not self.tokenizer.is_fast:
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"], None
-        out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return out["input_ids"], out["offset_mapping"]
 
     def _start(self, messages: list[dict], k: int, text: str) -> int:
         """Where in the text the answer of turn k begins."""
@@ -127,15 +125,15 @@ class ChatTemplate:
         if prompt is not None and text.startswith(prompt):
             return len(prompt)
         # What a template shows of the turns before may depend on those that follow.
-        head, _, _ = self._around(messages, k, text)
+        head, _ = self._around(messages, k, text)
         if not text.startswith(head):
             raise ValueError(
                 f"has turn {k + 1}, which the tokenizer's chat template shows where it cannot be found"
             )
         return len(head)
 
-    def _around(self, messages: list[dict], k: int, text: str) -> tuple[str, str, str]:
-        """The text before a content of turn k, that content, and the text behind it."""
+    def _around(self, messages: list[dict], k: int, text: str) -> tuple[str, str]:
+        """The text before what turn k says, and the text behind it."""
         content = "answer"
         while content in text:
             content += "x"
@@ -143,38 +141,50 @@ class ChatTemplate:
         head, found, tail = other.partition(content)
         if not found:
             raise ValueError(f"has turn {k + 1}, which the tokenizer's chat template does not show")
-        return head, content, tail
+        return head, tail
 
-    def _index(self, ids: list[int], begins: list | None, text: str, start: int) -> int:
+    def _end(self, messages: list[dict], k: int, shown: "_Shown", start: int, limit: int) -> int:
+        """One past the last token of the answer that begins with the token `start`."""
+        _, tail = self._around(messages, k, shown.text)
+        if shown.text.endswith(tail):
+            end = shown.first_token_behind(len(shown.text) - len(tail))
+            return next((index + 1 for index in range(end, limit) if shown.ids[index] in self.ends), end)
+        for index in range(start, limit):
+            if shown.ids[index] in self.end_ids:
+                return index + 1
+        raise ValueError(f"has turn {k + 1}, whose end in the tokenizer's chat template cannot be found")
+
+
+class _Shown:
+    """A conversation as text and as tokens, as `apply_chat_template` makes them of it.
+
+    Attributes:
+        text: the text.
+        ids: its token ids.
+    """
+
+    def __init__(self, tokenizer: Any, text: str):
+        self.tokenizer, self.text = tokenizer, text
+        out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
+        self.ids, self.places = out["input_ids"], out.get("offset_mapping")
+
+    def first_token_from(self, start: int) -> int:
         """The first token that holds characters from `start` on."""
-        if begins is not None:
-            return next((i for i, (_, end) in enumerate(begins) if end > start), len(ids))
-        before, _ = self._encode(text[:start])
-        if ids[: len(before)] != before:
+        if self.places is None:
+            return self._tokens_before(start)
+        return next((i for i, (_, end) in enumerate(self.places) if end > start), len(self.ids))
+
+    def first_token_behind(self, end: int) -> int:
+        """The first token that holds no character before `end`."""
+        if self.places is None:
+            return self._tokens_before(end)
+        return next((i for i, (begin, _) in enumerate(self.places) if begin >= end), len(self.ids))
+
+    def _tokens_before(self, place: int) -> int:
+        before = self.tokenizer(self.text[:place], add_special_tokens=False)["input_ids"]
+        if self.ids[: len(before)] != before:
             raise ValueError(
-                "has an answer that shares a token with its prompt; set ++model.tokenizer.use_fast=true"
+                "has an answer that shares a token with what is around it, which only a fast tokenizer can tell; "
+                "set ++model.tokenizer.use_fast=true"
             )
         return len(before)
-
-    def _end(
-        self,
-        messages: list[dict],
-        k: int,
-        text: str,
-        ids: list[int],
-        begins: list | None,
-        start: int,
-        limit: int,
-    ) -> int:
-        """One past the last token of an answer."""
-        for index in range(start, limit):
-            if ids[index] in self.end_ids:
-                return index + 1
-        _, _, tail = self._around(messages, k, text)
-        if not text.endswith(tail):
-            raise ValueError(f"has turn {k + 1}, whose end in the tokenizer's chat template cannot be found")
-        end = self._index(ids, begins, text, len(text) - len(tail))
-        special = set(self.tokenizer.all_special_ids) | {
-            token for token, added in self.tokenizer.added_tokens_decoder.items() if added.special
-        }
-        return next((index + 1 for index in range(end, limit) if ids[index] in special), end)

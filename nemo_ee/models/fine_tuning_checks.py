@@ -72,7 +72,7 @@ def fine_tuning_faults(cfg: DictConfig) -> Iterator[Fault]:
         return
     text = data.get("data_prefix") is not None
     if not is_fine_tuning(data):
-        if not text and data.get("data_impl") != "mock":
+        if not text and "data_prefix" in data and data.get("data_impl") != "mock":
             remedy = f"set {PREFIX_KEY}=… (indexed text), or {FILES_KEY}=[chats.jsonl]"
             yield Fault(PREFIX_KEY, data.get("data_prefix"), "there is nothing to train on", remedy)
         if file_names(data, "validation_ds"):

@@ -35,7 +35,7 @@ class FineTuningDataMixin:
 
     def model_provider_func(self, *args: Any, **kwargs: Any) -> Any:
         """The next class's, after the files have been looked at with the tokenizer. Collective over the world."""
-        if is_fine_tuning(self.cfg.data):
+        if is_fine_tuning(self.cfg.get("data")):
             self.start_distributed()
             self.read_fine_tuning_data()
         return super().model_provider_func(*args, **kwargs)

@@ -346,8 +346,7 @@ BAD = {
     ),
     "nothing given": (
         dict(model__restore_from_path=None, model__data__data_prefix=None),
-        "error: model.restore_from_path=???: is required; set model.restore_from_path=…\n"
-        "model.data.data_prefix=???: is required",
+        "error: model.restore_from_path=???: is required; set model.restore_from_path=…",
     ),
     "no steps": (dict(trainer__max_steps="0"), "trainer.max_steps=0: not one training step was made"),
     "half precision without a GPU": (dict(trainer__precision="16"), "needs a GPU"),

@@ -61,11 +61,6 @@ UNSOUND_DOCUMENTS = {
         "reset_position_ids",
         "reset_attention_mask",
     ),
-    "sequences packed for fine-tuning": (
-        dict(data__train_ds=dict(packed_sequence=True)),
-        "train_ds",
-        "data_prefix",
-    ),
 }
 
 
@@ -81,6 +76,11 @@ def test_settings_without_effect_are_refused(case, check):
     changes, key, remedy = UNSOUND_DOCUMENTS[case]
     (fault,) = faults_of(check, config(**PRETRAINING, **changes))
     assert fault.key == f"model.data.{key}" and remedy in fault.remedy
+
+
+def test_pretraining_reads_no_fine_tuning_data():
+    (fault,) = faults_of(check_pretraining, config(**PRETRAINING, data__train_ds=dict(file_names=["a"])))
+    assert fault.key == "model.data.train_ds" and "data_prefix" in fault.remedy
 
 
 def test_attention_that_reads_no_mask_is_refused(monkeypatch):
