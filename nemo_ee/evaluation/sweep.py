@@ -245,7 +245,7 @@ class Sweep:
             Sample(
                 name,
                 settings.sample_threshold,
-                tuple(token_pieces(text.tokens, tokenizer, text.prompt)),
+                tuple(token_pieces(text.tokens, tokenizer)),
                 tuple(text.exit_layers),
                 tuple(text.confidences),
             )

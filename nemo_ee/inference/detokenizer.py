@@ -53,6 +53,10 @@ class Detokenizer:
         piece = self._decode(self._context + group)[len(self._context_text) :]
         if piece:  # tokens without text would leave the next one at the beginning of a text
             self._context, self._context_text = group, self._decode(group)
+        elif (
+            not self._context_text
+        ):  # the text begins with what has none, a space that is dropped there or BOS
+            self._context = (self._context + group)[-LONGEST_CONTEXT:]
         return [""] * (count - 1) + [piece]
 
 

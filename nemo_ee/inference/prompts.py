@@ -5,7 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from nemo.collections.common.tokenizers.chat_template_mixin import explode_chat_template_input, is_chat_input
+from nemo.collections.common.tokenizers.chat_template_mixin import (
+    explode_chat_template_input,
+    is_chat_input,
+    tokenize_with_chat_template,
+)
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from torch import Tensor
 
@@ -85,7 +89,9 @@ def chat_tokens(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
         raise GenerationError(
             f"chat: the tokenizer's template refuses these turns: role {unknown[0]}; it has {known}"
         )
-    return tokenizer.text_to_ids([{**turn, "role": names[turn["role"].lower()]} for turn in turns])
+    known_turns = [{**turn, "role": names[turn["role"].lower()]} for turn in turns]
+    # Not `text_to_ids(turns)`: of NeMo 2.4.1's tokenizers it reaches a method that is not implemented.
+    return tokenize_with_chat_template(tokenizer, known_turns, tokenizer.chat_template)
 
 
 def require_chat_template(tokenizer: Any) -> None:

@@ -109,7 +109,7 @@ class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
         self.model.start_distributed()
         prompts = on_first_rank(lambda: self._tokenize(inputs, sampling_params["add_BOS"]))
         self._prompt_lengths = [len(prompt) for prompt in prompts]
-        if isinstance(inputs, tuple):
+        if isinstance(inputs, tuple) and isinstance(inputs[0], Tensor):
             return inputs
         return self._padded(prompts, 1 if self.prompt_logits else length_params["max_length"])
 
@@ -220,7 +220,7 @@ class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
         short = [b for b in rows if length - self.lengths[b] < self._min_length and not self.prompt_logits]
         offset = shard * parallel_state.get_tensor_model_parallel_rank()
         here = [token - offset for token in self.model.text_tokenizer.eos_ids if 0 <= token - offset < shard]
-        for b in short:
+        for b in short if here else ():
             logits[b, -1, here] = float("-inf")
         self._note(step, rows, length, last=length if first and self.prompt_logits else 1)
         return [{"logits": logits}]

@@ -27,6 +27,8 @@ class TextTokenizer:
     Attributes:
         nemo: the tokenizer.
         special: ids of special tokens.
+        vocab_size: one more than the largest token id. (A Hugging Face tokenizer counts its tokens, and may leave ids
+            out.)
 
     Raises:
         ConfigError: settings that break a rule.
@@ -53,17 +55,14 @@ class TextTokenizer:
             self._known = frozenset(pieces) - self.special
         else:
             self.special = frozenset()
+        counted = getattr(tokenizer, "vocab_size", 0)
+        self.vocab_size: int = max(counted, max(self.special.union(self._known or ()), default=-1) + 1)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """All tokens that end a text, the tokenizer's own EOS first; empty where there is none."""
         own = known_id(getattr(self.nemo, "eos_id", None))
         return tuple(dict.fromkeys([*([] if own is None else [own]), *self._other_ends]))
-
-    @property
-    def vocab_size(self) -> int:
-        """Of the tokenizer."""
-        return self.nemo.vocab_size
 
     def before(self, add_bos: bool | None = None) -> list[int]:
         """What a text begins with: BOS, or nothing.

@@ -112,7 +112,8 @@ class GenerationMixin:
         try:
             with kept_microbatches():
                 output = super().generate(inputs, lengths, sampling, strategy=strategy)  # type: ignore[misc]
-            if sampling["compute_logprob"] and inputs is not given and isinstance(given[0], str):
+            texts = isinstance(given, list | tuple) and isinstance(given[0], str)
+            if output is not None and sampling["compute_logprob"] and texts:  # NeMo's loop has seen token ids
                 output["sentences"] = list(given)
             return output
         finally:

@@ -138,9 +138,16 @@ class MegatronGPTEarlyExitModel(GenerationMixin, EarlyExitAdapterMixin, Megatron
         self.text_tokenizer  # noqa: B018, before anything is allocated
 
     def _build_vocab(self) -> None:
-        """NeMo's; `padded_vocab_size` is also that of a checkpoint that overrides it."""
-        self.true_vocab_size = int(self.tokenizer.vocab_size)
+        """NeMo's, with a row for the largest token id, too; `padded_vocab_size` is also that of a checkpoint that
+        overrides it."""
+        self.true_vocab_size = int(self.text_tokenizer.vocab_size)
         super()._build_vocab()
+        if self.true_vocab_size > self.padded_vocab_size:  # NeMo counts tokens; their ids may have gaps
+            divisor = self.cfg.get("make_vocab_size_divisible_by", 128)
+            tensor_parallel = self.cfg.get("tensor_model_parallel_size", 1)
+            self.padded_vocab_size = self._vocab_size_with_padding(
+                self.true_vocab_size, divisor, tensor_parallel
+            )
         self.padded_vocab_size = self.cfg.get("override_vocab_size") or self.padded_vocab_size
 
     def to_config_file(self, path2yaml_file: str) -> None:

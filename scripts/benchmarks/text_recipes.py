@@ -66,6 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=48, help="held-out pieces of articles")
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), help="directory")
     parser.add_argument("--set", nargs="*", default=[], help="changes to the configuration of tuning")
+    parser.add_argument("--writing", nargs="*", default=[], help="changes to that of writing answers")
     return parser.parse_args()
 
 
@@ -94,6 +95,7 @@ def write_answers(arguments: argparse.Namespace, recipe: TextRecipe) -> dict:
         f"prompts.count={recipe.prompts}",
         f"inference.tokens_to_generate={TOKENS_TO_GENERATE}",
         "validation_share=0",
+        *arguments.writing,
     ]
     with initialize_config_dir(CONF, version_base=None):
         values = OmegaConf.to_container(compose("generate_tuning_text", overrides), resolve=True)

@@ -138,3 +138,11 @@ def test_a_directory_or_a_seed_that_cannot_be_used_is_refused_at_once(tmp_path):
         check(settings(prompts=["x"], output_file=str(tmp_path)), 1)
     with pytest.raises(ConfigError, match="seed=1180591620717411303424: must fit in 64 bits"):
         settings(prompts=["x"], seed=2**70)
+
+
+def test_chats_have_the_bos_of_their_template():
+    with pytest.raises(
+        ConfigError, match="inference.add_BOS=True: with chat=true .*; set inference.add_BOS=null"
+    ):
+        settings(prompts=["x"], chat=True, inference=dict(add_BOS=True))
+    assert settings(prompts=["x"], chat=True).inference.add_BOS is None

@@ -1,0 +1,378 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Models as others publish them, from their files to texts: the same as Hugging Face's, or SentencePiece's."""
+
+import json
+from contextlib import contextmanager
+
+import httpx
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from nemo_ee.errors import GenerationError
+from tests.support import tiny_chats, tiny_llama
+from tests.support.tiny_gpt import tiny_model, tiny_model_config, tiny_trainer
+from tests.support.uncached import generate_uncached
+
+PROMPTS = ["the cat sat on the mat", "what does"]
+TURNS = [{"role": "user", "content": "the dog ran?"}]
+STEPS = 24
+EXITS = {"layers": [2], "init": "copy", "head": {"projection": "tied", "mlp": False}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def batches_of_their_own():
+    """Converted models have batches of 1, and Megatron remembers those of the first model in a process."""
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+
+    from nemo_ee.models.generation_mixin import kept_microbatches
+
+    with kept_microbatches():
+        destroy_num_microbatches_calculator()
+        yield
+
+
+def restored(path, exits=EXITS, **changes):
+    from nemo_ee.checkpoint import archive
+    from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
+
+    settings = OmegaConf.merge(archive.read_config(path), {"early_exit": exits, "precision": 32, **changes})
+    trainer = tiny_trainer()
+    return MegatronGPTEarlyExitModel.restore_from(
+        str(path), override_config_path=settings, trainer=trainer
+    ).eval()
+
+
+class Published:
+    """A Hugging Face folder, and what transformers makes of it."""
+
+    def __init__(self, folder):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.folder = folder
+        self.network = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def ids(self, prompt):
+        if isinstance(prompt, str):
+            return self.tokenizer(prompt).input_ids
+        return self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
+
+    @torch.no_grad()
+    def generate(self, prompt, **settings):
+        """The new token ids; rows without a token are not chosen."""
+        ids = torch.tensor([self.ids(prompt)])
+        spare = list(range(len(self.tokenizer), self.network.config.vocab_size)) or None
+        given = dict(do_sample=False, max_new_tokens=STEPS, suppress_tokens=spare, pad_token_id=0)
+        output = self.network.generate(ids, attention_mask=torch.ones_like(ids), **{**given, **settings})
+        return output[0, ids.shape[1] :].tolist()
+
+    def text(self, ids):
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def convert(folder, path):
+    from nemo_ee.checkpoint.convert import convert_to_nemo
+
+    convert_to_nemo(str(folder), str(path))
+    return path
+
+
+@contextmanager
+def client(model, **settings):
+    from nemo_ee.server.serve import create_service
+    from tests.support.server import listening, server_config
+
+    limits = dict(max_prompt_tokens=40, max_tokens=STEPS, **settings)
+    service = create_service(server_config(**limits), model)
+    try:
+        with listening(service) as url, httpx.Client(base_url=url, timeout=60) as http:
+            yield http
+    finally:
+        service.engine.stop()
+
+
+def answers(http, prompt, **fields):
+    """Text and reason of an answer, at once and as a stream."""
+    chat = not isinstance(prompt, str)
+    path, name = ("/v1/chat/completions", "messages") if chat else ("/v1/completions", "prompt")
+    body = {
+        "model": "tiny",
+        "temperature": 0,
+        "early_exit": False,
+        "max_tokens": STEPS,
+        name: prompt,
+        **fields,
+    }
+    answer = http.post(path, json=body)
+    assert answer.status_code == 200, answer.text
+    choice = answer.json()["choices"][0]
+    yield choice["message"]["content"] if chat else choice["text"], choice["finish_reason"]
+    events = http.post(path, json={**body, "stream": True}).text.split("\n\n")[:-2]
+    parts = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events]
+    texts = [part["delta"].get("content", "") if chat else part["text"] for part in parts]
+    yield "".join(texts), parts[-1]["finish_reason"]
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """With two tokens that end texts; the second comes in the greedy answer to the first prompt. And our model."""
+    folder = tmp_path_factory.mktemp("qwen")
+    free = Published(tiny_chats.save_qwen(folder / "hf")).generate(PROMPTS[0], eos_token_id=None)
+    own = tiny_chats.qwen_tokenizer().eos_token_id
+    second = next(token for i, token in enumerate(free) if i >= 5 and token not in free[:i])
+    tiny_chats.save_qwen(folder / "hf", ends=[own, second])
+    published = Published(folder / "hf")
+    assert published.generate(PROMPTS[0])[-1] == second and len(published.generate(PROMPTS[0])) < STEPS
+    return published, restored(convert(folder / "hf", folder / "m.nemo")), second
+
+
+class TestSeveralEndsOfText:
+    def ways(self, model):
+        from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
+
+        yield dict(early_exit=False)
+        yield dict(early_exit=dict(lossless=True, threshold=0.0))
+        yield dict(strategy=EarlyExitTextGenerationStrategy(model, exits=[]))
+
+    @pytest.mark.parametrize("least", [0, 9])
+    def test_every_loop_stops_at_each_and_says_what_hugging_face_says(self, qwen, least):
+        published, model, second = qwen
+        expected = [published.generate(p, min_new_tokens=least or None) for p in PROMPTS]
+        assert second in expected[0] or least, "the case must be tried"
+        for way in self.ways(model):
+            for prompt, ids in zip(PROMPTS, expected, strict=True):
+                output = model.generate([prompt], dict(max_length=STEPS, min_length=least), **way)
+                assert output["token_ids"][0] == published.ids(prompt) + ids, way
+                assert output["sentences"][0] == published.text(published.ids(prompt) + ids)
+
+    def test_chats_are_the_templates(self, qwen):
+        published, model, _ = qwen
+        output = model.generate([TURNS], dict(max_length=STEPS), early_exit=False)
+        expected = published.ids(TURNS) + published.generate(TURNS)
+        assert output["token_ids"][0] == expected and output["sentences"][0] == published.text(expected)
+
+    def test_the_server_stops_there_and_shows_none_of_it(self, qwen):
+        published, model, second = qwen
+        with client(model) as http:
+            for prompt in (PROMPTS[0], TURNS):
+                ids = published.generate(prompt)
+                stopped = ids[-1] in (second, published.tokenizer.eos_token_id)
+                expected = published.text(ids[:-1] if stopped else ids), "stop" if stopped else "length"
+                assert list(answers(http, prompt)) == [expected, expected]
+            flagged = published.tokenizer.convert_tokens_to_ids("<|vision_start|>")
+            list(answers(http, PROMPTS[0], stop=["<|vision_start|>"]))
+            assert flagged in model.text_tokenizer.special and not published.text([flagged])
+
+
+def parallel_ids(path, sizes, prompts):
+    """What a rank of a model over two ranks generates."""
+    from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
+
+    settings = OmegaConf.merge(_config(path), {"early_exit": EXITS, "precision": 32, **sizes})
+    model = MegatronGPTEarlyExitModel.restore_from(
+        path, override_config_path=settings, trainer=tiny_trainer(2)
+    )
+    lengths = [dict(max_length=STEPS, min_length=least) for least in (0, 9)]
+    return [model.eval().generate(prompts, each, early_exit=False)["token_ids"] for each in lengths]
+
+
+def _config(path):
+    from nemo_ee.checkpoint import archive
+
+    return archive.read_config(path)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "pipeline"])
+def test_all_ranks_stop_at_each_end_of_text(workers, qwen, kind):
+    published, _, _ = qwen
+    path = str(published.folder.parent / "m.nemo")
+    sizes = {f"{kind}_model_parallel_size": 2}
+    found = workers(2).run(parallel_ids, path, sizes, PROMPTS)
+    assert found[0] == found[1]
+    for least, ids in zip((0, 9), found[0], strict=True):
+        expected = [published.generate(p, min_new_tokens=least or None) for p in PROMPTS]
+        assert ids == [published.ids(p) + new for p, new in zip(PROMPTS, expected, strict=True)]
+
+
+def test_ids_with_gaps_are_said_as_well(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = [*(f"w{n}" for n in range(20)), "</s>", "x"]
+    ids = {name: n if n < 20 else n + 20 for n, name in enumerate(names)}
+    core = Tokenizer(models.WordLevel(ids, unk_token="w0"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tiny_llama.model(tiny_llama.config(vocab_size=48, eos_token_id=40)).save_pretrained(tmp_path / "hf")
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>").save_pretrained(tmp_path / "hf")
+    published = Published(tmp_path / "hf")
+    model = restored(convert(tmp_path / "hf", tmp_path / "m.nemo"))
+    assert model.tokenizer.vocab_size == 22 and model.true_vocab_size == 42
+    for prompt in (f"w{n} x w{n + 3}" for n in range(8)):
+        expected = published.generate(prompt, suppress_tokens=list(range(42, 48)))
+        output = model.generate([prompt], dict(max_length=STEPS), early_exit=False)
+        assert output["token_ids"][0] == published.ids(prompt) + expected
+        assert output["sentences"][0] == published.text(published.ids(prompt) + expected)
+
+
+@pytest.fixture(scope="module")
+def mistral(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mistral")
+    published = Published(tiny_chats.save_mistral(folder / "hf"))
+    return published, restored(convert(folder / "hf", folder / "m.nemo"))
+
+
+class TestBosByTheTokenizersRule:
+    def test_prompts_and_chats_begin_with_one(self, mistral):
+        published, model = mistral
+        for prompt in (*PROMPTS, TURNS):
+            expected = published.ids(prompt) + published.generate(prompt)
+            assert expected[0] == 1 and 1 not in published.ids(prompt)[1:]
+            output = model.generate([prompt], dict(max_length=STEPS), early_exit=False)
+            assert output["token_ids"][0] == expected
+            assert output["sentences"][0] == published.text(expected)
+        written = model.generate(["<s>the cat"], dict(max_length=1))["token_ids"][0]
+        assert written.count(1) == 1 + (written[-1] == 1) and written[0] == 1
+
+    def test_what_is_said_goes_before_the_rule(self, mistral):
+        published, model = mistral
+        ids = published.ids(PROMPTS[0])
+        for add_bos, expected in ((False, ids[1:]), (True, ids), (None, ids)):
+            output = model.generate(PROMPTS[:1], dict(max_length=0), dict(add_BOS=add_bos))
+            assert output["token_ids"][0] == expected
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("nemos_loop", [False, True])
+    def test_log_probabilities_are_hugging_faces(self, mistral, nemos_loop):
+        from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
+
+        published, model = mistral
+        way = dict(strategy=EarlyExitTextGenerationStrategy(model, exits=[])) if nemos_loop else {}
+        output = model.generate(PROMPTS[:1], None, dict(compute_logprob=True), **way)
+        ids = published.ids(PROMPTS[0])
+        assert output["token_ids"][0] == ids and output["sentences"] == PROMPTS[:1]
+        expected = published.network(torch.tensor([ids])).logits[0].log_softmax(-1)
+        expected = expected[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        assert torch.allclose(output["logprob"][0][: len(expected)], expected, atol=1e-4)
+
+    def test_the_server_says_what_hugging_face_says(self, mistral):
+        published, model = mistral
+        with client(model) as http:
+            for prompt in (PROMPTS[0], TURNS):
+                expected = published.text(published.generate(prompt))
+                for text, _ in answers(http, prompt):
+                    assert text.strip() == expected, (
+                        "transformers drops the first space, which a stream needs"
+                    )
+            turns = [{"role": "system", "content": "the"}, *TURNS]
+            refused = http.post("/v1/chat/completions", json={"model": "tiny", "messages": turns})
+            assert refused.status_code == 400 and "Only user and assistant" in refused.text
+
+    def test_documents_begin_as_prompts_do(self, mistral, tmp_path):
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+        from nemo_ee.data.preprocess import preprocess
+        from nemo_ee.data.preprocess_config import PreprocessConfig
+
+        published, _ = mistral
+        lines = [*PROMPTS, "<s>the dog"]
+        (tmp_path / "in.txt").write_text("\n".join(lines))
+        for add_bos, before in ((None, [1]), (True, [1]), (False, [])):
+            prefix = str(tmp_path / f"out{add_bos}")
+            tokenizer = {"nemo": str(published.folder.parent / "m.nemo"), "add_bos": add_bos}
+            values = dict(input=str(tmp_path / "in.txt"), output_prefix=prefix, document="line", workers=1)
+            summary = preprocess(PreprocessConfig.from_dict({**values, "tokenizer": tokenizer}))
+            bare = [published.tokenizer(line, add_special_tokens=False).input_ids for line in lines]
+            expected = [ids + [2] if ids[0] == 1 else [*before, *ids, 2] for ids in bare]
+            found = IndexedDataset(prefix)
+            assert [found[i].tolist() for i in range(3)] == expected and summary["bos"] == before
+
+
+NEMOS_TEMPLATE = {
+    "prefix": "{_bos_id_}",
+    "roles": {"User": "user {_content_}\n", "Assistant": "assistant {_content_}{_eos_id_}"},
+}
+
+
+class TestSentencePiece:
+    @pytest.fixture(scope="class", params=["legacy", "new"])
+    def model(self, request, tmp_path_factory):
+        """NeMo's own form of a tokenizer: in its default mode, which is the legacy one, and without it."""
+        folder = tmp_path_factory.mktemp("sentencepiece")
+        file = tiny_chats.train_sentencepiece(folder, "bpe" if request.param == "legacy" else "unigram")
+        section = dict(library="sentencepiece", type=None, model=str(file), chat_template=NEMOS_TEMPLATE)
+        if request.param == "new":
+            section["sentencepiece_legacy"] = False
+        config = tiny_model_config(micro_batch_size=1, global_batch_size=1)
+        config.tokenizer = section
+        tiny_model(config).save_to(str(folder / "m.nemo"))
+        model = restored(folder / "m.nemo", exits=config.early_exit)
+        model.path = folder / "m.nemo"
+        return model
+
+    def prompt_ids(self, model, prompt):
+        encode = model.tokenizer.tokenizer.encode
+        return (
+            encode(prompt) if isinstance(prompt, str) else [1, *encode("user " + prompt[0]["content"] + "\n")]
+        )
+
+    @pytest.mark.parametrize("prompt", [PROMPTS[0], TURNS], ids=["text", "chat"])
+    def test_texts_are_those_of_the_model_and_of_sentencepiece(self, model, prompt):
+        from nemo.collections.nlp.modules.common.text_generation_strategy import (
+            GPTModelTextGenerationStrategy,
+        )
+
+        from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
+
+        assert model.text_tokenizer.eos_ids == (2,)
+        ids = self.prompt_ids(model, prompt)
+        whole = ids + generate_uncached(model.gpt, ids, 12, {}).tokens
+        if 2 in whole[len(ids) :]:
+            whole = whole[: whole.index(2, len(ids)) + 1]
+        lengths = dict(max_length=12, min_length=0)
+        ours = model.generate([prompt], lengths, early_exit=False)
+        strategies = [EarlyExitTextGenerationStrategy(model, exits=[])]
+        if isinstance(prompt, str):
+            strategies.append(GPTModelTextGenerationStrategy(model))
+        theirs = [model.generate([prompt], lengths, strategy=strategy) for strategy in strategies]
+        text = model.tokenizer.tokenizer.decode(whole)
+        for output in (ours, *theirs):
+            assert output["token_ids"][0] == whole and output["sentences"][0].strip() == text.strip()
+        assert ours["sentences"][0] == text
+
+    def test_the_server_completes_and_chats(self, model):
+        decode = model.tokenizer.tokenizer.decode
+        with client(model) as http:
+            for prompt in (PROMPTS[0], TURNS):
+                ids = self.prompt_ids(model, prompt)
+                new = model.generate([prompt], dict(max_length=STEPS), early_exit=False)["token_ids"][0][
+                    len(ids) :
+                ]
+                expected = decode(ids + new)[len(decode(ids)) :]
+                assert [text for text, _ in answers(http, prompt)] == [expected, expected]
+            turns = [{"role": "system", "content": "the"}, *TURNS]
+            refused = http.post("/v1/chat/completions", json={"model": "tiny", "messages": turns})
+            assert refused.status_code == 400 and "role system; it has User, Assistant" in refused.text
+
+    def test_documents_of_its_checkpoint_end_with_its_eos(self, model, tmp_path):
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+        from nemo_ee.data.preprocess import preprocess
+        from nemo_ee.data.preprocess_config import PreprocessConfig
+
+        (tmp_path / "in.txt").write_text("\n".join(PROMPTS))
+        values = dict(
+            input=str(tmp_path / "in.txt"), document="line", workers=1, output_prefix=str(tmp_path / "out")
+        )
+        summary = preprocess(PreprocessConfig.from_dict({**values, "tokenizer": {"nemo": str(model.path)}}))
+        found = IndexedDataset(str(tmp_path / "out"))
+        encode = model.tokenizer.tokenizer.encode
+        assert [found[i].tolist() for i in range(2)] == [[*encode(text), 2] for text in PROMPTS]
+        assert summary["bos"] == [] and summary["eod"] == 2
+
+    def test_bos_comes_where_the_checkpoint_or_the_caller_says(self, model):
+        ids = self.prompt_ids(model, PROMPTS[0])
+        output = model.generate(PROMPTS[:1], dict(max_length=0), dict(add_BOS=True))
+        assert output["token_ids"][0] == [1, *ids]
+        with pytest.raises(GenerationError, match="role tool; it has User, Assistant"):
+            model.generate([[{"role": "tool", "content": "x"}]], dict(max_length=1))
