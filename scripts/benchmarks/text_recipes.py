@@ -31,6 +31,7 @@ PROMPTS = HERE / "held_out_prompts.jsonl"
 THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 TIMING_STEPS = 11
 CORES = 2
+ARTICLES = "Wikipedia"
 TOKENS_TO_GENERATE = 160
 """Of an answer that is tuned on, at most."""
 LONGEST_ANSWER = 128
@@ -44,10 +45,23 @@ class TextRecipe:
     Attributes:
         name: of the recipe.
         prompts: that the model answers first; 0: tuned on articles.
+        begins_on_articles: the closed form is that of articles.
     """
 
     name: str
     prompts: int = 0
+    begins_on_articles: bool = False
+
+    @property
+    def mixed(self) -> bool:
+        """Whether it uses both."""
+        return self.begins_on_articles and self.prompts > 0
+
+    def exits(self, part: str) -> str:
+        """File of the exits after a part, `start` or `tuned`."""
+        if part == "start" and self.mixed:
+            return "start_0.nemo"
+        return f"{part}_{self.prompts}{'_mixed' if self.mixed else ''}.nemo"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -71,8 +85,13 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def recipes_of(arguments: argparse.Namespace) -> list[TextRecipe]:
-    answers = [TextRecipe(f"its own answers to {count} prompts", count) for count in arguments.prompts]
-    recipes = [TextRecipe("Wikipedia"), *answers]
+    recipes = [TextRecipe(ARTICLES, begins_on_articles=True)]
+    for count in arguments.prompts:
+        name = f"its own answers to {count} prompts"
+        recipes += [
+            TextRecipe(name, count),
+            TextRecipe(f"closed form on {ARTICLES}, then {name}", count, True),
+        ]
     return [recipe for recipe in recipes if arguments.only in recipe.name]
 
 
@@ -169,18 +188,18 @@ def fit(cfg: Any, save_to: Path) -> dict:
 def start(arguments: argparse.Namespace, recipe: TextRecipe) -> dict:
     """The closed form, and the time of a step."""
     changes = [f"trainer.max_steps={TIMING_STEPS}", "model.optim.lr=0", "model.optim.sched.warmup_steps=1"]
-    return fit(compose_tuning(arguments, recipe, *changes), arguments.work / f"start_{recipe.prompts}.nemo")
+    return fit(compose_tuning(arguments, recipe, *changes), arguments.work / recipe.exits("start"))
 
 
 def tune(arguments: argparse.Namespace, recipe: TextRecipe, steps: int) -> dict:
     """As many steps as fit into what is left."""
     changes = [
-        f"model.adapter_path={arguments.work}/start_{recipe.prompts}.nemo",
+        f"model.adapter_path={arguments.work}/{recipe.exits('start')}",
         f"trainer.max_steps={steps}",
     ]
     changes.append(f"model.optim.sched.warmup_steps={steps // 10 + 1}")
     cfg = compose_tuning(arguments, recipe, *changes)
-    return {"steps": steps, **fit(cfg, arguments.work / f"tuned_{recipe.prompts}.nemo")}
+    return {"steps": steps, **fit(cfg, arguments.work / recipe.exits("tuned"))}
 
 
 def measure(arguments: argparse.Namespace, recipe: TextRecipe) -> dict:
@@ -201,7 +220,7 @@ def measure(arguments: argparse.Namespace, recipe: TextRecipe) -> dict:
     off = {"logger": False, "enable_checkpointing": False}
     settings = {"trainer": {"devices": 1, "num_nodes": 1, "precision": 32, **off}, "model": {}}
     trainer = EarlyExitTrainerBuilder(OmegaConf.create(settings)).create_trainer()
-    exits = arguments.work / f"tuned_{recipe.prompts}.nemo"
+    exits = arguments.work / recipe.exits("tuned")
     overrides = OmegaConf.create({"precision": 32})
     model = MegatronGPTEarlyExitModel.restore_with_exits(
         arguments.model, str(exits), trainer, overrides
@@ -306,6 +325,10 @@ def main() -> None:
             rows = {row["name"]: row for row in load(path)}
             row = rows.get(recipe.name, {"name": recipe.name, **about})
             left = arguments.minutes * 60 * CORES
+            if recipe.mixed:
+                own = rows[f"its own answers to {recipe.prompts} prompts"]
+                row["written"] = own["written"]
+                row["started"] = {**rows[ARTICLES]["started"], "per_step": own["started"]["per_step"]}
             if recipe.prompts:
                 row = _part(row, "written", path, write_answers, arguments, recipe)
                 left -= row["written"]["seconds"]
