@@ -67,6 +67,10 @@ several tokens).
 
 {table(["recipe", "threshold", "agreement", "leave early", "layers left out"], _by_threshold(rows))}
 
+What that comes to at equal agreement, read off between the two nearest thresholds:
+
+{table(_AT_AGREEMENT, [_at_agreement(row) for row in rows])}
+
 ![Agreement against tokens that leave early](text_recipes.png)
 
 ## What it took
@@ -145,6 +149,24 @@ def _by_threshold(rows: Sequence[dict]) -> list[list[str]]:
             shares = [f"{100 * at[name]:.1f} %" for name in ("early", "layers_left_out")]
             lines.append([row["name"], f"{at['threshold']:g}", agreement, *shares])
     return lines
+
+
+_LEVELS = (0.9, 0.95)
+_AT_AGREEMENT = [
+    "recipe",
+    *(f"{what} at {level}" for level in _LEVELS for what in ("leave early", "layers left out")),
+]
+
+
+def _at_agreement(row: dict) -> list[str]:
+    points = sorted(row["measured"]["thresholds"], key=lambda at: at["agreement"])
+    agreement = [at["agreement"] for at in points]
+    shares = [
+        np.interp(level, agreement, [at[name] for at in points])
+        for level in _LEVELS
+        for name in ("early", "layers_left_out")
+    ]
+    return [row["name"], *(f"{100 * share:.1f} %" for share in shares)]
 
 
 def _cost(row: dict) -> list[str]:

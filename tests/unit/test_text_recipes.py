@@ -74,6 +74,8 @@ def test_page_of_texts(benchmark, tmp_path):
     assert ["Wikipedia", "", "", "", "20", "100", "10", "1.50", "3,600"] in cells
     assert ["answers", "10", "+0.100 [+0.000, +0.200]"] in cells, "one prompt gained 0.2, the other nothing"
     assert ["answers", "20", "+0.000 [+0.000, +0.000]"] in cells
+    # Between 0.75 at a threshold of 0.5 (40 % early, 25 % of layers) and 0.96 at 0.8 (10 % and 10 %).
+    assert ["answers", "18.6 %", "14.3 %", "11.4 %", "10.7 %"] in cells
     assert "(360 s)" in page and "3 to 17 meanwhile" in page and "40 prompts" in page
 
 
