@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 # The main job, from nothing, on any machine: takes a real pre-trained model (SmolLM2-135M-Instruct), gives it early
-# exits, lets it answer a few hundred questions, tunes the exits on its answers while the backbone is frozen, chats with
-# them and reports what was gained, on chats and on articles.
+# exits (in closed form, on articles), lets it answer a few hundred questions, tunes the exits on its answers while the
+# backbone is frozen, chats with them and reports what was gained, on chats and on articles. Why these two texts:
+# docs/benchmarks/text_recipes.md.
 #
 #   bash scripts/quickstart.sh [--minutes N] [--layers LIST] [--work DIR]
 #
@@ -49,7 +50,7 @@ stage "3/9 SmolLM2-135M-Instruct (GGUF) to a NeMo checkpoint"
     python scripts/convert_llama_hf_to_nemo.py "input_name_or_path=$work/smollm2.gguf" "output_path=$work/smollm2.nemo"
 ls -lh "$work/smollm2.nemo"
 
-stage "4/9 10,000 Wikipedia articles to Megatron's indexed datasets; the held-out ones say what exits do to prose"
+stage "4/9 10,000 Wikipedia articles to Megatron's indexed datasets; held-out articles set aside first"
 [ -f "$work/wikipedia.json" ] ||
     python scripts/preprocess_text.py "input=$work/sources/wikipedia-intros.json" json_key=extract \
         "output_prefix=$work/wikipedia" "tokenizer.nemo=$work/smollm2.nemo" overwrite=true # of what was half published
@@ -63,19 +64,20 @@ stage "5/9 the model answers questions for about $writing minutes; its answers a
         "prompts.directory=$work/sources" "prompts.exclude_file=$held_out" "minutes=$writing" validation_share=0.1
 head -n 1 "$work/chats_train.jsonl"
 
-# Tuning settings that all runs below share.
+# Tuning settings that all runs below share; and what they read.
 tune() {
     python scripts/megatron_gpt_ee_tuning.py "model.restore_from_path=$work/smollm2.nemo" "model.early_exit.layers=$layers" \
-        model.data.chat=true "model.data.train_ds.file_names=[$work/chats_train.jsonl]" \
-        "model.data.validation_ds.file_names=[$work/chats_validation.jsonl]" model.micro_batch_size=3 \
-        model.global_batch_size=3 "exp_manager.exp_dir=$work" trainer.log_every_n_steps=5 "$@"
+        "exp_manager.exp_dir=$work" trainer.log_every_n_steps=5 "$@"
 }
+articles=("model.data.data_prefix={train:[$work/wikipedia_train],validation:[$work/wikipedia_validation],test:[$work/wikipedia_validation]}")
+chats=(model.data.chat=true "model.data.train_ds.file_names=[$work/chats_train.jsonl]"
+    "model.data.validation_ds.file_names=[$work/chats_validation.jsonl]" model.micro_batch_size=3 model.global_batch_size=3)
 
-stage "6/9 exits in closed form (ridge regression on at most 41k tokens), and the time of a step"
+stage "6/9 exits in closed form (ridge regression on 41k tokens of articles), and the time of a step"
 closed="$work/closed_form/checkpoints/closed_form.nemo"
 [ -f "$closed" ] || {
     rm -rf "$work/closed_form" "$work/steps"
-    tune name=closed_form trainer.max_steps=11 trainer.val_check_interval=11 trainer.limit_val_batches=2 model.optim.lr=0 \
+    tune name=closed_form "${articles[@]}" trainer.max_steps=11 trainer.val_check_interval=11 trainer.limit_val_batches=2 model.optim.lr=0 \
         model.validate_at_start=false
 }
 [ -s "$work/steps" ] || {
@@ -87,7 +89,7 @@ steps=$(cat "$work/steps")
 stage "7/9 tuning the exits for about $tuning minutes: $steps steps of 3 chats"
 exits="$work/tuned/checkpoints/tuned.nemo"
 [ -f "$exits" ] ||
-    tune name=tuned "model.adapter_path=$closed" "trainer.max_steps=$steps" "trainer.val_check_interval=$((steps / 4))" \
+    tune name=tuned "${chats[@]}" "model.adapter_path=$closed" "trainer.max_steps=$steps" "trainer.val_check_interval=$((steps / 4))" \
         trainer.limit_val_batches=16 "model.optim.sched.warmup_steps=$((steps / 10 + 1))"
 ls -lh "$exits"
 

@@ -90,7 +90,9 @@ def test_quickstart_tunes_on_answers_and_asks_other_questions_in_its_report(tmp_
         assert f" {file.partition('.')[0]} " in fetched
     assert any("quickstart_steps.py" in call and call.endswith(" 10.5") for call in calls), "what is left"
     runs = [call for call in calls if "ee_tuning.py" in call]
-    assert len(runs) == 2 and all("chat=true" in call and "chats_train.jsonl]" in call for call in runs)
+    closed, tuned = runs
+    assert "wikipedia_train]" in closed and "chat=true" not in closed
+    assert "chat=true" in tuned and "chats_train.jsonl]" in tuned and "data_prefix" not in tuned
     (report,) = [call for call in calls if "evaluate_early_exit.py" in call]
     assert f"chat_prompts_file={held_out} " in report and "data.prefix=" in report
 
