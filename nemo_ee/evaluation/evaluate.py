@@ -17,10 +17,11 @@ from nemo_ee.data.checks import check_indexed_dataset
 from nemo_ee.errors import CheckpointError, ConfigError, Fault
 from nemo_ee.evaluation import provenance
 from nemo_ee.evaluation.held_out import held_out_sequences, measure_quality
-from nemo_ee.evaluation.settings import EvaluationConfig
+from nemo_ee.evaluation.settings import EvaluationConfig, SweepConfig
 from nemo_ee.evaluation.sweep import Sweep, document_prompts
 from nemo_ee.evaluation.teacher_forced import TextScores, score_text
 from nemo_ee.inference.generate import generating
+from nemo_ee.inference.prompt_file import Turns, read_prompt_file
 from nemo_ee.inference.prompts import tokenize_prompts
 from nemo_ee.models.checks import from_checkpoint, read_early_exit
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
@@ -47,6 +48,7 @@ def evaluate(config: EvaluationConfig, trainer: Any) -> list[Path]:
     """
     curve = read_tuning_curve(config.tuning_log_dir, key="tuning_log_dir") if config.tuning_log_dir else ()
     _check(config)
+    chats = _chats(config)
     if trainer.world_size != 1:
         rule = f"x trainer.num_nodes={trainer.num_nodes}: an evaluation runs in one process"
         raise ConfigError(Fault("trainer.devices", trainer.num_devices, rule, "set both to 1"))
@@ -54,17 +56,19 @@ def evaluate(config: EvaluationConfig, trainer: Any) -> list[Path]:
     settings = config.generation
     data = config.data
     sequences = held_out_sequences(data.prefix, data.sequences, data.seq_length, model.true_vocab_size)
-    if settings.prompts is None:
+    if settings.prompts is None and chats is None:
         prompts = document_prompts(data, settings.num_prompts, settings.prompt_tokens)
     else:
         limit = model.cfg.encoder_seq_length
-        prompts = tokenize_prompts(list(settings.prompts), model.text_tokenizer, None, limit)
+        asked = list(settings.prompts) if chats is None else chats
+        prompts = tokenize_prompts(asked, model.text_tokenizer, None, limit)
     batches = sequences.split(data.batch_size)
     steps = len(batches) + Sweep.generations(settings, len(prompts))
     with tqdm(total=steps, file=sys.stderr, desc="held-out text", dynamic_ncols=True) as bar:
         quality = measure_quality(_scorer(model), _counted(batches, bar), config.seed)
         bar.set_description("generation")
-        sweep = Sweep(model, prompts, settings, config.seed, bar.update)
+        names = None if chats is None else [turns[-1]["content"] for turns in chats]
+        sweep = Sweep(model, prompts, settings, config.seed, bar.update, names)
         thresholds = sweep.run()
     report = Report(
         _metadata(config, model),
@@ -74,6 +78,8 @@ def evaluate(config: EvaluationConfig, trainer: Any) -> list[Path]:
         thresholds,
         curve,
         sweep.samples(),
+        _described(settings, len(prompts)),
+        sweep.quality.exits,
     )
     return write_report(report, config.output_dir)
 
@@ -97,6 +103,25 @@ def restore(config: EvaluationConfig, trainer: Any) -> MegatronGPTEarlyExitModel
     return model.eval()
 
 
+def _chats(config: EvaluationConfig) -> list[Turns] | None:
+    """The chats to answer.
+
+    Raises:
+        ConfigError: their file cannot be read.
+    """
+    path = config.generation.chat_prompts_file
+    return None if path is None else read_prompt_file(path, "generation.chat_prompts_file")
+
+
+def _described(settings: SweepConfig, prompts: int) -> str:
+    """What was generated after, in words."""
+    if settings.chat_prompts_file is not None:
+        return f"{prompts} prompts of {Path(settings.chat_prompts_file).name}, in the chat template"
+    if settings.prompts is not None:
+        return f"{prompts} texts that were given"
+    return f"the first {settings.prompt_tokens} tokens of {prompts} held-out documents"
+
+
 def _check(config: EvaluationConfig) -> None:
     """What the files' own configurations and sizes show to be wrong."""
     base = archive.read_config(config.gpt_model_file)
@@ -116,7 +141,8 @@ def _check(config: EvaluationConfig) -> None:
         rule = f"exceeds the model's encoder_seq_length={limit}"
         faults.append(Fault("data.seq_length", config.data.seq_length, rule, f"use at most {limit}"))
     longest = config.generation.prompt_tokens + config.generation.tokens_to_generate
-    if config.generation.prompts is None and longest > limit:
+    documents = config.generation.prompts is None and config.generation.chat_prompts_file is None
+    if documents and longest > limit:
         rule = f"with generation.tokens_to_generate exceeds the model's {limit} positions"
         faults.append(Fault("generation.prompt_tokens", config.generation.prompt_tokens, rule, "use fewer"))
     if faults:

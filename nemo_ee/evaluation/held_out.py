@@ -43,13 +43,13 @@ class ExitTotals:
     strict_agreements: list[float] = field(default_factory=list)
     confidences: list[float] = field(default_factory=list)
 
-    def add(self, scores: ExitScores, final: ExitScores) -> None:
-        """Adds a batch of whole sequences."""
-        equal = scores.tokens == final.tokens
-        self.losses += scores.losses.double().sum(1).tolist()
+    def add(self, scores: ExitScores, final: ExitScores, counted: Tensor) -> None:
+        """Adds a batch of sequences, of which those positions count that are True in `counted` [B, S]."""
+        equal = (scores.tokens == final.tokens) & counted
+        self.losses += (scores.losses.double() * counted).sum(1).tolist()
         self.agreements += equal.double().sum(1).tolist()
         self.strict_agreements += (equal & ~scores.bucket_wins).double().sum(1).tolist()
-        self.confidences += scores.confidences.double().sum(1).tolist()
+        self.confidences += (scores.confidences.double() * counted).sum(1).tolist()
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,24 @@ def measure_quality(
         sequences: batches of token ids [B, S + 1].
         seed: of the bootstrap over sequences.
     """
+    scored = (score(batch[:, :-1], batch[:, 1:]) for batch in sequences)
+    return quality_of(((each, torch.ones_like(each.final.tokens, dtype=torch.bool)) for each in scored), seed)
+
+
+def quality_of(scored: Iterable[tuple[TextScores, Tensor]], seed: int) -> HeldOutQuality:
+    """`measure_quality` of scores that are there.
+
+    Args:
+        scored: batches of scores and which of their positions count, [B, S].
+        seed: of the bootstrap over sequences.
+    """
     exits: dict[int, ExitTotals] = {}
     final, counts = ExitTotals(), []
-    for batch in sequences:
-        scores = score(batch[:, :-1], batch[:, 1:])
-        final.add(scores.final, scores.final)
-        counts += [float(batch.shape[1] - 1)] * len(batch)
+    for scores, counted in scored:
+        final.add(scores.final, scores.final, counted)
+        counts += counted.double().sum(1).tolist()
         for n, each in scores.exits.items():
-            exits.setdefault(n, ExitTotals()).add(each, scores.final)
+            exits.setdefault(n, ExitTotals()).add(each, scores.final, counted)
     loss, loss_ci = bootstrap_mean(final.losses, counts, seed=seed)
     return HeldOutQuality(tuple(_quality(n, exits[n], counts, seed) for n in sorted(exits)), loss, loss_ci)
 

@@ -34,8 +34,10 @@ class SweepConfig:
     """Generation over a sweep of thresholds, always greedy.
 
     Attributes:
-        prompts: texts to continue; null takes the beginnings of held-out documents.
-        num_prompts: how many documents, without `prompts`.
+        prompts: texts to continue.
+        chat_prompts_file: a file of prompts (see `read_prompt_file`), each answered in the tokenizer's chat
+            template. Without this and `prompts`, the beginnings of held-out documents are continued.
+        num_prompts: how many documents.
         prompt_tokens: tokens of each document that are the prompt.
         tokens_to_generate: per prompt, at most.
         thresholds: confidences above which a token leaves.
@@ -47,6 +49,7 @@ class SweepConfig:
     """
 
     prompts: tuple[str, ...] | None = None
+    chat_prompts_file: str | None = None
     num_prompts: int = 16
     prompt_tokens: int = 32
     tokens_to_generate: int = 40
@@ -119,6 +122,10 @@ def _check_counts(section: str, config: object, names: tuple[str, ...]) -> list[
 def _check_sweep(sweep: SweepConfig) -> list[Fault]:
     counts = ("num_prompts", "prompt_tokens", "timed_prompts", "repeats")
     faults = _check_counts("generation", sweep, counts)
+    if sweep.prompts is not None and sweep.chat_prompts_file is not None:
+        rule = "with generation.prompts there are two sets of prompts"
+        remedy = "set one of them to null"
+        faults.append(Fault("generation.chat_prompts_file", sweep.chat_prompts_file, rule, remedy))
     if sweep.tokens_to_generate < 2:
         rule = "only tokens after the first can leave early"
         faults.append(Fault("generation.tokens_to_generate", sweep.tokens_to_generate, rule, "use 2 or more"))

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from nemo_ee.data.index_file import open_indexed_file
 from nemo_ee.errors import DataError, GenerationError
+from nemo_ee.evaluation.held_out import HeldOutQuality, quality_of
 from nemo_ee.evaluation.settings import HeldOutConfig, SweepConfig
 from nemo_ee.evaluation.teacher_forced import CONFIDENCE_RULE, TextScores, score_final, score_text
 from nemo_ee.inference.display import token_pieces
 from nemo_ee.inference.generate import generating
-from nemo_ee.report.schema import Sample, Spread, ThresholdResult
+from nemo_ee.report.schema import Interval, Sample, Spread, ThresholdResult
 from nemo_ee.report.statistics import bootstrap_mean, spread
 
 FULL_DEPTH: None = None
@@ -63,7 +64,13 @@ class Sweep:
         settings: of the sweep.
         seed: of the bootstrap over prompts.
         advance: called after every generation.
+        names: of the prompts, for people; None: their text.
+
+    Attributes:
+        quality: of every exit on full depth's texts, once `run` has come to its end.
     """
+
+    quality: HeldOutQuality
 
     def __init__(
         self,
@@ -72,9 +79,10 @@ class Sweep:
         settings: SweepConfig,
         seed: int,
         advance: Callable[[], Any] = lambda: None,
+        names: Sequence[str] | None = None,
     ):
         self.model, self.prompts, self.settings, self.seed = model, list(prompts), settings, seed
-        self.advance = advance
+        self.advance, self.names = advance, names
         self.exits = settings.exits or model.early_exit.layers
         self.final_layer = model.cfg.num_layers
         self.texts: dict[float | None, list[GeneratedText]] = {}
@@ -103,7 +111,8 @@ class Sweep:
             raise GenerationError(
                 "generation: every text ends after one token at full depth; give other prompts"
             )
-        scores = [self._score(full[i : i + BATCH]) for i in range(0, len(full), BATCH)]
+        scores = self.score(full)
+        self.quality = quality_of(((each, mask) for each, _, mask in scores), self.seed)
         perplexity = self.perplexity(full)
         return tuple(
             self._result(threshold, scores, perplexity, speeds) for threshold in self.settings.thresholds
@@ -165,8 +174,11 @@ class Sweep:
             mask[row, len(text.prompt) - 1 : len(tokens) - 1] = True
         return ids[:, :-1], ids[:, 1:], mask
 
+    def score(self, texts: Sequence[GeneratedText]) -> list[tuple[TextScores, Tensor, Tensor]]:
+        """Of batches of full depth's texts: all exits, the labels, and where a token could leave, [B, S] each."""
+        return [self._score(texts[i : i + BATCH]) for i in range(0, len(texts), BATCH)]
+
     def _score(self, texts: Sequence[GeneratedText]) -> tuple[TextScores, Tensor, Tensor]:
-        """All exits on full depth's texts, the labels, and where a token could leave, [B, S] each."""
         tokens, labels, mask = self._batch(texts)
         with generating(self.model):
             scores = score_text(self.model.gpt, tokens, labels)
@@ -194,15 +206,7 @@ class Sweep:
         full_depth_perplexity: float,
         speeds: dict[float | None, list[float]],
     ) -> ThresholdResult:
-        agreements: list[float] = []
-        counts: list[float] = []
-        for text_scores, labels, mask in scores:
-            tokens, layers = text_scores.leaving(dict.fromkeys(self.exits, threshold))
-            # The final exit's token is the label but for rounding between decoding and this pass.
-            equal = ((tokens == labels) | (layers == 0)) & mask
-            agreements += equal.sum(1).double().tolist()
-            counts += mask.sum(1).double().tolist()
-        agreement, interval = bootstrap_mean(agreements, counts, seed=self.seed)
+        agreement, interval = self.agreement(threshold, scores)
         texts = self.texts[threshold]
         left = [layer for text in texts for layer in text.exit_layers]
         full: list[float] = speeds[FULL_DEPTH]
@@ -219,18 +223,35 @@ class Sweep:
             agreement_ci=interval,
         )
 
+    def agreement(
+        self, threshold: float, scores: Sequence[tuple[TextScores, Tensor, Tensor]]
+    ) -> tuple[float, Interval | None]:
+        """Share of full depth's tokens that decoding at a threshold would give, with its interval over prompts."""
+        agreements: list[float] = []
+        counts: list[float] = []
+        for text_scores, labels, mask in scores:
+            tokens, layers = text_scores.leaving(dict.fromkeys(self.exits, threshold))
+            # The final exit's token is the label but for rounding between decoding and this pass.
+            equal = ((tokens == labels) | (layers == 0)) & mask
+            agreements += equal.sum(1).double().tolist()
+            counts += mask.sum(1).double().tolist()
+        return bootstrap_mean(agreements, counts, seed=self.seed)
+
     def samples(self) -> tuple[Sample, ...]:
         """The first texts at `sample_threshold`."""
         settings, tokenizer = self.settings, self.model.text_tokenizer
+        names = self.names or [tokenizer.decode(prompt) for prompt in self.prompts[: settings.samples]]
         return tuple(
             Sample(
-                tokenizer.decode(text.prompt),
+                name,
                 settings.sample_threshold,
                 tuple(token_pieces(text.tokens, tokenizer)),
                 tuple(text.exit_layers),
                 tuple(text.confidences),
             )
-            for text in self.texts.get(settings.sample_threshold, [])[: settings.samples]
+            for name, text in zip(
+                names[: settings.samples], self.texts.get(settings.sample_threshold, []), strict=False
+            )
         )
 
 

@@ -41,26 +41,31 @@ def _metadata(report: Report) -> str:
     return table(["", "value"], [[name, value] for name, value in rows], numbers=False)
 
 
+EXIT_COLUMNS = [
+    "exit layer",
+    "loss, nats/token",
+    "agreement with final exit",
+    "strict",
+    "mean confidence",
+    "tokens",
+]
+
+
 def _exits(report: Report) -> str:
     rows = [_exit_row(quality) for quality in report.exits]
     tokens = f"{report.exits[0].tokens:,}" if report.exits else ""
     final = _with_interval(report.final_loss, report.final_loss_ci, 3)
     rows.append([f"{report.metadata.num_layers} (final)", final, "1", "1", "", tokens])
-    header = [
-        "exit layer",
-        "loss, nats/token",
-        "agreement with final exit",
-        "strict",
-        "mean confidence",
-        "tokens",
-    ]
     note = (
         "Brackets: 95 % confidence interval, bootstrap over sequences. Strict: positions where a shortlist's "
         "bucket is most probable count as disagreement. The loss of a shortlist exit counts its bucket's "
         "probability for tokens off the shortlist."
     )
     return (
-        "## Held-out text\n\nEvery token at one exit, teacher-forced. " + note + "\n\n" + table(header, rows)
+        "## Held-out text\n\nEvery token at one exit, teacher-forced. "
+        + note
+        + "\n\n"
+        + table(EXIT_COLUMNS, rows)
     )
 
 
@@ -90,7 +95,12 @@ def _thresholds(report: Report) -> str:
         "text generated at the threshold. Speeds are medians with quartiles, measured alternately in one run."
     )
     rows = [_threshold_row(result) for result in report.thresholds]
-    return f"## Generation\n\n{note}\n\n" + table(header, rows)
+    after = f"Greedy texts after {report.prompts}. " if report.prompts else ""
+    page = f"## Generation\n\n{after}{note}\n\n" + table(header, rows)
+    if report.exits_on_own_text:
+        own = [_exit_row(quality) for quality in report.exits_on_own_text]
+        page += "\n\nEvery token of full depth's texts at one exit:\n\n" + table(EXIT_COLUMNS, own)
+    return page
 
 
 def _threshold_row(result: ThresholdResult) -> list[str]:

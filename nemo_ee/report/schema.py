@@ -8,8 +8,8 @@ per second.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-VERSION = 1
-"""Of the JSON layout; raised when a field changes its meaning or goes away."""
+VERSION = 2
+"""Of the JSON layout; raised when a field comes, goes away or changes its meaning."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +189,9 @@ class Report:
         thresholds: results in ascending order of the threshold.
         tuning_curve: validations during tuning, empty if unknown.
         samples: generated texts.
+        prompts: what was generated after, in words.
+        exits_on_own_text: the early exits on what full depth generated after the prompts, as if every token left there;
+            each text's first token does not count. Empty without thresholds.
         version: of the layout.
     """
 
@@ -199,6 +202,8 @@ class Report:
     thresholds: tuple[ThresholdResult, ...] = ()
     tuning_curve: tuple[CurvePoint, ...] = ()
     samples: tuple[Sample, ...] = ()
+    prompts: str = ""
+    exits_on_own_text: tuple[ExitQuality, ...] = ()
     version: int = field(default=VERSION)
 
     @property

@@ -27,6 +27,8 @@ _NAMES = {
     "nemo",
     "tokenizer.type",
     "tokenizer.model",
+    "prompts.file",
+    "prompts.directory",
 }
 _SUFFIXES = ("_file", "_path", "_ckpt", "_checkpoint", "_dir", "_prefix", "_name_or_path")
 _ARGUMENT = re.compile(r"(\+{0,2})([A-Za-z_$][\w.$-]*)=(.*)", re.DOTALL)

@@ -9,7 +9,7 @@ form on 40,960 tokens where it is used, then 195 steps of 512 tokens. Only the b
 what it computes for a text is kept in memory, so a recipe costs its exits alone. Quality is measured on
 held-out documents with 95 % bootstrap intervals over sequences. Results are appended to
 OUTPUT/exit_recipes.json recipe by recipe; started again, the script does those that are missing, then writes
-OUTPUT/exit_recipes.md and .png.
+OUTPUT/exit_recipes.md and .png. Texts to tune on are compared at equal minutes, by text_recipes.py.
 """
 
 import argparse

@@ -70,7 +70,9 @@ def test_the_image_gets_what_is_committed_and_nothing_large():
     for path in map(Path, tracked.stdout.splitlines()):
         for depth, part in enumerate(path.parts):
             assert not ignored(str(ROOT.joinpath(*path.parts[:depth])), [part]), path
-    made = ".git .venv .venv-3.12 quickstart_work nemo_experiments outputs my.nemo __pycache__".split()
+    made = (
+        ".git .venv .venv-3.12 downloads quickstart_work nemo_experiments outputs my.nemo __pycache__".split()
+    )
     assert ignored(str(ROOT), made) == set(made)
 
 

@@ -101,15 +101,32 @@ def test_merged_model_gives_the_same_report(workspace, workers):
     assert two.thresholds[-1].perplexity == two.thresholds[-1].full_depth_perplexity
 
 
+def test_texts_and_chats_are_different_prompts(workspace, workers):
+    (workspace / "one.txt").write_text("w1 w2\n")
+    found = {}
+    for name, prompts in {
+        "chat": "chat_prompts_file=one.txt",
+        "in_words": 'prompts=["user w1 w2 <eos> assistant"]',
+        "text": "prompts=[w1 w2]",
+    }.items():
+        overrides = [*SMALL, f"generation.{prompts}", "generation.sample_threshold=0.3"]
+        workers(1).run(evaluate_twice, str(workspace), overrides)
+        found[name] = read_report(workspace / "one" / "report.json")
+    assert found["chat"].samples[0].tokens == found["in_words"].samples[0].tokens
+    assert found["chat"].samples[0].tokens != found["text"].samples[0].tokens
+    assert found["text"].prompts == "1 texts that were given"
+
+
 def test_script_writes_the_report(workspace):
+    lines = [{"prompt": "w1 w2 w3"}, {"messages": [{"role": "user", "content": "w9"}]}]
+    (workspace / "chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     done = run_script(
         workspace,
         "evaluate_early_exit.py",
         "gpt_model_file=base.nemo",
         "adapter_file=exits.nemo",
         "data.prefix=validation",
-        "generation.prompts=[w1 w2 w3,w9]",
-        "generation.samples=0",
+        "generation.chat_prompts_file=chats.jsonl",
         "output_dir=report",
         *SMALL,
     )
@@ -117,7 +134,12 @@ def test_script_writes_the_report(workspace):
     assert "held-out text" in done.stderr and "generation: 100%" in done.stderr
     names = {path.name for path in (workspace / "report").iterdir()}
     assert {"report.json", "report.md", "per_exit_loss.png", "speed_vs_agreement.png"} <= names
-    assert "sample_text.png" not in names
+    report = read_report(workspace / "report" / "report.json")
+    assert report.prompts == "2 prompts of chats.jsonl, in the chat template"
+    assert [sample.prompt for sample in report.samples] == ["w1 w2 w3", "w9"]
+    assert [exit_.layer for exit_ in report.exits_on_own_text] == [2, 4, 6]
+    page = (workspace / "report" / "report.md").read_text()
+    assert "Greedy texts after 2 prompts of chats.jsonl" in page and "full depth's texts at one exit" in page
     assert str(workspace) not in (workspace / "report" / "report.json").read_text()
 
 

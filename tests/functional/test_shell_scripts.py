@@ -2,6 +2,7 @@
 """The quickstarts and env.sh around the Python that they run, which a stub stands for."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -23,6 +24,7 @@ done
 case "$1" in
 *convert*) touch "$place" ;;
 *preprocess*) touch "$place.json" ;;
+*generate_tuning_text*) touch "${place}_train.jsonl" "${place}_validation.jsonl" "$place.json" ;;
 *train_tokenizer.py) mkdir -p "$place" ;;
 *tuning.py | *ee_pretraining.py)
     mkdir -p "$place/$name/checkpoints" && touch "$place/$name/checkpoints/$name.nemo" ;;
@@ -60,10 +62,12 @@ def quickstart(tmp_path: Path, *options: str) -> subprocess.CompletedProcess:
 
 
 def test_quickstart_goes_on_where_a_stage_failed(tmp_path, venv):
-    (venv / "bin" / "fail").write_text("quickstart_steps")
-    assert quickstart(tmp_path).returncode == 7
-    assert not (tmp_path / "work" / "steps").exists(), "what failed counts as not done"
-    (venv / "bin" / "fail").unlink()
+    failing = venv / "bin" / "fail"
+    for stage, left in (("generate_tuning_text", "chats.json"), ("quickstart_steps", "steps")):
+        failing.write_text(stage)
+        assert quickstart(tmp_path).returncode == 7
+        assert not (tmp_path / "work" / left).exists(), "what failed counts as not done"
+    failing.unlink()
     done = quickstart(tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "work" / "steps").read_text() == "100\n"
@@ -75,12 +79,31 @@ def test_quickstart_goes_on_where_a_stage_failed(tmp_path, venv):
     assert "overwrite=true" in calls, "a data set that was published in part is no obstacle"
 
 
+def test_quickstart_tunes_on_answers_and_asks_other_questions_in_its_report(tmp_path, venv):
+    assert quickstart(tmp_path, "--minutes 15").returncode == 0
+    calls = (venv / "bin" / "calls").read_text().splitlines()
+    (written,) = [call for call in calls if "generate_tuning_text.py" in call]
+    held_out = "scripts/benchmarks/held_out_prompts.jsonl"
+    assert f" prompts.exclude_file={held_out} minutes=4.5 " in written
+    sources = re.search(r"prompts.directory=(\S+)", written)[1]
+    for file in ("wikipedia-intros.json", "boolq-questions.jsonl", "gsm8k-questions.jsonl"):
+        (fetched,) = [call for call in calls if f"--output {sources}/{file}" in call]
+        assert f" {file.partition('.')[0]} " in fetched
+    assert any("quickstart_steps.py" in call and call.endswith(" 8.40") for call in calls), "of 10.5 minutes"
+    runs = [call for call in calls if "ee_tuning.py" in call]
+    closed, tuned = runs
+    assert "wikipedia_train]" in closed and "chat=true" not in closed
+    assert "chat=true" in tuned and "chats_train.jsonl]" in tuned and "data_prefix" not in tuned
+    (report,) = [call for call in calls if "evaluate_early_exit.py" in call]
+    assert f"chat_prompts_file={held_out} " in report and "data.prefix=" in report
+
+
 def test_quickstart_refuses_other_options_in_the_same_directory(tmp_path, venv):
     assert quickstart(tmp_path, "--layers '[5, 10]'").returncode == 0
     assert quickstart(tmp_path, "--layers [5,10]").returncode == 0, "blanks do not matter"
     other = quickstart(tmp_path, "--layers [5,20]")
     assert other.returncode == 2
-    assert "was begun with --minutes 10 --layers [5,10]" in other.stderr and "--work" in other.stderr
+    assert "was begun with --minutes 8 --layers [5,10]" in other.stderr and "--work" in other.stderr
 
 
 def pretraining(tmp_path: Path, *options: str) -> subprocess.CompletedProcess:

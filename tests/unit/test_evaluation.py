@@ -183,8 +183,28 @@ def test_sweep_equals_brute_force(block_model):
         assert result.full_depth_perplexity == pytest.approx(perplexity(block_model, prompts, full))
         assert result.speedup.median > 0 and result.full_depth_tokens_per_second.median > 0
     assert results[0].agreement < 1.0 and results[-1].agreement == 1.0, "the case must be tried"
+    for each in run.quality.exits:
+        right = [
+            token == wanted
+            for prompt, continuation in zip(prompts, full, strict=True)
+            for token, wanted in zip(
+                said(block_model, each.layer, prompt + continuation, len(prompt)),
+                continuation[1:],
+                strict=True,
+            )
+        ]
+        assert each.tokens == len(right) and each.agreement == pytest.approx(sum(right) / len(right))
+    assert [each.layer for each in run.quality.exits] == list(LAYERS)
     sample = run.samples()[0]
     assert "".join(sample.tokens) == block_model.tokenizer.ids_to_text(run.texts[0.6][0].tokens)
+    run.names = ["a question", "another", "a third"]
+    assert [each.prompt for each in run.samples()] == ["a question", "another"]
+
+
+@torch.no_grad()
+def said(model, layer, ids, first):
+    """The most probable token of an exit behind each token from `first` on, but the last one."""
+    return naive_exit(model, layer, torch.tensor([ids]))[0, first:-1, :VOCABULARY].argmax(-1).tolist()
 
 
 @torch.no_grad()
@@ -220,11 +240,19 @@ def test_settings_report_every_fault():
     values = {
         "gpt_model_file": "m.nemo",
         "data": {"prefix": "text", "sequences": 0},
-        "generation": {"thresholds": [0.9, 1.5, 0.5], "tokens_to_generate": 1, "sample_threshold": 0.8},
+        "generation": {
+            "thresholds": [0.9, 1.5, 0.5],
+            "tokens_to_generate": 1,
+            "sample_threshold": 0.8,
+            "prompts": ["a text"],
+            "chat_prompts_file": "chats.txt",
+        },
     }
     with pytest.raises(ConfigError) as error:
         settings.EvaluationConfig.from_dict(values)
     for part in ("data.sequences=0", "ascending", "[0, 1]", "tokens_to_generate=1", "sample_threshold=0.8"):
+        assert part in str(error.value)
+    for part in ("generation.chat_prompts_file=chats.txt: with generation.prompts",):
         assert part in str(error.value)
 
 

@@ -67,7 +67,7 @@ def test_non_finite_numbers_are_named_and_nothing_is_written(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(version=2), "report.version=2: must be 1"),
+        (lambda d: d.update(version=1), "report.version=1: must be 2"),
         (lambda d: d["exits"][1].pop("loss"), r"report.exits\[1\].loss: is missing"),
         (lambda d: d["metadata"].update(gpu="x"), "report.metadata.gpu: is not a known field"),
         (lambda d: d["exits"][0].update(layer="ten"), r"report.exits\[0\].layer='ten': must be int"),

@@ -1,0 +1,203 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""A model answers prompts at full depth, block after block, and its answers become text for tuning."""
+
+import hashlib
+import json
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+from megatron.core import parallel_state
+from omegaconf import OmegaConf
+from tqdm import tqdm
+
+from nemo_ee.checkpoint import archive, run_keys
+from nemo_ee.checkpoint.base import BaseCheckpoint
+from nemo_ee.config import EarlyExitConfig
+from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.inference.generate import (
+    continue_over_stages,
+    generating,
+    on_first_rank,
+    position_limit,
+)
+from nemo_ee.inference.prompts import tokenize_prompts
+from nemo_ee.inference.request import GenerationRequest, parse_request
+from nemo_ee.inference.sequence import Sequence
+from nemo_ee.inference.session import DecodingSession
+from nemo_ee.inference.settings import in_own_keys
+from nemo_ee.inference.stopping import StopRule
+from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
+from nemo_ee.tuning_text.answer_files import AnswerFiles, Progress
+from nemo_ee.tuning_text.prompts import Turns, read_prompts
+from nemo_ee.tuning_text.settings import TuningTextConfig
+
+BATCHES_PER_BLOCK = 4
+"""Prompts are answered in blocks of so many batches. Within one, an answer that has ended makes room for the next.
+Rounding depends on what else is in a pass; as a block is begun anew after an interruption, and no other prompt is in
+its passes, the answers are those of an uninterrupted run to the last bit."""
+NAMES = {"user": "User", "assistant": "Assistant"}
+"""What NeMo's chats call the roles."""
+JOINING = 8
+"""New prompts join when an eighth of the batch is free: a pass for one alone costs as much as for several."""
+
+
+def generate_tuning_text(config: TuningTextConfig, trainer: Any) -> AnswerFiles:
+    """Answers the prompts, or goes on where a run before has ended.
+
+    Args:
+        config: what is asked, and how it is answered.
+        trainer: of as many processes as the model runs on.
+
+    Returns:
+        The files, complete.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: before the model is built.
+        GenerationError: a prompt that the model cannot answer; before anything is generated.
+    """
+    request = _request(config)
+    _check_processes(config, trainer.world_size)
+    prompts = read_prompts(config.prompts, config.seed)
+    files = AnswerFiles(config.output_prefix, _settings(config, prompts))
+    if files.complete:
+        return files
+    model = _restore(config, trainer)
+    model.start_distributed()
+    tokenizer, limit = model.text_tokenizer, position_limit(model.cfg)
+    ids = on_first_rank(lambda: tokenize_prompts(prompts, tokenizer, None, limit))
+    size = BATCHES_PER_BLOCK * config.batch_size
+    done = on_first_rank(lambda: files.progress.prompts)
+    longest = min(max(map(len, ids)) + request.max_length, limit)
+    model.prepare_decoding(config.weights, rows=config.batch_size, max_length=longest)
+    first = trainer.global_rank == 0
+    stop = StopRule(tokenizer, ())
+    with tqdm(total=len(prompts), initial=done, unit="prompt", file=sys.stderr, disable=not first) as bar:
+        while done < len(prompts) and on_first_rank(lambda: _is_time(config, files.progress, size)):
+            chosen = range(done, min(done + size, len(prompts)))
+            began = time.perf_counter()
+            lengths = [min(request.max_length, limit + 1 - len(ids[i])) for i in chosen]
+            answers = [
+                Sequence(ids[i], request, stop, stop.eos, length, _seed(config.seed, i))
+                for i, length in zip(chosen, lengths, strict=True)
+            ]
+            _answer(model, answers, config.batch_size)
+            if first:
+                seconds = time.perf_counter() - began
+                asked = zip((prompts[i] for i in chosen), answers, strict=True)
+                records = [
+                    record for turns, each in asked if (record := _record(turns, each, tokenizer.decode))
+                ]
+                files.append(records, _after(files.progress, answers, records, seconds))
+                bar.set_postfix_str(f"{files.progress.tokens / files.progress.seconds:.0f} tokens/s")
+            done = chosen.stop
+            bar.update(len(chosen))
+    on_first_rank(lambda: files.publish(config.validation_share))
+    return files
+
+
+def _request(config: TuningTextConfig) -> GenerationRequest:
+    try:
+        return parse_request(**config.inference.generate_arguments(), early_exit=False, config=_NO_EXITS)
+    except ConfigError as error:
+        raise in_own_keys(error) from None
+
+
+_NO_EXITS = EarlyExitConfig(layers=())
+
+
+def _check_processes(config: TuningTextConfig, processes: int) -> None:
+    tensor, stages = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    if processes != tensor * stages:
+        rule = f"the model runs on {tensor} x {stages} processes (tensor- x pipeline_model_parallel_size)"
+        raise ConfigError(Fault("trainer.devices", processes, rule, f"set trainer.devices={tensor * stages}"))
+
+
+def _settings(config: TuningTextConfig, prompts: list[Turns]) -> dict[str, Any]:
+    """All that the files depend on, by the keys that the user sets."""
+    digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+    names = ("validation_share", "minutes", "batch_size", "weights", "seed", "megatron_amp_O2")
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    return {
+        "gpt_model_file": f"content {BaseCheckpoint(config.gpt_model_file).hash_now()}",
+        "prompts": f"{len(prompts)} of sha256 {digest}",
+        **{f"inference.{name}": value for name, value in asdict(config.inference).items()},
+        **{name: getattr(config, name) for name in (*names, *sizes)},
+        "trainer.precision": str(config.precision),
+    }
+
+
+def _restore(config: TuningTextConfig, trainer: Any) -> MegatronGPTEarlyExitModel:
+    changes = {
+        "precision": trainer.precision,
+        "tensor_model_parallel_size": config.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": config.pipeline_model_parallel_size,
+        "megatron_amp_O2": config.megatron_amp_O2,
+    }
+    base = config.gpt_model_file
+    merged = OmegaConf.merge(run_keys.without_layout(archive.read_config(base)), changes)
+    model = MegatronGPTEarlyExitModel.restore_from(base, override_config_path=merged, trainer=trainer)
+    return model.eval()
+
+
+def _is_time(config: TuningTextConfig, progress: Progress, block: int) -> bool:
+    """Whether another block, if it takes as long as those before, ends within the minutes."""
+    if config.minutes is None or not progress.prompts:
+        return True
+    return progress.seconds * (1 + block / progress.prompts) <= 60.0 * config.minutes
+
+
+def _answer(model: Any, answers: list[Sequence], slots: int) -> None:
+    """Generates until all are finished."""
+    with generating(model):
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            for first in range(0, len(answers), slots):
+                batch = answers[first : first + slots]
+                continue_over_stages(model.pipeline_groups(), model.decoding_model(), batch)
+            return
+        waiting = deque(answers)
+        longest = max(len(each.prompt) + each.limit - 1 for each in answers)
+        with DecodingSession(model.decoding_model(), [], slots, longest) as session:
+            while waiting or session.running:
+                if waiting and session.free >= min(len(waiting), max(1, slots // JOINING)):
+                    session.add([waiting.popleft() for _ in range(min(session.free, len(waiting)))])
+                session.step()
+
+
+def _seed(seed: int, place: int) -> int:
+    """Of a prompt's random numbers: the same however often the run was interrupted before it."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{place}".encode()).digest()[:7], "big")
+
+
+def _record(turns: Turns, answer: Sequence, decode: Callable[[list[int]], str]) -> dict[str, Any] | None:
+    """A line in the format of NeMo's chats; None for an answer without text.
+
+    `finish_reason` is not NeMo's: `length` says that the answer was cut, and that the model did not end it there.
+    """
+    stopped = answer.finish_reason == "stop"
+    text = decode(answer.tokens[:-1] if stopped else answer.tokens)
+    if not text.strip():
+        return None
+    said = [(NAMES[turn["role"]], turn["content"]) for turn in turns if turn["role"] != "system"]
+    return {
+        "system": turns[0]["content"] if turns[0]["role"] == "system" else "",
+        "mask": NAMES["user"],
+        "conversations": [
+            {"from": name, "value": value} for name, value in [*said, (NAMES["assistant"], text)]
+        ],
+        "finish_reason": answer.finish_reason,
+    }
+
+
+def _after(before: Progress, answers: list[Sequence], records: list[dict], seconds: float) -> Progress:
+    return replace(
+        before,
+        prompts=before.prompts + len(answers),
+        answers=before.answers + len(records),
+        unfinished=before.unfinished + sum(record["finish_reason"] == "length" for record in records),
+        tokens=before.tokens + sum(len(each.tokens) for each in answers),
+        seconds=before.seconds + seconds,
+    )
