@@ -18,7 +18,8 @@ def messages_of(line: dict[str, Any]) -> tuple[list[dict[str, Any]], list[bool]]
     Args:
         line: with `messages`, a list of `{"role", "content"}`, all assistants' being learnt but those with a `weight`
             of 0, as OpenAI has it; or in NeMo's form with `conversations`, a list of `{"from", "value"}`, and perhaps
-            `mask`: speakers, separated by commas, who are not learnt. In both forms perhaps with `system`. Speakers other than `ROLES` are users if `mask` names them, else assistants.
+            `mask`: speakers, separated by commas, who are not learnt. In both forms perhaps with `system`. Speakers
+            other than `ROLES` are users if `mask` names them, else assistants.
 
     Raises:
         ValueError: what is wrong with it.

@@ -244,6 +244,13 @@ FAULTS = {
     ),
     "a string": (dict(data__train_ds__file_names="a"), "file_names", "[a]"),
     "BOS of a chat": (dict(data__train_ds__add_bos=True), "add_bos", "false"),
+    "no end of a chat": (dict(data__train_ds__add_eos=False), "add_eos", "=true"),
+    "the side of a chat": (dict(data__train_ds__truncation_method="left"), "truncation_method", "right"),
+    "a prompt's template": (
+        dict(data__train_ds__prompt_template="{a}{output}"),
+        "prompt_template",
+        "{input} {output}",
+    ),
     "marks without chats": (
         dict(data__chat=False, data__chat_prompt_tokens=dict(turn_start="a")),
         "chat_prompt",
@@ -280,6 +287,7 @@ def test_faults(case):
 
 def test_sound():
     check_tuning(config())
+    check_tuning(config(data__train_ds__global_batch_size=None, data__train_ds__truncation_field=None))
     check_tuning(config(data__train_ds__packed_sequence=False, data__validation_ds__metric=dict(name="loss")))
 
 
