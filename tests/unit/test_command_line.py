@@ -184,3 +184,14 @@ def test_keys_that_are_read_stay(key):
 
 def test_what_a_run_does_without_can_be_taken_away():
     assert faults("tuning", "~model.optim.sched", "~model.data.validation_ds", "++cluster_type=BCP") == {}
+
+
+def test_another_strategy_and_a_metric_of_another_script():
+    from nemo_ee.models.key_rules import CHECKPOINTS, TRAINER, key_faults
+
+    (fault,) = key_faults(OmegaConf.create({"strategy": "ddp"}), TRAINER, "trainer")
+    assert fault.remedy == "leave it out"
+    (fault,) = key_faults(OmegaConf.create({"monitor": "validation_loss"}), CHECKPOINTS, "c")
+    assert fault.remedy == "set ++c.monitor=val_loss"
+    for sound in ("val_loss", "val_loss/exit_2", "reduced_train_loss"):
+        assert not key_faults(OmegaConf.create({"monitor": sound}), CHECKPOINTS)
