@@ -16,9 +16,10 @@ def messages_of(line: dict[str, Any]) -> tuple[list[dict[str, Any]], list[bool]]
     """The messages of one line, and which of them are learnt.
 
     Args:
-        line: with `messages`, a list of `{"role", "content"}`, all assistants' being learnt; or in NeMo's form with
-            `conversations`, a list of `{"from", "value"}`, perhaps `system`, and perhaps `mask`: speakers, separated by
-            commas, who are not learnt. Speakers other than `ROLES` are users if `mask` names them, else assistants.
+        line: with `messages`, a list of `{"role", "content"}`, all assistants' being learnt but those with a `weight`
+            of 0, as OpenAI has it; or in NeMo's form with `conversations`, a list of `{"from", "value"}`, and perhaps
+            `mask`: speakers, separated by commas, who are not learnt. In both forms perhaps with `system`. Speakers
+            other than `ROLES` are users if `mask` names them, else assistants.
 
     Raises:
         ValueError: what is wrong with it.
@@ -28,7 +29,16 @@ def messages_of(line: dict[str, Any]) -> tuple[list[dict[str, Any]], list[bool]]
             raise ValueError(f"has {key!r}, which chats in the tokenizer's template are not read with")
     if "messages" in line:
         messages = _turns(line["messages"], "messages", "role", "content")
-        learnt = [message["role"] == "assistant" for message in messages]
+        if line.get("mask"):
+            raise ValueError("has 'mask', which belongs to 'conversations'; give messages a 'weight' of 0")
+        if any(message.get("weight") not in (None, 0, 1) for message in messages):
+            raise ValueError("has a 'weight' other than 0 (not learnt) and 1")
+        learnt = [message["role"] == "assistant" and message.get("weight") != 0 for message in messages]
+        if line.get("system"):
+            if messages[0]["role"] == "system":
+                raise ValueError("has a system's message twice, in 'system' and in 'messages'")
+            messages = [{"role": "system", "content": line["system"]}, *messages]
+            learnt = [False, *learnt]
     elif "conversations" in line:
         turns = _turns(line["conversations"], "conversations", "from", "value")
         masked = None

@@ -76,6 +76,11 @@ class _Lines:
 class PromptDataset(_Lines, GPTSFTDataset):
     """Lines of `input` and `output`, or of the keys of another prompt template."""
 
+    def _maybe_validate_prompt_template(self) -> None:
+        # NeMo resolves escapes by a codec that takes every byte for a character of Latin-1.
+        self.prompt_template = (self.prompt_template or "").encode("ascii", "backslashreplace").decode()
+        super()._maybe_validate_prompt_template()
+
     def _multiple_truncation(self, template_ids: list[list[int]], keys: list[str]) -> tuple[list, list]:
         before = sum(map(len, template_ids))
         context, label = super()._multiple_truncation(template_ids, keys)
@@ -94,7 +99,19 @@ class MarkedChatDataset(_Lines, GPTSFTChatDataset):
             raise ValueError(
                 "has no 'conversations', NeMo's form of chats with model.data.chat_prompt_tokens"
             )
-        return super()._process_example({"system": "", **example})
+        item = super()._process_example({**example, "system": example.get("system") or ""})
+        if (
+            example.get("finish_reason") == "length" and item["mask"][-1]
+        ):  # the answer's end is not the model's
+            end = len(item["mask"]) - self._tokens_of_end()
+            item |= {key: item[key][:end] for key in ("input_ids", "mask")}
+        return item
+
+    def _tokens_of_end(self) -> int:
+        """Tokens that NeMo puts behind the last answer."""
+        before, marks = "x\n", (self.special_tokens[name] for name in ("end_of_turn", "turn_start"))
+        with_end, without = (self.tokenizer.text_to_ids(text) for text in (before + "".join(marks), before))
+        return len(with_end) - len(without)
 
     def __getitem__(self, index: int | None) -> dict[str, Any]:
         item = super().__getitem__(index)

@@ -13,9 +13,12 @@ import numpy as np
 
 from nemo_ee.errors import DataError
 
+GZIP = b"\x1f\x8b"
+"""What compressed files begin with."""
+
 
 class JsonLines:
-    """The objects of one file; lines without a character are passed over.
+    """The objects of one file; empty lines are passed over, those with a carriage return alone among them.
 
     Args:
         path: the file.
@@ -26,14 +29,19 @@ class JsonLines:
 
     def __init__(self, path: str):
         self.path = str(path)
+        if Path(path).is_dir():
+            raise DataError(f"{path}: is a directory; name the files in it")
         if not Path(path).is_file():
             raise DataError(f"{path}: there is no such file; give a file of one JSON object a line")
         if not Path(path).stat().st_size:
             raise DataError(f"{path}: the file is empty; give one JSON object a line")
         self._bytes = np.memmap(path, dtype=np.uint8, mode="r")
+        if self._bytes[:2].tobytes() == GZIP:
+            raise DataError(f"{path}: is compressed; unpack it with gunzip")
         ends = np.append(np.flatnonzero(self._bytes == ord("\n")), len(self._bytes))
         starts = np.append(0, ends[:-1] + 1)
-        kept = ends > starts
+        returns = self._bytes[np.minimum(starts, len(self._bytes) - 1)] == ord("\r")
+        kept = ends > starts + returns
         self._bounds, self._numbers = np.stack([starts, ends], 1)[kept], np.flatnonzero(kept) + 1
         if not len(self._numbers):
             raise DataError(f"{path}: the file has no text; give one JSON object a line")

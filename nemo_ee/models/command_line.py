@@ -17,6 +17,10 @@ from omegaconf import OmegaConf
 
 from nemo_ee.errors import ConfigError, Fault
 
+OF_NEMOS_BUILDER = ("cluster_type",)
+"""Keys beside the sections that NeMo's trainer builder reads."""
+OPTIONAL = ("model.optim.sched", "model.data.validation_ds", "model.early_exit", "model.seed")
+"""Sections and keys that a run does without where they are taken away."""
 CONF = Path(__file__).parents[2] / "conf"
 
 
@@ -52,7 +56,17 @@ def check_command_line(name: str, words: Sequence[str] | None = None) -> None:
 
 def _faults(override: Override, listed: dict[str, Any], script: str, file: str) -> Iterator[Fault]:
     section, _, key = override.key_or_group.partition(".")
-    if section not in ("model", "trainer", "exp_manager") or not key or override.is_delete():
+    if override.is_delete():
+        if _is_listed(listed, override.key_or_group) and not override.key_or_group.startswith(OPTIONAL):
+            rule = "the script reads it, and what the file says is no more than a default"
+            remedy = "leave it out, or give it another value"
+            yield Fault(f"~{override.key_or_group}", None, rule, remedy)
+        return
+    if section not in (*listed, *OF_NEMOS_BUILDER, "hydra"):
+        nearest = difflib.get_close_matches(section, listed, 1)
+        remedy = f"did you mean {nearest[0]}?" if nearest else f"leave it out; see {file}"
+        yield Fault(override.key_or_group, override.value(), "unknown key", remedy)
+    if section not in ("model", "trainer", "exp_manager") or not key:
         return
     for name, value in _leaves(key, override.value()):
         if not _is_listed(listed, f"{section}.{name}"):
@@ -74,7 +88,9 @@ def _of_unlisted(
             return
         known, sections = _known_of_model(), key_names.OPEN_SECTIONS
     else:
-        known, sections = _known_of(section) | set(_names(listed[section])), ("checkpoint_callback_params",)
+        known = _known_of(section)
+        sections = known - {"checkpoint_callback_params"}  # e.g. the arguments of a logger
+        known |= set(_names(listed[section]))
     is_open = any(f"{name}.".startswith(f"{section}.") for section in sections)
     if (
         is_open or name in known or plus and name.startswith("early_exit.")
@@ -116,9 +132,12 @@ def _known_of(section: str) -> set[str]:
         from lightning.pytorch import Trainer
 
         return set(inspect.signature(Trainer.__init__).parameters) - {"self"}
-    from nemo.utils.exp_manager import ExpManagerConfig
+    from nemo.utils.exp_manager import CallbackParams, ExpManagerConfig
 
-    return set(inspect.signature(ExpManagerConfig).parameters)
+    of_checkpoints = (
+        f"checkpoint_callback_params.{name}" for name in inspect.signature(CallbackParams).parameters
+    )
+    return {*inspect.signature(ExpManagerConfig).parameters, *of_checkpoints}
 
 
 def _is_listed(config: Any, key: str) -> bool:

@@ -49,6 +49,21 @@ SECTION_RULES = (
     KeyRule("names", None, "all files are validated together"),
 )
 
+NO_CHOICE_OF_CHATS = {
+    "add_bos": False,
+    "add_sep": False,
+    "add_eos": True,
+    "prompt_template": "{input} {output}",
+    "label_key": "output",
+    "truncation_field": "input",
+    "truncation_method": "right",
+}
+"""Keys that are read of prompts with answers alone, and the values that they have with chats, or null."""
+
+
+def _as_override(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else f'"{value}"'
+
 
 def file_names(data: Mapping | None, section: str) -> list[str]:
     """The files of `train_ds` or `validation_ds`; none without that section."""
@@ -113,7 +128,7 @@ def _section_faults(cfg: DictConfig, section: str, chat: bool) -> Iterator[Fault
     for name in values.keys() - READ - {rule.key for rule in SECTION_RULES}:
         yield Fault(f"{key}.{name}", values[name], "is not read", "leave it out; conf/ lists all keys")
     for name in ("global_batch_size", "micro_batch_size"):
-        if (size := values.get(name, cfg.get(name))) != cfg.get(name):
+        if (size := values.get(name)) is not None and size != cfg.get(name):
             rule = f"differs from model.{name}={cfg.get(name)}: batches have one size"
             yield Fault(f"{key}.{name}", size, rule, f"set model.{name}={size} instead")
     yield from _length_faults(cfg, values, key)
@@ -132,10 +147,11 @@ def _section_faults(cfg: DictConfig, section: str, chat: bool) -> Iterator[Fault
     if section != "train_ds" and values.get("shuffle", False):
         yield Fault(f"{key}.shuffle", True, "all samples are read, in whatever order", "set it to false")
     if chat:
-        for name in ("add_bos", "add_sep"):
-            if values.get(name):
-                rule = "chats have what their template gives them"
-                yield Fault(f"{key}.{name}", True, rule, f"set {key}.{name}=false")
+        for name, use in NO_CHOICE_OF_CHATS.items():
+            value = values.get(name)
+            if value is not None and value != use:
+                rule = "chats have what their template gives them, and lose their end where they are too long"
+                yield Fault(f"{key}.{name}", value, rule, f"set '++{key}.{name}={_as_override(use)}'")
         return
     if values.get("truncation_method", "right") not in ("left", "right"):
         yield Fault(

@@ -6,10 +6,12 @@ What a key's *value* must be is said in `key_rules`.
 
 import dataclasses
 
+from nemo_ee.models.fine_tuning_checks import SECTION_RULES, SECTIONS
 from nemo_ee.models.key_rules import ANY_MODEL, PRETRAINING, TUNING
 
 RULES = {"pretraining": (*PRETRAINING, *ANY_MODEL), "tuning": (*TUNING, *ANY_MODEL)}
 """Of each script that trains."""
+_DATA_RULES = {f"data.{section}.{rule.key}": rule.reason for section in SECTIONS for rule in SECTION_RULES}
 
 _FSDP = "belongs to FSDP, which is not supported with early exits"
 _OFFLOADING = "says what model.cpu_offloading offloads, which is not supported with early exits"
@@ -176,12 +178,21 @@ def reason(key: str, script: str) -> str | None:
         return "NeMo fills it in itself"
     if key.startswith("moe_"):
         return _EXPERTS
+    if (of_data := _data_rule(key, script)) is not None:
+        return _DATA_RULES[of_data]
     return next((rule.reason for rule in RULES[script] if rule.key == key), None)
 
 
 def has_rule(key: str, script: str) -> bool:
     """Whether a key's value is judged by `key_rules`."""
-    return any(rule.key == key for rule in RULES[script])
+    return _data_rule(key, script) is not None or any(rule.key == key for rule in RULES[script])
+
+
+def _data_rule(key: str, script: str) -> str | None:
+    """The key of fine-tuning data that has a rule and is this one, or the section that it is in."""
+    if script != "tuning":
+        return None
+    return next((name for name in _DATA_RULES if f"{key}.".startswith(f"{name}.")), None)
 
 
 def megatron_keys() -> frozenset[str]:

@@ -246,6 +246,7 @@ OPTIMIZERS = (
 """Of whatever is trained."""
 
 TRAINER = (
+    *_same("the scripts build the one strategy that trains these models", "leave it out", strategy=None),
     *_same("global batches are accumulated by model.global_batch_size", accumulate_grad_batches=1),
     *_same(
         "Megatron's data is as long as the run, whose end is trainer.max_steps",
@@ -258,6 +259,12 @@ TRAINER = (
 CHECKPOINTS = (
     *_same("a run that is stopped would lose what is still being written", async_save=False),
     *_same("runs go on from the last checkpoint", save_last=True),
+    KeyRule(
+        "monitor",
+        "val_loss",
+        "is how NeMo's fine-tuning names it; here it has the name that it has in pre-training",
+        applies=lambda cfg: str(cfg.monitor).startswith("validation_loss"),
+    ),
 )
 """Of `exp_manager.checkpoint_callback_params`."""
 

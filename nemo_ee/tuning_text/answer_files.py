@@ -89,7 +89,17 @@ class AnswerFiles:
         Args:
             records: lines of the file.
             progress: with this block, but for `size`.
+
+        Raises:
+            DataError: they could not be written; what was written before counts.
         """
+        try:
+            self._append(records, progress)
+        except OSError as error:
+            remedy = "make room, then give the same command to go on"
+            raise DataError(f"{self._answers}: could not be written ({error.strerror}); {remedy}") from error
+
+    def _append(self, records: Sequence[Mapping], progress: Progress) -> None:
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         with open(self._answers, "ab") as stream:
             stream.truncate(self.progress.size)

@@ -140,7 +140,10 @@ def test_answers_are_what_the_model_says(workspace, workers):
     assert read(workspace, "script") == before
 
 
-@pytest.mark.parametrize("sampling", [[], ["inference.greedy=false", "inference.temperature=1.5"]])
+SAMPLING = ["inference.greedy=false", "inference.temperature=1.5"]
+
+
+@pytest.mark.parametrize("sampling", [[], pytest.param(SAMPLING, marks=pytest.mark.slow)])
 def test_killed_runs_go_on_to_the_same_bytes(workspace, workers, sampling):
     whole, killed = (f"{name}{len(sampling)}" for name in ("whole", "killed"))
     assert workers(1).run(generate, workspace, whole, *sampling) == [[4, 3, 3]]
@@ -157,7 +160,12 @@ def test_killed_runs_go_on_to_the_same_bytes(workspace, workers, sampling):
 
 
 @pytest.mark.parametrize(
-    "layout", [["batch_size=3"], ["tensor_model_parallel_size=2"], ["pipeline_model_parallel_size=2"]]
+    "layout",
+    [
+        ["batch_size=3"],
+        ["tensor_model_parallel_size=2"],
+        pytest.param(["pipeline_model_parallel_size=2"], marks=pytest.mark.slow),
+    ],
 )
 def test_answers_do_not_depend_on_batches_and_layouts(workspace, workers, layout):
     processes = 1 if "batch" in layout[0] else 2

@@ -137,7 +137,18 @@ UNSOUND = {
     "say in 'mask'": {"conversations": [{"from": "Bob", "value": "the"}]},
     "name them in 'mask'": {"mask": "Bob", "conversations": [{"from": "User", "value": "the"}]},
     "'tools'": {"messages": [TURN, ANSWER], "tools": [{"name": "search"}]},
+    "has 'mask'": {"messages": [TURN, ANSWER], "mask": "user"},
+    "'weight' other than 0": {"messages": [TURN, {**ANSWER, "weight": 0.5}]},
+    "a system's message twice": {"messages": [{**TURN, "role": "system"}, ANSWER], "system": "the"},
 }
+
+
+def test_messages_with_weights_and_a_system_beside_them():
+    """OpenAI's `weight` says which answers are learnt."""
+    line = {"messages": [TURN, {**ANSWER, "weight": 0}, TURN, {**ANSWER, "weight": 1}], "system": "be kind"}
+    messages, learnt = messages_of(line)
+    assert messages[0] == {"role": "system", "content": "be kind"} and messages[1:] == line["messages"]
+    assert learnt == [False, False, False, False, True]
 
 
 @pytest.mark.parametrize("message", UNSOUND)

@@ -102,6 +102,10 @@ UNKNOWN = {
     "model.tokenizer={library:sentencepiece,modell:m}": "did you mean model.tokenizer.model?",
     "trainer.max_tim=1": "did you mean +trainer.max_time?",
     "+trainer.foo=1": "see conf/megatron_gpt_ee_pretraining.yaml",
+    "++exp_manager.checkpoint_callback_params.modee=max": "did you mean exp_manager.checkpoint_callback_params.mode?",
+    "+modle.seed=3": "did you mean model?",
+    "+seed=3": "leave it out; see conf/megatron_gpt_ee_pretraining.yaml",
+    "+inference.greedy=true": "leave it out; see conf/megatron_gpt_ee_pretraining.yaml",
     "exp_manager.explicit_log_dirr=x": "did you mean exp_manager.explicit_log_dir?",
 }
 
@@ -119,6 +123,8 @@ def test_typing_errors_are_refused_with_the_nearest_key(word):
         "model.softmax_scale=0.3",
         "model.optim.eps=1e-7",
         "trainer.max_time=00:01:00:00",
+        "exp_manager.wandb_logger_kwargs.project=mine",
+        "exp_manager.checkpoint_callback_params.save_best_model=false",
         "model.mcore_customization_config.attention_softmax_in_fp32=true",
         "model.tokenizer.special_tokens={pad_token:pad}",
     ],
@@ -150,3 +156,42 @@ def test_values_that_hold_keys_pass():
 
 def test_every_fault_is_listed():
     assert len(faults("pretraining", "model.fsdp=false", "+model.foo=1", "model.num_layers=3")) == 2
+
+
+@pytest.mark.parametrize("plus", ["", "+", "++"])
+@pytest.mark.parametrize(
+    "key", ["train_ds.memmap_workers", "validation_ds.names", "validation_ds.metric.name"]
+)
+def test_keys_of_nemos_fine_tuning_data_are_known(plus, key):
+    """Without a plus a key is refused with the reason; with one its rule looks at the value."""
+    found = faults("tuning", f"{plus}model.data.{key}=loss")
+    if plus:
+        assert found == {}
+    else:
+        assert (
+            found[f"model.data.{key}"].remedy == "leave it out"
+            and "unknown" not in found[f"model.data.{key}"].rule
+        )
+
+
+@pytest.mark.parametrize(
+    "key", ["model.micro_batch_size", "model.data.train_ds", "trainer.max_steps", "exp_manager"]
+)
+def test_keys_that_are_read_stay(key):
+    (fault,) = faults("tuning", f"~{key}").values()
+    assert fault.key == f"~{key}" and "leave it out" in fault.remedy
+
+
+def test_what_a_run_does_without_can_be_taken_away():
+    assert faults("tuning", "~model.optim.sched", "~model.data.validation_ds", "++cluster_type=BCP") == {}
+
+
+def test_another_strategy_and_a_metric_of_another_script():
+    from nemo_ee.models.key_rules import CHECKPOINTS, TRAINER, key_faults
+
+    (fault,) = key_faults(OmegaConf.create({"strategy": "ddp"}), TRAINER, "trainer")
+    assert fault.remedy == "leave it out"
+    (fault,) = key_faults(OmegaConf.create({"monitor": "validation_loss"}), CHECKPOINTS, "c")
+    assert fault.remedy == "set ++c.monitor=val_loss"
+    for sound in ("val_loss", "val_loss/exit_2", "reduced_train_loss"):
+        assert not key_faults(OmegaConf.create({"monitor": sound}), CHECKPOINTS)

@@ -1,6 +1,7 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Fine-tuning data: NeMo's samples, the order they come in, what is said of lines and keys that cannot be used."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -243,6 +244,13 @@ FAULTS = {
     ),
     "a string": (dict(data__train_ds__file_names="a"), "file_names", "[a]"),
     "BOS of a chat": (dict(data__train_ds__add_bos=True), "add_bos", "false"),
+    "no end of a chat": (dict(data__train_ds__add_eos=False), "add_eos", "=true"),
+    "the side of a chat": (dict(data__train_ds__truncation_method="left"), "truncation_method", "right"),
+    "a prompt's template": (
+        dict(data__train_ds__prompt_template="{a}{output}"),
+        "prompt_template",
+        "{input} {output}",
+    ),
     "marks without chats": (
         dict(data__chat=False, data__chat_prompt_tokens=dict(turn_start="a")),
         "chat_prompt",
@@ -279,4 +287,51 @@ def test_faults(case):
 
 def test_sound():
     check_tuning(config())
+    check_tuning(config(data__train_ds__global_batch_size=None, data__train_ds__truncation_field=None))
     check_tuning(config(data__train_ds__packed_sequence=False, data__validation_ds__metric=dict(name="loss")))
+
+
+def test_templates_of_prompts_in_any_script(tokens, tmp_path):
+    """NeMo itself makes two characters of one that is not ASCII."""
+    path = write(tmp_path / "lines.jsonl", PROMPT)
+    template = "für “{input}”\\n→ {output}"
+    data = prompts(path, tokens, prompt_template=template, truncation_field=None)
+    assert data.prompt_template == template.replace("\\n", "\n")
+    assert data._separate_template(["w1", "w2"])[0] == ["für “", "w1", "”\n→", "w2"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_files_of_other_systems(end, mark, tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(mark + end.join(['{"a": 1}', "", '{"a": 2}', "", ""]).encode())
+    lines = JsonLines(str(path))
+    assert [lines[i] for i in range(len(lines))] == [{"a": 1}, {"a": 2}]
+    assert lines.where(1).endswith("line 3")
+
+
+def test_files_that_are_none(tmp_path):
+    (tmp_path / "lines.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n'))
+    with pytest.raises(DataError, match="is compressed; unpack it"):
+        JsonLines(str(tmp_path / "lines.jsonl.gz"))
+    with pytest.raises(DataError, match="is a directory; name the files"):
+        JsonLines(str(tmp_path))
+
+
+@pytest.mark.parametrize("reason", ["stop", "length"])
+def test_marked_answers_that_were_cut(reason, tokens, tmp_path):
+    """Where generation was stopped, the model is not taught to end."""
+    from nemo_ee.data.fine_tuning import MarkedChatDataset
+
+    marks = dict(system_turn_start=" w0 ", turn_start=" w1 ", label_start=" w2 ")
+    marks |= dict(end_of_turn=" w3 ", end_of_name=" w4 ")
+    turns = [
+        dict(zip(("from", "value"), turn, strict=True))
+        for turn in [("user", "w10"), ("assistant", "w11 w12")]
+    ]
+    line = dict(system=None, mask="user", conversations=turns, finish_reason=reason)
+    settings = dict(special_tokens=marks, max_seq_length=40, get_attention_mask_from_fusion=True)
+    data = MarkedChatDataset(file_path=write(tmp_path / "marked.jsonl", line), tokenizer=tokens, **settings)
+    batch = data.collate_fn([data[0]])
+    learnt = tokens.tokenizer.convert_ids_to_tokens(batch["labels"][0][batch["loss_mask"][0].bool()])
+    assert learnt == ["w11", "w12"] + ["w3", "w1"] * (reason == "stop")
