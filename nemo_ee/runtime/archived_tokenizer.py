@@ -8,8 +8,10 @@ anything, though. Checkpoints of this package name a class in a module that call
 """
 
 import importlib
+import shutil
 import tempfile
 from collections.abc import Callable
+from multiprocessing.util import Finalize
 from typing import Any
 
 from nemo_ee.checkpoint import tokenizer
@@ -36,7 +38,9 @@ def _build_from_archive(build: Callable[[Any], None]) -> Callable[[Any], None]:
         if tokenizer.is_inside(self._cfg):
             home = tempfile.TemporaryDirectory(prefix="nemo_ee_tokenizer_")
             tokenizer.resolve(self._cfg, AppState().nemo_file_folder, home.name)
-            self._tokenizer_home = home  # deleted with the model
+            self._tokenizer_home = home  # deleted with the model, and
+            # where a process of multiprocessing's ends, whose finalisers of other kinds are not run.
+            Finalize(home, shutil.rmtree, (home.name, True), exitpriority=0)
         build(self)
 
     return build_tokenizer
