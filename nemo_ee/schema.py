@@ -6,9 +6,12 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
-from nemo_ee.errors import Fault
+from nemo_ee.errors import ConfigError, Fault
+
+MISSING = "???"
+"""How OmegaConf writes a mandatory value that was not given."""
 
 
 def one_of(key: str, value, choices: tuple[str, ...]) -> Fault:
@@ -16,6 +19,34 @@ def one_of(key: str, value, choices: tuple[str, ...]) -> Fault:
     nearest = difflib.get_close_matches(str(value), choices, 1)
     remedy = f"did you mean {nearest[0]}?" if nearest else f"use {' | '.join(choices)}"
     return Fault(key, value, f"not one of {', '.join(choices)}", remedy)
+
+
+def read_settings(kind, values: Mapping, faults_of: Callable[..., Iterable[Fault]]):
+    """Checks the plain values of a script's settings, and builds them.
+
+    Args:
+        kind: a frozen dataclass, see `build_config`.
+        values: as from YAML; those that are `MISSING` count as not given.
+        faults_of: what is wrong with settings whose types are right.
+
+    Raises:
+        ConfigError: listing every unknown key, missing value and value that breaks its rule.
+    """
+    faults: list[Fault] = []
+    config = build_config(kind, _given(values), "", faults)
+    if config is not None:
+        faults += faults_of(config)
+    if faults:
+        raise ConfigError(*faults)
+    return config
+
+
+def _given(values: Mapping) -> dict:
+    return {
+        key: _given(value) if isinstance(value, Mapping) else value
+        for key, value in values.items()
+        if value != MISSING
+    }
 
 
 def build_config(kind, raw, key: str, faults: list[Fault]):

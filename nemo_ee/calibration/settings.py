@@ -4,9 +4,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from nemo_ee.errors import ConfigError, Fault
-from nemo_ee.evaluation.settings import given
-from nemo_ee.schema import build_config
+from nemo_ee.errors import Fault
+from nemo_ee.schema import read_settings
 
 
 @dataclass(frozen=True)
@@ -72,13 +71,7 @@ class CalibrationConfig:
         Raises:
             ConfigError: listing every unknown key, missing value and value that breaks its rule.
         """
-        faults: list[Fault] = []
-        config = build_config(cls, given(values), "", faults)
-        if config is not None:
-            faults += _faults(config)
-        if faults:
-            raise ConfigError(*faults)
-        return config
+        return read_settings(cls, values, _faults)
 
     @property
     def source(self) -> str:

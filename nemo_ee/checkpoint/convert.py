@@ -56,7 +56,7 @@ def convert_to_nemo(
         else:
             tokenizer.copy_files(source, home)
         nemo_config.tokenizer = {"library": "huggingface", "type": str(home), "use_fast": bool(live.is_fast)}
-        if (ids := end_of_text.joined(live.eos_token_id, ends)) is not None:
+        if (ids := end_of_text.setting(live.eos_token_id, ends)) is not None:
             nemo_config.tokenizer[end_of_text.KEY] = ids
         weights = file.load_weights() if file else _load_weights(source)
         _build_and_save(nemo_config, weights, config, output)

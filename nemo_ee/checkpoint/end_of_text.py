@@ -37,7 +37,7 @@ def of_folder(folder: Path, rows: int) -> tuple[int, ...]:
     return tuple(found)
 
 
-def joined(own: int | None, others: Iterable[int]) -> list[int] | None:
+def setting(own: int | None, others: Iterable[int]) -> list[int] | None:
     """What `KEY` says for a tokenizer whose own EOS is ``own``: it first, every id once; None: it alone."""
     ids = list(dict.fromkeys([*([] if own is None else [own]), *others]))
     return None if ids == [own] or not ids else ids

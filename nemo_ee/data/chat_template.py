@@ -6,6 +6,8 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from nemo_ee.data.token_rules import special_ids
+
 ROLES = {"user": "user", "human": "user", "system": "system"} | dict.fromkeys(
     ("assistant", "gpt", "model"), "assistant"
 )
@@ -91,8 +93,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, end_ids: Collection[int]):
         self.tokenizer, self.end_ids = tokenizer, frozenset(end_ids)
-        special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-        self.ends = self.end_ids | special | frozenset(tokenizer.all_special_ids)
+        self.ends = self.end_ids | special_ids(tokenizer)
         template = tokenizer.get_chat_template()
         self.marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) and tokenizer.is_fast
 

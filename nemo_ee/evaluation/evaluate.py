@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from nemo_ee.checkpoint import adapter, archive, run_keys
+from nemo_ee.checkpoint import adapter, archive
 from nemo_ee.config import EarlyExitConfig
 from nemo_ee.data.checks import check_indexed_dataset
 from nemo_ee.errors import CheckpointError, ConfigError, Fault
@@ -23,7 +22,8 @@ from nemo_ee.evaluation.teacher_forced import TextScores, score_text
 from nemo_ee.inference.generate import generating
 from nemo_ee.inference.prompt_file import Turns, read_prompt_file
 from nemo_ee.inference.prompts import tokenize_prompts
-from nemo_ee.models.checks import from_checkpoint, read_early_exit
+from nemo_ee.inference.restore import restore_model
+from nemo_ee.models.checks import read_early_exit
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
 from nemo_ee.report.schema import Metadata, Report
 from nemo_ee.report.tuning_curve import read_tuning_curve
@@ -90,17 +90,7 @@ def restore(config: EvaluationConfig, trainer: Any) -> MegatronGPTEarlyExitModel
     Raises:
         CheckpointError: see `EarlyExitAdapterMixin.restore_with_exits`.
     """
-    overrides = OmegaConf.create({"precision": config.precision})
-    base = config.gpt_model_file
-    with from_checkpoint(base):
-        if config.adapter_file is not None:
-            model = MegatronGPTEarlyExitModel.restore_with_exits(
-                base, config.adapter_file, trainer, overrides
-            )
-        else:
-            merged = OmegaConf.merge(run_keys.without_layout(archive.read_config(base)), overrides)
-            model = MegatronGPTEarlyExitModel.restore_from(base, override_config_path=merged, trainer=trainer)
-    return model.eval()
+    return restore_model(config.gpt_model_file, config.adapter_file, trainer, {"precision": config.precision})
 
 
 def _chats(config: EvaluationConfig) -> list[Turns] | None:

@@ -5,11 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nemo_ee.config import check_thresholds
-from nemo_ee.errors import ConfigError, Fault
-from nemo_ee.schema import build_config
-
-MISSING = "???"
-"""How OmegaConf writes a mandatory value that was not given."""
+from nemo_ee.errors import Fault
+from nemo_ee.schema import read_settings
 
 
 @dataclass(frozen=True)
@@ -92,23 +89,12 @@ class EvaluationConfig:
         Raises:
             ConfigError: listing every unknown key, missing value and value that breaks its rule.
         """
-        faults: list[Fault] = []
-        config = build_config(cls, given(values), "", faults)
-        if config is not None:
-            faults += _check_counts("data", config.data, ("sequences", "seq_length", "batch_size"))
-            faults += _check_sweep(config.generation)
-        if faults:
-            raise ConfigError(*faults)
-        return config
+        return read_settings(cls, values, _faults)
 
 
-def given(values: Mapping) -> dict:
-    """Nested values without those that are `MISSING`."""
-    return {
-        key: given(value) if isinstance(value, Mapping) else value
-        for key, value in values.items()
-        if value != MISSING
-    }
+def _faults(config: EvaluationConfig) -> list[Fault]:
+    faults = _check_counts("data", config.data, ("sequences", "seq_length", "batch_size"))
+    return faults + _check_sweep(config.generation)
 
 
 def _check_counts(section: str, config: object, names: tuple[str, ...]) -> list[Fault]:

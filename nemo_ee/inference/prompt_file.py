@@ -1,14 +1,32 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""Files of prompts, each a conversation that waits for an answer."""
+"""Files of prompts: texts to continue, or conversations that wait for an answer."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 from nemo_ee.errors import ConfigError, Fault
-from nemo_ee.inference.settings import PROMPT_KEYS
 
 Turns = list[dict[str, str]]
 """A conversation that waits for an answer: `{"role": "system" | "user" | "assistant", "content": …}` each."""
+PROMPT_KEYS = ("prompt", "text", "question")
+"""Keys under which a JSONL line may hold its prompt."""
+
+
+def read_texts(path: str, key: str) -> list[str]:
+    """Texts of a `.jsonl` file, or of a text file with one per line.
+
+    Args:
+        path: of the file.
+        key: what the user sets to it.
+
+    Raises:
+        ConfigError: it cannot be read, holds none, or a line of it is no text.
+    """
+    return [
+        line if where is None else _text(_value(line, where, key), where, key)
+        for line, where in _lines(path, key)
+    ]
 
 
 def read_prompt_file(path: str, key: str) -> list[Turns]:
@@ -21,31 +39,52 @@ def read_prompt_file(path: str, key: str) -> list[Turns]:
     Raises:
         ConfigError: it cannot be read, holds none, or a line of it is no prompt.
     """
+    return [
+        question(line.strip()) if where is None else _turns(_value(line, where, key), where, key)
+        for line, where in _lines(path, key)
+    ]
+
+
+def _lines(path: str, key: str) -> list[tuple[str, str | None]]:
+    """Lines that are not blank; and of a `.jsonl` file where each stands."""
     try:
         # Not splitlines(): a JSON string may hold U+2028 and others that it takes for line ends.
-        lines = list(enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), start=1))
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(Fault(key, path, f"cannot be read ({error})", "give a text file")) from error
-    lines = [(number, line.strip()) for number, line in lines if line.strip()]
-    if not lines:
+    is_json = path.endswith(".jsonl")
+    found = [
+        (line, f"{path}:{number}" if is_json else None)
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+    if not found:
         raise ConfigError(Fault(key, path, "holds no prompts", "write one per line"))
-    if not path.endswith(".jsonl"):
-        return [question(line) for _, line in lines]
-    return [_of_json(line, f"{path}:{number}", key) for number, line in lines]
+    return found
 
 
-def _of_json(line: str, where: str, key: str) -> Turns:
+def _value(line: str, where: str, key: str) -> Any:
     try:
-        value = json.loads(line)
+        return json.loads(line)
     except json.JSONDecodeError as error:
         raise ConfigError(Fault(key, where, f"no JSON ({error.msg})", "fix it")) from error
+
+
+def _text(value: Any, where: str, key: str, or_else: str = "") -> str:
+    texts = [value[name] for name in PROMPT_KEYS if name in value] if isinstance(value, dict) else [value]
+    if not texts or not isinstance(texts[0], str):
+        rule = f"has no text under {', '.join(PROMPT_KEYS)}{or_else}"
+        raise ConfigError(Fault(key, where, rule, 'write e.g. {"prompt": "Why is the sky blue?"}'))
+    return texts[0]
+
+
+def _turns(value: Any, where: str, key: str) -> Turns:
     if isinstance(value, dict) and "messages" in value:
         return _checked(value["messages"], where, key)
-    texts = [value[name] for name in PROMPT_KEYS if name in value] if isinstance(value, dict) else [value]
-    if not texts or not isinstance(texts[0], str) or not texts[0].strip():
-        rule = f"has no text under {', '.join(PROMPT_KEYS)}, and no messages"
-        raise ConfigError(Fault(key, where, rule, 'write e.g. {"prompt": "Why is the sky blue?"}'))
-    return question(texts[0])
+    text = _text(value, where, key, or_else=", and no messages")
+    if not text.strip():
+        raise ConfigError(Fault(key, where, "has no text", "leave the line out"))
+    return question(text)
 
 
 def _checked(messages: object, where: str, key: str) -> Turns:

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
-from nemo_ee.checkpoint import adapter, archive, run_keys
+from nemo_ee.checkpoint import adapter, archive
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.inference.display import DIM, RESET, marked, summary, token_pieces
 from nemo_ee.inference.generate import on_first_rank, position_limit
 from nemo_ee.inference.prompts import tokenize_prompts
 from nemo_ee.inference.request import parse_request
+from nemo_ee.inference.restore import check_processes, layout, restore_model
 from nemo_ee.inference.settings import GenerateConfig, in_own_keys
-from nemo_ee.models.checks import from_checkpoint, read_early_exit
+from nemo_ee.models.checks import read_early_exit
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
 
 
@@ -61,11 +61,7 @@ def check(config: GenerateConfig, processes: int) -> None:
     Raises:
         ConfigError, CheckpointError: see `run`.
     """
-    tensor, stages = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-    size = tensor * stages
-    if processes != size:
-        rule = f"the model runs on {tensor} x {stages} processes (tensor- x pipeline_model_parallel_size)"
-        raise ConfigError(Fault("trainer.devices", processes, rule, f"set trainer.devices={size}"))
+    check_processes(config, processes)
     if config.output_file is not None and not Path(config.output_file).absolute().parent.is_dir():
         rule = "its directory does not exist"
         raise ConfigError(Fault("output_file", config.output_file, rule, "create it, or write elsewhere"))
@@ -85,25 +81,9 @@ def restore(config: GenerateConfig, trainer: Any) -> MegatronGPTEarlyExitModel:
     """The model with its exits, in eval mode.
 
     Raises:
-        CheckpointError: see `EarlyExitAdapterMixin.restore_with_exits`.
+        ConfigError, CheckpointError: see `restore_model`.
     """
-    changes = {
-        "precision": trainer.precision,
-        "tensor_model_parallel_size": config.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": config.pipeline_model_parallel_size,
-        "megatron_amp_O2": config.megatron_amp_O2,
-    }
-    overrides = OmegaConf.create(changes)
-    base = config.gpt_model_file
-    with from_checkpoint(base):
-        if config.adapter_file is not None:
-            model = MegatronGPTEarlyExitModel.restore_with_exits(
-                base, config.adapter_file, trainer, overrides
-            )
-        else:
-            merged = OmegaConf.merge(run_keys.without_layout(archive.read_config(base)), overrides)
-            model = MegatronGPTEarlyExitModel.restore_from(base, override_config_path=merged, trainer=trainer)
-    return model.eval()
+    return restore_model(config.gpt_model_file, config.adapter_file, trainer, layout(config, trainer))
 
 
 def generate(model: Any, config: GenerateConfig, prompts: list[str]) -> Iterator[dict[str, Any]]:

@@ -1,16 +1,15 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """The settings of a generation run, read once from `conf/megatron_gpt_ee_generate.yaml` and its overrides."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.inference.prompt_file import read_texts
 from nemo_ee.inference.request import ExitOptions
 from nemo_ee.megatron.lean_weights import WEIGHT_KINDS
-from nemo_ee.schema import build_config, one_of
+from nemo_ee.schema import one_of, read_settings
 
 OWN_NAMES = {
     "max_length": "tokens_to_generate",
@@ -18,11 +17,7 @@ OWN_NAMES = {
     "use_greedy": "greedy",
 }
 """What NeMo's YAML calls parameters that have another name in `generate`."""
-MISSING = "???"
-"""How OmegaConf writes a mandatory value that was not given."""
 COLOURS = ("auto", "always", "never")
-PROMPT_KEYS = ("prompt", "text", "question")
-"""Keys under which a JSONL line may hold its prompt."""
 
 
 @dataclass(frozen=True)
@@ -100,38 +95,18 @@ class GenerateConfig:
         Raises:
             ConfigError: listing every unknown key, missing value and value that breaks its rule.
         """
-        faults: list[Fault] = []
-        given = {key: value for key, value in values.items() if value != MISSING}
-        config = build_config(cls, given, "", faults)
-        if config is not None:
-            faults += _faults(config)
-        if faults:
-            raise ConfigError(*faults)
-        return config
+        return read_settings(cls, values, _faults)
 
     def read_prompts(self) -> list[str]:
         """The prompts' texts.
 
         Raises:
-            ConfigError: a file that cannot be read, or holds none.
+            ConfigError: see `read_texts`.
         """
         if self.prompts is not None:
             return list(self.prompts)
         assert self.prompts_file is not None, "checked on construction"
-        path = Path(self.prompts_file)
-        try:
-            # Not splitlines(): a JSON string may hold U+2028 and others that it takes for line ends.
-            lines = list(enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                Fault("prompts_file", path, f"cannot be read ({error})", "give a text file")
-            ) from error
-        lines = [(number, line) for number, line in lines if line.strip()]
-        if not lines:
-            raise ConfigError(Fault("prompts_file", path, "holds no prompts", "write one per line"))
-        if path.suffix != ".jsonl":
-            return [line for _, line in lines]
-        return [_json_prompt(path, number, line) for number, line in lines]
+        return read_texts(self.prompts_file, "prompts_file")
 
     def generate_arguments(self) -> dict[str, Any]:
         """`length_params`, `sampling_params` and `early_exit` of `model.generate`."""
@@ -179,17 +154,3 @@ def _faults(config: GenerateConfig) -> list[Fault]:
         if getattr(config, name) < 1:
             faults.append(Fault(name, getattr(config, name), "must be positive", "use 1 or more"))
     return faults
-
-
-def _json_prompt(path: Path, number: int, line: str) -> str:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            Fault("prompts_file", f"{path}:{number}", f"no JSON ({error.msg})", "fix it")
-        ) from error
-    texts = [value[key] for key in PROMPT_KEYS if key in value] if isinstance(value, dict) else [value]
-    if not texts or not isinstance(texts[0], str):
-        rule = f"has no text under {', '.join(PROMPT_KEYS)}"
-        raise ConfigError(Fault("prompts_file", f"{path}:{number}", rule, 'write e.g. {"prompt": "Hello"}'))
-    return texts[0]

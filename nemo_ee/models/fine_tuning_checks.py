@@ -102,7 +102,10 @@ def fine_tuning_faults(cfg: DictConfig) -> Iterator[Fault]:
     if text:
         rule = f"text and fine-tuning data ({PREFIX_KEY}={data.data_prefix}) exclude one another"
         yield Fault(
-            FILES_KEY, file_names(data, "train_ds"), rule, "leave one of the two out, or set it to null"
+            FILES_KEY,
+            file_names(data, "train_ds"),
+            rule,
+            f"leave one of the two out, or set {PREFIX_KEY}=null",
         )
     if file_names(data, "test_ds"):
         names = file_names(data, "test_ds")
@@ -114,7 +117,7 @@ def fine_tuning_faults(cfg: DictConfig) -> Iterator[Fault]:
             "model.data.chat_prompt_tokens",
             "…",
             "marks turns of chats",
-            "set model.data.chat=true, or this to null",
+            "set model.data.chat=true, or model.data.chat_prompt_tokens=null",
         )
     for section in SECTIONS:
         if file_names(data, section):
@@ -138,14 +141,22 @@ def _section_faults(cfg: DictConfig, section: str, chat: bool) -> Iterator[Fault
     if weights is not None and (section != "train_ds" or not _are_weights(weights, len(names))):
         rule = "must have one number above 0 for each file to train on"
         yield Fault(
-            f"{key}.concat_sampling_probabilities", weights, rule, "or set it to null: by numbers of lines"
+            f"{key}.concat_sampling_probabilities",
+            weights,
+            rule,
+            f"set {key}.concat_sampling_probabilities=null: by numbers of lines",
         )
     if section == "train_ds" and not values.get("drop_last", True):
         yield Fault(
-            f"{key}.drop_last", False, "files repeat until the last step: no batch is short", "set it to true"
+            f"{key}.drop_last",
+            False,
+            "files repeat until the last step: no batch is short",
+            f"set {key}.drop_last=true",
         )
     if section != "train_ds" and values.get("shuffle", False):
-        yield Fault(f"{key}.shuffle", True, "all samples are read, in whatever order", "set it to false")
+        yield Fault(
+            f"{key}.shuffle", True, "all samples are read, in whatever order", f"set {key}.shuffle=false"
+        )
     if chat:
         for name, use in NO_CHOICE_OF_CHATS.items():
             value = values.get(name)

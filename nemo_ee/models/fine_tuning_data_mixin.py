@@ -20,7 +20,7 @@ from nemo_ee.data.fine_tuning import (
     TemplateChatDataset,
     survey,
 )
-from nemo_ee.inference.text import known_id
+from nemo_ee.data.token_rules import known_id
 from nemo_ee.models.fine_tuning_checks import check_lines, file_names, is_fine_tuning, require
 from nemo_ee.runtime.children import outlive_signals
 
@@ -83,7 +83,9 @@ class FineTuningDataMixin:
             kind, special = TemplateChatDataset, self._chat_template()
         bos, eos = (known_id(getattr(self.tokenizer, name, None)) for name in ("bos_id", "eos_id"))
         plain = kind is PromptDataset and bool(names)
-        add_bos, add_eos = self._adds_bos(values, bos), values.get("add_eos", True)
+        add_bos, add_eos = values.get("add_bos"), values.get("add_eos", True)
+        if add_bos is None:
+            add_bos = bool(self.text_tokenizer.before())
         key, rule = f"model.data.{section}.add_", "the checkpoint's tokenizer has no such token"
         separator = known_id(getattr(self.tokenizer, "sep_id", None)) if values.get("add_sep") else None
         for name, wanted, token in (
@@ -115,16 +117,6 @@ class FineTuningDataMixin:
             for name in names
         ]
 
-    def _adds_bos(self, values: Any, bos: int | None) -> bool:
-        """Whether plain text gets a BOS: as the section says, else as the tokenizer itself has it."""
-        if values.get("add_bos") is not None:
-            return bool(values.add_bos)
-        if (own := (self.cfg.get("tokenizer") or {}).get("add_bos")) is not None:
-            return bool(own)
-        if not isinstance(self.tokenizer, AutoTokenizer):
-            return False
-        return bos is not None and self.tokenizer.tokenizer.build_inputs_with_special_tokens([])[:1] == [bos]
-
     def _chat_template(self) -> ChatTemplate:
         inner = getattr(self.tokenizer, "tokenizer", None)
         there = isinstance(self.tokenizer, AutoTokenizer) and inner.chat_template is not None
@@ -134,8 +126,7 @@ class FineTuningDataMixin:
             "model.data.chat_prompt_tokens={system_turn_start:…,turn_start:…,label_start:…,end_of_turn:…,end_of_name:…}"
         )
         require(there, "model.data.chat", True, rule, remedy)
-        ends = (self.cfg.get("tokenizer") or {}).get("eos_token_ids") or [known_id(self.tokenizer.eos_id)]
-        return ChatTemplate(inner, [token for token in ends if token is not None])
+        return ChatTemplate(inner, self.text_tokenizer.eos_ids)
 
     def build_train_valid_test_datasets(self) -> Any:
         """The next class's, unless the data are opened already."""

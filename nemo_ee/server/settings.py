@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.errors import Fault
 from nemo_ee.inference.request import ExitOptions
-from nemo_ee.inference.settings import MISSING
 from nemo_ee.megatron.lean_weights import WEIGHT_KINDS
-from nemo_ee.schema import build_config, one_of
+from nemo_ee.schema import one_of, read_settings
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 AT_LEAST_ONE = (
@@ -83,14 +82,7 @@ class ServerConfig:
         Raises:
             ConfigError: listing every unknown key, missing value and value that breaks its rule.
         """
-        faults: list[Fault] = []
-        given = {key: value for key, value in values.items() if value != MISSING}
-        config = build_config(cls, given, "", faults)
-        if config is not None:
-            faults += _faults(config)
-        if faults:
-            raise ConfigError(*faults)
-        return config
+        return read_settings(cls, values, _faults)
 
     @property
     def served_name(self) -> str:

@@ -11,13 +11,11 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from megatron.core import parallel_state
-from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from nemo_ee.checkpoint import archive, run_keys
 from nemo_ee.checkpoint.base import BaseCheckpoint
 from nemo_ee.config import EarlyExitConfig
-from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.errors import ConfigError
 from nemo_ee.inference.generate import (
     continue_over_stages,
     generating,
@@ -26,11 +24,11 @@ from nemo_ee.inference.generate import (
 )
 from nemo_ee.inference.prompts import tokenize_prompts
 from nemo_ee.inference.request import GenerationRequest, parse_request
+from nemo_ee.inference.restore import check_processes, layout, restore_model
 from nemo_ee.inference.sequence import Sequence
 from nemo_ee.inference.session import DecodingSession
 from nemo_ee.inference.settings import in_own_keys
 from nemo_ee.inference.stopping import StopRule
-from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
 from nemo_ee.tuning_text.answer_files import AnswerFiles, Progress
 from nemo_ee.tuning_text.prompts import Turns, read_prompts
 from nemo_ee.tuning_text.settings import TuningTextConfig
@@ -60,12 +58,12 @@ def generate_tuning_text(config: TuningTextConfig, trainer: Any) -> AnswerFiles:
         GenerationError: a prompt that the model cannot answer; before anything is generated.
     """
     request = _request(config)
-    _check_processes(config, trainer.world_size)
+    check_processes(config, trainer.world_size)
     prompts = read_prompts(config.prompts, config.seed)
     files = AnswerFiles(config.output_prefix, _settings(config, prompts))
     if files.complete:
         return files
-    model = _restore(config, trainer)
+    model = restore_model(config.gpt_model_file, None, trainer, layout(config, trainer))
     model.start_distributed()
     tokenizer, limit = model.text_tokenizer, position_limit(model.cfg)
     ids = on_first_rank(lambda: tokenize_prompts(prompts, tokenizer, None, limit))
@@ -109,13 +107,6 @@ def _request(config: TuningTextConfig) -> GenerationRequest:
 _NO_EXITS = EarlyExitConfig(layers=())
 
 
-def _check_processes(config: TuningTextConfig, processes: int) -> None:
-    tensor, stages = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-    if processes != tensor * stages:
-        rule = f"the model runs on {tensor} x {stages} processes (tensor- x pipeline_model_parallel_size)"
-        raise ConfigError(Fault("trainer.devices", processes, rule, f"set trainer.devices={tensor * stages}"))
-
-
 def _settings(config: TuningTextConfig, prompts: list[Turns]) -> dict[str, Any]:
     """All that the files depend on, by the keys that the user sets."""
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
@@ -128,19 +119,6 @@ def _settings(config: TuningTextConfig, prompts: list[Turns]) -> dict[str, Any]:
         **{name: getattr(config, name) for name in (*names, *sizes)},
         "trainer.precision": str(config.precision),
     }
-
-
-def _restore(config: TuningTextConfig, trainer: Any) -> MegatronGPTEarlyExitModel:
-    changes = {
-        "precision": trainer.precision,
-        "tensor_model_parallel_size": config.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": config.pipeline_model_parallel_size,
-        "megatron_amp_O2": config.megatron_amp_O2,
-    }
-    base = config.gpt_model_file
-    merged = OmegaConf.merge(run_keys.without_layout(archive.read_config(base)), changes)
-    model = MegatronGPTEarlyExitModel.restore_from(base, override_config_path=merged, trainer=trainer)
-    return model.eval()
 
 
 def _is_time(config: TuningTextConfig, progress: Progress, block: int) -> bool:

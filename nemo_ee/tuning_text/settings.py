@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_ee.errors import ConfigError, Fault
-from nemo_ee.inference.settings import MISSING
+from nemo_ee.errors import Fault
 from nemo_ee.megatron.lean_weights import WEIGHT_KINDS
-from nemo_ee.schema import build_config, one_of
+from nemo_ee.schema import one_of, read_settings
 
 SOURCES = ("gsm8k", "boolq", "wikipedia")
 
@@ -104,14 +103,7 @@ class TuningTextConfig:
         Raises:
             ConfigError: listing every unknown key, missing value and value that breaks its rule.
         """
-        faults: list[Fault] = []
-        given = {key: value for key, value in values.items() if value != MISSING}
-        config = build_config(cls, given, "", faults)
-        if config is not None:
-            faults += _faults(config)
-        if faults:
-            raise ConfigError(*faults)
-        return config
+        return read_settings(cls, values, _faults)
 
 
 def _faults(config: TuningTextConfig) -> list[Fault]:

@@ -31,7 +31,7 @@ def folder(path, **files):
     ],
 )
 def test_the_tokenizers_own_is_first_and_none_is_lost(tmp_path, own, files, ids):
-    assert end_of_text.joined(own, end_of_text.of_folder(folder(tmp_path, **files), 100)) == ids
+    assert end_of_text.setting(own, end_of_text.of_folder(folder(tmp_path, **files), 100)) == ids
 
 
 @pytest.mark.parametrize("value", [100, -1, "</s>", True, [2, 100], [2, None], 2.0, {"id": 2}])

@@ -81,6 +81,34 @@ def test_what_nemos_own_dataset_makes_of_prompts(tokens, tmp_path):
         assert all(other[key].equal(one[key]) for key in other), index
 
 
+@pytest.mark.parametrize("template", ["", "<s>"])
+@pytest.mark.parametrize("given", [None, True, False])
+def test_prompts_begin_as_texts_do(template, given, tmp_path):
+    """By the tokenizer's own rule, which a fast one has in its post-processor alone, unless the section says else."""
+    from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    from nemo_ee.inference.text import TextTokenizer
+    from nemo_ee.models.fine_tuning_data_mixin import FineTuningDataMixin
+
+    theirs = tokenizer()
+    theirs.add_special_tokens({"bos_token": "<s>"})
+    theirs.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{template} $A".strip(), special_tokens=[("<s>", theirs.bos_token_id)]
+    )
+    theirs.save_pretrained(tmp_path / "tokenizer")
+    path = write(tmp_path / "lines.jsonl", dict(input="w1", output="w2"))
+    model = FineTuningDataMixin()
+    section = dict(file_names=[path], max_seq_length=8, prompt_template="{input} {output}", add_bos=given)
+    model.cfg = OmegaConf.create(dict(data=dict(train_ds=section)))
+    model.tokenizer = AutoTokenizer(str(tmp_path / "tokenizer"))
+    model.text_tokenizer = TextTokenizer(model.tokenizer)
+    ids = model._files("train_ds")[0][0]["input_ids"]
+    bare = theirs("w1 w2", add_special_tokens=False).input_ids
+    own = theirs("w1 w2").input_ids if given is None else [theirs.bos_token_id] * given + bare
+    assert ids == [*own, theirs.eos_token_id]
+
+
 def test_nemos_marks_of_turns(tokens, tmp_path):
     """NeMo's chats: from the name on an answer is learnt, to the mark of the next turn."""
     from nemo_ee.data.fine_tuning import MarkedChatDataset
