@@ -64,6 +64,20 @@ class TextTokenizer:
         own = known_id(getattr(self.nemo, "eos_id", None))
         return tuple(dict.fromkeys([*([] if own is None else [own]), *self._other_ends]))
 
+    def check_ends(self, rows: int) -> None:
+        """Refuses ids of `eos_token_ids` that neither the model nor the tokenizer has.
+
+        Args:
+            rows: of the embedding, padding apart.
+
+        Raises:
+            ConfigError: such an id.
+        """
+        known = self.special.union(self._known or ())
+        if beyond := [token for token in self._other_ends if token >= rows and token not in known]:
+            rule, remedy = f"id {beyond[0]} must be below the model's {rows} rows", "leave it out of the list"
+            raise ConfigError(Fault("model.tokenizer.eos_token_ids", list(self._other_ends), rule, remedy))
+
     def before(self, add_bos: bool | None = None) -> list[int]:
         """What a text begins with: BOS, or nothing.
 

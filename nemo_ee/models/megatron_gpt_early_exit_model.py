@@ -144,6 +144,7 @@ class MegatronGPTEarlyExitModel(GenerationMixin, EarlyExitAdapterMixin, Megatron
         super()._build_vocab()
         self.padded_vocab_size = self.cfg.get("override_vocab_size") or self.padded_vocab_size
         self.true_vocab_size = used_rows(self.cfg, self.tokenizer, self.padded_vocab_size)
+        self.text_tokenizer.check_ends(self.true_vocab_size)
 
     def to_config_file(self, path2yaml_file: str) -> None:
         """NeMo's, with the settings that were given instead of those adapted to this machine, for any reader."""

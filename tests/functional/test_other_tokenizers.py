@@ -2,7 +2,9 @@
 """Models as others publish them, from their files to texts: the same as Hugging Face's, or SentencePiece's."""
 
 import json
+import shutil
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
@@ -171,6 +173,123 @@ class TestSeveralEndsOfText:
             flagged = published.tokenizer.convert_tokens_to_ids("<|vision_start|>")
             list(answers(http, PROMPTS[0], stop=["<|vision_start|>"]))
             assert flagged in model.text_tokenizer.special and not published.text([flagged])
+
+
+@pytest.fixture(scope="module")
+def llama31(tmp_path_factory):
+    """A folder, and our model from its GGUF file: scaled positions, BOS, three tokens that end texts."""
+    folder = tmp_path_factory.mktemp("llama31")
+    published = Published(tiny_chats.save_llama31(folder / "hf"))
+    return published, restored(convert(folder / "hf.gguf", folder / "m.nemo"))
+
+
+class TestLlama31FromGguf:
+    def test_texts_and_chats_are_hugging_faces(self, llama31):
+        from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
+
+        published, model = llama31
+        assert len(model.text_tokenizer.eos_ids) == 3
+        assert set(model.text_tokenizer.eos_ids) == set(published.network.generation_config.eos_token_id)
+        ways = (
+            dict(early_exit=False),
+            dict(early_exit=dict(lossless=True, threshold=0.0)),
+            dict(strategy=EarlyExitTextGenerationStrategy(model, exits=[])),
+        )
+        ended = 0
+        for prompt in (
+            PROMPTS[0],
+            "x  1 1234 (f;\n  12 = 3 it's",
+            "",
+            TURNS,
+            [dict(role="system", content=" a "), *TURNS],
+        ):
+            expected = published.ids(prompt) + published.generate(prompt)
+            assert expected.count(published.tokenizer.bos_token_id) == 1
+            ended += expected[-1] in model.text_tokenizer.eos_ids
+            for way in ways:
+                output = model.generate([prompt], dict(max_length=STEPS, min_length=0), **way)
+                assert output["token_ids"][0] == expected and output["sentences"][0] == published.text(
+                    expected
+                )
+        assert ended, "the case must be tried"
+
+    def test_the_server_says_what_hugging_face_says(self, llama31):
+        published, model = llama31
+        with client(model) as http:
+            for prompt in (PROMPTS[0], "x  1 1234 (f;\n  12 = 3 it's", TURNS):
+                ids = published.generate(prompt)
+                stopped = ids[-1] in model.text_tokenizer.eos_ids
+                expected = published.text(ids), "stop" if stopped else "length"
+                assert list(answers(http, prompt)) == [expected, expected]
+
+
+def tuned_texts(base, chats, prompts):
+    """Tunes exits by two steps on chats, as the script does; texts with them, from apart and merged.
+
+    Returns:
+        Exit code; whether texts in full depth and lossless ones are alike; token ids and sentences; whether the merged
+        checkpoint, its exits taken off, has the base's content hash.
+    """
+    from nemo_ee.checkpoint import adapter
+    from nemo_ee.checkpoint.content_hash import backbone_content_hash
+    from nemo_ee.models.exit_editor import edit_exits
+    from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
+    from tests.functional.test_tuning_script import call_script
+
+    folder = Path(base).parent
+    values = {
+        "model.restore_from_path": base,
+        "model.early_exit.layers": "[2]",
+        "model.early_exit.init": "copy",
+        "model.early_exit.head": "{projection: tied, mlp: false}",
+        "model.data.chat": "true",
+        "model.data.train_ds.file_names": f"[{chats}]",
+        "model.data.train_ds.max_seq_length": 100,
+        "model.micro_batch_size": 1,  # as converted models have, which are loaded in this process afterwards
+        "model.global_batch_size": 1,
+        "trainer.max_steps": 2,
+        "trainer.limit_val_batches": 0,
+        "trainer.precision": 32,
+        "model.optim.sched.warmup_steps": 1,
+        "exp_manager.explicit_log_dir": f"{folder}/run",
+    }
+    code = call_script([f"{key}={value}" for key, value in values.items()])
+    if code:
+        return (code,)
+    exits, merged = f"{folder}/run/checkpoints/megatron_gpt_ee_tuning.nemo", f"{folder}/merged.nemo"
+    adapter.merge(base, exits, merged)
+    edit_exits(merged, f"{folder}/plain.nemo", [], {}, tiny_trainer())
+    outputs = []
+    for model in (
+        MegatronGPTEarlyExitModel.restore_with_exits(base, exits, tiny_trainer(), {"precision": 32}),
+        restored(merged, exits=_config(merged).early_exit),
+    ):
+        for way in (False, dict(lossless=True, threshold=0.0)):
+            made = [
+                model.eval().generate([prompt], dict(max_length=STEPS, min_length=0), early_exit=way)
+                for prompt in prompts
+            ]
+            outputs.append([(each["token_ids"][0], each["sentences"][0]) for each in made])
+    same = backbone_content_hash(f"{folder}/plain.nemo") == backbone_content_hash(base)
+    return code, all(each == outputs[0] for each in outputs), outputs[0], same
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama31", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("qwen", "mistral"))]
+)
+def test_exits_tuned_on_chats_leave_hugging_faces_texts(kind, request, workers, tmp_path):
+    published = request.getfixturevalue(kind)[0]
+    base = tmp_path / "base.nemo"
+    shutil.copy(published.folder.parent / "m.nemo", base)
+    chats = tmp_path / "chats.jsonl"
+    answer = {"role": "assistant", "content": "the cat sat on the mat"}
+    chats.write_text(
+        json.dumps({"messages": [*TURNS, answer]}) + "\n" + json.dumps({"messages": [*TURNS, answer] * 2})
+    )
+    prompts = [PROMPTS[0], TURNS]
+    found = workers(1).run(tuned_texts, str(base), str(chats), prompts)[0]
+    expected = [published.ids(prompt) + published.generate(prompt) for prompt in prompts]
+    assert found == (0, True, [(ids, published.text(ids)) for ids in expected], True)
 
 
 def parallel_ids(path, sizes, prompts):

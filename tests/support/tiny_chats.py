@@ -136,3 +136,94 @@ def train_sentencepiece(directory: Path, kind: str, name: str = "sp.model", **se
     directory.mkdir(parents=True, exist_ok=True)
     (directory / name).write_bytes(buffer.getvalue())
     return directory / name
+
+
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' "
+    "+ m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+LLAMA3_SPECIAL = ["begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eom_id", "eot_id"]
+LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+def llama31_tokenizer() -> Any:
+    """Byte-level with Llama 3's rule of words, BOS before every text, and three tokens that end one."""
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE(ignore_merges=True))
+    words = pre_tokenizers.Split(Regex(LLAMA3_WORDS), "isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    )
+    names = [f"<|{name}|>" for name in LLAMA3_SPECIAL]
+    core.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    bos = names[0]
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token=bos,
+        eos_token="<|eot_id|>",
+        chat_template=LLAMA3,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def save_llama31(directory: Path, seed: int = 0, quantization: str = "F32") -> Path:
+    """A Llama with Llama 3.1's tokenizer and scaled positions; beside it the same model as `directory.gguf`."""
+    from tests.support import tiny_gguf
+
+    tokenizer = llama31_tokenizer()
+    tokenizer.save_pretrained(directory)
+    ends = tokenizer.convert_tokens_to_ids(["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"])
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }
+    settings = tiny_llama.config(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=128,
+        rope_scaling=scaling,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=ends,
+        pad_token_id=None,
+    )
+    network = tiny_llama.model(settings, seed)
+    network.save_pretrained(directory)
+    names = [tokenizer.convert_ids_to_tokens(token) for token in range(len(tokenizer))]
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    prefix = tiny_gguf.PREFIX
+    vocabulary = {
+        f"{prefix}model": "gpt2",
+        f"{prefix}pre": "llama-bpe",
+        f"{prefix}tokens": names,
+        f"{prefix}token_type": [3 if token >= ends[0] - 1 else 1 for token in range(len(names))],
+        f"{prefix}merges": [" ".join(pair) for pair in merges],
+        f"{prefix}bos_token_id": tokenizer.bos_token_id,
+        f"{prefix}eos_token_id": tokenizer.eos_token_id,
+        "tokenizer.chat_template": LLAMA3,
+    }
+    tiny_gguf.write(Path(f"{directory}.gguf"), network, vocabulary, quantization=quantization)
+    return Path(directory)

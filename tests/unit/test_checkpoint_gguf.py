@@ -178,6 +178,16 @@ def test_divisors_that_are_not_llama_3s_are_refused(tmp_path):
         ("general.type", "adapter"),
         ("clip.has_vision_encoder", True),
         ("split.count", 3),
+        # what no converter writes
+        ("llama.block_count", "four"),
+        ("llama.rope.freq_base", 0.0),
+        ("llama.rope.freq_base", float("nan")),
+        ("llama.rope.scaling.factor", float("nan")),
+        ("llama.rope.scaling.factor", -2.0),
+        ("llama.rope.scaling.factor", "four"),
+        ("tokenizer.ggml.eos_token_id", "</s>"),
+        ("tokenizer.chat_template", 3),
+        ("tokenizer.chat_template.tool_use", 3),
     ],
 )
 def test_keys_that_would_be_lost_are_refused_by_name(tmp_path, key, value):

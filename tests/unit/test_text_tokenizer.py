@@ -136,6 +136,11 @@ def test_what_ends_texts(tmp_path):
     stop = StopRule(several, ["<|endoftext|>", "<|vision_start|>", "<tool_call>", "the"])
     assert stop.eos == (own, padding, 18) and stop.texts == ["<tool_call>", "the"]
     assert all(stop([5, token]) for token in (own, padding, 18, flagged, tool)) and not stop([5, 19])
+    several.check_ends(rows=19)  # a token that has a name but no row does no harm
+    with pytest.raises(
+        ConfigError, match=r"eos_token_ids=\[5, 400\]: id 400 must be below the model's 320 rows"
+    ):
+        ours(tmp_path, eos_token_ids=[5, 400]).check_ends(rows=320)
     assert end_tokens(several, ["<unknown>"]) == ({own, padding, 18}, ["<unknown>"])
 
 

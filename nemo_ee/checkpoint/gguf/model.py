@@ -43,6 +43,9 @@ def config(values: Mapping[str, Any], found: Mapping[str, Any]) -> Any:
         if given is None:
             fault(name, "null", "is missing, and there is no model without it")
             return 1
+        if not rope.is_number(given):
+            fault(name, given, "must be a finite number")
+            return 1
         return given
 
     hidden, heads = int(value("embedding_length")), int(value("attention.head_count"))
@@ -55,6 +58,8 @@ def config(values: Mapping[str, Any], found: Mapping[str, Any]) -> Any:
     if 0 < window < context:
         fault("attention.sliding_window", window, f"attention must reach context_length={context}")
     base = float(value("rope.freq_base", 10000.0))
+    if base <= 0:
+        fault("rope.freq_base", base, "must be above 0")
     if EMBEDDING not in found:
         raise CheckpointError(f"{EMBEDDING}: is missing; download the whole file again")
     rows = int(found[EMBEDDING].shape[-1])

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_ee.checkpoint.gguf.keys import REMEDY
+from nemo_ee.checkpoint.gguf.keys import REMEDY, shown
 from nemo_ee.errors import CheckpointError
 
 FREQUENCIES = "rope_freqs.weight"
@@ -41,20 +41,30 @@ def scaling(
     # llama.cpp's order and defaults: linear where no type is given, and 0 for no factor
     kind = values.get(f"{prefix}ing.type", "linear")
     factor_key = f"{prefix}ing.factor" if f"{prefix}ing.factor" in values else f"{prefix}e_linear"
-    factor = float(values.get(factor_key, 0.0)) or 1.0
+    given = values.get(factor_key, 0.0)
+    if not is_number(given) or given < 0:
+        raise CheckpointError(
+            f"{factor_key}={shown(given)}: must be a finite number, and not below 0; {REMEDY}"
+        )
+    factor = float(given) or 1.0
     if kind not in ("none", "linear"):
         raise CheckpointError(
             f"{prefix}ing.type={kind}: must be none or linear, for megatron-core has no other; "
             "convert a checkpoint without it"
         )
     linear = kind == "linear" and factor != 1.0
-    if divisors is not None and not np.all(divisors == 1.0):
+    if divisors is not None and not (divisors.shape == (dimension // 2,) and np.all(divisors == 1.0)):
         if linear:
             raise CheckpointError(
                 f"{factor_key}={factor:g}: must be 1 beside the tensor {FREQUENCIES}; {REMEDY}"
             )
         return _llama3(divisors, dimension, base)
     return {"rope_type": "linear", "factor": factor} if linear else None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a key's value is a finite number; damaged files may hold anything."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def llama3_divisors(settings: Mapping[str, float], dimension: int, base: float) -> np.ndarray:

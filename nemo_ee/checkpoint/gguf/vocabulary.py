@@ -140,7 +140,7 @@ def _ids(values: Mapping[str, Any], count: int, defaults: Mapping[str, int]) -> 
     for name in (*_NAMES, *_ENDS):
         key = f"tokenizer.ggml.{name}_token_id"
         token = values.get(key, defaults.get(name))
-        if token is not None and not 0 <= token < count:
+        if token is not None and not (type(token) is int and 0 <= token < count):
             raise CheckpointError(f"{key}={token}: must be one of {count} tokens; {REMEDY}")
         if token is not None:
             ids[name] = int(token)
@@ -190,6 +190,12 @@ def _templates(values: Mapping[str, Any]) -> str | dict[str, str] | None:
     prefix = f"{TEMPLATES}."
     named = {key.removeprefix(prefix): text for key, text in values.items() if key.startswith(prefix)}
     default = values.get(TEMPLATES)
+    for key, text in (
+        (TEMPLATES, default or ""),
+        *((f"{prefix}{name}", text) for name, text in named.items()),
+    ):
+        if not isinstance(text, str):
+            raise CheckpointError(f"{key}={shown(text)}: must be a text; {REMEDY}")
     if not named:
         return default
     return named if default is None else {"default": default, **named}
