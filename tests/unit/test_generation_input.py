@@ -70,7 +70,7 @@ def test_a_tokenizer_without_bos_is_refused(bos):
     from nemo_ee.inference.text import TextTokenizer
 
     class Tokenizer:
-        bos_id = bos
+        bos_id, vocab_size = bos, 10
 
         def text_to_ids(self, text):
             return [5]
