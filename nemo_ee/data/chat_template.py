@@ -1,12 +1,13 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""Chats in a tokenizer's own (Jinja) template: token ids as Hugging Face's `apply_chat_template` gives them, and
-which of them a model would have to emit."""
+"""Chats in a tokenizer's own template, Jinja's or NeMo's: token ids as when the model is asked, and which of them it
+would have to emit."""
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from nemo_ee.data.token_rules import special_ids
+from nemo_ee.errors import GenerationError
 
 ROLES = {"user": "user", "human": "user", "system": "system"} | dict.fromkeys(
     ("assistant", "gpt", "model"), "assistant"
@@ -80,7 +81,7 @@ def _turns(value: Any, key: str, who: str, what: str) -> list[dict[str, Any]]:
 
 
 class ChatTemplate:
-    """The chat template of a Hugging Face tokenizer.
+    """The (Jinja) chat template of a Hugging Face tokenizer, with the ids of its `apply_chat_template`.
 
     An answer begins where the model would be asked: behind the prompt that the template makes of the turns before. It
     ends with the first special token behind what was said; what a template puts behind that, no model emits.
@@ -164,6 +165,36 @@ class ChatTemplate:
             if shown.ids[index] in self.end_ids:
                 return index + 1
         raise ValueError(f"has turn {k + 1}, whose end in the tokenizer's chat template cannot be found")
+
+
+class TurnTemplate:
+    """NeMo's form of a chat template, which tokenizers of other libraries than Hugging Face's have.
+
+    An answer is what a turn adds to the prompt that the model is asked with: what the template puts in front of the
+    answer belongs to it, as no prompt ends with that.
+
+    Args:
+        encode: messages -> token ids.
+    """
+
+    def __init__(self, encode: Callable[[list[dict]], list[int]]):
+        self.encode = encode
+
+    def tokens(self, messages: list[dict], learnt: Sequence[bool]) -> tuple[list[int], list[bool]]:
+        """As `ChatTemplate.tokens`."""
+        try:
+            ids = self.encode(messages)
+            mask = [False] * len(ids)
+            for k in (k for k, learn in enumerate(learnt) if learn):
+                if k == 0:
+                    raise ValueError("begins with an answer, and no prompt is before it")
+                before, with_it = self.encode(messages[:k]), self.encode(messages[: k + 1])
+                if ids[: len(before)] != before or ids[: len(with_it)] != with_it:
+                    raise ValueError(f"has turn {k + 1}, which shares a token with a turn beside it")
+                mask[len(before) : len(with_it)] = [True] * (len(with_it) - len(before))
+        except GenerationError as error:
+            raise ValueError(f"is refused: {error}") from error
+        return ids, mask
 
 
 class _Shown:

@@ -15,7 +15,7 @@ from megatron.core.datasets import helpers
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nemo_ee.data.chat_template import ChatTemplate, messages_of
+from nemo_ee.data.chat_template import ChatTemplate, TurnTemplate, messages_of
 from nemo_ee.data.json_lines import JsonLines
 from nemo_ee.errors import DataError
 from nemo_ee.runtime.hugging_face_datasets import datasets_or_stand_in
@@ -129,13 +129,13 @@ class MarkedChatDataset(_Lines, GPTSFTChatDataset):
 
 
 class TemplateChatDataset(MarkedChatDataset):
-    """Chats in the tokenizer's own template; `special_tokens` is its `ChatTemplate`."""
+    """Chats in the tokenizer's own template; `special_tokens` is its `ChatTemplate` or `TurnTemplate`."""
 
     def _build_samples_mapping(self) -> None:
         self.samples_mapping = None
 
     def _process_example(self, example: dict) -> dict[str, Any]:
-        template: ChatTemplate = self.special_tokens
+        template: ChatTemplate | TurnTemplate = self.special_tokens
         ids, mask = template.tokens(*messages_of(example))
         if example.get("finish_reason") == "length" and any(
             mask

@@ -1,6 +1,7 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """NeMo's fine-tuning data in tuning: chats, and prompts with their answers."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from nemo.utils import logging
 from torch.utils.data import DataLoader, default_collate
 
 from nemo_ee.checkpoint.collective import on_rank_zero
-from nemo_ee.data.chat_template import ChatTemplate
+from nemo_ee.data.chat_template import ChatTemplate, TurnTemplate
 from nemo_ee.data.fine_tuning import (
     FineTuningData,
     MarkedChatDataset,
@@ -21,6 +22,7 @@ from nemo_ee.data.fine_tuning import (
     survey,
 )
 from nemo_ee.data.token_rules import known_id
+from nemo_ee.inference.prompts import chat_tokens
 from nemo_ee.models.fine_tuning_checks import check_lines, file_names, is_fine_tuning, require
 from nemo_ee.runtime.children import outlive_signals
 
@@ -117,15 +119,17 @@ class FineTuningDataMixin:
             for name in names
         ]
 
-    def _chat_template(self) -> ChatTemplate:
-        inner = getattr(self.tokenizer, "tokenizer", None)
-        there = isinstance(self.tokenizer, AutoTokenizer) and inner.chat_template is not None
+    def _chat_template(self) -> ChatTemplate | TurnTemplate:
+        inner = self.tokenizer.tokenizer if isinstance(self.tokenizer, AutoTokenizer) else self.tokenizer
+        there = getattr(inner, "chat_template", None) is not None
         rule = "the checkpoint's tokenizer has no chat template"
         remedy = (
             "give lines of input and output with model.data.chat=false, or NeMo's marks of turns, "
             "model.data.chat_prompt_tokens={system_turn_start:…,turn_start:…,label_start:…,end_of_turn:…,end_of_name:…}"
         )
         require(there, "model.data.chat", True, rule, remedy)
+        if inner is self.tokenizer:
+            return TurnTemplate(partial(chat_tokens, inner))
         return ChatTemplate(inner, self.text_tokenizer.eos_ids)
 
     def build_train_valid_test_datasets(self) -> Any:

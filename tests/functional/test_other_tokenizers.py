@@ -160,7 +160,7 @@ def tuned_texts(base, chats, prompts):
         "model.early_exit.head": "{projection: tied, mlp: false}",
         "model.data.chat": "true",
         "model.data.train_ds.file_names": f"[{chats}]",
-        "model.data.train_ds.max_seq_length": 100,
+        "model.data.train_ds.max_seq_length": 64,
         "model.micro_batch_size": 1,  # as converted models have, which are loaded in this process afterwards
         "model.global_batch_size": 1,
         "trainer.max_steps": 2,
@@ -190,6 +190,13 @@ def tuned_texts(base, chats, prompts):
     return code, all(each == outputs[0] for each in outputs), outputs[0], same
 
 
+def chat_file(folder):
+    path, answer = folder / "chats.jsonl", {"role": "assistant", "content": "the cat sat on the mat"}
+    lines = ({"messages": [*TURNS, answer] * turns} for turns in (1, 2))
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
 @pytest.mark.parametrize(
     "kind", ["llama31", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("qwen", "mistral"))]
 )
@@ -197,13 +204,8 @@ def test_exits_tuned_on_chats_leave_hugging_faces_texts(kind, request, workers, 
     published = request.getfixturevalue(kind)[0]
     base = tmp_path / "base.nemo"
     shutil.copy(published.folder.parent / "m.nemo", base)
-    chats = tmp_path / "chats.jsonl"
-    answer = {"role": "assistant", "content": "the cat sat on the mat"}
-    chats.write_text(
-        json.dumps({"messages": [*TURNS, answer]}) + "\n" + json.dumps({"messages": [*TURNS, answer] * 2})
-    )
     prompts = [PROMPTS[0], TURNS]
-    found = workers(1).run(tuned_texts, str(base), str(chats), prompts)[0]
+    found = workers(1).run(tuned_texts, str(base), str(chat_file(tmp_path)), prompts)[0]
     expected = [published.ids(prompt) + published.generate(prompt) for prompt in prompts]
     assert found == (0, True, [(ids, published.text(ids)) for ids in expected], True)
 
@@ -412,6 +414,15 @@ class TestSentencePiece:
         encode = model.tokenizer.tokenizer.encode
         assert [found[i].tolist() for i in range(2)] == [[*encode(text), 2] for text in PROMPTS]
         assert summary["bos"] == [] and summary["eod"] == 2
+
+    @pytest.mark.slow
+    def test_exits_tuned_on_chats_leave_the_models_texts(self, model, workers, tmp_path):
+        base = tmp_path / "base.nemo"
+        shutil.copy(model.path, base)
+        found = workers(1).run(tuned_texts, str(base), str(chat_file(tmp_path)), [PROMPTS[0], TURNS])[0]
+        made = [model.generate([p], dict(max_length=STEPS), early_exit=False) for p in (PROMPTS[0], TURNS)]
+        expected = [(each["token_ids"][0], each["sentences"][0]) for each in made]
+        assert found == (0, True, expected, True)
 
     def test_bos_comes_where_the_checkpoint_or_the_caller_says(self, model):
         ids = self.prompt_ids(model, PROMPTS[0])

@@ -1,9 +1,11 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Chats as token ids: Hugging Face's own ids, and of these the ones that the assistant says."""
 
+from functools import partial
+
 import pytest
 
-from nemo_ee.data.chat_template import ChatTemplate, messages_of
+from nemo_ee.data.chat_template import ChatTemplate, TurnTemplate, messages_of
 from tests.support import chat_templates as shapes
 
 TURNS = [
@@ -167,3 +169,43 @@ def test_an_answer_that_is_not_shown():
     tokenizer = shapes.tokenizer("{% for m in messages %}{{ m['role'] }}{% endfor %}", "</s>")
     with pytest.raises(ValueError, match="turn 2, which the tokenizer's chat template does not show"):
         ChatTemplate(tokenizer, [2]).tokens([TURN, ANSWER], [False, True])
+
+
+class TestNemosTemplates:
+    """Of tokenizers of other libraries; token by token here, letters of words."""
+
+    TEMPLATE = {
+        "prefix": "{_bos_id_}",
+        "roles": {"User": "u {_content_}|", "Assistant": "a {_content_}{_eos_id_}"},
+    }
+
+    class Letters:
+        bos_id, eos_id = 1, 2
+
+        def __init__(self, template):
+            self.chat_template = template
+
+        def text_to_ids(self, text):
+            return [ord(letter) for letter in text]
+
+    def tokens(self, messages, learnt, template=TEMPLATE):
+        from nemo_ee.inference.prompts import chat_tokens  # and NeMo
+
+        return TurnTemplate(partial(chat_tokens, self.Letters(template))).tokens(messages, learnt)
+
+    def test_an_answer_is_what_its_turn_adds_to_the_prompt(self):
+        turns = [("user", "hi"), ("assistant", "yo"), ("user", "so"), ("assistant", "no")]
+        messages = [dict(role=role, content=content) for role, content in turns]
+        ids, mask = self.tokens(messages, [False, True, False, True])
+        pieces = [([1], 0), ("u hi|", 0), ("a yo", 1), ([2], 1), ("u so|", 0), ("a no", 1), ([2], 1)]
+        expected = [
+            (ord(i) if isinstance(i, str) else i, bool(mark)) for piece, mark in pieces for i in piece
+        ]
+        assert list(zip(ids, mask, strict=True)) == expected
+
+    def test_what_cannot_be_learnt_is_refused(self):
+        hi, yo = dict(role="user", content="hi"), dict(role="assistant", content="yo")
+        with pytest.raises(ValueError, match="begins with an answer"):
+            self.tokens([yo, hi], [True, False])
+        with pytest.raises(ValueError, match="role tool"):
+            self.tokens([hi, dict(role="tool", content="x"), yo], [False, False, True])
