@@ -61,7 +61,7 @@ writing=$((minutes * 3 / 10)).$((minutes * 3 % 10)) tuning=$((minutes * 7 / 10))
 stage "5/9 the model answers questions for about $writing minutes; its answers are what the exits are tuned on"
 [ -f "$work/chats.json" ] ||
     python scripts/generate_tuning_text.py "gpt_model_file=$work/smollm2.nemo" "output_prefix=$work/chats" \
-        "prompts.directory=$work/sources" "prompts.exclude_file=$held_out" "minutes=$writing" validation_share=0.1
+        "prompts.directory=$work/sources" "prompts.exclude_file=$held_out" "minutes=$writing" validation_share=0.1 batch_size=16
 head -n 1 "$work/chats_train.jsonl"
 
 # Tuning settings that all runs below share; and what they read.

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -82,7 +82,8 @@ def generate_tuning_text(config: TuningTextConfig, trainer: Any) -> AnswerFiles:
                 Sequence(ids[i], request, stop, stop.eos, length, _seed(config.seed, i))
                 for i, length in zip(chosen, lengths, strict=True)
             ]
-            _answer(model, answers, config.batch_size)
+            for finished in _answer(model, answers, config.batch_size):
+                bar.update(finished)
             if first:
                 seconds = time.perf_counter() - began
                 asked = zip((prompts[i] for i in chosen), answers, strict=True)
@@ -92,7 +93,6 @@ def generate_tuning_text(config: TuningTextConfig, trainer: Any) -> AnswerFiles:
                 files.append(records, _after(files.progress, answers, records, seconds))
                 bar.set_postfix_str(f"{files.progress.tokens / files.progress.seconds:.0f} tokens/s")
             done = chosen.stop
-            bar.update(len(chosen))
     on_first_rank(lambda: files.publish(config.validation_share))
     return files
 
@@ -128,21 +128,23 @@ def _is_time(config: TuningTextConfig, progress: Progress, block: int) -> bool:
     return progress.seconds * (1 + block / progress.prompts) <= 60.0 * config.minutes
 
 
-def _answer(model: Any, answers: list[Sequence], slots: int) -> None:
-    """Generates until all are finished."""
+def _answer(model: Any, answers: list[Sequence], slots: int) -> Iterator[int]:
+    """Generates until all are finished; yields after each step how many that did."""
     with generating(model):
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             for first in range(0, len(answers), slots):
                 batch = answers[first : first + slots]
                 continue_over_stages(model.pipeline_groups(), model.decoding_model(), batch)
+                yield len(batch)
             return
         waiting = deque(answers)
         longest = max(len(each.prompt) + each.limit - 1 for each in answers)
         with DecodingSession(model.decoding_model(), [], slots, longest) as session:
             while waiting or session.running:
+                ended: list[Sequence] = []
                 if waiting and session.free >= min(len(waiting), max(1, slots // JOINING)):
-                    session.add([waiting.popleft() for _ in range(min(session.free, len(waiting)))])
-                session.step()
+                    ended += session.add([waiting.popleft() for _ in range(min(session.free, len(waiting)))])
+                yield len(ended + session.step())
 
 
 def _seed(seed: int, place: int) -> int:
