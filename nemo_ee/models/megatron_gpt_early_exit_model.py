@@ -143,7 +143,7 @@ class MegatronGPTEarlyExitModel(GenerationMixin, EarlyExitAdapterMixin, Megatron
         """NeMo's; `padded_vocab_size` is also that of a checkpoint that overrides it."""
         super()._build_vocab()
         self.padded_vocab_size = self.cfg.get("override_vocab_size") or self.padded_vocab_size
-        self.true_vocab_size = used_rows(self.cfg, self.tokenizer, self.padded_vocab_size)
+        self.true_vocab_size = used_rows(self.cfg, self.text_tokenizer, self.padded_vocab_size)
         self.text_tokenizer.check_ends(self.true_vocab_size)
 
     def to_config_file(self, path2yaml_file: str) -> None:

@@ -1,38 +1,32 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """How many rows of a padded embedding are tokens: a tokenizer may have gaps, and fewer or more tokens than rows."""
 
-from typing import Any
-
-from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from nemo.utils.app_state import AppState
 from omegaconf import DictConfig
 
 from nemo_ee.checkpoint.llama import ROWS, vocabulary_divisor
 from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.inference.text import TextTokenizer
 
 
-def used_rows(cfg: DictConfig, tokenizer: Any, padded: int) -> int:
+def used_rows(cfg: DictConfig, tokenizer: TextTokenizer, padded: int) -> int:
     """Rows of the embedding that a model may read and choose; those behind are padding.
 
     Args:
         cfg: model configuration; where it has ``embedding_rows``, as converted models whose embedding is no fit for
             their tokenizer have, they are those. Else one more than the tokenizer's largest id.
-        tokenizer: NeMo's.
+        tokenizer: whose `vocab_size` is still one more than its largest id.
         padded: rows that NeMo makes for the *number* of the tokenizer's tokens.
 
     Raises:
         ConfigError: there are fewer rows than `embedding_rows`, or, in a new model, than ids.
     """
     rows, divisor = cfg.get(ROWS), cfg.get("make_vocab_size_divisible_by", 128)
-    tokens = int(tokenizer.vocab_size)
+    tokens = int(tokenizer.nemo.vocab_size)
     if rows is None:
-        rows = tokens
-        if isinstance(tokenizer, AutoTokenizer):
-            rows = max(rows, max(tokenizer.tokenizer.get_vocab().values()) + 1)
+        rows = tokenizer.vocab_size
         if AppState().is_model_being_restored:
-            return min(
-                rows, padded
-            )  # of tokens without a row a model can do without, as long as no text has them
+            return min(rows, padded)  # it can do without tokens that have no row, as long as no text has them
     if rows > padded:
         rule = f"makes {padded} rows for {tokens} tokens, and {rows} are needed"
         fitting = vocabulary_divisor(tokens, rows)

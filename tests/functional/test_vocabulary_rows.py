@@ -82,15 +82,16 @@ def rows_of_a_new_model(folder: str) -> tuple:
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
     from omegaconf import OmegaConf
 
+    from nemo_ee.inference.text import TextTokenizer
     from nemo_ee.models.vocabulary import used_rows
 
     tokenizer = AutoTokenizer(str(write("far gap", Path(folder, "hf"))))
     with pytest.raises(ConfigError) as error:
-        used_rows(OmegaConf.create({}), tokenizer, 128)
+        used_rows(OmegaConf.create({}), TextTokenizer(tokenizer), 128)
     (fault,) = error.value.faults
     key, divisor = fault.remedy.removeprefix("set ++model.").split("=")
     padded = -(-tokenizer.vocab_size // int(divisor)) * int(divisor)  # as NeMo pads at TP 1
-    return fault.rule, used_rows(OmegaConf.create({key: int(divisor)}), tokenizer, padded)
+    return fault.rule, used_rows(OmegaConf.create({key: int(divisor)}), TextTokenizer(tokenizer), padded)
 
 
 def test_a_new_model_without_rows_for_all_ids_is_refused_with_what_works(workers, tmp_path):
