@@ -16,16 +16,9 @@ from nemo_ee.errors import CheckpointError
 from tests.support import tiny_gguf, tiny_llama
 from tests.support.script import run_script
 
-LLAMA3_SCALING = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
 VARIANTS = {
     "tied": {},
-    "untied-llama3-rope": {"tie_word_embeddings": False, "rope_scaling": LLAMA3_SCALING},
+    "untied-llama3-rope": {"tie_word_embeddings": False, "rope_scaling": tiny_llama.LLAMA3_SCALING},
     "one-wide-group-linear-rope": {
         "num_key_value_heads": 1,
         "head_dim": 16,
@@ -178,7 +171,7 @@ def test_script_converts_and_then_refuses_to_overwrite(tmp_path):
 
 
 GGUF_VARIANTS = {
-    "llama3-rope-two-ends": {"rope_scaling": LLAMA3_SCALING, "tie_word_embeddings": False},
+    "llama3-rope-two-ends": {"rope_scaling": tiny_llama.LLAMA3_SCALING, "tie_word_embeddings": False},
     "linear-rope": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
 }
 

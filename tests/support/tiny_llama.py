@@ -10,6 +10,15 @@ WORDS = "the a of and to in is on for with model layer exit token early state ca
 SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}</s>{% endfor %}"
 
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+"""Llama 3.1's way to scale rotary frequencies, at the length of these models."""
+
 
 def tokenizer(vocab_size: int = 100) -> Any:
     """A word-level fast tokenizer with ``vocab_size`` tokens and a chat template; it adds no BOS."""

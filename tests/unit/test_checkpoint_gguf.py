@@ -15,13 +15,7 @@ from nemo_ee.checkpoint.gguf import keys, rope
 from nemo_ee.errors import CheckpointError
 from tests.support import tiny_gguf, tiny_llama
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
+LLAMA3 = tiny_llama.LLAMA3_SCALING
 VARIANTS = {
     "plain": {},
     "untied": {"tie_word_embeddings": False, "rope_theta": 5e5},
