@@ -13,6 +13,7 @@ LICENCE = "# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache L
 CATCH_ALL_NAMES = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py"}
 
 PLAIN = {"nemo_ee.errors", "nemo_ee.config", "nemo_ee.schema"}
+FILES = {"nemo_ee.errors", "nemo_ee.files", "yaml"}
 CORE = PLAIN | {"nemo_ee.core", "torch", "numpy"}
 KERNELS = {"nemo_ee.kernels", "numba", "llvmlite", "numpy"}
 MEGATRON = CORE | {"nemo_ee.kernels", "nemo_ee.megatron", "megatron", "flash_attn"}
@@ -20,6 +21,7 @@ RINGS = {
     "nemo_ee/__init__.py": set(),
     "nemo_ee/errors.py": set(),
     "nemo_ee/schema.py": PLAIN,
+    "nemo_ee/files/": FILES,
     "nemo_ee/config.py": PLAIN | {"omegaconf"},
     "nemo_ee/core/": CORE,
     "nemo_ee/kernels/": KERNELS,
@@ -102,7 +104,15 @@ def f():
 
 
 @pytest.mark.parametrize(
-    "module", ["nemo_ee", "nemo_ee.errors", "nemo_ee.config", "nemo_ee.runtime.stand_ins"]
+    "module",
+    [
+        "nemo_ee",
+        "nemo_ee.errors",
+        "nemo_ee.config",
+        "nemo_ee.files.output",
+        "nemo_ee.files.scratch",
+        "nemo_ee.runtime.stand_ins",
+    ],
 )
 def test_light_modules_load_nothing_heavy(module):
     heavy = "{'torch', 'nemo', 'megatron', 'lightning', 'transformers'}"
