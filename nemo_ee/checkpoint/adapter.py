@@ -3,7 +3,6 @@
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from nemo_ee.checkpoint import archive, collective, keys, targets, torch_dist
 from nemo_ee.checkpoint.content_hash import backbone_content_hash
 from nemo_ee.errors import CheckpointError
+from nemo_ee.files.output import work_folder
+from nemo_ee.files.scratch import scratch_folder
 
 _SHAPE = ("num_layers", "hidden_size")
 
@@ -73,7 +74,7 @@ def load_exits(model: Any, path: str | os.PathLike) -> None:
             )
     base = _base_of(model)
     check_hash(path, config, base.name, base.content_hash)
-    with tempfile.TemporaryDirectory(prefix="nemo_ee_exits_") as scratch:
+    with scratch_folder("exits") as scratch:
         root = archive.extract(path, scratch)
         load_weights(model, root / archive.WEIGHTS_DIRECTORY, want=_is_exit_key, name=path)
 
@@ -96,8 +97,7 @@ def merge(
     config = read_adapter_config(adapter)
     base_config = archive.read_config(base)
     check_fit(adapter, config, base_config)
-    output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as scratch:
+    with work_folder(output) as scratch:
         whole = archive.extract(base, Path(scratch, "base"))
         if not (whole / archive.WEIGHTS_DIRECTORY).is_dir():
             raise CheckpointError(

@@ -2,7 +2,6 @@
 """NeMo's save and restore connector with atomic writes, validated reads and the tokenizer inside the file."""
 
 import os
-import tempfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from nemo_ee.checkpoint.legacy import read_legacy_weights
 from nemo_ee.checkpoint.load import has_fp8_state, load_weights, save_weights
 from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint
 from nemo_ee.errors import CheckpointError
+from nemo_ee.files.scratch import scratch_folder
 from nemo_ee.models.megatron_gpt_model import MegatronGPTModel
 
 
@@ -93,7 +93,7 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
         if return_config and override_config_path is None:
             return archive.read_config(self.model_extracted_dir or restore_path)
         given = self.model_extracted_dir
-        with tempfile.TemporaryDirectory(prefix="nemo_ee_restore_") as scratch:
+        with scratch_folder("restore") as scratch:
             root = archive.extract(given or restore_path, scratch)
             config = _read_override(override_config_path, root)
             if return_config:

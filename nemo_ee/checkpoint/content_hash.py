@@ -4,7 +4,6 @@
 import hashlib
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from nemo_ee.checkpoint import archive, keys
 from nemo_ee.checkpoint.legacy import read_legacy_weights
 from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint
 from nemo_ee.errors import CheckpointError
+from nemo_ee.files.scratch import scratch_folder
 
 _STACKED = re.compile(r"^(decoder\.layers\.)(?!\d+\.)(.+)$")
 _NEEDED = {archive.CONFIG_NAME, archive.WEIGHTS_DIRECTORY, archive.LEGACY_WEIGHTS_NAME}
@@ -40,7 +40,7 @@ def backbone_content_hash(path: str | os.PathLike) -> str:
     path = Path(path)
     if path.is_dir() and not (path / archive.CONFIG_NAME).is_file():
         return _hash(_torch_dist_tensors(TorchDistCheckpoint(path)))
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder("hash") as scratch:
         root = archive.extract(path, scratch, want=lambda name: name.split("/")[0] in _NEEDED)
         if (root / archive.WEIGHTS_DIRECTORY).is_dir():
             return _hash(_torch_dist_tensors(TorchDistCheckpoint(root / archive.WEIGHTS_DIRECTORY)))

@@ -3,7 +3,6 @@
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_ee.checkpoint import end_of_text, gguf, keys, llama, tokenizer
 from nemo_ee.errors import CheckpointError
+from nemo_ee.files.scratch import scratch_folder
 
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 
@@ -49,7 +49,7 @@ def convert_to_nemo(
     ends = file.eos_token_ids if file else end_of_text.of_folder(source, config.vocab_size)
     nemo_config = OmegaConf.create(llama.nemo_config(config, len(live), precision))
     _count_rows(nemo_config, live, config.vocab_size)
-    with tempfile.TemporaryDirectory(prefix="nemo_ee_convert_") as scratch:
+    with scratch_folder("convert") as scratch:
         home = Path(scratch, tokenizer.DIRECTORY)
         if file:
             live.save_pretrained(home)

@@ -55,19 +55,19 @@ def claim(path: str | os.PathLike) -> Iterator[Path]:
             raise OutputError(f"{path}: another thread of this process is writing it; write elsewhere")
         yield target
         return
-    with write_errors(path, every=True):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target.parent)
-        descriptor = _acquire(target)
-    _claims[target] = descriptor, threading.get_ident()
-    try:
-        yield target
-    finally:
-        if lock.is_held(descriptor):
-            del _claims[target]
-            with suppress(OSError):
-                beside(target, _LOCK).unlink()
-            lock.release(descriptor)
+    with _made_folder(path, target.parent):
+        with write_errors(path, every=True):
+            _sweep(target.parent)
+            descriptor = _acquire(target)
+        _claims[target] = descriptor, threading.get_ident()
+        try:
+            yield target
+        finally:
+            if lock.is_held(descriptor):
+                del _claims[target]
+                with suppress(OSError):
+                    beside(target, _LOCK).unlink()
+                lock.release(descriptor)
 
 
 def real_path(path: str | os.PathLike) -> Path:
@@ -99,6 +99,24 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _made_folder(path: str | os.PathLike, folder: Path) -> Iterator[None]:
+    """Creates a folder with those above it, and removes afterwards what is empty of these."""
+    new = []
+    while not os.path.lexists(folder):
+        new.append(folder)
+        folder = folder.parent
+    try:
+        with write_errors(path, every=True):
+            for each in [folder, *reversed(new)]:
+                each.mkdir(exist_ok=True)
+        yield
+    finally:
+        with suppress(OSError):
+            for each in new:
+                each.rmdir()
 
 
 def _acquire(target: Path) -> int:
