@@ -81,7 +81,9 @@ def write(path: Path, stamp: str, content_hash: str) -> None:
     with suppress(OSError, OutputError, ValueError):
         if not beside.is_symlink():  # which would be followed, wherever somebody points it
             with replaced_file(beside) as part:
-                part.write_text(json.dumps({"version": VERSION, "stamp": stamp, "content_hash": content_hash}))
+                part.write_text(
+                    json.dumps({"version": VERSION, "stamp": stamp, "content_hash": content_hash})
+                )
 
 
 def _beside(path: Path) -> Path:

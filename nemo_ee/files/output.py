@@ -6,7 +6,7 @@ What such an end leaves beside it goes at once or, after SIGKILL, when the next 
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -14,7 +14,15 @@ from nemo_ee.errors import OutputError
 from nemo_ee.files.claim import OLD, PART, WORK, beside, claim, real_path, remove
 from nemo_ee.files.write_errors import write_errors
 
-__all__ = ["claim", "replaced_file", "replaced_files", "replaced_folder", "work_folder"]
+__all__ = [
+    "claim",
+    "replaced_file",
+    "replaced_files",
+    "replaced_folder",
+    "work_folder",
+    "write_text",
+    "write_with",
+]
 
 
 @contextmanager
@@ -33,6 +41,30 @@ def replaced_file(path: str | os.PathLike) -> Iterator[Path]:
     with replaced_files([path]) as (part,):
         yield part
         assert part.exists(), f"nothing was written to {part}"
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Writes a text file in one step; returns its path.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    return write_with(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def write_with(path: Path, write: Callable[[Path], object]) -> Path:
+    """Writes a file in one step; returns its path.
+
+    Args:
+        path: the file.
+        write: writes it to the path that it is given.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with replaced_file(path) as part:
+        write(part)
+    return path
 
 
 @contextmanager

@@ -161,7 +161,7 @@ def test_bad_input_ends_in_one_clear_error(workspace):
     [
         (["prompts=null"], "exactly one of prompts and prompts_file"),
         (["prompts=[]"], "at least one prompt"),
-        (["prompts=null", "prompts_file=none.txt"], "prompts_file=none.txt: cannot be read"),
+        (["prompts=null", "prompts_file=none.txt"], "prompts_file=none.txt: there is no such file"),
         (["color=red"], "color=red: not one of auto, always, never"),
         (["early_exit.exits=[5]"], r"early_exit.exits=\[5\]|not all of the model's exits"),
         (["inference.temperature=0"], "inference.temperature=0.0"),
