@@ -1,10 +1,12 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """NeMo's exp_manager and fit for runs that may have been killed at any moment."""
 
+import atexit
 import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.checkpoint import collective
 from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.files.output import claim
 from nemo_ee.models.run_checkpoint import RunCheckpoint, StopOnSignal, ValidateAfterResuming
 from nemo_ee.runtime.missing_ranks import naming_missing_ranks
 
 DEFAULT_DIRECTORY = "nemo_experiments"
 """NeMo's, where neither `explicit_log_dir` nor `exp_dir` is given."""
+_claims = ExitStack()
+"""Directories of runs of this process that go on where an earlier one ended; until they have ended."""
 
 
 def start_experiment(trainer: Trainer, cfg: DictConfig) -> None:
@@ -36,6 +41,7 @@ def start_experiment(trainer: Trainer, cfg: DictConfig) -> None:
 
     Raises:
         ConfigError: a time or a number of steps that is none.
+        OutputError: another run is writing there, or nothing can be written there.
     """
     settings = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     every = (settings.get("checkpoint_callback_params") or {}).pop("every_n_train_steps", None)
@@ -45,6 +51,9 @@ def start_experiment(trainer: Trainer, cfg: DictConfig) -> None:
         directory = cfg.get("explicit_log_dir")
         if directory is None:
             directory = Path(cfg.get("exp_dir") or DEFAULT_DIRECTORY, cfg.get("name") or "default")
+        if trainer.global_rank == 0:
+            atexit.register(_claims.close)
+            _claims.enter_context(claim(directory))  # else this run would delete what another is writing
         remove_unfinished(Path(directory))
         remove_superseded(Path(directory))
     stops = settings.get("create_preemption_callback", True)
@@ -151,6 +160,11 @@ def fit(trainer: Trainer, model: Any) -> None:
         ConfigError: no step was made, by this start or an earlier one.
         RankMissingError: other ranks do not answer.
     """
+    with _claims:
+        _fit(trainer, model)
+
+
+def _fit(trainer: Trainer, model: Any) -> None:
     noted = _Started()
     trainer.callbacks.insert(0, noted)
     with naming_missing_ranks(getattr(trainer.strategy.launcher, "procs", ())):
