@@ -79,11 +79,10 @@ def write(path: Path, stamp: str, content_hash: str) -> None:
     """Keeps a hash, in one step; does nothing where that is not possible."""
     beside = _beside(path)
     with suppress(OSError, OutputError, ValueError):
-        if not beside.is_symlink():  # which would be followed, wherever somebody points it
-            with replaced_file(beside) as part:
-                part.write_text(
-                    json.dumps({"version": VERSION, "stamp": stamp, "content_hash": content_hash})
-                )
+        if beside.is_symlink():  # which would be followed, wherever somebody points it
+            beside.unlink()
+        with replaced_file(beside) as part:
+            part.write_text(json.dumps({"version": VERSION, "stamp": stamp, "content_hash": content_hash}))
 
 
 def _beside(path: Path) -> Path:
