@@ -187,4 +187,4 @@ DATASETS: dict[str, tuple[dict, str]] = {
     "fewer tokens than the index says": (dict(ids=(1, 2)), "is truncated: 4 bytes, its index says 10"),
     "token beyond the vocabulary": (dict(ids=(1, 2, 3, 4, 65535)), "has 1 to 65535"),
 }
-"""Indexed datasets of five tokens that must be refused with a vocabulary of 100: changes, and a pattern of the message."""
+"""Indexed datasets of five tokens that must be refused with a vocabulary of 100: changes, and what must be said."""
