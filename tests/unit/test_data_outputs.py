@@ -95,9 +95,6 @@ def test_of_two_runs_at_one_output_one_refuses(source, tokenizer_dir):
                 OutputError, match=rf"{held}: process \d+ on .* is writing it; wait for its end"
             ):
                 run(source, tokenizer_dir)
-    assert not any(path.is_file() for path in out.rglob("*")) or content(out).keys() == {
-        f".{held}.nemo_ee-lock"
-    }
     run(source, tokenizer_dir)
     assert len(content(out)) == 5
 
