@@ -19,6 +19,8 @@ from nemo_ee.data.text_file import (
     parsed,
     read_lines,
     read_text,
+    read_text_lines,
+    with_newlines,
 )
 from nemo_ee.errors import DataError
 
@@ -109,15 +111,15 @@ def iter_documents(path: Path, document: str, json_key: str, longest: int = LONG
 
 def _iter_txt(path: Path, document: str, longest: int) -> Iterator[str]:
     if document == "file":
-        yield _with_newlines(read_text(path, longest, _TOO_LONG))
+        yield with_newlines(read_text(path, longest, _TOO_LONG))
     elif document == "line":
-        for _, line in _text_lines(path, longest):
+        for _, line in read_text_lines(path, longest, _LONG_LINE):
             if line.strip():
                 yield line.rstrip("\n")
     else:
         paragraph: list[str] = []
         size = 0
-        for number, line in _text_lines(path, longest):
+        for number, line in read_text_lines(path, longest, _LONG_LINE):
             if line.strip():
                 paragraph.append(line)
                 size += len(line)
@@ -129,20 +131,6 @@ def _iter_txt(path: Path, document: str, longest: int) -> Iterator[str]:
                 paragraph, size = [], 0
         if paragraph:
             yield "".join(paragraph).rstrip("\n")
-
-
-def _text_lines(path: Path, longest: int) -> Iterator[tuple[int, str]]:
-    r"""Lines of a ``.txt`` file, which may end with ``\r\n`` or ``\r`` as well; they end with ``\n`` here."""
-    for number, raw in read_lines(path, longest, _LONG_LINE):
-        text = decoded(raw, f"{path}: line {number}")
-        if "\r" in text:
-            yield from ((number, f"{line}\n") for line in _with_newlines(text).removesuffix("\n").split("\n"))
-        else:
-            yield number, text
-
-
-def _with_newlines(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def _iter_jsonl(path: Path, json_key: str, longest: int) -> Iterator[str]:

@@ -89,6 +89,27 @@ def read_lines(
             yield number, line
 
 
+def read_text_lines(
+    path: str | os.PathLike, longest: int = LONGEST_LINE, remedy: str = "split or remove it"
+) -> Iterator[tuple[int, str]]:
+    r"""As `read_lines`, as text. They may end with ``\r\n`` or ``\r`` as well, and end with ``\n`` here.
+
+    Raises:
+        DataError: as `read_lines`; or a line is no UTF-8.
+    """
+    for number, raw in read_lines(path, longest, remedy):
+        text = decoded(raw, f"{path}: line {number}")
+        if "\r" in text:
+            yield from ((number, f"{line}\n") for line in with_newlines(text).removesuffix("\n").split("\n"))
+        else:
+            yield number, text
+
+
+def with_newlines(text: str) -> str:
+    r"""Text whose lines all end with ``\n``."""
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
 def decoded(raw: bytes, where: str) -> str:
     """Bytes as text.
 

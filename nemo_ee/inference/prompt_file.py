@@ -4,7 +4,7 @@
 import json
 from typing import Any
 
-from nemo_ee.data.text_file import check_characters, has_halves, parsed, read_text
+from nemo_ee.data.text_file import check_characters, has_halves, parsed, read_text_lines
 from nemo_ee.errors import ConfigError, DataError, Fault
 
 Turns = list[dict[str, str]]
@@ -12,7 +12,7 @@ Turns = list[dict[str, str]]
 PROMPT_KEYS = ("prompt", "text", "question")
 """Keys under which a JSONL line may hold its prompt."""
 LARGEST = 256 * 2**20
-"""Bytes of a file of prompts, which are all held in memory."""
+"""Characters of a file of prompts, which are all held in memory."""
 
 
 def read_texts(path: str, key: str) -> list[str]:
@@ -49,17 +49,17 @@ def read_prompt_file(path: str, key: str) -> list[Turns]:
 
 def _lines(path: str, key: str) -> list[tuple[str, str | None]]:
     """Lines that are not blank; and of a `.jsonl` file where each stands."""
+    is_json, found, size = path.endswith(".jsonl"), [], 0
     try:
-        # Not splitlines(): a JSON string may hold U+2028 and others that it takes for line ends.
-        lines = read_text(path, LARGEST, "split it").replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        for number, line in read_text_lines(path):
+            size += len(line)
+            if size > LARGEST:
+                rule = f"has more than {LARGEST} characters, and would be held in memory"
+                raise ConfigError(Fault(key, path, rule, "split it"))
+            if line.strip():
+                found.append((line.rstrip("\n"), f"{path}:{number}" if is_json else None))
     except DataError as error:
         raise _in_key(error, path, key) from error
-    is_json = path.endswith(".jsonl")
-    found = [
-        (line, f"{path}:{number}" if is_json else None)
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
     if not found:
         raise ConfigError(Fault(key, path, "holds no prompts", "write one per line"))
     return found

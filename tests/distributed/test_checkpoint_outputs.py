@@ -130,7 +130,7 @@ def test_a_file_that_may_not_grow_is_said_and_leaves_what_was_there(workspace, w
     scratch.mkdir()
     paths = outputs_in(tmp_path / "out")
     (found,) = workers(1).run(messages, str(workspace), paths, str(scratch), 20_000)
-    for kind, message in found.items():
+    for message in found.values():
         assert message.startswith("OutputError: ") and "cannot be written: it would be larger" in message, (
             message
         )
