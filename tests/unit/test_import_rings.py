@@ -126,3 +126,16 @@ def test_files_are_small_licensed_and_named_for_what_they_hold():
     assert [place(path) for path in files if len(path.read_text().splitlines()) > 500] == []
     assert [place(path) for path in files if not path.read_text().startswith(LICENCE)] == []
     assert [place(path) for path in files if path.name in CATCH_ALL_NAMES] == []
+
+
+def test_files_are_written_and_scratch_folders_made_in_one_way():
+    """What else would take a file's place in one step, or make a folder that a killed process leaves behind."""
+    others = {"os.replace", "os.rename", "os.renames", "shutil.move"}
+    for path in python_files("nemo_ee", "scripts"):
+        if place(path).startswith("nemo_ee/files/"):
+            continue
+        tree = ast.parse(path.read_text())
+        names = imported_modules(path.read_text(), list(path.relative_to(ROOT).parts[:-1]))
+        assert not {name for name in names if name.partition(".")[0] == "tempfile"}, place(path)
+        called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        assert not called & others, place(path)
