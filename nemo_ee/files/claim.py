@@ -57,7 +57,7 @@ def claim(path: str | os.PathLike) -> Iterator[Path]:
         return
     with _made_folder(path, target.parent):
         with write_errors(path, every=True):
-            _sweep(target.parent)
+            sweep(target.parent)
             descriptor = _acquire(target)
         _claims[target] = descriptor, threading.get_ident()
         try:
@@ -169,7 +169,7 @@ def _signature(descriptor: int) -> str:
     return text if text.isprintable() and text else "another process"
 
 
-def _sweep(folder: Path) -> None:
+def sweep(folder: Path) -> None:
     """Removes what dead processes left in a folder, as far as that can be done."""
     outputs = set()
     with suppress(OSError), os.scandir(folder) as entries:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.checkpoint import collective
 from nemo_ee.errors import ConfigError, Fault
-from nemo_ee.files.output import claim
+from nemo_ee.files.claim import claim, sweep
 from nemo_ee.models.run_checkpoint import RunCheckpoint, StopOnSignal, ValidateAfterResuming
 from nemo_ee.runtime.missing_ranks import naming_missing_ranks
 
@@ -54,6 +54,7 @@ def start_experiment(trainer: Trainer, cfg: DictConfig) -> None:
         if trainer.global_rank == 0:
             atexit.register(_claims.close)
             _claims.enter_context(claim(directory))  # else this run would delete what another is writing
+            sweep(Path(directory, "checkpoints"))  # half a .nemo would be taken for a checkpoint
         remove_unfinished(Path(directory))
         remove_superseded(Path(directory))
     stops = settings.get("create_preemption_callback", True)
