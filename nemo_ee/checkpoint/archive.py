@@ -106,7 +106,7 @@ def extract(
             raise _fault(
                 path,
                 f"needs {needed} bytes in {directory} but {free} are free",
-                "set TMPDIR to a larger disk",
+                "make room there, or use another disk: by TMPDIR, or beside the output by its path",
             )
         for name, member in chosen.items():
             target = directory / name

@@ -58,7 +58,7 @@ def claim(path: str | os.PathLike) -> Iterator[Path]:
     with _made_folder(path, target.parent):
         with write_errors(path, every=True):
             sweep(target.parent)
-            descriptor = _acquire(target)
+            descriptor = _acquire(target, path)
         _claims[target] = descriptor, threading.get_ident()
         try:
             yield target
@@ -119,7 +119,7 @@ def _made_folder(path: str | os.PathLike, folder: Path) -> Iterator[None]:
                 each.rmdir()
 
 
-def _acquire(target: Path) -> int:
+def _acquire(target: Path, path: str | os.PathLike) -> int:
     """The descriptor of a locked lock file that is in its place."""
     lock_file, deadline = beside(target, _LOCK), time.monotonic() + _PATIENCE
     while True:
@@ -132,14 +132,16 @@ def _acquire(target: Path) -> int:
                     return descriptor
             elif not lock.take(descriptor, shared=True) or time.monotonic() > deadline:
                 owner = _signature(descriptor)
-                raise OutputError(f"{target}: {owner} is writing it; wait for its end, or write elsewhere")
+                raise OutputError(f"{path}: {owner} is writing it; wait for its end, or write elsewhere")
         except lock.LocksUnsupportedError as error:
             if new:  # then that it exists is the lock, as good as can be
                 _remove_leftovers(target)
                 _sign(descriptor)
                 return descriptor
+            owner = _signature(descriptor)
+            lock.release(descriptor)
             raise OutputError(
-                f"{target}: {_signature(descriptor)} is writing it, or was killed (the file system has no locks that "
+                f"{path}: {owner} is writing it, or was killed (the file system has no locks that "
                 f"would tell); if nobody is, delete {lock_file}"
             ) from error
         except BaseException:
