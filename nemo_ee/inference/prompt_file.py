@@ -49,7 +49,9 @@ def read_prompt_file(path: str, key: str) -> list[Turns]:
 
 def _lines(path: str, key: str) -> list[tuple[str, str | None]]:
     """Lines that are not blank; and of a `.jsonl` file where each stands."""
-    is_json, found, size = path.endswith(".jsonl"), [], 0
+    is_json = path.endswith(".jsonl")
+    found: list[tuple[str, str | None]] = []
+    size = 0
     try:
         for number, line in read_text_lines(path):
             size += len(line)
