@@ -68,10 +68,18 @@ class Survey:
         """Notes what a file is like before it is read."""
         self._states[path] = _state(path)
         self.sizes[str(path)] = self._states[path][0]
+
+    def finish(self, path: Path) -> None:
+        """Takes the digest of a file, once it has been read and is known to be text of a bearable size.
+
+        Raises:
+            DataError: it has changed since it was noted.
+        """
         try:
             self.digests[str(path)] = sha256_of(path)
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); check the file") from error
+        self.check_unchanged(path)
 
     def check_unchanged(self, path: Path) -> None:
         """Raises DataError if a file is no longer what it was when it was noted."""
@@ -111,7 +119,7 @@ def survey_documents(
                 seen.add(digest)
             survey.kept.append(keep)
             survey.characters += len(text) * keep
-        survey.check_unchanged(path)
+        survey.finish(path)
     if not any(survey.kept):
         raise DataError(
             f"input={', '.join(inputs)}: must hold text, all of its {len(survey.kept)} documents are "

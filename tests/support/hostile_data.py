@@ -119,7 +119,7 @@ FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "pipe": (fifo, "is a pipe or a device"),
     "device": (device, "is a pipe or a device"),
     "compressed": (compressed, "is compressed; unpack it"),
-    "long line": (long_line, "line 2 has more than 16777216 bytes"),
+    "long line": (long_line, r"line 2 has (\d+ bytes, )?more than 16777216"),
     "folder named like a file": (folder_without_text, "is a directory|directory has none"),
     "link to nothing": (dangling, "no such file|must exist"),
     "link to itself": (circle, "cannot be read|must exist"),
