@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_ee.checkpoint import archive, collective, keys, targets, tokenizer
 from nemo_ee.checkpoint.base import BaseCheckpoint
 from nemo_ee.checkpoint.legacy import read_legacy_weights
-from nemo_ee.checkpoint.load import has_fp8_state, load_weights, save_weights
+from nemo_ee.checkpoint.load import check_values, has_fp8_state, load_weights, save_weights
 from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint
 from nemo_ee.errors import CheckpointError
 from nemo_ee.files.scratch import scratch_folder
@@ -114,7 +114,9 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
                 self.model_extracted_dir = given
             if state is not None:
                 state = self.modify_state_dict(config, state)
-                self.load_instance_with_state_dict(model, _fit_legacy(state, model, restore_path), False)
+                state = _fit_legacy(state, model, restore_path)
+                check_values(model, state, restore_path)
+                self.load_instance_with_state_dict(model, state, False)
                 taken: Collection[int] = ()
             else:
                 start_distributed(model.trainer)
@@ -206,9 +208,11 @@ def _fit_legacy(state: dict[str, Any], model: Any, name: str | os.PathLike) -> d
             "MegatronGPTEarlyExitModel without early_exit, save it with save_to, and use that"
         )
     other = [
-        f"{key}: model {tuple(wanted[key].shape)}, checkpoint {tuple(value.shape)}"
+        f"{key}: model {tuple(wanted[key].shape)}, checkpoint {tuple(getattr(value, 'shape', ()))}"
         for key, value in state.items()
-        if isinstance(value, torch.Tensor) and key in wanted and wanted[key].shape != value.shape
+        if isinstance(wanted.get(key), torch.Tensor)
+        and not keys.is_extra_state(key)
+        and (not isinstance(value, torch.Tensor) or wanted[key].shape != value.shape)
     ]
     for what, found in (("lacks", missing), ("has beyond the model", left), ("has in other shapes", other)):
         if found:
