@@ -49,6 +49,10 @@ class DataError(ValueError):
     """Text or indexed data that cannot be used, e.g. empty or shorter than one sequence."""
 
 
+class TrainingError(RuntimeError):
+    """Training cannot go on: a loss or a weight is no number."""
+
+
 class GenerationError(ValueError):
     """A generation request that cannot be served, e.g. a prompt beyond the position limit."""
 

@@ -19,6 +19,7 @@ from nemo_ee.errors import (
     GenerationError,
     OutputError,
     RankMissingError,
+    TrainingError,
 )
 from nemo_ee.files.write_errors import disk_error, output_error
 from nemo_ee.runtime import stand_ins
@@ -26,6 +27,16 @@ from nemo_ee.runtime.children import end_with_parent
 from nemo_ee.runtime.operating_system import check_operating_system
 
 end_with_parent()  # in a process of multiprocessing's, which imports its script, and so this, again
+
+_FOR_USERS = (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    GenerationError,
+    OutputError,
+    RankMissingError,
+    TrainingError,
+)
 
 
 def script(
@@ -77,7 +88,7 @@ def user_errors(
             stand_ins.enable()
             _quieten_nemo()
         yield
-    except (CheckpointError, ConfigError, DataError, GenerationError, OutputError, RankMissingError) as error:
+    except _FOR_USERS as error:
         sys.exit(f"error: {error}")
     except MissingMandatoryValue as error:
         sys.exit(f"error: {_missing(error.full_key)}")
