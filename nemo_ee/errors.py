@@ -41,8 +41,16 @@ class CheckpointError(RuntimeError):
     """A checkpoint that is missing, damaged, hostile, or does not belong to this model."""
 
 
+class OutputError(RuntimeError):
+    """Something cannot be written: the disk is full, there is no permission, another process is writing it."""
+
+
 class DataError(ValueError):
     """Text or indexed data that cannot be used, e.g. empty or shorter than one sequence."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: a loss or a weight is no number."""
 
 
 class GenerationError(ValueError):

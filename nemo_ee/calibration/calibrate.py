@@ -16,7 +16,7 @@ from nemo_ee.calibration.schema import CalibrationReport, PathRecord, TextSplit
 from nemo_ee.calibration.scoring import score_documents, score_with
 from nemo_ee.calibration.settings import CalibrationConfig
 from nemo_ee.calibration.store import ThresholdStore, check_folder
-from nemo_ee.calibration.write import write_report
+from nemo_ee.calibration.write import REPORT, write_report
 from nemo_ee.checkpoint import adapter, archive
 from nemo_ee.core.exit_decisions import TokenScores
 from nemo_ee.core.risk_control import documents_needed, log_wealth
@@ -35,6 +35,7 @@ from nemo_ee.evaluation import provenance
 from nemo_ee.evaluation.evaluate import ANY_VOCABULARY, restore
 from nemo_ee.evaluation.settings import EvaluationConfig, HeldOutConfig
 from nemo_ee.evaluation.teacher_forced import CONFIDENCE_RULE
+from nemo_ee.files.output import claim
 from nemo_ee.models.checks import read_early_exit
 from nemo_ee.report.schema import Metadata
 from nemo_ee.report.statistics import bootstrap_mean
@@ -53,11 +54,19 @@ def calibrate(config: CalibrationConfig, trainer: Any) -> tuple[CalibrationRepor
     Raises:
         ConfigError, CheckpointError: before the model is built, as far as the inputs show it.
         DataError: likewise; also if so few documents could not certify anything.
+        OutputError: another process is writing there, or nothing can be written there.
     """
     layers = exits_in_use(config)
     others = {"gpt_model_file": config.gpt_model_file} if config.adapter_file else {}
     store = ThresholdStore(config.source, config.output_file, others, config.overwrite)
     check_folder("report_dir", config.report_dir)
+    with claim(config.output_file), claim(Path(config.report_dir, REPORT)):
+        return _calibrate(config, trainer, layers, store)
+
+
+def _calibrate(
+    config: CalibrationConfig, trainer: Any, layers: tuple[int, ...], store: ThresholdStore
+) -> tuple[CalibrationReport, list[Path]]:
     data, requirement = (
         config.data,
         Requirement(config.target_agreement, config.delta, config.data.seq_length),

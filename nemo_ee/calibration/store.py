@@ -3,7 +3,6 @@
 
 import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from omegaconf import OmegaConf, open_dict
 
 from nemo_ee.checkpoint import archive
 from nemo_ee.errors import CheckpointError, ConfigError, Fault
+from nemo_ee.files.output import work_folder
 
 
 class ThresholdStore:
@@ -52,11 +52,9 @@ class ThresholdStore:
 
         Raises:
             CheckpointError: `source` is damaged, or is no longer the file that it was.
+            OutputError: it cannot be written.
         """
-        self.output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=f".{self.output.name}.", dir=self.output.absolute().parent
-        ) as scratch:
+        with work_folder(self.output) as scratch:
             root = Path(scratch, "content")
             if self.source.is_dir():
                 shutil.copytree(self.source, root)

@@ -8,8 +8,11 @@ from pathlib import Path
 from nemo_ee.calibration.markdown import to_markdown
 from nemo_ee.calibration.plots import plots
 from nemo_ee.calibration.schema import CalibrationReport
+from nemo_ee.files.output import write_text, write_with
 from nemo_ee.report.serialise import to_plain
-from nemo_ee.report.write import replace, replace_text
+
+REPORT = "calibration.json"
+"""The numbers."""
 
 
 def write_report(report: CalibrationReport, directory: str | Path) -> list[Path]:
@@ -26,16 +29,16 @@ def write_report(report: CalibrationReport, directory: str | Path) -> list[Path]
 
     Raises:
         DataError: a number is not finite; nothing is written.
+        OutputError: it cannot be written.
     """
     directory = Path(directory)
     text = json.dumps(to_plain(report, "calibration"), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    directory.mkdir(parents=True, exist_ok=True)
-    written = [replace_text(directory / "calibration.json", text)]
+    written = [write_text(directory / REPORT, text)]
     drawn = plots(report)
     for old in (*directory.glob("reliability_exit_*.png"), *directory.glob("path_*.png")):
         if old.name not in drawn:
             old.unlink()
     for name, (_, draw) in drawn.items():
-        written.append(replace(directory / name, partial(draw().savefig, format="png")))
+        written.append(write_with(directory / name, partial(draw().savefig, format="png")))
     images = {name: caption for name, (caption, _) in drawn.items()}
-    return [*written, replace_text(directory / "calibration.md", to_markdown(report, images))]
+    return [*written, write_text(directory / "calibration.md", to_markdown(report, images))]

@@ -3,15 +3,19 @@
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_ee.checkpoint import archive, collective, keys, targets, torch_dist
-from nemo_ee.checkpoint.content_hash import backbone_content_hash
+from nemo_ee.checkpoint import archive, collective, keys, targets
+from nemo_ee.checkpoint.content_hash import content_hash_of
+from nemo_ee.checkpoint.exit_tensors import check_exits
+from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint, join
+from nemo_ee.core.finite import not_finite
 from nemo_ee.errors import CheckpointError
+from nemo_ee.files.output import work_folder
+from nemo_ee.files.scratch import scratch_folder
 
 _SHAPE = ("num_layers", "hidden_size")
 
@@ -73,7 +77,7 @@ def load_exits(model: Any, path: str | os.PathLike) -> None:
             )
     base = _base_of(model)
     check_hash(path, config, base.name, base.content_hash)
-    with tempfile.TemporaryDirectory(prefix="nemo_ee_exits_") as scratch:
+    with scratch_folder("exits") as scratch:
         root = archive.extract(path, scratch)
         load_weights(model, root / archive.WEIGHTS_DIRECTORY, want=_is_exit_key, name=path)
 
@@ -83,12 +87,13 @@ def merge(
 ) -> Path:
     """Writes one full ``.nemo`` with the base's backbone and tokenizer, and the adapter's exits in place of its own.
 
-    Files are copied, tensors never decoded: the backbone's bytes, and so its content hash, stay the same, and
-    no model is built. One process; needs disk for twice the base beside ``output``.
+    Files are copied: the backbone's bytes, and so its content hash, stay the same, and no model is built. One
+    process; needs disk for twice the base beside ``output``.
 
     Raises:
-        CheckpointError: as :func:`load_exits`; or the base has its weights in one file; or ``output`` exists
-            and may not be overwritten.
+        CheckpointError: as :func:`load_exits`; the exits are not those that their configuration and the base ask for,
+            or weights of either hold NaN; the base has its weights in one file; or ``output`` exists and may not be
+            overwritten.
     """
     output = Path(output)
     if output.exists() and not overwrite:
@@ -96,20 +101,28 @@ def merge(
     config = read_adapter_config(adapter)
     base_config = archive.read_config(base)
     check_fit(adapter, config, base_config)
-    output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as scratch:
+
+    def require_finite(key: str, tensor: Any) -> None:
+        if not_finite([(key, tensor)]):
+            raise CheckpointError(f"{base}: {key} holds NaN or infinities; get another copy")
+
+    with work_folder(output) as scratch:
         whole = archive.extract(base, Path(scratch, "base"))
         if not (whole / archive.WEIGHTS_DIRECTORY).is_dir():
             raise CheckpointError(
                 f"{base}: holds no {archive.WEIGHTS_DIRECTORY}/ but the single file of old NeMo releases; "
                 "restore it with MegatronGPTEarlyExitModel, save it with save_to, and merge into that"
             )
-        check_hash(adapter, config, Path(base).name, backbone_content_hash(whole))
         exits = archive.extract(adapter, Path(scratch, "exits"))
+        parts = [
+            TorchDistCheckpoint(root / archive.WEIGHTS_DIRECTORY, name)
+            for root, name in ((whole, base), (exits, adapter))
+        ]
+        check_exits(adapter, config, parts[1], parts[0])
+        check_hash(adapter, config, Path(base).name, content_hash_of(parts[0], require_finite))
         merged = Path(scratch, "merged")
         shutil.copytree(whole, merged, ignore=shutil.ignore_patterns(archive.WEIGHTS_DIRECTORY))
-        parts = [torch_dist.TorchDistCheckpoint(root / archive.WEIGHTS_DIRECTORY) for root in (whole, exits)]
-        torch_dist.join(parts, merged / archive.WEIGHTS_DIRECTORY, leave=keys.is_exit)
+        join(parts, merged / archive.WEIGHTS_DIRECTORY, leave=keys.is_exit)
         with open_dict(base_config):
             base_config.early_exit = config.early_exit
             base_config.target = targets.WITH_EXITS

@@ -10,7 +10,6 @@ import os
 import shutil
 import stat
 import tarfile
-import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -20,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_ee.errors import CheckpointError
+from nemo_ee.files.output import replaced_file
 
 CONFIG_NAME = "model_config.yaml"
 WEIGHTS_DIRECTORY = "model_weights"
@@ -106,7 +106,7 @@ def extract(
             raise _fault(
                 path,
                 f"needs {needed} bytes in {directory} but {free} are free",
-                "set TMPDIR to a larger disk",
+                "make room there, or use another disk: by TMPDIR, or beside the output by its path",
             )
         for name, member in chosen.items():
             target = directory / name
@@ -131,29 +131,16 @@ def write_archive(directory: str | os.PathLike, path: str | os.PathLike) -> Path
 
     Returns:
         ``path``.
+
+    Raises:
+        OutputError: it cannot be written.
     """
     directory, path = Path(directory), Path(path)
     _check_directory(directory)
     for entry in directory.rglob("*"):
         assert not entry.is_symlink(), f"{entry}: an archive holds no links"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            with tarfile.open(fileobj=file, mode="w:") as tar:
-                tar.add(directory, arcname=".")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with replaced_file(path) as part, tarfile.open(part, "w:") as tar:
+        tar.add(directory, arcname=".")
     return path
 
 
@@ -233,12 +220,6 @@ def _check_directory(directory: Path) -> None:
         raise _fault(
             directory, f"holds no {CONFIG_NAME}, so it is no extracted .nemo file", "give a NeMo checkpoint"
         )
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def _fault(path: Path, what: str, remedy: str) -> CheckpointError:

@@ -2,9 +2,8 @@
 """Writing one ``.nemo`` file with all ranks: each writes weights, rank 0 packs, a failure reaches all."""
 
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,6 +11,8 @@ import torch.distributed as dist
 
 from nemo_ee.checkpoint import archive
 from nemo_ee.errors import CheckpointError
+from nemo_ee.files.output import work_folder
+from nemo_ee.files.write_errors import write_errors
 
 T = TypeVar("T")
 
@@ -83,22 +84,21 @@ def save_archive(
         write_rest: called on rank 0 with the archive's top folder: configuration, tokenizer and so on.
 
     Raises:
+        OutputError: it cannot be written.
         Exception: whatever went wrong, on every rank; the old file, if any, is intact then.
     """
     path = Path(path).absolute()
+    with ExitStack() as stack:  # of the first rank
+        staging = Path(on_rank_zero(lambda: str(stack.enter_context(work_folder(path)))))
 
-    def make_staging() -> str:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".staging", dir=path.parent)
+        def write() -> None:
+            with write_errors(path, [staging]):
+                write_weights(staging / archive.WEIGHTS_DIRECTORY)
 
-    def finish() -> None:
-        write_rest(staging)
-        archive.write_archive(staging, path)
+        def finish() -> None:
+            with write_errors(path, [staging]):
+                write_rest(staging)
+                archive.write_archive(staging, path)
 
-    staging = Path(on_rank_zero(make_staging))
-    try:
-        on_all_ranks(lambda: write_weights(staging / archive.WEIGHTS_DIRECTORY))
+        on_all_ranks(write)
         on_rank_zero(finish)
-    finally:
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            shutil.rmtree(staging, ignore_errors=True)

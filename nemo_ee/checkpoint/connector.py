@@ -2,7 +2,6 @@
 """NeMo's save and restore connector with atomic writes, validated reads and the tokenizer inside the file."""
 
 import os
-import tempfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_ee.checkpoint import archive, collective, keys, targets, tokenizer
 from nemo_ee.checkpoint.base import BaseCheckpoint
 from nemo_ee.checkpoint.legacy import read_legacy_weights
-from nemo_ee.checkpoint.load import has_fp8_state, load_weights, save_weights
+from nemo_ee.checkpoint.load import check_values, has_fp8_state, load_weights, save_weights
 from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint
 from nemo_ee.errors import CheckpointError
+from nemo_ee.files.scratch import scratch_folder
 from nemo_ee.models.megatron_gpt_model import MegatronGPTModel
 
 
@@ -93,7 +93,7 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
         if return_config and override_config_path is None:
             return archive.read_config(self.model_extracted_dir or restore_path)
         given = self.model_extracted_dir
-        with tempfile.TemporaryDirectory(prefix="nemo_ee_restore_") as scratch:
+        with scratch_folder("restore") as scratch:
             root = archive.extract(given or restore_path, scratch)
             config = _read_override(override_config_path, root)
             if return_config:
@@ -114,7 +114,9 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
                 self.model_extracted_dir = given
             if state is not None:
                 state = self.modify_state_dict(config, state)
-                self.load_instance_with_state_dict(model, _fit_legacy(state, model, restore_path), False)
+                state = _fit_legacy(state, model, restore_path)
+                check_values(model, state, restore_path)
+                self.load_instance_with_state_dict(model, state, False)
                 taken: Collection[int] = ()
             else:
                 start_distributed(model.trainer)
@@ -206,9 +208,11 @@ def _fit_legacy(state: dict[str, Any], model: Any, name: str | os.PathLike) -> d
             "MegatronGPTEarlyExitModel without early_exit, save it with save_to, and use that"
         )
     other = [
-        f"{key}: model {tuple(wanted[key].shape)}, checkpoint {tuple(value.shape)}"
+        f"{key}: model {tuple(wanted[key].shape)}, checkpoint {tuple(getattr(value, 'shape', ()))}"
         for key, value in state.items()
-        if isinstance(value, torch.Tensor) and key in wanted and wanted[key].shape != value.shape
+        if isinstance(wanted.get(key), torch.Tensor)
+        and not keys.is_extra_state(key)
+        and (not isinstance(value, torch.Tensor) or wanted[key].shape != value.shape)
     ]
     for what, found in (("lacks", missing), ("has beyond the model", left), ("has in other shapes", other)):
         if found:

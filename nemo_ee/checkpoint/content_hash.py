@@ -4,7 +4,6 @@
 import hashlib
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from nemo_ee.checkpoint import archive, keys
 from nemo_ee.checkpoint.legacy import read_legacy_weights
 from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint
 from nemo_ee.errors import CheckpointError
+from nemo_ee.files.scratch import scratch_folder
 
 _STACKED = re.compile(r"^(decoder\.layers\.)(?!\d+\.)(.+)$")
 _NEEDED = {archive.CONFIG_NAME, archive.WEIGHTS_DIRECTORY, archive.LEGACY_WEIGHTS_NAME}
@@ -39,11 +39,11 @@ def backbone_content_hash(path: str | os.PathLike) -> str:
     """
     path = Path(path)
     if path.is_dir() and not (path / archive.CONFIG_NAME).is_file():
-        return _hash(_torch_dist_tensors(TorchDistCheckpoint(path)))
-    with tempfile.TemporaryDirectory() as scratch:
+        return content_hash_of(TorchDistCheckpoint(path))
+    with scratch_folder("hash") as scratch:
         root = archive.extract(path, scratch, want=lambda name: name.split("/")[0] in _NEEDED)
         if (root / archive.WEIGHTS_DIRECTORY).is_dir():
-            return _hash(_torch_dist_tensors(TorchDistCheckpoint(root / archive.WEIGHTS_DIRECTORY)))
+            return content_hash_of(TorchDistCheckpoint(root / archive.WEIGHTS_DIRECTORY, path))
         if (root / archive.LEGACY_WEIGHTS_NAME).is_file():
             return _hash(_legacy_tensors(root / archive.LEGACY_WEIGHTS_NAME))
     raise CheckpointError(
@@ -52,10 +52,26 @@ def backbone_content_hash(path: str | os.PathLike) -> str:
     )
 
 
-def _hash(tensors: dict[str, Callable[[], torch.Tensor]]) -> str:
+def content_hash_of(
+    checkpoint: TorchDistCheckpoint, look_at: Callable[[str, torch.Tensor], None] | None = None
+) -> str:
+    """`backbone_content_hash` of a checkpoint that is open.
+
+    Args:
+        checkpoint: all of its backbone is read.
+        look_at: is given every tensor, with its canonical key, while it is in memory.
+    """
+    return _hash(_torch_dist_tensors(checkpoint), look_at)
+
+
+def _hash(
+    tensors: dict[str, Callable[[], torch.Tensor]], look_at: Callable[[str, torch.Tensor], None] | None = None
+) -> str:
     digest = hashlib.sha256()
     for key in sorted(tensors):
         tensor = tensors[key]().contiguous()
+        if look_at is not None:
+            look_at(key, tensor)
         if key in _VOCABULARY:
             tensor = _without_padding(tensor)
         digest.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}\n".encode())

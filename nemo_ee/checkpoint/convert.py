@@ -3,7 +3,6 @@
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_ee.checkpoint import end_of_text, gguf, keys, llama, tokenizer
+from nemo_ee.core.finite import not_finite
 from nemo_ee.errors import CheckpointError
+from nemo_ee.files.scratch import scratch_folder
 
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 
@@ -49,7 +50,7 @@ def convert_to_nemo(
     ends = file.eos_token_ids if file else end_of_text.of_folder(source, config.vocab_size)
     nemo_config = OmegaConf.create(llama.nemo_config(config, len(live), precision))
     _count_rows(nemo_config, live, config.vocab_size)
-    with tempfile.TemporaryDirectory(prefix="nemo_ee_convert_") as scratch:
+    with scratch_folder("convert") as scratch:
         home = Path(scratch, tokenizer.DIRECTORY)
         if file:
             live.save_pretrained(home)
@@ -59,6 +60,7 @@ def convert_to_nemo(
         if (ids := end_of_text.setting(live.eos_token_id, ends)) is not None:
             nemo_config.tokenizer[end_of_text.KEY] = ids
         weights = file.load_weights() if file else _load_weights(source)
+        _require_finite(weights, source)
         _build_and_save(nemo_config, weights, config, output)
     return output
 
@@ -144,6 +146,15 @@ def _load_weights(source: Path) -> dict[str, torch.Tensor]:
     return dict(model.state_dict())
 
 
+def _require_finite(weights: dict[str, torch.Tensor], source: Path) -> None:
+    if found := not_finite(weights.items()):
+        shown = ", ".join(found[:3])
+        raise CheckpointError(
+            f"input_name_or_path={source}: {len(found)} weights hold NaN or infinities, first {shown}; "
+            "download them again"
+        )
+
+
 def _build_and_save(
     nemo_config: DictConfig, weights: dict[str, torch.Tensor], config: Any, output: Path
 ) -> None:
@@ -171,6 +182,11 @@ def _build_and_save(
     assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
     del mapped
     model.to(DTYPES[nemo_config.precision])
+    if found := not_finite(model.gpt.named_parameters()):
+        raise CheckpointError(
+            f"precision={nemo_config.precision}: {len(found)} weights are too large for it, first {found[0]}; "
+            "use bf16 or 32"
+        )
     with open_dict(model.cfg):
         # machine-dependent switches go back to what any machine may read; our model adapts them where it
         # loads

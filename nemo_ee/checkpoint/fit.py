@@ -2,7 +2,7 @@
 """Fits a model's sharded state dict to the keys and shapes a checkpoint really has."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import (
@@ -27,6 +27,7 @@ def fit_to_checkpoint(
     checkpoint_dir: str | os.PathLike | TorchDistCheckpoint,
     skip: Collection[str] = (),
     truncated: bool = False,
+    least_rows: Callable[[str], int] = lambda key: 0,
 ) -> ShardedStateDict:
     """Makes a sharded state dict loadable from a checkpoint that another layer spec or a deeper model wrote.
 
@@ -42,6 +43,8 @@ def fit_to_checkpoint(
         checkpoint_dir: a torch_dist checkpoint (``model_weights``).
         skip: prefixes of sharded keys to leave out, e.g. ``model.exits.``.
         truncated: the model has fewer layers than the checkpoint, and is meant to.
+        least_rows: sharded key -> how many rows a tensor must have whose rows are padded, so that their number may be
+            another than the model's.
 
     Returns:
         The entries to load, under the model's own keys.
@@ -68,7 +71,7 @@ def fit_to_checkpoint(
             continue
         entry.key = key
         shape = tuple(tensors[key].size)
-        fault = _fit_shapes(entry, shape, truncated)
+        fault = _fit_shapes(entry, shape, truncated, least_rows(entry.key))
         if fault:
             mismatched.append(fault)
         fitted[name] = entry
@@ -105,7 +108,7 @@ def unclaimed(
     return sorted(set.intersection(*collective.gather(left)))
 
 
-def _fit_shapes(entry: Any, shape: tuple[int, ...], truncated: bool) -> str | None:
+def _fit_shapes(entry: Any, shape: tuple[int, ...], truncated: bool, least_rows: int) -> str | None:
     """Deepens a truncated model's stacked layers to the checkpoint's depth; returns what still differs."""
     if truncated and isinstance(entry, ShardedTensorFactory):
         build = entry.build_fn
@@ -125,8 +128,10 @@ def _fit_shapes(entry: Any, shape: tuple[int, ...], truncated: bool) -> str | No
             _deepen(entry, shape)
         parts = [entry]
     for part in parts:
-        if not part.allow_shape_mismatch and tuple(part.global_shape) != shape:
-            return f"{entry.key}: model {tuple(part.global_shape)}, checkpoint {shape}"
+        wanted = tuple(part.global_shape)
+        padded = part.allow_shape_mismatch and shape[1:] == wanted[1:] and shape[:1] >= (least_rows,)
+        if not padded and wanted != shape:
+            return f"{entry.key}: model {wanted}, checkpoint {shape}"
     return None
 
 

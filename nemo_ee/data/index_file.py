@@ -19,6 +19,7 @@ _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"
 _DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 """Codes of integer dtypes in megatron.core.datasets.indexed_dataset.DType (core 0.13)."""
+_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,49 @@ def open_indexed_file(prefix: str) -> IndexedFile:
     needed = _HEADER.size + sequences * (4 + 8) + boundaries * 8
     if idx_size not in (needed, needed + sequences):  # a multimodal index has one more byte per sequence
         raise DataError(f"{idx_path} is truncated or damaged: {idx_size} bytes instead of {needed}")
+    if sequences >= 1 << 31:
+        raise DataError(f"{idx_path} is damaged: it says that it has {sequences} sequences")
     lengths = np.fromfile(idx_path, dtype=np.int32, count=sequences, offset=_HEADER.size)
+    if sequences and lengths.min() < 0:
+        raise DataError(f"{idx_path} is damaged: sequence {int(lengths.argmin())} has {lengths.min()} tokens")
     file = IndexedFile(str(prefix), np.dtype(_DTYPES[code]), lengths)
     bin_size, expected = bin_path.stat().st_size, file.tokens * file.dtype.itemsize
     if bin_size != expected:
         state = "truncated" if bin_size < expected else "not the data of this index"
         raise DataError(f"{bin_path} is {state}: {bin_size} bytes, its index says {expected}")
+    _check_pointers(idx_path, file)
+    _check_boundaries(idx_path, sequences, boundaries)
     return file
+
+
+def _check_pointers(idx_path: Path, file: IndexedFile) -> None:
+    """Where megatron-core reads each sequence must be where it lies: one after the other."""
+    count, start = len(file.sequence_lengths), 0
+    for first in range(0, count, _BLOCK):
+        lengths = file.sequence_lengths[first : first + _BLOCK].astype(np.int64)
+        ends = start + np.cumsum(lengths) * file.dtype.itemsize
+        pointers = _numbers(idx_path, 4 * count + 8 * first, len(lengths))
+        wrong = np.flatnonzero(pointers != ends - lengths * file.dtype.itemsize)
+        if len(wrong):
+            raise DataError(
+                f"{idx_path} is damaged: sequence {first + wrong[0]} lies at {pointers[wrong[0]]}"
+            )
+        start = int(ends[-1])
+
+
+def _check_boundaries(idx_path: Path, sequences: int, count: int) -> None:
+    """Documents must begin at the first sequence, end at the last, and none before the one before it."""
+    last = 0
+    for first in range(0, count, _BLOCK):
+        block = _numbers(idx_path, 12 * sequences + 8 * first, min(_BLOCK, count - first))
+        if (first == 0 and block[0] != 0) or (block < np.append(last, block[:-1])).any():
+            break
+        last = int(block[-1])
+    else:
+        if count and last == sequences:
+            return
+    raise DataError(f"{idx_path} is damaged: its documents are not those of its {sequences} sequences")
+
+
+def _numbers(idx_path: Path, offset: int, count: int) -> np.ndarray:
+    return np.fromfile(idx_path, dtype=np.int64, count=count, offset=_HEADER.size + offset)

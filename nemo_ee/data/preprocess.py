@@ -6,28 +6,20 @@ rest and so settles the split. The second tokenizes. Both stream, and results co
 the output does not depend on the number of processes.
 """
 
-import math
-import multiprocessing
 import os
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from itertools import islice
+from contextlib import ExitStack
 from pathlib import Path
 
 from tqdm import tqdm
 
+from nemo_ee.data.encoding import encode_all
 from nemo_ee.data.preprocess_config import PreprocessConfig
 from nemo_ee.data.split import assign_splits
-from nemo_ee.data.staged_datasets import StagedDatasets
-from nemo_ee.data.survey import Survey, kept_documents, survey_documents
-from nemo_ee.data.tokenizer import DocumentTokenizer, TokenizerConfig, load_tokenizer, tokenizer_files
+from nemo_ee.data.staged_datasets import StagedDatasets, output_files, staged_datasets
+from nemo_ee.data.survey import Rules, Survey, kept_documents, survey_documents
+from nemo_ee.data.tokenizer import DocumentTokenizer, load_tokenizer, tokenizer_files
 from nemo_ee.errors import ConfigError, DataError, Fault
-
-DOCUMENTS_PER_TASK = 64
-TASKS_IN_FLIGHT = 64
-"""Bounds the documents in memory to 4096, however large the corpus."""
-CHARACTERS_PER_WORKER = 8_000_000
-"""No process is started for less: importing the tokenizer library takes as long as tokenizing this much."""
+from nemo_ee.files.output import claim
 
 
 def preprocess(config: PreprocessConfig) -> dict:
@@ -47,23 +39,31 @@ def preprocess(config: PreprocessConfig) -> dict:
         ConfigError: the tokenizer cannot be loaded, or has no end-of-sequence token while ``append_eod`` is
             set.
         DataError: input missing, malformed or without text; the output exists and ``overwrite`` is false.
+        OutputError: another process is writing there, or nothing can be written there.
     """
-    prefixes = _output_prefixes(config)
-    if not config.overwrite:
-        _refuse_existing(config.output_prefix, prefixes)
-    survey = survey_documents(config.input, config.document, config.json_key, config.deduplicate)
+    prefixes, summary_path = _output_prefixes(config), Path(f"{config.output_prefix}.json")
+    with ExitStack() as claims:
+        for path in sorted(output_files(prefixes, summary_path)):
+            claims.enter_context(claim(path))
+        return _preprocess(config, prefixes, summary_path)
+
+
+def _preprocess(config: PreprocessConfig, prefixes: dict[str, Path], summary_path: Path) -> dict:
+    survey = survey_documents(
+        config.input,
+        Rules(config.document, config.json_key, config.longest_document),
+        config.deduplicate,
+        lambda files: _refuse_existing(config, output_files(prefixes, summary_path), files),
+    )
     documents = survey.documents
     labels = [""] * documents if config.split is None else assign_splits(documents, config.split, config.seed)
     with tokenizer_files(config.tokenizer) as tokenizer_config:
         tokenizer = load_tokenizer(tokenizer_config)
         eod = _end_of_document(config, tokenizer)
-        encoded = _encode_all(
-            kept_documents(survey, config.document, config.json_key),
-            tokenizer,
-            tokenizer_config,
-            _worker_count(config, survey),
+        encoded = encode_all(
+            kept_documents(survey), tokenizer, tokenizer_config, config.workers, survey.characters
         )
-        with StagedDatasets(prefixes, tokenizer.vocab_size) as datasets:
+        with staged_datasets(prefixes, summary_path, tokenizer.vocab_size) as datasets:
             progress = tqdm(encoded, total=documents, unit="doc", desc="tokenizing", mininterval=0.5)
             for name, token_ids in zip(labels, progress, strict=True):
                 if token_ids:
@@ -72,7 +72,7 @@ def preprocess(config: PreprocessConfig) -> dict:
                     survey.empty += 1
             _refuse_empty(datasets)
             summary = _summary(config, tokenizer, survey, datasets)
-            datasets.publish(Path(f"{config.output_prefix}.json"), summary)
+            datasets.finish(summary)
     return summary
 
 
@@ -99,47 +99,19 @@ def _output_prefixes(config: PreprocessConfig) -> dict[str, Path]:
     return {name: Path(f"{config.output_prefix}_{name}") for name in config.split}
 
 
-def _refuse_existing(output_prefix: str, prefixes: dict[str, Path]) -> None:
-    files = [f"{prefix}{suffix}" for prefix in prefixes.values() for suffix in (".bin", ".idx")]
-    existing = [name for name in [*files, f"{output_prefix}.json"] if os.path.exists(name)]
-    if existing:
+def _refuse_existing(config: PreprocessConfig, outputs: list[Path], inputs: list[Path]) -> None:
+    existing = [path for path in outputs if os.path.lexists(path)]
+    for path in existing:
+        if any(path.exists() and path.samefile(file) for file in inputs if file.exists()):
+            raise DataError(
+                f"output_prefix={config.output_prefix}: {path} is an input, and would be lost; "
+                "choose another prefix"
+            )
+    if existing and not config.overwrite:
         raise DataError(
-            f"output_prefix={output_prefix}: must not exist yet, {existing[0]} does; "
+            f"output_prefix={config.output_prefix}: must not exist yet, {existing[0]} does; "
             "set overwrite=true or choose another prefix"
         )
-
-
-def _worker_count(config: PreprocessConfig, survey: Survey) -> int:
-    wanted = config.workers or os.cpu_count() or 1
-    return max(1, min(wanted, math.ceil(survey.characters / CHARACTERS_PER_WORKER)))
-
-
-def _encode_all(
-    texts: Iterator[str], tokenizer: DocumentTokenizer, config: TokenizerConfig, workers: int
-) -> Iterator[list[int]]:
-    """Token ids of each text, in order."""
-    if workers == 1:
-        yield from map(tokenizer.encode, texts)
-        return
-    # "spawn": forking a process in which torch or a tokenizer has threads can deadlock.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(config,)) as pool:
-        while block := list(islice(texts, DOCUMENTS_PER_TASK * TASKS_IN_FLIGHT)):
-            yield from pool.map(_encode_in_worker, block, chunksize=DOCUMENTS_PER_TASK)
-
-
-_worker_tokenizer: DocumentTokenizer | None = None
-
-
-def _start_worker(config: TokenizerConfig) -> None:
-    global _worker_tokenizer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker_tokenizer = load_tokenizer(config)
-
-
-def _encode_in_worker(text: str) -> list[int]:
-    assert _worker_tokenizer is not None
-    return _worker_tokenizer.encode(text)
 
 
 def _summary(
@@ -163,7 +135,7 @@ def _summary(
         "split": dict(config.split) if config.split is not None else None,
         "seed": config.seed,
         "inputs": [
-            {"path": str(path), "bytes": path.stat().st_size, "sha256": survey.digests[str(path)]}
+            {"path": str(path), "bytes": survey.sizes[str(path)], "sha256": survey.digests[str(path)]}
             for path in survey.files
         ],
     }

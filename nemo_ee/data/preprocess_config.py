@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 from nemo_ee.data.documents import DOCUMENT_RULES
 from nemo_ee.data.split import SPLITS
+from nemo_ee.data.text_file import LONGEST_LINE
 from nemo_ee.data.tokenizer import TokenizerConfig
 from nemo_ee.errors import ConfigError, Fault
 
@@ -25,6 +26,7 @@ class PreprocessConfig:
         tokenizer: as NeMo describes it under ``model.tokenizer``, or ``nemo: FILE.nemo``.
         document: what one document of a ``.txt`` file is: ``file``, ``line`` or ``paragraph``.
         json_key: the key of the text in JSON records that are objects.
+        longest_document: bytes that a document may have, and a line of a ``.jsonl`` file; longer ones are refused.
         append_eod: end each document with the tokenizer's end-of-sequence token.
         deduplicate: keep only the first of documents with identical text, so that none is in two splits.
         split: share of the documents per split, or None for one dataset. Splits with share 0 are not written.
@@ -38,6 +40,7 @@ class PreprocessConfig:
     tokenizer: TokenizerConfig
     document: str = "file"
     json_key: str = "text"
+    longest_document: int = LONGEST_LINE
     append_eod: bool = True
     deduplicate: bool = True
     split: Mapping[str, float] | None = None
@@ -128,6 +131,9 @@ def _check_values(given: Mapping) -> list[Fault]:
             require(key, isinstance(given[key], bool), "must be true or false", "write true or false")
     if "json_key" in given:
         require("json_key", isinstance(given["json_key"], str), "must be text", "set the key of the text")
+    if "longest_document" in given:
+        rule, remedy = "must be bytes, at least 1024", f"the default is {LONGEST_LINE}"
+        require("longest_document", _is_int(given["longest_document"], 1024), rule, remedy)
     if "seed" in given:
         require("seed", _is_int(given["seed"], 0), "must be an integer of at least 0", "choose another")
     if given.get("workers") is not None:

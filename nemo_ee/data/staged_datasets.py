@@ -2,47 +2,79 @@
 """Indexed datasets written under temporary names and published together, so that none is ever half there."""
 
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from nemo_ee.errors import DataError
+from nemo_ee.files.output import replaced_files
 
 
-class StagedDatasets:
-    """A context manager: on leaving it, whatever was not published is deleted.
+def output_files(prefixes: Mapping[str, Path], summary: Path) -> list[Path]:
+    """All that is published, in this order: of each dataset ``.bin`` and ``.idx``, and at last the summary."""
+    return [*(Path(f"{prefix}{end}") for prefix in prefixes.values() for end in (".bin", ".idx")), summary]
+
+
+@contextmanager
+def staged_datasets(
+    prefixes: Mapping[str, Path], summary: Path, vocab_size: int
+) -> Iterator["StagedDatasets"]:
+    """Datasets that appear when the body ends, if it called `StagedDatasets.finish`, and vanish on an error.
+
+    Files of earlier datasets of these names are replaced, see `replaced_files`. So is the cache of sample indices that
+    Megatron keeps under the prefix: it is keyed by the path, not the content.
 
     Args:
         prefixes: a name for each dataset to the path prefix it is published under.
+        summary: the JSON file that appears last.
         vocab_size: one more than the largest token id; below 65500 ids take two bytes, else four.
+
+    Raises:
+        OutputError: they cannot be written, or another process is writing them.
+    """
+    with replaced_files(output_files(prefixes, summary)) as parts:
+        pairs = zip(parts[:-1:2], parts[1::2], strict=True)
+        datasets = StagedDatasets(dict(zip(prefixes, pairs, strict=True)), parts[-1], vocab_size)
+        try:
+            yield datasets
+        finally:
+            datasets.close()
+        assert datasets.finished
+        for prefix in prefixes.values():
+            _drop_index_cache(prefix)
+    for prefix in prefixes.values():
+        _drop_index_cache(prefix)  # of the old data, which a run may have begun to read meanwhile
+
+
+class StagedDatasets:
+    """Datasets that are being written, see `staged_datasets`.
+
+    Args:
+        parts: a name for each dataset to the files that become its ``.bin`` and ``.idx``.
+        summary: the file that becomes the summary.
+        vocab_size: as of `staged_datasets`.
+
+    Attributes:
+        dtype: of the token ids.
+        finished: whether `finish` was called.
     """
 
-    def __init__(self, prefixes: Mapping[str, Path], vocab_size: int):
+    def __init__(self, parts: Mapping[str, tuple[Path, Path]], summary: Path, vocab_size: int):
         self.dtype = np.dtype(DType.optimal_dtype(vocab_size))
-        self._vocab_size = vocab_size
-        self._prefixes = dict(prefixes)
-        self._staged = {
-            name: path.with_name(f".{path.name}.{os.getpid()}") for name, path in prefixes.items()
+        self.finished = False
+        self._vocab_size, self._parts, self._summary = vocab_size, parts, summary
+        self._builders = {
+            name: IndexedDatasetBuilder(str(data), dtype=self.dtype.type) for name, (data, _) in parts.items()
         }
-        self._builders: dict[str, IndexedDatasetBuilder] = {}
-        self._staged_summary: Path | None = None
 
-    def __enter__(self) -> "StagedDatasets":
-        for name, path in self._staged.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._builders[name] = IndexedDatasetBuilder(f"{path}.bin", dtype=self.dtype.type)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for name, path in self._staged.items():
-            self._builders[name].data_file.close()
-            for suffix in (".bin", ".idx"):
-                Path(f"{path}{suffix}").unlink(missing_ok=True)
-        if self._staged_summary is not None:
-            self._staged_summary.unlink(missing_ok=True)
+    def close(self) -> None:
+        """Closes the files."""
+        for builder in self._builders.values():
+            with suppress(OSError):  # a full disk once more: what was to be said has been raised
+                builder.data_file.close()
 
     def add(self, name: str, token_ids: list[int]) -> None:
         """Appends one document to the dataset ``name``.
@@ -62,30 +94,18 @@ class StagedDatasets:
         lengths = {name: builder.sequence_lengths for name, builder in self._builders.items()}
         return {name: {"documents": len(each), "tokens": sum(each)} for name, each in lengths.items()}
 
-    def publish(self, summary_path: Path, summary: Mapping) -> None:
-        """Moves everything to its final name and writes ``summary`` as JSON, the last file to appear.
-
-        Files of an earlier dataset of the same name are replaced. Its ``.idx`` goes first, so that an
-        interruption leaves a dataset that is visibly incomplete rather than one whose index belongs to other
-        data. So does the cache of sample indices that Megatron keeps under the prefix: it is keyed by the
-        path, not the content.
-        """
+    def finish(self, summary: Mapping) -> None:
+        """Completes the datasets and writes ``summary`` as JSON."""
         for name, builder in self._builders.items():
-            builder.finalize(f"{self._staged[name]}.idx")
-        staged_summary = summary_path.with_name(f".{summary_path.name}.{os.getpid()}")
-        self._staged_summary = staged_summary
-        staged_summary.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        summary_path.unlink(missing_ok=True)
-        for name, path in self._prefixes.items():
-            Path(f"{path}.idx").unlink(missing_ok=True)
-            _drop_index_cache(path)
-            os.replace(f"{self._staged[name]}.bin", f"{path}.bin")
-            os.replace(f"{self._staged[name]}.idx", f"{path}.idx")
-        os.replace(staged_summary, summary_path)
+            builder.finalize(str(self._parts[name][1]))
+        text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
+        # The names of files may be no UTF-8; what Python makes of them has a spelling in JSON.
+        self._summary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        self.finished = True
 
 
 def _drop_index_cache(prefix: Path) -> None:
     """Deletes the files that megatron-core's GPTDataset caches in ``<prefix>/cache/GPTDataset_indices``."""
     for suffix in ("description.txt", "document_index.npy", "sample_index.npy", "shuffle_index.npy"):
         for file in (prefix / "cache" / "GPTDataset_indices").glob(f"*-{suffix}"):
-            file.unlink()
+            file.unlink(missing_ok=True)

@@ -5,7 +5,6 @@ A Hugging Face tokenizer is loaded by transformers directly: importing NeMo's la
 would take ten more seconds in every worker process. All other libraries go through NeMo's own factory.
 """
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from typing import Any, Protocol
 
 from nemo_ee.data.token_rules import beginning, joined, known_id, name_special_pieces, tokens_before_a_text
 from nemo_ee.errors import ConfigError, DataError, Fault
+from nemo_ee.files.scratch import scratch_folder
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def tokenizer_files(config: TokenizerConfig) -> Iterator[TokenizerConfig]:
         raise DataError(
             f"tokenizer.nemo={config.nemo}: its configuration has no tokenizer; give tokenizer.type"
         )
-    with tempfile.TemporaryDirectory(prefix="nemo_ee_tokenizer_") as scratch:
+    with scratch_folder("tokenizer") as scratch:
         root = archive.extract(config.nemo, scratch, want=lambda name: not name.startswith("model_weights"))
         keys = ("library", "type", "model", "vocab_file", "merge_file", "delimiter")
         values: dict[str, Any] = {

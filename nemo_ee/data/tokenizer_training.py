@@ -2,7 +2,6 @@
 """Training a byte-level BPE tokenizer on a corpus, as a Hugging Face tokenizer directory."""
 
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import compress, islice
@@ -14,8 +13,10 @@ from tqdm import tqdm
 from nemo_ee.data.documents import DOCUMENT_RULES
 from nemo_ee.data.preprocess_config import MISSING, check_split
 from nemo_ee.data.split import assign_splits
-from nemo_ee.data.survey import kept_documents, survey_documents
+from nemo_ee.data.survey import Rules, kept_documents, survey_documents
+from nemo_ee.data.text_file import LONGEST_LINE
 from nemo_ee.errors import ConfigError, DataError, Fault
+from nemo_ee.files.output import claim, replaced_folder
 from nemo_ee.schema import build_config, one_of
 
 BYTES = 256
@@ -23,6 +24,16 @@ BYTES = 256
 TRAINING = "train"
 MEASURED_DOCUMENTS = 500
 """Training documents that the bytes per token are measured on."""
+TOKENIZER_FILES = {
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+}
+"""What `overwrite` may replace."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,7 @@ class _PlainSettings:
     end_of_text: str = "<|endoftext|>"
     document: str = "file"
     json_key: str = "text"
+    longest_document: int = LONGEST_LINE
     deduplicate: bool = True
     seed: int = 1234
     overwrite: bool = False
@@ -51,6 +63,7 @@ class TokenizerTrainingConfig(_PlainSettings):
         end_of_text: the token that ends documents; also BOS and padding.
         document: as in `PreprocessConfig`.
         json_key: the key of the text in JSON records that are objects.
+        longest_document: as in `PreprocessConfig`.
         deduplicate: keep only the first of documents with identical text.
         seed: of the split.
         overwrite: replace an existing directory.
@@ -104,14 +117,18 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> TrainedTokenizer:
         config: checked settings.
 
     Raises:
-        DataError: input missing, malformed or without text; the output exists and `overwrite` is false.
+        DataError: input missing, malformed or without text; the output exists and `overwrite` is false, or is no
+            tokenizer.
+        OutputError: another process is writing there, or nothing can be written there.
     """
+    with claim(config.output):
+        _check_output(config)
+        return _train(config)
+
+
+def _train(config: TokenizerTrainingConfig) -> TrainedTokenizer:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    output = Path(config.output)
-    if os.path.lexists(output) and not (config.overwrite and output.is_dir()):
-        remedy = "set overwrite=true or choose another" if output.is_dir() else "choose another"
-        raise DataError(f"output={config.output}: must not exist yet; {remedy}")
     documents = _TrainingDocuments(config)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -126,7 +143,7 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> TrainedTokenizer:
     tokenizer.train_from_iterator(progress, trainer)
     measured = list(islice(documents, MEASURED_DOCUMENTS))
     tokens = sum(len(encoding.ids) for encoding in tokenizer.encode_batch(measured))
-    _write(tokenizer, config, output)
+    _write(tokenizer, config)
     size = sum(len(text.encode("utf-8", "surrogatepass")) for text in measured)
     return TrainedTokenizer(tokenizer.get_vocab_size(), len(documents), size / max(1, tokens))
 
@@ -136,8 +153,8 @@ class _TrainingDocuments:
 
     def __init__(self, config: TokenizerTrainingConfig):
         inputs = (config.input,) if isinstance(config.input, str) else config.input
-        self.rules = config.document, config.json_key
-        self.survey = survey_documents(inputs, *self.rules, config.deduplicate)
+        rules = Rules(config.document, config.json_key, config.longest_document)
+        self.survey = survey_documents(inputs, rules, config.deduplicate)
         labels = [TRAINING] * self.survey.documents
         if config.split is not None:
             labels = assign_splits(self.survey.documents, config.split, config.seed)
@@ -147,11 +164,22 @@ class _TrainingDocuments:
         return sum(self.chosen)
 
     def __iter__(self) -> Iterator[str]:
-        return compress(kept_documents(self.survey, *self.rules), self.chosen)
+        return compress(kept_documents(self.survey), self.chosen)
 
 
-def _write(tokenizer: Any, config: TokenizerTrainingConfig, output: Path) -> None:
-    """Writes beside the output and renames, so that a directory of this name is complete."""
+def _check_output(config: TokenizerTrainingConfig) -> None:
+    output = Path(config.output)
+    if not os.path.lexists(output):
+        return
+    if not (config.overwrite and output.is_dir()):
+        remedy = "set overwrite=true or choose another" if output.is_dir() else "choose another"
+        raise DataError(f"output={config.output}: must not exist yet; {remedy}")
+    if others := sorted(path.name for path in output.iterdir() if path.name not in TOKENIZER_FILES):
+        rule = f"holds {others[0]}, which is no tokenizer's and would be lost"
+        raise DataError(f"output={config.output}: {rule}; choose another, or remove it")
+
+
+def _write(tokenizer: Any, config: TokenizerTrainingConfig) -> None:
     from transformers import PreTrainedTokenizerFast
 
     end = config.end_of_text
@@ -162,14 +190,8 @@ def _write(tokenizer: Any, config: TokenizerTrainingConfig, output: Path) -> Non
         pad_token=end,
         clean_up_tokenization_spaces=False,
     )
-    staging = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        wrapped.save_pretrained(staging)
-        if output.exists():
-            shutil.rmtree(output)
-        os.rename(staging, output)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with replaced_folder(config.output) as part:
+        wrapped.save_pretrained(part)
 
 
 def _check(config: _PlainSettings) -> list[Fault]:
@@ -187,6 +209,9 @@ def _check(config: _PlainSettings) -> list[Fault]:
         faults.append(Fault("end_of_text", config.end_of_text, "must be text", "e.g. <|endoftext|>"))
     if config.document not in DOCUMENT_RULES:
         faults.append(one_of("document", config.document, DOCUMENT_RULES))
+    if config.longest_document < 1024:
+        rule, remedy = "must be bytes, at least 1024", f"the default is {LONGEST_LINE}"
+        faults.append(Fault("longest_document", config.longest_document, rule, remedy))
     if config.seed < 0:
         faults.append(Fault("seed", config.seed, "must be at least 0", "choose another"))
     return faults

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from nemo_ee.evaluation import provenance
+from nemo_ee.files.output import write_text, write_with
 from nemo_ee.report.pretraining import compare, read_run, to_markdown
 from nemo_ee.report.pretraining_plots import PLOTS
-from nemo_ee.report.write import replace, replace_text
 
 
 def write_comparison(with_exits: str | Path, plain: str | Path, output: str | Path) -> list[Path]:
@@ -25,13 +25,13 @@ def write_comparison(with_exits: str | Path, plain: str | Path, output: str | Pa
 
     Raises:
         DataError, CheckpointError: a run has not ended, or the two do not compare; nothing is written.
+        OutputError: it cannot be written.
     """
     comparison = compare(read_run(with_exits, "with_exits"), read_run(plain, "plain"))
     directory = Path(output)
-    directory.mkdir(parents=True, exist_ok=True)
     written = []
     for name, draw in PLOTS.items():
-        written.append(replace(directory / name, partial(draw(comparison).savefig, format="png")))
+        written.append(write_with(directory / name, partial(draw(comparison).savefig, format="png")))
     about = {
         "device": f"{provenance.device()}, load average {provenance.load_average()}",
         "torch, precision": f"{torch.__version__}, {comparison.with_exits.config['precision']}",
@@ -39,4 +39,4 @@ def write_comparison(with_exits: str | Path, plain: str | Path, output: str | Pa
         "date": provenance.date(),
         "command": f"`{provenance.command()}`",
     }
-    return [*written, replace_text(directory / "report.md", to_markdown(comparison, about))]
+    return [*written, write_text(directory / "report.md", to_markdown(comparison, about))]

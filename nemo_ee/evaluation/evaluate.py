@@ -19,6 +19,7 @@ from nemo_ee.evaluation.held_out import held_out_sequences, measure_quality
 from nemo_ee.evaluation.settings import EvaluationConfig, SweepConfig
 from nemo_ee.evaluation.sweep import Sweep, document_prompts
 from nemo_ee.evaluation.teacher_forced import TextScores, score_text
+from nemo_ee.files.output import claim
 from nemo_ee.inference.generate import generating
 from nemo_ee.inference.prompt_file import Turns, read_prompt_file
 from nemo_ee.inference.prompts import tokenize_prompts
@@ -27,7 +28,7 @@ from nemo_ee.models.checks import read_early_exit
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
 from nemo_ee.report.schema import Metadata, Report
 from nemo_ee.report.tuning_curve import read_tuning_curve
-from nemo_ee.report.write import write_report
+from nemo_ee.report.write import REPORT, write_report
 
 ANY_VOCABULARY = 1 << 31
 
@@ -45,10 +46,16 @@ def evaluate(config: EvaluationConfig, trainer: Any) -> list[Path]:
     Raises:
         ConfigError, CheckpointError, DataError: before the model is built, as far as the inputs show it.
         GenerationError: a prompt that cannot be continued.
+        OutputError: another process is writing there, or nothing can be written there.
     """
     curve = read_tuning_curve(config.tuning_log_dir, key="tuning_log_dir") if config.tuning_log_dir else ()
     _check(config)
     chats = _chats(config)
+    with claim(Path(config.output_dir, REPORT)):
+        return _evaluate(config, trainer, curve, chats)
+
+
+def _evaluate(config: EvaluationConfig, trainer: Any, curve: tuple, chats: list[Turns] | None) -> list[Path]:
     if trainer.world_size != 1:
         rule = f"x trainer.num_nodes={trainer.num_nodes}: an evaluation runs in one process"
         raise ConfigError(Fault("trainer.devices", trainer.num_devices, rule, "set both to 1"))

@@ -2,15 +2,17 @@
 """Files of prompts: texts to continue, or conversations that wait for an answer."""
 
 import json
-from pathlib import Path
 from typing import Any
 
-from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.data.text_file import check_characters, has_halves, parsed, read_text_lines
+from nemo_ee.errors import ConfigError, DataError, Fault
 
 Turns = list[dict[str, str]]
 """A conversation that waits for an answer: `{"role": "system" | "user" | "assistant", "content": …}` each."""
 PROMPT_KEYS = ("prompt", "text", "question")
 """Keys under which a JSONL line may hold its prompt."""
+LARGEST = 256 * 2**20
+"""Characters of a file of prompts, which are all held in memory."""
 
 
 def read_texts(path: str, key: str) -> list[str]:
@@ -47,17 +49,19 @@ def read_prompt_file(path: str, key: str) -> list[Turns]:
 
 def _lines(path: str, key: str) -> list[tuple[str, str | None]]:
     """Lines that are not blank; and of a `.jsonl` file where each stands."""
-    try:
-        # Not splitlines(): a JSON string may hold U+2028 and others that it takes for line ends.
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(Fault(key, path, f"cannot be read ({error})", "give a text file")) from error
     is_json = path.endswith(".jsonl")
-    found = [
-        (line, f"{path}:{number}" if is_json else None)
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
+    found: list[tuple[str, str | None]] = []
+    size = 0
+    try:
+        for number, line in read_text_lines(path):
+            size += len(line)
+            if size > LARGEST:
+                rule = f"has more than {LARGEST} characters, and would be held in memory"
+                raise ConfigError(Fault(key, path, rule, "split it"))
+            if line.strip():
+                found.append((line.rstrip("\n"), f"{path}:{number}" if is_json else None))
+    except DataError as error:
+        raise _in_key(error, path, key) from error
     if not found:
         raise ConfigError(Fault(key, path, "holds no prompts", "write one per line"))
     return found
@@ -65,9 +69,18 @@ def _lines(path: str, key: str) -> list[tuple[str, str | None]]:
 
 def _value(line: str, where: str, key: str) -> Any:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(Fault(key, where, f"no JSON ({error.msg})", "fix it")) from error
+        value = parsed(line, where)
+        if has_halves(line):
+            check_characters(json.dumps(value, ensure_ascii=False), where)
+    except DataError as error:
+        raise _in_key(error, where, key) from error
+    return value
+
+
+def _in_key(error: DataError, where: str, key: str) -> ConfigError:
+    """What is wrong with a file, under the key that names it."""
+    rule, _, remedy = str(error).removeprefix(where).removeprefix(":").strip().rpartition("; ")
+    return ConfigError(Fault(key, where, rule, remedy))
 
 
 def _text(value: Any, where: str, key: str, or_else: str = "") -> str:

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from nemo_ee.checkpoint import adapter, archive
 from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.files.output import claim, replaced_file
 from nemo_ee.inference.display import DIM, RESET, marked, summary, token_pieces
 from nemo_ee.inference.generate import on_first_rank, position_limit
 from nemo_ee.inference.prompts import tokenize_prompts
@@ -33,9 +35,17 @@ def run(config: GenerateConfig, trainer: Any) -> None:
     Raises:
         ConfigError, CheckpointError: before the model is built.
         GenerationError: a prompt that cannot be continued; before anything is generated or written.
+        OutputError: another process is writing there, or nothing can be written there.
     """
     prompts = config.read_prompts()
     check(config, trainer.world_size)
+    with ExitStack() as claims:
+        if trainer.global_rank == 0 and config.output_file is not None:
+            claims.enter_context(claim(config.output_file))
+        _run(config, trainer, prompts)
+
+
+def _run(config: GenerateConfig, trainer: Any, prompts: list[str]) -> None:
     model = restore(config, trainer)
     first = trainer.global_rank == 0
     colour = config.color == "always" or (
@@ -47,12 +57,11 @@ def run(config: GenerateConfig, trainer: Any) -> None:
         if first:
             show(record, model, colour)
     if first and config.output_file is not None:
-        path = Path(config.output_file)
-        partial = path.with_name(path.name + ".partial")
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-        partial.write_text("".join(lines), encoding="utf-8")
-        os.replace(partial, path)
-        print(f"wrote {path}")
+        with replaced_file(config.output_file) as part:
+            # What came in as half a character, from a command line that is no UTF-8, has a spelling in JSON.
+            part.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+        print(f"wrote {config.output_file}")
 
 
 def check(config: GenerateConfig, processes: int) -> None:

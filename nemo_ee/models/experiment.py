@@ -1,10 +1,12 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """NeMo's exp_manager and fit for runs that may have been killed at any moment."""
 
+import atexit
 import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.checkpoint import collective
 from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.files.claim import claim, sweep
+from nemo_ee.files.write_errors import write_errors
+from nemo_ee.models.resumed_checkpoint import KEY, age, checkpoint_to_resume
 from nemo_ee.models.run_checkpoint import RunCheckpoint, StopOnSignal, ValidateAfterResuming
 from nemo_ee.runtime.missing_ranks import naming_missing_ranks
 
 DEFAULT_DIRECTORY = "nemo_experiments"
 """NeMo's, where neither `explicit_log_dir` nor `exp_dir` is given."""
+_claims = ExitStack()
+"""Directories of runs of this process that go on where an earlier one ended; until they have ended."""
 
 
 def start_experiment(trainer: Trainer, cfg: DictConfig) -> None:
@@ -36,17 +43,28 @@ def start_experiment(trainer: Trainer, cfg: DictConfig) -> None:
 
     Raises:
         ConfigError: a time or a number of steps that is none.
+        CheckpointError: the last checkpoint is damaged; see `checkpoint_to_resume`.
+        OutputError: another run is writing there, or nothing can be written there.
     """
     settings = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     every = (settings.get("checkpoint_callback_params") or {}).pop("every_n_train_steps", None)
-    if faults := list(_faults(settings, every)):
+    fallback = settings.pop("resume_fallback", False)
+    if faults := list(_faults(settings, every, fallback)):
         raise ConfigError(*faults)
-    if cfg.get("resume_if_exists", False):
-        directory = cfg.get("explicit_log_dir")
-        if directory is None:
-            directory = Path(cfg.get("exp_dir") or DEFAULT_DIRECTORY, cfg.get("name") or "default")
+    other, resumes = None, cfg.get("resume_if_exists", False)
+    directory = cfg.get("explicit_log_dir")
+    if directory is None:
+        directory = Path(cfg.get("exp_dir") or DEFAULT_DIRECTORY, cfg.get("name") or "default")
+    shared = resumes or cfg.get("explicit_log_dir") is not None  # else NeMo makes a folder for this run alone
+    if shared and trainer.global_rank == 0:
+        atexit.register(_claims.close)
+        _claims.enter_context(claim(directory))  # else this run would delete what another is writing
+        sweep(Path(directory, "checkpoints"))  # half a .nemo would be taken for a checkpoint
+    if resumes:
         remove_unfinished(Path(directory))
         remove_superseded(Path(directory))
+        if (other := checkpoint_to_resume(Path(directory), fallback)) is not None:
+            settings.resume_from_checkpoint = str(other)
     stops = settings.get("create_preemption_callback", True)
     settings.create_preemption_callback = False
     exp_manager(trainer, settings)
@@ -54,15 +72,22 @@ def start_experiment(trainer: Trainer, cfg: DictConfig) -> None:
     for index, callback in enumerate(trainer.callbacks):
         if type(callback) is NeMoModelCheckpoint:
             params = {**AppState().checkpoint_callback_params, "every_n_train_steps": every}
-            checkpoint = RunCheckpoint(n_resume=settings.get("resume_if_exists", False), **params)
-            checkpoint.last_model_path = _with_ending(trainer.ckpt_path)
+            checkpoint = RunCheckpoint(n_resume=resumes, **params)
+            checkpoint.last_model_path = _with_ending(trainer.ckpt_path if other is None else None)
             trainer.callbacks[index] = checkpoint
             if stops:
                 trainer.callbacks.append(StopOnSignal(checkpoint))
             break
 
 
-def _faults(settings: DictConfig, every: object) -> Iterator[Fault]:
+def _faults(settings: DictConfig, every: object, fallback: object) -> Iterator[Fault]:
+    if not isinstance(fallback, bool):
+        yield Fault(
+            KEY,
+            fallback,
+            "must be true or false",
+            "write true to go on from the checkpoint before a damaged one",
+        )
     limit = settings.get("max_time_per_run")
     if limit is not None and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", str(limit)):
         rule = "must be a time as days:hours:minutes:seconds"
@@ -108,16 +133,10 @@ def remove_superseded(directory: Path) -> None:
             if name.endswith(("-last", "-last.ckpt")):
                 last.setdefault(Path(folder), []).append(Path(folder, name))
     for checkpoints in last.values():
-        for old in sorted(checkpoints, key=_age)[:-1]:
+        for old in sorted(checkpoints, key=age)[:-1]:
             logging.warning(f"{old}: there is a newer one; it is deleted.")
             NeMoModelCheckpoint.format_checkpoint_unfinished_marker_path(old).touch()
     remove_unfinished(directory)
-
-
-def _age(checkpoint: Path) -> tuple[int, str]:
-    """Orders checkpoints by the step that their names tell."""
-    steps = re.findall(r"(?:^|-)step=(\d+)", checkpoint.name)
-    return (int(steps[0]) if steps else -1, checkpoint.name)
 
 
 def _marks(directory: Path) -> Iterator[Path]:
@@ -150,11 +169,19 @@ def fit(trainer: Trainer, model: Any) -> None:
     Raises:
         ConfigError: no step was made, by this start or an earlier one.
         RankMissingError: other ranks do not answer.
+        OutputError: logs or checkpoints cannot be written.
     """
+    with _claims:
+        _fit(trainer, model)
+
+
+def _fit(trainer: Trainer, model: Any) -> None:
     noted = _Started()
     trainer.callbacks.insert(0, noted)
     with naming_missing_ranks(getattr(trainer.strategy.launcher, "procs", ())):
-        trainer.fit(model)
+        trainer.ckpt_path = collective.on_rank_zero(lambda: trainer.ckpt_path)
+        with write_errors(trainer.log_dir or DEFAULT_DIRECTORY):
+            trainer.fit(model)
     if noted.started:
         return
     if trainer.global_step == 0:

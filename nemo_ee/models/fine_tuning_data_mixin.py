@@ -24,7 +24,7 @@ from nemo_ee.data.fine_tuning import (
 from nemo_ee.data.token_rules import known_id
 from nemo_ee.inference.prompts import chat_tokens
 from nemo_ee.models.fine_tuning_checks import check_lines, file_names, is_fine_tuning, require
-from nemo_ee.runtime.children import outlive_signals
+from nemo_ee.runtime.children import end_with_parent
 
 
 class FineTuningDataMixin:
@@ -167,7 +167,7 @@ class FineTuningDataMixin:
             num_workers=workers,
             pin_memory=values.get("pin_memory", True) and torch.cuda.is_available(),
             persistent_workers=workers > 0,
-            worker_init_fn=outlive_signals,
+            worker_init_fn=end_with_parent,
         )
 
     # --- what first weights and logs read of the training data ---------------------------------------------

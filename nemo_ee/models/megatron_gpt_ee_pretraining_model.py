@@ -22,7 +22,6 @@ from nemo_ee.core.loss_schedule import layer_dropout_rate, loss_weights
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.megatron.bubble_schedule import Links
 from nemo_ee.megatron.deferred_loss import ExitTargets
-from nemo_ee.megatron.exit_loss import ExitLossResult
 from nemo_ee.megatron.layer_dropout import LayerDropout
 from nemo_ee.megatron.parameter_gathering import finish_gathering, gather_all
 from nemo_ee.megatron.query_key_norms import sum_query_key_norms
@@ -30,6 +29,7 @@ from nemo_ee.megatron.tied_weight import tie_output_weights
 from nemo_ee.models.bubble_filling_mixin import BubbleFillingMixin
 from nemo_ee.models.checks import check_model, check_pretraining, read_early_exit
 from nemo_ee.models.exit_metrics import validation_values
+from nemo_ee.models.finite_loss import require_finite
 from nemo_ee.models.first_weights_mixin import FirstWeightsMixin
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
 from nemo_ee.models.rampup_batch_size_mixin import RampupBatchSizeMixin
@@ -168,6 +168,8 @@ class MegatronGPTEEPretrainingModel(
         if self.overlaps_gathering and not forward_only:
             finish_gathering(self.model)
             self._parameters_are_shares = True
+        if not forward_only:
+            require_finite(self.metrics.not_finite(loss), self.trainer.global_step + 1)
         if self.metrics.observing:
             means = self.metrics.finish(get_num_microbatches())
             if forward_only:
@@ -261,7 +263,7 @@ class MegatronGPTEEPretrainingModel(
             self.loss_weights_now() if self.gpt.training else dict.fromkeys(self.early_exit.layers, 1.0),
             self.objective,
             partial(self.gradient_scale, kind),
-            partial(self.metrics.add_exit, index, mask) if kind == FULL else _ignore,
+            partial(self.metrics.add_exit, index, mask) if kind == FULL else self.metrics.note_finite,
             self.layer_dropout(index) if self.gpt.training else None,
         )
         if kind != FULL:
@@ -325,6 +327,7 @@ class MegatronGPTEEPretrainingModel(
         loss = super().on_validation_epoch_end()
         means = self.metrics.means(torch.stack(self._validation_sums).sum(0))
         self._validation_sums.clear()
+        require_finite({n: mean.loss for n, mean in means.items()}, self.trainer.global_step, validation=True)
         for name, value in validation_values(means).items():
             self.log(name, value, rank_zero_only=True, batch_size=1)
         return loss
@@ -342,10 +345,6 @@ class MegatronGPTEEPretrainingModel(
         MegatronGPTModel.on_load_checkpoint(self, checkpoint)
         self.exits_initialised = True
         self.forget_batch_progress(checkpoint)
-
-
-def _ignore(_result: ExitLossResult) -> None:
-    """Fills enter no statistics."""
 
 
 def _checkpoint_to_start_from(cfg: DictConfig) -> str | None:

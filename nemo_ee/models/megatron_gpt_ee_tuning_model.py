@@ -25,6 +25,7 @@ from nemo_ee.megatron.tuning_step import MicroBatch, exit_step, run_backbone
 from nemo_ee.models.checks import check_model, check_tuning, read_early_exit
 from nemo_ee.models.exit_metrics import ExitMetrics, validation_values
 from nemo_ee.models.fine_tuning_data_mixin import FineTuningDataMixin
+from nemo_ee.models.finite_loss import require_finite
 from nemo_ee.models.first_weights_mixin import FirstWeightsMixin
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
 from nemo_ee.models.training_data_mixin import TrainingDataMixin
@@ -141,6 +142,9 @@ class MegatronGPTEETuningModel(
 
         Returns:
             The mean objective per token, the same on every rank of the data- and model-parallel groups.
+
+        Raises:
+            TrainingError: on every rank, for a loss that is no number.
         """
         self.metrics.reset(self.device_of_batches)
         if not forward_only:
@@ -172,6 +176,8 @@ class MegatronGPTEETuningModel(
             consume,
         )
         means = self.metrics.reduce()
+        losses = {n: mean.objective if n else mean.loss for n, mean in means.items()}
+        require_finite(losses, self.trainer.global_step + (not forward_only), forward_only)
         if not forward_only:
             for n in means.keys() - {0}:
                 self.log(f"train_loss/exit_{n}", means[n].loss, rank_zero_only=True, batch_size=1)

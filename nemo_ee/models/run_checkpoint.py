@@ -1,6 +1,7 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """When a training run writes its checkpoints: by validation, by step, at its end, and before it is stopped."""
 
+import shutil
 import signal
 from typing import Any
 
@@ -9,8 +10,13 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import _TunerExitException
 from nemo.utils import logging
 from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
+from nemo.utils.model_utils import ckpt_to_dir
 
-from nemo_ee.runtime.children import STOPPING, children_outlive_signals
+from nemo_ee.checkpoint import collective
+from nemo_ee.core.finite import not_finite
+from nemo_ee.errors import OutputError, TrainingError
+from nemo_ee.files.write_errors import write_errors
+from nemo_ee.runtime.children import STOPPING
 
 
 class RunCheckpoint(NeMoModelCheckpoint):
@@ -50,15 +56,41 @@ class RunCheckpoint(NeMoModelCheckpoint):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        """NeMo's; what megatron-core starts to write it is not ended by signals to all processes of a job."""
-        with children_outlive_signals():
-            super()._save_checkpoint(trainer, filepath)
+        """NeMo's; not of weights that are no numbers, and nothing is left of one that cannot be written.
+
+        Raises:
+            TrainingError: on every rank, naming a weight that is NaN or infinite. What was written before stays.
+            OutputError: the disk is full, say. So does it then.
+        """
+        module = trainer.lightning_module
+        if hasattr(module, "gather_parameters"):
+            module.gather_parameters()
+        collective.on_all_ranks(lambda: _check_weights(module, trainer.global_step))
+        directory = ckpt_to_dir(filepath)
+        try:
+            with write_errors(directory):
+                super()._save_checkpoint(trainer, filepath)
+        except OutputError as error:
+            shutil.rmtree(directory, ignore_errors=True)
+            if not directory.exists():
+                self.format_checkpoint_unfinished_marker_path(filepath).unlink(missing_ok=True)
+            raise OutputError(f"{error}; then the same command goes on from the checkpoint before") from error
 
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict) -> None:
         """Lightning's, once a step: writing over a complete checkpoint would put it at risk for nothing."""
         if self._step_of_last != trainer.global_step:
             super()._save_last_checkpoint(trainer, monitor_candidates)
             self._step_of_last = trainer.global_step
+
+
+def _check_weights(module: torch.nn.Module, step: int) -> None:
+    """Raises TrainingError if the last step has made this rank's trained weights NaN or infinite."""
+    named = module.named_parameters()
+    if found := not_finite((name, parameter) for name, parameter in named if parameter.requires_grad):
+        raise TrainingError(
+            f"step {step}: {len(found)} weights have become NaN or infinite, first {found[0]}; the last "
+            "checkpoint is from before: start from it with a lower model.optim.lr, or look at the data behind it"
+        )
 
 
 class StopOnSignal(Callback):

@@ -3,19 +3,25 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
 from nemo.core.optim.optimizers import init_optimizer_states
+from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
 from torch.optim import Optimizer
 
-from nemo_ee.checkpoint.load import check_training_checkpoint
+from nemo_ee.checkpoint import collective
+from nemo_ee.checkpoint.keys import is_extra_state
+from nemo_ee.checkpoint.load import check_training_checkpoint, check_values, damage_named, has_fp8_state
+from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint, handed_over
 from nemo_ee.errors import CheckpointError, RankMissingError
 from nemo_ee.models.fused_adam import inner_optimizers, is_torch_adam, keep_kernels, megatron_optimizers
+from nemo_ee.runtime.children import writing_checkpoint
 
 
 class EarlyExitDDPStrategy(NLPDDPStrategy):
@@ -56,12 +62,20 @@ class EarlyExitDDPStrategy(NLPDDPStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, load_optimizer_states: bool = True) -> dict:
         """NeMo's, of a checkpoint that has this model's weights and no others. Collective over the world.
 
+        NeMo and megatron-core unpickle what they read without looking: they get a copy of what was checked.
+
         Raises:
-            CheckpointError: see `check_training_checkpoint`.
+            CheckpointError: it is damaged, holds other things than training writes, or NaN; see `TorchDistCheckpoint`,
+                `check_training_checkpoint` and `check_values`.
         """
-        check_training_checkpoint(self.lightning_module.sharded_state_dict(), checkpoint_path)
+        module = self.lightning_module
+        checkpoint = collective.on_all_ranks(lambda: TorchDistCheckpoint(checkpoint_path))
+        (part,) = module.get_model_module_list()
+        check_training_checkpoint(part, module.sharded_state_dict(), checkpoint)
+        collective.on_rank_zero(checkpoint.check_stored_sizes)
         try:
-            return super().load_checkpoint(checkpoint_path, load_optimizer_states)
+            with handed_over(checkpoint, objects=True) as folder, damage_named(checkpoint):
+                loaded = super().load_checkpoint(str(folder), load_optimizer_states)
         except (CheckpointingException, KeyError) as error:  # weights fit, so it is the optimizer's state
             optim, o2 = self.lightning_module.cfg.optim.name, self.lightning_module.megatron_amp_O2
             raise CheckpointError(
@@ -69,6 +83,19 @@ class EarlyExitDDPStrategy(NLPDDPStrategy):
                 f"model.megatron_amp_O2={o2}; go on with those it was written with, or start from the run's .nemo "
                 "with model.restore_from_path"
             ) from error
+        state = loaded.get("state_dict", {})  # a stage that has nothing to load has none
+        if not has_fp8_state(module):  # which Transformer Engine would unpickle
+            state.update({key: None for key in state if is_extra_state(key)})
+        check_values(
+            part, {key.removeprefix("model."): value for key, value in state.items()}, checkpoint.name
+        )
+        return loaded
+
+    def save_checkpoint(self, checkpoint: dict, filepath: str | Path, storage_options: Any = None) -> None:
+        """NeMo's; processes that megatron-core starts for it end with this one, and not before."""
+        background = isinstance(self.checkpoint_io, AsyncFinalizableCheckpointIO)
+        with nullcontext() if background else writing_checkpoint():
+            super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def _integrate_original_checkpoint_data(self, checkpoint: dict) -> dict:
         """NeMo's, for `restore_from_ckpt`: settings of the new run; a step counter stays with its moments."""

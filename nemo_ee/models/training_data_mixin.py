@@ -15,7 +15,7 @@ from nemo_ee.checkpoint.collective import on_rank_zero
 from nemo_ee.data.checks import LENGTH_KEY, check_data_config
 from nemo_ee.data.padding import separate_padding
 from nemo_ee.errors import ConfigError, Fault
-from nemo_ee.runtime.children import outlive_signals
+from nemo_ee.runtime.children import end_with_parent
 
 
 class TrainingDataMixin:
@@ -48,7 +48,7 @@ class TrainingDataMixin:
         """NeMo's; workers go on reading until the run has ended, whoever else is told to."""
         loader = super().build_pretraining_data_loader(*args, **kwargs)
         if loader is not None:
-            loader.worker_init_fn = outlive_signals
+            loader.worker_init_fn = end_with_parent
         return loader
 
     @contextmanager

@@ -41,15 +41,36 @@ class TrainingMetrics(ExitMetrics):
         self.reset(device)
         self._best.clear()
         self._masks.clear()
+        self._not_finite = torch.zeros(len(self.rows), device=device)
 
     def add_exit(self, index: int, mask: Tensor, result: ExitLossResult) -> None:
         """Adds one exit on micro-batch number `index`, whose loss mask [B, S] is `mask`."""
+        self.note_finite(result)
         if not self.observing:
             return
         self.add(result)
         self._masks[index] = by_position(mask)
         for n, best in result.best_tokens.items():
             self._best[n, index] = best
+
+    def note_finite(self, result: ExitLossResult) -> None:
+        """Notes whether exits' losses are numbers; all that is noted of a fill."""
+        for n, stats in result.stats.items():
+            self._not_finite[self.rows[n]] += (stats[0] + stats[4]).isfinite().logical_not()
+
+    def not_finite(self, final_loss: Tensor) -> dict[int, float]:
+        """Exits whose losses in this global batch are no numbers, with NaN for each. Collective over the world.
+
+        Waits for the device.
+
+        Args:
+            final_loss: of the final exit, on the last stage.
+        """
+        if parallel_state.is_pipeline_last_stage():
+            self._not_finite[0] += final_loss.detach().isfinite().logical_not().any()
+        torch.distributed.all_reduce(self._not_finite, torch.distributed.ReduceOp.MAX)
+        found = self._not_finite.tolist()
+        return {n: float("nan") for n, row in self.rows.items() if found[row]}
 
     @contextmanager
     def final_exit(self, index: int, mask: Tensor) -> Iterator[None]:

@@ -2,17 +2,19 @@
 """Writing a report's files."""
 
 import json
-import os
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from nemo_ee.errors import DataError
+from nemo_ee.files.output import write_text, write_with
 from nemo_ee.report.markdown import CAPTIONS, to_markdown
 from nemo_ee.report.plots import PLOTS
 from nemo_ee.report.sample_text import sample_figure, sample_html
 from nemo_ee.report.schema import Report
 from nemo_ee.report.serialise import report_from_dict, report_to_dict
+
+REPORT = "report.json"
+"""The numbers."""
 
 
 def write_report(report: Report, directory: str | Path) -> list[Path]:
@@ -30,23 +32,23 @@ def write_report(report: Report, directory: str | Path) -> list[Path]:
 
     Raises:
         DataError: a number in the report is not finite; nothing is written.
+        OutputError: it cannot be written.
     """
     directory = Path(directory)
     text = json.dumps(report_to_dict(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    directory.mkdir(parents=True, exist_ok=True)
-    written = [replace_text(directory / "report.json", text)]
+    written = [write_text(directory / REPORT, text)]
     for name, draw in {**PLOTS, "sample_text.png": sample_figure}.items():
         figure = draw(report)
         if figure is None:
             (directory / name).unlink(missing_ok=True)
         else:
-            written.append(replace(directory / name, partial(figure.savefig, format="png")))
+            written.append(write_with(directory / name, partial(figure.savefig, format="png")))
     if report.samples:
-        written.append(replace_text(directory / "sample_text.html", sample_html(report)))
+        written.append(write_text(directory / "sample_text.html", sample_html(report)))
     else:
         (directory / "sample_text.html").unlink(missing_ok=True)
     images = tuple(name for name in CAPTIONS if directory / name in written)
-    written.append(replace_text(directory / "report.md", to_markdown(report, images)))
+    written.append(write_text(directory / "report.md", to_markdown(report, images)))
     return written
 
 
@@ -62,17 +64,3 @@ def read_report(path: str | Path) -> Report:
         raise DataError(f"{path}: must exist; evaluate first") from error
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: must be JSON ({error}); evaluate again") from error
-
-
-def replace_text(path: Path, text: str) -> Path:
-    return replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def replace(path: Path, write: Callable[[Path], object]) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

@@ -8,13 +8,11 @@ anything, though. Checkpoints of this package name a class in a module that call
 """
 
 import importlib
-import shutil
-import tempfile
 from collections.abc import Callable
-from multiprocessing.util import Finalize
 from typing import Any
 
 from nemo_ee.checkpoint import tokenizer
+from nemo_ee.files.scratch import ScratchFolder
 from nemo_ee.runtime.patching import NEMO, Patch
 
 _MODULE = "nemo.collections.nlp.models.language_modeling.megatron_base_model"
@@ -36,11 +34,8 @@ def _build_from_archive(build: Callable[[Any], None]) -> Callable[[Any], None]:
         from nemo.utils.app_state import AppState
 
         if tokenizer.is_inside(self._cfg):
-            home = tempfile.TemporaryDirectory(prefix="nemo_ee_tokenizer_")
-            tokenizer.resolve(self._cfg, AppState().nemo_file_folder, home.name)
-            self._tokenizer_home = home  # deleted with the model, and
-            # where a process of multiprocessing's ends, whose finalisers of other kinds are not run.
-            Finalize(home, shutil.rmtree, (home.name, True), exitpriority=0)
+            self._tokenizer_home = ScratchFolder("tokenizer")  # removed with the model
+            tokenizer.resolve(self._cfg, AppState().nemo_file_folder, self._tokenizer_home.path)
         build(self)
 
     return build_tokenizer
@@ -50,7 +45,7 @@ def _write_with_tokenizer(write: Callable[[Any, str], None]) -> Callable[[Any, s
     def to_config_file(self: Any, path2yaml_file: str) -> None:
         write(self, path2yaml_file)
         home = getattr(self, "_tokenizer_home", None)
-        if home is not None and str(self._cfg.tokenizer.get("type")).startswith(home.name):
+        if home is not None and str(self._cfg.tokenizer.get("type")).startswith(str(home.path)):
             tokenizer.pack(self._cfg.tokenizer, None, path2yaml_file)
 
     return to_config_file

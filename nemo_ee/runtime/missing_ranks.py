@@ -35,6 +35,9 @@ ENDED = "ended"
 FOUND = "missing"
 """Where the rank that first finds out writes who is missing, for those that still wait."""
 
+FAILED = "failed"
+"""Where a rank that ends with an error writes which, for those that wait for it."""
+
 REMEDY = (
     "out of memory, a node that failed, or a process that hangs; the same command goes on from the last "
     "checkpoint. How long the others wait is model.distributed_timeout_minutes"
@@ -51,7 +54,7 @@ def naming_missing_ranks(children: Sequence[subprocess.Popen] = ()) -> Iterator[
         children: the processes of ranks 1, 2, ... where this one started them. They are ended with a failure.
 
     Raises:
-        RankMissingError: instead of torch.distributed's error, where a rank is missing.
+        RankMissingError: instead of torch.distributed's error, where a rank is missing, or has ended with an error.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         yield
@@ -60,12 +63,17 @@ def naming_missing_ranks(children: Sequence[subprocess.Popen] = ()) -> Iterator[
     try:
         yield
     except BaseException as error:
-        missing = counting.find_missing() if _is_of_a_collective(error) else {}
+        missing, told = {}, ""
+        if _is_of_a_collective(error):
+            told = counting.failure_elsewhere()
+            missing = {} if told else counting.find_missing()
+        elif isinstance(error, Exception):
+            counting.tell_failure(error)
         counting.end()
         for child in children:
             child.send_signal(signal.SIGKILL)
-        if missing:
-            raise RankMissingError(describe(missing)) from error
+        if missing or told:
+            raise RankMissingError(told or describe(missing)) from error
         raise
     counting.end()
 
@@ -119,6 +127,16 @@ class _Counting:
         """Leaves: others are not to miss this rank."""
         self._ended.set()
         self._within_patience(lambda: self.store.set(str(self.rank), ENDED))
+
+    def tell_failure(self, error: Exception) -> None:
+        """Leaves this rank's error to those that wait for it."""
+        text = f"rank {self.rank} on {self.hosts[self.rank]} has ended with {type(error).__name__}: {error}"
+        self._within_patience(lambda: self.store.set(FAILED, text))
+
+    def failure_elsewhere(self) -> str:
+        """What another rank has left; empty if nothing."""
+        told = self._within_patience(lambda: self.store.check([FAILED]) and self.store.get(FAILED).decode())
+        return str(told or "")
 
     def find_missing(self) -> dict[int, str]:
         """Rank -> what is known of it, of all that do not count any more. Takes `PATIENCE` seconds or some."""

@@ -11,12 +11,32 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from nemo_ee.errors import CheckpointError, ConfigError, DataError, Fault, GenerationError, RankMissingError
+from nemo_ee.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    Fault,
+    GenerationError,
+    OutputError,
+    RankMissingError,
+    TrainingError,
+)
+from nemo_ee.files.write_errors import disk_error, output_error
 from nemo_ee.runtime import stand_ins
 from nemo_ee.runtime.children import end_with_parent
 from nemo_ee.runtime.operating_system import check_operating_system
 
 end_with_parent()  # in a process of multiprocessing's, which imports its script, and so this, again
+
+_FOR_USERS = (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    GenerationError,
+    OutputError,
+    RankMissingError,
+    TrainingError,
+)
 
 
 def script(
@@ -68,7 +88,7 @@ def user_errors(
             stand_ins.enable()
             _quieten_nemo()
         yield
-    except (CheckpointError, ConfigError, DataError, GenerationError, RankMissingError) as error:
+    except _FOR_USERS as error:
         sys.exit(f"error: {error}")
     except MissingMandatoryValue as error:
         sys.exit(f"error: {_missing(error.full_key)}")
@@ -78,6 +98,10 @@ def user_errors(
         # NeMo does without an Apex that is not there, and PyPI has another package of that name.
         remedy = "pip uninstall apex, or install NVIDIA's (https://github.com/NVIDIA/apex)"
         sys.exit(f"error: Apex is installed, but cannot be imported ({error}); {remedy}")
+    except Exception as error:
+        if (cause := disk_error(error)) is None:
+            raise
+        sys.exit(f"error: {output_error(cause.filename or 'an output', cause)}")
 
 
 def _raised_in(package: str, error: ImportError) -> bool:

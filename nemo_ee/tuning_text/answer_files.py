@@ -8,7 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_ee.data.text_file import parsed, read_text
 from nemo_ee.errors import ConfigError, DataError, Fault
+from nemo_ee.files.output import replaced_file, replaced_files
+from nemo_ee.files.write_errors import output_error
+
+LARGEST = 2**20
+"""Bytes of a file that says how far a run has come."""
 
 
 @dataclass
@@ -53,9 +59,7 @@ class AnswerFiles:
         self.train, self.validation = Path(f"{prefix}_train.jsonl"), Path(f"{prefix}_validation.jsonl")
         self.summary = Path(f"{prefix}.json")
         self._answers, self._progress = Path(f"{prefix}.partial.jsonl"), Path(f"{prefix}.partial.json")
-        if not self.summary.absolute().parent.is_dir():
-            rule = "its directory does not exist"
-            raise ConfigError(Fault("output_prefix", prefix, rule, "create it, or write elsewhere"))
+        check_prefix(prefix)
         self.complete = self.summary.exists()
         record = self.summary if self.complete else self._progress
         self.progress = self._read(record) if record.exists() else Progress()
@@ -67,10 +71,10 @@ class AnswerFiles:
 
     def _read(self, record: Path) -> Progress:
         try:
-            content = json.loads(record.read_text(encoding="utf-8"))
+            content = parsed(read_text(record, LARGEST, "delete it to begin anew"), str(record))
             theirs, progress = content["settings"], Progress(**content["progress"])
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{record}: is damaged ({error!r}); delete it to begin anew") from error
+            raise DataError(f"{record}: is damaged ({error}); delete it to begin anew") from error
         faults = [
             Fault(key, value, f"{record} was begun with {theirs.get(key)}", REMEDY)
             for key, value in self.settings.items()
@@ -91,13 +95,12 @@ class AnswerFiles:
             progress: with this block, but for `size`.
 
         Raises:
-            DataError: they could not be written; what was written before counts.
+            OutputError: they could not be written; what was written before counts.
         """
         try:
             self._append(records, progress)
         except OSError as error:
-            remedy = "make room, then give the same command to go on"
-            raise DataError(f"{self._answers}: could not be written ({error.strerror}); {remedy}") from error
+            raise output_error(self._answers, error, _GO_ON) from error
 
     def _append(self, records: Sequence[Mapping], progress: Progress) -> None:
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -107,7 +110,8 @@ class AnswerFiles:
             stream.flush()
             os.fsync(stream.fileno())
             progress.size = stream.tell()
-        self._replace(self._progress, self._record(progress))
+        with replaced_file(self._progress) as part:
+            part.write_bytes(self._record(progress))
         self.progress = progress
 
     def publish(self, validation_share: float) -> None:
@@ -118,6 +122,7 @@ class AnswerFiles:
 
         Raises:
             DataError: there are no answers, or none for training.
+            OutputError: the files could not be written; the answers are kept.
         """
         lines = (
             self._answers.read_bytes()[: self.progress.size].splitlines(keepends=True) if self._size() else []
@@ -129,16 +134,22 @@ class AnswerFiles:
                 "give more prompts, or more minutes"
             )
         held = {len(lines) * i // count for i in range(count)}
-        parts = {self.train: [line for i, line in enumerate(lines) if i not in held]}
-        parts[self.validation] = [line for i, line in enumerate(lines) if i in held]
-        for path, part in parts.items():
-            path.unlink(missing_ok=True)
-            if part:
-                self._replace(path, b"".join(part))
-        self._replace(self.summary, self._record(self.progress))
-        self._answers.unlink()
-        self._progress.unlink()
+        parts = [
+            [line for i, line in enumerate(lines) if i not in held],
+            [line for i, line in enumerate(lines) if i in held],
+            [self._record(self.progress)],
+        ]
+        with replaced_files([self.train, self.validation, self.summary]) as files:
+            for file, part in zip(files, parts, strict=True):
+                if part:
+                    file.write_bytes(b"".join(part))
         self.complete = True
+        self.clear()
+
+    def clear(self) -> None:
+        """Removes what was needed to go on, once all is there."""
+        self._answers.unlink(missing_ok=True)
+        self._progress.unlink(missing_ok=True)
 
     def description(self) -> str:
         """What was written, for people."""
@@ -156,14 +167,13 @@ class AnswerFiles:
         record = {"progress": asdict(progress), "settings": self.settings}
         return (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
 
-    @staticmethod
-    def _replace(path: Path, content: bytes) -> None:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+
+def check_prefix(prefix: str) -> None:
+    """Raises ConfigError if the folder of the files does not exist."""
+    if not Path(prefix).absolute().parent.is_dir():
+        rule = "its directory does not exist"
+        raise ConfigError(Fault("output_prefix", prefix, rule, "create it, or write elsewhere"))
 
 
 REMEDY = "give that again to go on, or another output_prefix"
+_GO_ON = "make room, then give the same command to go on"

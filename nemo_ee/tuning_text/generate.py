@@ -7,6 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from nemo_ee.checkpoint.base import BaseCheckpoint
 from nemo_ee.config import EarlyExitConfig
 from nemo_ee.errors import ConfigError
+from nemo_ee.files.output import claim
 from nemo_ee.inference.generate import (
     continue_over_stages,
     generating,
@@ -29,7 +31,7 @@ from nemo_ee.inference.sequence import Sequence
 from nemo_ee.inference.session import DecodingSession
 from nemo_ee.inference.settings import in_own_keys
 from nemo_ee.inference.stopping import StopRule
-from nemo_ee.tuning_text.answer_files import AnswerFiles, Progress
+from nemo_ee.tuning_text.answer_files import AnswerFiles, Progress, check_prefix
 from nemo_ee.tuning_text.prompts import Turns, read_prompts
 from nemo_ee.tuning_text.settings import TuningTextConfig
 
@@ -56,12 +58,22 @@ def generate_tuning_text(config: TuningTextConfig, trainer: Any) -> AnswerFiles:
     Raises:
         ConfigError, CheckpointError, DataError: before the model is built.
         GenerationError: a prompt that the model cannot answer; before anything is generated.
+        OutputError: another process is writing there, or nothing can be written there.
     """
     request = _request(config)
     check_processes(config, trainer.world_size)
+    check_prefix(config.output_prefix)
+    with claim(f"{config.output_prefix}.json") if trainer.global_rank == 0 else nullcontext():
+        return _generate(config, request, trainer)
+
+
+def _generate(config: TuningTextConfig, request: GenerationRequest, trainer: Any) -> AnswerFiles:
+    first = trainer.global_rank == 0
     prompts = read_prompts(config.prompts, config.seed)
     files = AnswerFiles(config.output_prefix, _settings(config, prompts))
     if files.complete:
+        if first:
+            files.clear()
         return files
     model = restore_model(config.gpt_model_file, None, trainer, layout(config, trainer))
     model.start_distributed()
@@ -71,7 +83,6 @@ def generate_tuning_text(config: TuningTextConfig, trainer: Any) -> AnswerFiles:
     done = on_first_rank(lambda: files.progress.prompts)
     longest = min(max(map(len, ids)) + request.max_length, limit)
     model.prepare_decoding(config.weights, rows=config.batch_size, max_length=longest)
-    first = trainer.global_rank == 0
     stop = StopRule(tokenizer, ())
     with tqdm(total=len(prompts), initial=done, unit="prompt", file=sys.stderr, disable=not first) as bar:
         while done < len(prompts) and on_first_rank(lambda: _is_time(config, files.progress, size)):

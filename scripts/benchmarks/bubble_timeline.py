@@ -11,6 +11,7 @@ and .png.
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from rank_processes import run_ranks
@@ -18,6 +19,7 @@ from slept_stages import Step, durations, run_alternately
 
 from nemo_ee.core.bubbles import COOLDOWN, FULL, WARMUP, Plan, plan_step
 from nemo_ee.evaluation import provenance
+from nemo_ee.files.output import write_text, write_with
 from nemo_ee.report.schema import Spread
 from nemo_ee.report.statistics import spread
 from nemo_ee.runtime.script import user_errors
@@ -136,7 +138,7 @@ def plot(
     ]
     handles.append(Patch(facecolor="white", edgecolor="#999999", label="idle"))
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=11, frameon=False)
-    figure.savefig(path, format="png")
+    write_with(path, partial(figure.savefig, format="png"))
 
 
 def main() -> None:
@@ -149,10 +151,9 @@ def main() -> None:
         ranks = run_ranks(run_alternately, arguments.stages, plans, unit, arguments.ratio, arguments.steps)
         pairs = zip(durations(ranks, FILLED), durations(ranks, PLAIN), strict=True)
         ratio = spread([filled / plain for filled, plain in pairs])
-        arguments.output.mkdir(parents=True, exist_ok=True)
         plot(arguments, plans, ranks, arguments.output / "bubble_timeline.png")
         result = page(arguments, plans, ranks, ratio)
-        (arguments.output / "bubble_timeline.md").write_text(result)
+        write_text(arguments.output / "bubble_timeline.md", result)
         print(result)
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nemo_ee.files.output import write_text
 from nemo_ee.runtime.script import user_errors
 
 EPSILON = {"32": 1e-3, "bf16": 0.5}
@@ -77,10 +78,7 @@ def load(path: Path, settings: dict) -> list[dict]:
 
 
 def save(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(rows, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(rows, indent=1) + "\n")
 
 
 def restore(arguments: argparse.Namespace) -> Any:

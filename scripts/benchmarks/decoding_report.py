@@ -2,6 +2,7 @@
 """The page of decoding.py."""
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from decoding_results import (
 )
 from decoding_ways import BF16, BF16_LOSSLESS, EXITS, FULL, HUGGING_FACE, INT8, LOSSLESS, NEMO, ROUNDED
 
+from nemo_ee.files.output import write_text, write_with
 from nemo_ee.report.schema import Spread
 from nemo_ee.report.statistics import spread
 
@@ -39,8 +41,8 @@ def write_page(rows: Sequence[dict], directory: Path) -> str:
         directory: where to.
     """
     page = _page(rows)
-    plot(rows).savefig(directory / "decoding.png", format="png")
-    (directory / "decoding.md").write_text(page)
+    write_with(directory / "decoding.png", partial(plot(rows).savefig, format="png"))
+    write_text(directory / "decoding.md", page)
     return page
 
 

@@ -15,12 +15,12 @@ OUTPUT/exit_recipes.md and .png. Texts to tune on are compared at equal minutes,
 import argparse
 import gc
 import json
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_ee.files.output import write_text
 from nemo_ee.runtime.script import user_errors
 
 CONF = str(Path(__file__).resolve().parents[2] / "conf")
@@ -127,10 +127,7 @@ def run_recipe(recipe: Recipe, cfg: Any, backbone: Any, held_out: Any) -> dict:
 def append(path: Path, row: dict) -> list[dict]:
     """Adds a row to the results, replacing one of the same name; returns all."""
     rows = [each for each in load(path) if each["name"] != row["name"]] + [row]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(rows, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(rows, indent=1) + "\n")
     return rows
 
 

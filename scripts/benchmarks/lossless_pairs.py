@@ -15,11 +15,13 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from decoding import load, numbers, restore, save
 
+from nemo_ee.files.output import write_text, write_with
 from nemo_ee.report.markdown import table
 from nemo_ee.report.statistics import spread
 from nemo_ee.report.style import FINAL_LINE_COLOUR, new_figure
@@ -301,8 +303,8 @@ def main() -> None:
             done.append(measure(model, case, arguments))
             save(path, done)
     done.sort(key=lambda case: (case["prompt"], case["batch"], case["threshold"]))
-    plot(done).savefig(path.with_suffix(".png"), format="png")
-    path.with_suffix(".md").write_text(page(done))
+    write_with(path.with_suffix(".png"), partial(plot(done).savefig, format="png"))
+    write_text(path.with_suffix(".md"), page(done))
     print(page(done))
 
 

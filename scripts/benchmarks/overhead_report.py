@@ -2,10 +2,12 @@
 """The page and the plot of training_overhead.py."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from overhead_stage import CHUNK_TOKENS
 
+from nemo_ee.files.output import write_text, write_with
 from nemo_ee.report.schema import Spread
 from nemo_ee.report.statistics import spread
 from nemo_ee.report.style import label, new_figure
@@ -23,8 +25,8 @@ def write_page(rows: Sequence[dict], directory: Path) -> str:
         directory: where to.
     """
     page = _page(rows)
-    _plot(rows).savefig(directory / "training_overhead.png", format="png")
-    (directory / "training_overhead.md").write_text(page)
+    write_with(directory / "training_overhead.png", partial(_plot(rows).savefig, format="png"))
+    write_text(directory / "training_overhead.md", page)
     return page
 
 

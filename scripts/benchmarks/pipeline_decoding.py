@@ -26,7 +26,7 @@ from pipeline_timetable import token_times
 from rank_processes import run_ranks
 
 from nemo_ee.evaluation import provenance
-from nemo_ee.report.write import replace, replace_text
+from nemo_ee.files.output import write_text, write_with
 from nemo_ee.runtime.script import user_errors
 
 FULL = "full depth"
@@ -135,10 +135,9 @@ def main() -> None:
         stages = (2,) if arguments.quick else (4, 2)
         rows = [row for p in stages for row in measure_pipeline(p, arguments)]
         result, path = page(rows), arguments.output / "pipeline_decoding"
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        replace_text(path.with_suffix(".json"), json.dumps(rows, indent=1) + "\n")
-        replace(path.with_suffix(".png"), partial(plot(rows).savefig, format="png"))
-        replace_text(path.with_suffix(".md"), result)
+        write_text(path.with_suffix(".json"), json.dumps(rows, indent=1) + "\n")
+        write_with(path.with_suffix(".png"), partial(plot(rows).savefig, format="png"))
+        write_text(path.with_suffix(".md"), result)
         print(result)
 
 

@@ -5,7 +5,6 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
-import tempfile
 import threading
 import time
 import traceback
@@ -13,6 +12,9 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from nemo_ee.files.output import replaced_file
+from nemo_ee.files.scratch import scratch_folder
 
 TAIL = 4000
 """Characters of a failed rank's traceback that are shown."""
@@ -38,9 +40,9 @@ def run_ranks(
         RankError: see the message.
     """
     context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory(prefix="nemo_ee_ranks_") as folder:
+    with scratch_folder("ranks") as folder:
         ranks = [
-            context.Process(target=_main, args=(Path(folder), rank, world_size, backend, function, arguments))
+            context.Process(target=_main, args=(folder, rank, world_size, backend, function, arguments))
             for rank in range(world_size)
         ]
         try:
@@ -89,9 +91,8 @@ def _main(
         torch.distributed.init_process_group(backend, init_method=store, rank=rank, world_size=world_size)
         result = function(*arguments)
         torch.distributed.barrier()  # who leaves early breaks the connections of those still at work
-        writing = folder / f"writing_{rank}"
-        writing.write_bytes(pickle.dumps(result))
-        writing.rename(folder / f"result_{rank}")
+        with replaced_file(folder / f"result_{rank}") as part:
+            part.write_bytes(pickle.dumps(result))
     except BaseException:
         (folder / f"error_{rank}").write_text(f"--- rank {rank} ---\n{traceback.format_exc()}")
         os._exit(1)

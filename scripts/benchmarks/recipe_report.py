@@ -2,8 +2,10 @@
 """The page and the plot of exit_recipes.py."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+from nemo_ee.files.output import write_text, write_with
 from nemo_ee.report.style import label, layer_colours, new_figure
 
 
@@ -18,8 +20,8 @@ def write_page(rows: Sequence[dict], order: Sequence[str], directory: Path) -> s
     by_name = {row["name"]: row for row in rows}
     recipes = [by_name[name] for name in order if name in by_name]
     page = _page(recipes, by_name["costs"])
-    _plot(recipes).savefig(directory / "exit_recipes.png", format="png")
-    (directory / "exit_recipes.md").write_text(page)
+    write_with(directory / "exit_recipes.png", partial(_plot(recipes).savefig, format="png"))
+    write_text(directory / "exit_recipes.md", page)
     return page
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from exit_recipes import CONF, append, load
 
+from nemo_ee.files.output import write_text
 from nemo_ee.runtime.script import user_errors
 
 HERE = Path(__file__).resolve().parent
@@ -267,7 +268,7 @@ def _answers(path: Path, sweep: Any, prompts: list[list[int]]) -> list:
         sweep.model.prepare_decoding()
         batches = [prompts[first : first + 8] for first in range(0, len(prompts), 8)]
         found = [text for batch in batches for text in sweep.generate(batch, None)]
-        path.write_text(json.dumps([asdict(text) for text in found]))
+        write_text(path, json.dumps([asdict(text) for text in found]))
     return [GeneratedText(**each) for each in json.loads(path.read_text())]
 
 

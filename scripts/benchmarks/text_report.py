@@ -2,10 +2,12 @@
 """The page and the plot of text_recipes.py."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from nemo_ee.files.output import write_text, write_with
 from nemo_ee.report.markdown import table
 from nemo_ee.report.style import MARKERS, label, new_figure
 
@@ -21,8 +23,8 @@ def write_page(rows: Sequence[dict], directory: Path) -> str:
     """
     done = [row for row in rows if "measured" in row]
     page = _page(done)
-    _plot(done).savefig(directory / "text_recipes.png", format="png")
-    (directory / "text_recipes.md").write_text(page)
+    write_with(directory / "text_recipes.png", partial(_plot(done).savefig, format="png"))
+    write_text(directory / "text_recipes.md", page)
     return page
 
 

@@ -27,6 +27,7 @@ from pipeline_costs import Size, predict
 from rank_processes import RankError, run_ranks
 
 from nemo_ee.evaluation import provenance
+from nemo_ee.files.output import write_text
 from nemo_ee.runtime.script import user_errors
 
 CASES = {f"pp{p}-{head}": (p, head == "mlp") for p in (1, 2, 4) for head in ("minimal", "mlp")}
@@ -125,10 +126,7 @@ def load(path: Path, arguments: argparse.Namespace) -> list[dict]:
 
 
 def save(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(rows, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(rows, indent=1) + "\n")
 
 
 def main() -> None:

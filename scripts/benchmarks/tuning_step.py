@@ -13,7 +13,6 @@ logits count as a cost of the exits. Prints a table; `--output FILE` writes it t
 import argparse
 import gc
 import resource
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +22,8 @@ from typing import Any
 import torch
 from small_model import write_small_base, write_small_text
 
+from nemo_ee.files.output import write_text
+from nemo_ee.files.scratch import scratch_folder
 from nemo_ee.runtime.script import user_errors
 
 CONF = str(Path(__file__).resolve().parents[2] / "conf")
@@ -204,9 +205,9 @@ restoring the checkpoint.
 
 def main() -> None:
     arguments = parse_arguments()
-    with user_errors(), tempfile.TemporaryDirectory() as scratch:
-        model = arguments.model or write_small_base(Path(scratch))
-        text = arguments.text or write_small_text(Path(scratch))
+    with user_errors(), scratch_folder("tuning_step") as scratch:
+        model = arguments.model or write_small_base(scratch)
+        text = arguments.text or write_small_text(scratch)
         cases = {}
         for case, changes in CASES.items():
             cfg = compose(arguments, str(model), str(text), changes)
@@ -215,7 +216,7 @@ def main() -> None:
         result = page(cases, Path(model).name if arguments.model else "small random model", cfg)
         print(result)
         if arguments.output:
-            arguments.output.write_text(result)
+            write_text(arguments.output, result)
 
 
 if __name__ == "__main__":

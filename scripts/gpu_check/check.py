@@ -170,12 +170,13 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    import tempfile
 
     parts = [*PARTS, *([GIVEN_MODEL] if arguments.model else [])]
     parts = [part for part in parts if not arguments.only or part.name in arguments.only]
     begin = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="nemo_ee_check_gpu_") as work:
+    from nemo_ee.files.scratch import scratch_folder
+
+    with scratch_folder("check_gpu") as work:
         outcomes = []
         for part in parts:
             left = arguments.seconds - (time.monotonic() - begin)

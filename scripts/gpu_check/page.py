@@ -1,10 +1,12 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """What check_gpu.sh prints, and the page and plot that it writes."""
 
-import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from nemo_ee.files.output import write_text, write_with
 
 if TYPE_CHECKING:
     from check import Outcome
@@ -40,7 +42,6 @@ def write(outcomes: Sequence["Outcome"], output: Path, options: Sequence[str]) -
         output: directory.
         options: that the script was given, without folders.
     """
-    output.mkdir(parents=True, exist_ok=True)
     facts = {key: value for outcome in outcomes for key, value in outcome.result.facts.items()}
     speeds = [speed for outcome in outcomes for speed in outcome.result.speeds]
     failed = [outcome.part.name for outcome in outcomes if outcome.result.faults]
@@ -55,14 +56,10 @@ def write(outcomes: Sequence["Outcome"], output: Path, options: Sequence[str]) -
         figure = plot(speeds)
         warning = "FIGURES MEAN NOTHING: " if pretend or "--quick" in options else ""
         figure.suptitle(f"{warning}{facts.get('GPU', 'unknown GPU')}", fontsize=11)
-        figure.savefig(output / "gpu.png")
+        write_with(output / "gpu.png", partial(figure.savefig, format="png"))
         lines += ["", "## Decoding", "", EXPLAINED, "", *speed_table(speeds), "", "![decoding](gpu.png)"]
     lines += ["", "## All that was checked", "", table(outcomes)]
-    path = output / "gpu.md"
-    partial = path.with_suffix(".partial")
-    partial.write_text("\n".join(lines) + "\n")
-    os.replace(partial, path)
-    return path
+    return write_text(output / "gpu.md", "\n".join(lines) + "\n")
 
 
 EXPLAINED = """\

@@ -22,6 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from result import Result  # noqa: E402
 
+from nemo_ee.files.output import write_text
 from nemo_ee.runtime.script import user_errors  # noqa: E402
 
 WITHOUT_NEMO = ("found", "marked_tests")
@@ -113,7 +114,7 @@ def main() -> int:
     if arguments.reference is not None:
         with user_errors():
             found = importlib.import_module(arguments.name).reference(settings)
-            arguments.reference.write_text(json.dumps(found))
+            write_text(arguments.reference, json.dumps(found))
         return 0
     result = run(arguments.name, settings)
     result.write(arguments.work / f"{arguments.name}.json")

@@ -2,9 +2,10 @@
 """What a part of check_gpu.sh found. No imports beyond the standard library: the driver does without packages."""
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from nemo_ee.files.output import write_text
 
 
 @dataclass
@@ -31,9 +32,7 @@ class Result:
 
     def write(self, path: Path) -> None:
         """As JSON, in one step."""
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(self)))
-        os.replace(partial, path)
+        write_text(path, json.dumps(asdict(self)))
 
     @classmethod
     def read(cls, path: Path) -> "Result":

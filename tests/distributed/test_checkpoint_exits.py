@@ -1,16 +1,20 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Exits saved alone load at any TP and PP, only onto their base, and merge without touching it."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from nemo_ee.checkpoint import adapter, archive
 from nemo_ee.checkpoint.content_hash import backbone_content_hash
 from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint
 from nemo_ee.errors import CheckpointError
 from tests.support import tiny_llama
+from tests.support.hostile_weights import write_torch_dist
 
 EXITS = {
     "layers": [1, 2, 3],
@@ -202,3 +206,111 @@ def test_full_checkpoints_and_adapters_are_not_confused(base, exits, workers):
 
     with pytest.raises(CheckpointError, match="exits only"):
         refuse_adapter(exits, archive.read_config(exits))
+
+
+def edited(path: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """The same file with other tensors."""
+    root = archive.extract(path, folder / "content")
+    checkpoint = TorchDistCheckpoint(root / archive.WEIGHTS_DIRECTORY)
+    tensors = {key: checkpoint.read(key) for key in checkpoint.tensors}
+    change(tensors)
+    shutil.rmtree(root / archive.WEIGHTS_DIRECTORY)
+    write_torch_dist(root / archive.WEIGHTS_DIRECTORY, tensors)
+    return archive.write_archive(root, folder / path.name)
+
+
+def _set(key: str, value: float) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors[key].view(-1)[3:4].fill_(value)
+
+
+LINEAR, UNTIED = "model.exits.2.linear.weight", "model.exits.2.projection.weight"
+SPOILT = {
+    "no tensors": (lambda t: [t.pop(key) for key in list(t)[1:]], "lacks"),
+    "a layer is missing": (lambda t: [t.pop(key) for key in list(t) if ".exits.3." in key], "lacks"),
+    "a tensor is missing": (lambda t: t.pop(LINEAR), f"lacks 1 tensors, first {LINEAR}"),
+    "an exit that is not named": (
+        lambda t: t.update({"model.exits.4.norm.weight": torch.ones(2)}),
+        "has beyond",
+    ),
+    "another shape": (
+        lambda t: t.update({LINEAR: t[LINEAR][:-1].clone()}),
+        f"in other shapes 1 tensors, first {LINEAR}",
+    ),
+    "too few rows": (
+        lambda t: t.update({UNTIED: t[UNTIED][:50].clone()}),
+        f"in other shapes 1 tensors, first {UNTIED}",
+    ),
+    "NaN": (_set(LINEAR, float("nan")), f"hold NaN or infinities, first {LINEAR}"),
+    "an infinity": (_set(UNTIED, -float("inf")), f"hold NaN or infinities, first {UNTIED}"),
+}
+
+
+def test_spoilt_exits_are_not_merged(base, exits, tmp_path):
+    for number, (change, words) in enumerate(SPOILT.values()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        spoilt = edited(exits, folder, change)
+        with pytest.raises(CheckpointError) as error:
+            adapter.merge(base, spoilt, tmp_path / "merged.nemo")
+        assert words in str(error.value) and str(spoilt) in str(error.value)
+        assert [path.name for path in tmp_path.iterdir() if "merged" in path.name] == []
+
+
+def test_weights_that_are_no_numbers_are_refused_by_name(base, exits, workers, tmp_path):
+    """In exits, in a base, whole or truncated; by merging, too."""
+    key = "model.decoder.layers.mlp.linear_fc2.weight"
+    for name in ("base", "exits"):
+        (tmp_path / name).mkdir()
+    poor_base = edited(base, tmp_path / "base", _set(key, float("nan")))
+    poor_exits = edited(exits, tmp_path / "exits", _set(LINEAR, float("inf")))
+    with pytest.raises(CheckpointError, match=r"base\.nemo: .*linear_fc2\.weight holds NaN"):
+        adapter.merge(poor_base, exits, tmp_path / "merged.nemo")
+    found = workers(2).run(restore_refused, str(base), str(poor_base), str(poor_exits))
+    for of_exits, of_base, of_truncated in found:
+        assert f"{poor_exits}: 1 tensors hold NaN or infinities, first {LINEAR}" in of_exits
+        assert f"{poor_base}: 1 tensors hold NaN or infinities, first {key} (decoder.layers.0.mlp" in of_base
+        assert f"first {key} (decoder.layers.0.mlp" in of_truncated
+
+
+def restore_refused(base: str, poor_base: str, poor_exits: str) -> tuple[str, str, str]:
+    errors = []
+    for work in (
+        lambda: load_and_save_exits(base, poor_exits, "unused.nemo", 2, 1),
+        lambda: restore_with_fresh_exits(poor_base, tp=2),
+        lambda: truncated_gaps(poor_base),
+    ):
+        with pytest.raises(CheckpointError) as error:
+            work()
+        errors.append(str(error.value))
+    return tuple(errors)
+
+
+def check_all_heads(folder: str) -> list[str]:
+    """Writes a base with exits of every kind; which kinds `check_exits` knows the tensors of."""
+    from nemo_ee.checkpoint.exit_tensors import check_exits
+    from nemo_ee.checkpoint.keys import is_exit
+    from nemo_ee.checkpoint.load import save_weights
+    from tests.support.tiny_gpt import GPT3, HEADS, tiny_model, tiny_model_config
+
+    checked = []
+    for kind, backbone in {"Llama": {}, "GPT-3": GPT3}.items():
+        for name, head in HEADS.items():
+            model = tiny_model(tiny_model_config([2, 5], head, **backbone))
+            parts = []
+            for part, want in (("base", lambda key: not is_exit(key)), ("exits", is_exit)):
+                save_weights(model, f"{folder}/{kind} {name} {part}", want)
+                parts.append(TorchDistCheckpoint(f"{folder}/{kind} {name} {part}"))
+            config = OmegaConf.create(OmegaConf.to_container(model.cfg))
+            config.early_exit = model.early_exit.to_dict()
+            config.base = {"vocab_size": model.true_vocab_size}
+            check_exits("exits", config, parts[1], parts[0])
+            checked.append(f"{kind} {name}")
+            config.early_exit.layers = [2, 6]
+            with pytest.raises(CheckpointError, match="lacks"):
+                check_exits("exits", config, parts[1], parts[0])
+    return checked
+
+
+def test_exits_of_every_kind_are_known_by_their_tensors(workers, tmp_path):
+    (checked,) = workers(1).run(check_all_heads, str(tmp_path))
+    assert len(checked) == 10

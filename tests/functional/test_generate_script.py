@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemo_ee.files.output import claim
 from tests.support.script import ROOT, run_script
 
 HEAD = dict(block=True, mlp=True, linear=True, projection="shortlist", shortlist_size=100)
@@ -161,7 +162,7 @@ def test_bad_input_ends_in_one_clear_error(workspace):
     [
         (["prompts=null"], "exactly one of prompts and prompts_file"),
         (["prompts=[]"], "at least one prompt"),
-        (["prompts=null", "prompts_file=none.txt"], "prompts_file=none.txt: cannot be read"),
+        (["prompts=null", "prompts_file=none.txt"], "prompts_file=none.txt: there is no such file"),
         (["color=red"], "color=red: not one of auto, always, never"),
         (["early_exit.exits=[5]"], r"early_exit.exits=\[5\]|not all of the model's exits"),
         (["inference.temperature=0"], "inference.temperature=0.0"),
@@ -182,3 +183,34 @@ def test_refused_before_anything_is_written(workspace, workers, overrides, messa
     with pytest.raises(WorkerError, match=message):
         workers(1).run(in_process, directory, usual + overrides)
     assert not list(directory.glob("no.jsonl*"))
+
+
+def on_a_full_disk(directory, overrides):
+    """What is said where the disk turns out to be full when the output is flushed to it."""
+    import errno
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    os.fsync = full
+    try:
+        in_process(directory, overrides)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_a_full_disk_or_another_run_leaves_the_old_output(workspace, workers):
+    directory = workspace[0]
+    (directory / "old.jsonl").write_text("old")
+    before = sorted(path.name for path in directory.iterdir())
+    given = ["gpt_model_file=full.nemo", "prompts=[w1]", "output_file=old.jsonl", *ARGUMENTS]
+    (said,) = workers(1).run(on_a_full_disk, directory, given)
+    assert (
+        said
+        == "OutputError: old.jsonl: cannot be written: the disk is full; make room, or write to another disk"
+    )
+    with claim(directory / "old.jsonl"):
+        (said,) = workers(1).run(on_a_full_disk, directory, given)
+    assert said.startswith(f"OutputError: old.jsonl: process {os.getpid()} on ")
+    assert (directory / "old.jsonl").read_text() == "old"
+    assert sorted(path.name for path in directory.iterdir()) == before

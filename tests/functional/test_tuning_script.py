@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -162,7 +163,12 @@ def test_killed_and_resumed_is_uninterrupted(workspace, uninterrupted):
     while not finished_checkpoints(run) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
     assert process.poll() is None, "it was to be killed at work"
-    os.killpg(process.pid, signal.SIGKILL)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 10
+    while (left := processes_in(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left, "what it started ends with it"
     process.communicate()
     assert not (run / "checkpoints" / NAME).exists()
     output = succeed(workspace, long_run(workspace, run))
@@ -171,6 +177,18 @@ def test_killed_and_resumed_is_uninterrupted(workspace, uninterrupted):
     assert expected.keys() == found.keys()
     for key, value in expected.items():
         assert torch.equal(found[key], value), key
+
+
+def processes_in(session: int) -> list[list[str]]:
+    """Command lines of the processes in a session that still run."""
+    found = []
+    for each in psutil.process_iter():
+        try:
+            if os.getsid(each.pid) == session and each.status() != psutil.STATUS_ZOMBIE:
+                found.append(each.cmdline())
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return found
 
 
 def copy_of_run(uninterrupted: Path, folder: Path) -> Path:

@@ -7,7 +7,6 @@ padding and every set of exits, so models of different layouts can be compared. 
 `EXIT_LOGIT_SCALE`). No network: the tokenizer is built on the spot.
 """
 
-import tempfile
 import zlib
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+
+from nemo_ee.files.scratch import ScratchFolder
 
 VOCABULARY = 201
 EOS, BOS = "<eos>", "<bos>"
@@ -62,16 +63,16 @@ def tokenizer() -> Any:
 @lru_cache
 def tokenizer_folder(chat: bool = True) -> str:
     """The tokenizer as a directory that lives as long as this process."""
-    folder = tempfile.TemporaryDirectory(prefix="nemo_ee_tokenizer_")
+    folder = ScratchFolder("tokenizer")
     _folders.append(folder)
     built = tokenizer()
     if not chat:
         built.chat_template = None
-    built.save_pretrained(folder.name)
-    return folder.name
+    built.save_pretrained(folder.path)
+    return str(folder.path)
 
 
-_folders: list[tempfile.TemporaryDirectory] = []
+_folders: list[ScratchFolder] = []
 
 
 def tiny_model_config(

@@ -17,6 +17,7 @@ from nemo_ee.checkpoint import archive, torch_dist
 from nemo_ee.checkpoint.content_hash import backbone_content_hash
 from nemo_ee.checkpoint.legacy import read_legacy_weights
 from nemo_ee.errors import CheckpointError
+from tests.support.hostile_weights import write_torch_dist
 
 LAYERS = 3
 NORM = "self_attention.linear_qkv.layer_norm_weight"
@@ -41,15 +42,6 @@ def stacked(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             layers = torch.stack([state[key.replace(".0.", f".{n}.")] for n in range(LAYERS)])
             out["model." + key.replace(".0.", ".")] = layers
     return out
-
-
-def write_torch_dist(directory: Path, tensors: dict[str, torch.Tensor]) -> Path:
-    dcp.save(dict(tensors), checkpoint_id=directory, no_dist=True)
-    (directory / "metadata.json").write_text(
-        json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
-    )
-    torch.save({}, directory / "common.pt")
-    return directory
 
 
 def write_nemo(folder: Path, tensors: dict[str, torch.Tensor], name: str = "m.nemo") -> Path:

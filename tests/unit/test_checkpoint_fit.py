@@ -91,3 +91,17 @@ def test_vocabulary_padding_may_differ_and_widths_may_not(tmp_path):
     wide = ShardedTensor.from_rank_offsets(key, torch.zeros(128, 8))
     with pytest.raises(CheckpointError, match="other shapes"):
         fit_to_checkpoint({"e": wide}, checkpoint)
+
+
+def test_of_padded_tensors_only_rows_of_padding_may_be_others(tmp_path):
+    key = "model.embedding.word_embeddings.weight"
+    checkpoint = write_torch_dist(tmp_path / "c", {key: torch.ones(128, 4)})
+
+    def padded(*shape: int) -> dict:
+        return {"e": ShardedTensor.from_rank_offsets(key, torch.zeros(*shape), allow_shape_mismatch=True)}
+
+    assert fit_to_checkpoint(padded(256, 4), checkpoint, least_rows=lambda key: 128).keys() == {"e"}
+    with pytest.raises(CheckpointError, match=r"model \(256, 4\), checkpoint \(128, 4\)"):
+        fit_to_checkpoint(padded(256, 4), checkpoint, least_rows=lambda key: 129)
+    with pytest.raises(CheckpointError, match=r"model \(128, 8\), checkpoint \(128, 4\)"):
+        fit_to_checkpoint(padded(128, 8), checkpoint)

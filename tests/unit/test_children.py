@@ -3,44 +3,105 @@
 
 import multiprocessing
 import os
+import queue
 import signal
 import subprocess
 import sys
+import time
 
 import psutil
+from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: F401, once for all forked processes
 
-from nemo_ee.runtime.children import SECONDS, children_outlive_signals
+from nemo_ee.runtime.children import SECONDS, _Results, writing_checkpoint
 from tests.support.script import ROOT
 
-PARENT = """
-import multiprocessing, sys, time
-import nemo_ee.runtime.script
+POOL = """
+import os, signal
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from nemo_ee.runtime.children import end_with_parent
+
 if __name__ == "__main__":
-    manager = multiprocessing.get_context("spawn").Manager()
-    print(manager._process.pid, flush=True)
-    time.sleep(60)
+    pool = ProcessPoolExecutor(2, get_context("spawn"), initializer=end_with_parent)
+    pool.map(abs, range(8))
+    list(pool.map(abs, range(8)))
+    print(*[process.pid for process in pool._processes.values()], flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_processes_started_within_never_hear_it():
-    with children_outlive_signals():
-        manager = multiprocessing.get_context("spawn").Manager()
-        queue, pid = manager.Queue(), manager._process.pid
-    os.kill(pid, signal.SIGTERM)
-    queue.put("still here")
-    assert queue.get() == "still here"
-    manager.shutdown()
+def ended(pids: list[int], seconds: float) -> bool:
+    """Whether all of them are gone within so many seconds."""
+    until = time.monotonic() + seconds
+    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
 
 
-def test_a_writer_ends_with_its_rank(tmp_path):
+def writer(results: _Results, ready: multiprocessing.Event) -> None:
+    """As megatron-core's: forks one more, and waits for it."""
+    inner = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    inner.start()
+    results.put([os.getpid(), inner.pid])
+    ready.set()
+    inner.join()
+
+
+def save(pipe: int) -> None:
+    """A rank that saves a checkpoint, is told that its job ends, and is then killed."""
+    fork = multiprocessing.get_context("fork")
+    with writing_checkpoint():
+        results, ready = _Results(), fork.Event()
+        process = fork.Process(target=writer, args=(results, ready))
+        process.start()
+        ready.wait(30)
+        pids = results.get_nowait()
+        for pid in pids:
+            os.kill(pid, signal.SIGTERM)
+        time.sleep(0.2)
+        alive = [pid for pid in pids if psutil.Process(pid).status() != "zombie"]
+        os.write(pipe, f"{pids == alive} {pids[0]} {pids[1]}".encode())
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_writers_hear_no_signal_and_end_with_their_rank():
+    reading, writing = os.pipe()
+    rank = multiprocessing.get_context("fork").Process(target=save, args=(writing,))
+    rank.start()
+    rank.join(60)
+    outlived_signals, *pids = os.read(reading, 100).decode().split()
+    assert outlived_signals == "True" and rank.exitcode == -signal.SIGKILL
+    assert ended([int(pid) for pid in pids], 10)
+
+
+def test_results_of_any_size_come_back_from_a_forked_process():
+    results = _Results()
+    for item in ({0: ["x" * 10**6]}, OSError(28, "No space left on device")):
+        process = multiprocessing.get_context("fork").Process(target=results.put, args=(item,))
+        process.start()
+        process.join(30)
+        assert process.exitcode == 0, "it waits for nobody to read"
+        found = results.get_nowait()
+        assert found == item or (found.errno == 28 and type(found) is OSError)
+    try:
+        results.get_nowait()
+        raise AssertionError("there is one more")
+    except queue.Empty:
+        pass
+    results.put(lambda: None)  # which does not pickle
+    assert isinstance(results.get_nowait(), RuntimeError)
+
+
+def test_a_pool_ends_with_its_process(tmp_path):
+    """Killed, it cannot say goodbye, and its workers keep each other's pipes open."""
     script = tmp_path / "script.py"
-    script.write_text(PARENT)
+    script.write_text(POOL)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    parent = subprocess.Popen(
-        [sys.executable, str(script)], stdout=subprocess.PIPE, env=environment, text=True
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, env=environment, text=True, timeout=60
     )
-    writer = psutil.Process(int(parent.stdout.readline()))
-    os.kill(writer.pid, signal.SIGTERM)
-    assert writer.is_running() and parent.poll() is None
-    parent.kill()
-    writer.wait(SECONDS + 20)
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 2 and done.returncode == -signal.SIGKILL, done.stderr
+    assert ended(pids, SECONDS + 10)

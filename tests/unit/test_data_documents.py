@@ -61,7 +61,7 @@ def test_json_takes_lists_and_objects_of_records(tmp_path, content):
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"text": "one"}\n{"body": "two"}\n', r"record 2 has no key 'text'.*\(body\)"),
-        ("a.jsonl", '{"text": "one"}\n{"text": \n', "line 2 is not JSON"),
+        ("a.jsonl", '{"text": "one"}\n{"text": \n', "line 2 is no JSON"),
         ("a.jsonl", '{"text": 3}\n', "record 1: 'text' must be text, not int"),
         ("a.json", '{"A": {"text": "one"}, "B": {"body": "two"}}', r"record 2 \('B'\) has no key 'text'"),
         ("a.json", "[1]", "record 1 must be a string or an object"),

@@ -10,10 +10,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoTokenizer
 
 from nemo_ee.checkpoint import archive
-from nemo_ee.data import preprocess as preprocess_module
+from nemo_ee.data import encoding
 from nemo_ee.data.preprocess import preprocess
 from nemo_ee.data.preprocess_config import PreprocessConfig
-from nemo_ee.data.staged_datasets import StagedDatasets
+from nemo_ee.data.staged_datasets import StagedDatasets, staged_datasets
 from nemo_ee.errors import ConfigError, DataError
 from tests.support.tiny_tokenizer import save_tiny_tokenizer
 
@@ -80,9 +80,10 @@ def test_documents_are_tokenized_ended_and_split(source, tokenizer_dir):
 def test_output_does_not_depend_on_the_number_of_workers(source, tokenizer_dir, monkeypatch):
     out = source.parent / "out"
     preprocess(config(source, tokenizer_dir, output_prefix=str(out / "one")))
-    monkeypatch.setattr(preprocess_module, "CHARACTERS_PER_WORKER", 100)
-    monkeypatch.setattr(preprocess_module, "DOCUMENTS_PER_TASK", 3)
-    monkeypatch.setattr(preprocess_module, "TASKS_IN_FLIGHT", 4)
+    monkeypatch.setattr(encoding, "CHARACTERS_PER_WORKER", 100)
+    monkeypatch.setattr(encoding, "DOCUMENTS_PER_TASK", 3)
+    monkeypatch.setattr(encoding, "CHARACTERS_PER_TASK", 50)
+    monkeypatch.setattr(encoding, "TASKS_IN_FLIGHT", 4)
     preprocess(config(source, tokenizer_dir, output_prefix=str(out / "two"), workers=2))
     for name in ("_train.bin", "_train.idx", "_validation.bin", "_validation.idx"):
         assert (out / f"one{name}").read_bytes() == (out / f"two{name}").read_bytes()
@@ -138,10 +139,10 @@ def test_nothing_is_left_where_publishing_fails(tmp_path, monkeypatch):
     monkeypatch.setattr("os.replace", refuse)
     with (
         pytest.raises(OSError, match="disk full"),
-        StagedDatasets({"train": tmp_path / "t"}, 100) as datasets,
+        staged_datasets({"train": tmp_path / "t"}, tmp_path / "t.json", 100) as datasets,
     ):
         datasets.add("train", [1, 2])
-        datasets.publish(tmp_path / "t.json", {})
+        datasets.finish({})
     assert list(tmp_path.iterdir()) == []
 
 

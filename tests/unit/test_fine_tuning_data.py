@@ -195,7 +195,7 @@ BAD_LINES = {
     "blank": (["\n\n"], True, "the file has no text"),
     "no JSON": ([CHAT, CHAT, "{no\n"], True, "line 3 is no JSON"),
     "a list": ([CHAT, "\n", [1]], True, "line 3 is a JSON list"),
-    "no Unicode": ([CHAT, b"\xff\n"], True, "line 2 is no JSON"),
+    "no Unicode": ([CHAT, b"\xff\n"], True, "line 2 must be UTF-8 text"),
     "no answer": ([CHAT, {"messages": CHAT["messages"][:1]}], True, "line 2 has no answer"),
     "a prompt among chats": ([CHAT, PROMPT], True, "line 2 has neither .*set model.data.chat=false"),
     "a chat among prompts": ([PROMPT, CHAT], False, "line 2 has no text 'input'.*set model.data.chat=true"),

@@ -76,7 +76,7 @@ def test_prompts_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line, message", [('{"a": 1}', "p.jsonl:3: has no text"), ("{", "p.jsonl:3: no JSON")]
+    "line, message", [('{"a": 1}', "p.jsonl:3: has no text"), ("{", "p.jsonl:3: is no JSON")]
 )
 def test_prompts_files_that_are_refused(tmp_path, line, message):
     path = tmp_path / "p.jsonl"

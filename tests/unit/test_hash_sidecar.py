@@ -12,7 +12,7 @@ import torch
 from nemo_ee.checkpoint import archive, base, hash_sidecar
 from nemo_ee.checkpoint.base import BaseCheckpoint
 from nemo_ee.checkpoint.content_hash import backbone_content_hash
-from nemo_ee.errors import CheckpointError
+from nemo_ee.errors import CheckpointError, OutputError
 from tests.unit.test_checkpoint_content_hash import write_torch_dist
 
 OTHER = "0" * 64
@@ -131,9 +131,9 @@ def test_only_a_plain_file_is_read(checkpoint, tmp_path, hashed):
 
 def test_where_it_cannot_be_written_the_hash_is_computed_each_time(checkpoint, hashed, monkeypatch):
     def refuse(*_args, **_settings):
-        raise PermissionError("read-only")
+        raise OutputError("read-only")
 
-    monkeypatch.setattr(hash_sidecar.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(hash_sidecar, "replaced_file", refuse)
     expected = backbone_content_hash(checkpoint)
     assert [BaseCheckpoint(checkpoint).content_hash for _ in range(2)] == [expected] * 2
     assert len(hashed) == 2 and not beside(checkpoint).exists()

@@ -13,6 +13,7 @@ LICENCE = "# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache L
 CATCH_ALL_NAMES = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py"}
 
 PLAIN = {"nemo_ee.errors", "nemo_ee.config", "nemo_ee.schema"}
+FILES = {"nemo_ee.errors", "nemo_ee.files", "yaml"}
 CORE = PLAIN | {"nemo_ee.core", "torch", "numpy"}
 KERNELS = {"nemo_ee.kernels", "numba", "llvmlite", "numpy"}
 MEGATRON = CORE | {"nemo_ee.kernels", "nemo_ee.megatron", "megatron", "flash_attn"}
@@ -20,6 +21,7 @@ RINGS = {
     "nemo_ee/__init__.py": set(),
     "nemo_ee/errors.py": set(),
     "nemo_ee/schema.py": PLAIN,
+    "nemo_ee/files/": FILES,
     "nemo_ee/config.py": PLAIN | {"omegaconf"},
     "nemo_ee/core/": CORE,
     "nemo_ee/kernels/": KERNELS,
@@ -102,7 +104,15 @@ def f():
 
 
 @pytest.mark.parametrize(
-    "module", ["nemo_ee", "nemo_ee.errors", "nemo_ee.config", "nemo_ee.runtime.stand_ins"]
+    "module",
+    [
+        "nemo_ee",
+        "nemo_ee.errors",
+        "nemo_ee.config",
+        "nemo_ee.files.output",
+        "nemo_ee.files.scratch",
+        "nemo_ee.runtime.stand_ins",
+    ],
 )
 def test_light_modules_load_nothing_heavy(module):
     heavy = "{'torch', 'nemo', 'megatron', 'lightning', 'transformers'}"
@@ -116,3 +126,16 @@ def test_files_are_small_licensed_and_named_for_what_they_hold():
     assert [place(path) for path in files if len(path.read_text().splitlines()) > 500] == []
     assert [place(path) for path in files if not path.read_text().startswith(LICENCE)] == []
     assert [place(path) for path in files if path.name in CATCH_ALL_NAMES] == []
+
+
+def test_files_are_written_and_scratch_folders_made_in_one_way():
+    """What else would take a file's place in one step, or make a folder that a killed process leaves behind."""
+    others = {"os.replace", "os.rename", "os.renames", "shutil.move"}
+    for path in python_files("nemo_ee", "scripts"):
+        if place(path).startswith("nemo_ee/files/"):
+            continue
+        tree = ast.parse(path.read_text())
+        names = imported_modules(path.read_text(), list(path.relative_to(ROOT).parts[:-1]))
+        assert not {name for name in names if name.partition(".")[0] == "tempfile"}, place(path)
+        called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        assert not called & others, place(path)

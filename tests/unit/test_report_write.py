@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from nemo_ee.errors import DataError
+from nemo_ee.errors import DataError, OutputError
 from nemo_ee.report import plots
 from nemo_ee.report.markdown import to_markdown
 from nemo_ee.report.sample_text import sample_figure, sample_html
@@ -16,6 +16,7 @@ from nemo_ee.report.schema import CurvePoint, Sample
 from nemo_ee.report.style import layer_colours
 from nemo_ee.report.write import read_report, write_report
 from tests.support.fake_report import FINAL, fake_exits, fake_report, fake_threshold
+from tests.support.full_disk import file_limit
 
 FULL = {
     "exit_histogram.png",
@@ -158,3 +159,14 @@ def test_markdown_states_numbers_with_their_spread():
     assert "| 0.5 | 0.750 [0.730, 0.765] | 8.60 (4.10) | 19.2 (18.7 to 19.8) |" in page
     assert "a=1\\|2" in page, "a bar inside a cell would end it"
     assert "| 20 | 4.000 | 0.510 |" in to_markdown(one_exit_report())
+
+
+def test_a_full_disk_leaves_the_old_report(tmp_path):
+    write_report(fake_report(), tmp_path / "report")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()}
+    with file_limit(1000), pytest.raises(OutputError, match="report.json: cannot be written"):
+        write_report(one_exit_report(), tmp_path / "report")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()} == before
+    with file_limit(1000), pytest.raises(OutputError):
+        write_report(one_exit_report(), tmp_path / "new")
+    assert not (tmp_path / "new").exists()

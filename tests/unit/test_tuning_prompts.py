@@ -78,7 +78,7 @@ def test_lines_that_are_no_prompts(tmp_path, line, message):
 
 
 def test_files_without_prompts(tmp_path):
-    with pytest.raises(ConfigError, match="prompts.file=.*none.txt: cannot be read"):
+    with pytest.raises(ConfigError, match="prompts.file=.*none.txt: there is no such file"):
         prompts(file=str(tmp_path / "none.txt"))
     with pytest.raises(ConfigError, match="holds no prompts; write one"):
         prompts(file=write(tmp_path / "empty.txt", ""))

@@ -8,15 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from nemo_ee.checkpoint.gguf import keys, model, rope, tensors
+from nemo_ee.checkpoint.gguf import header, keys, model, rope, tensors
 from nemo_ee.checkpoint.gguf.tokenizer import build
 from nemo_ee.checkpoint.gguf.vocabulary import Vocabulary
 from nemo_ee.errors import CheckpointError
-
-_MAGIC = b"GGUF"
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ def is_gguf(path: str | os.PathLike) -> bool:
     if not path.is_file():
         return False
     with open(path, "rb") as file:
-        return path.suffix == ".gguf" or file.read(4) == _MAGIC
+        return path.suffix == ".gguf" or file.read(4) == header.MAGIC
 
 
 def inspect(path: str | os.PathLike) -> GGUFFile:
@@ -63,7 +60,7 @@ def inspect(path: str | os.PathLike) -> GGUFFile:
             would be lost; all faults, one per line.
     """
     path = Path(path)
-    values, found = _read(path)
+    values, found = header.read(path)
     architecture = values.get("general.architecture")
     if architecture not in model.ARCHITECTURES:
         raise CheckpointError(
@@ -88,41 +85,3 @@ def inspect(path: str | os.PathLike) -> GGUFFile:
     return GGUFFile(
         config, vocabulary, {name: each for name, each in found.items() if name != rope.FREQUENCIES}
     )
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Values by key, and the reader's tensors by name."""
-    from gguf import GGUFReader
-
-    with open(path, "rb") as file:
-        if file.read(4) != _MAGIC:
-            raise CheckpointError(
-                f"{path}: is no GGUF file (it does not begin with 'GGUF'); download it again"
-            )
-    try:
-        reader = GGUFReader(path)
-        values = {key: _contents(field) for key, field in reader.fields.items()}
-    except Exception as error:  # a cut file fails wherever the reader happens to be
-        if "GGMLQuantizationType" in str(error):
-            raise CheckpointError(
-                f"{path}: a tensor's type is unknown to the package gguf ({error}); "
-                "requantize the model with llama.cpp, for instance to Q8_0"
-            ) from error
-        raise CheckpointError(
-            f"{path}: is truncated or damaged ({type(error).__name__}: {error}); download it again"
-        ) from error
-    if reader.byte_order == "S":
-        raise CheckpointError(
-            f"{path}: its bytes are in the order of another machine; "
-            "swap them: gguf-convert-endian FILE.gguf native"
-        )
-    return values, {tensor.name: tensor for tensor in reader.tensors}
-
-
-def _contents(field: Any) -> Any:
-    """A field's value. Numbers in fp32 become the shortest decimals that they are: 1e-05, where the file holds
-    9.999999747378752e-06."""
-    from gguf import GGUFValueType
-
-    value = field.contents()
-    return float(str(np.float32(value))) if field.types == [GGUFValueType.FLOAT32] else value
