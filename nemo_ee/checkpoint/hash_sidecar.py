@@ -79,8 +79,8 @@ def write(path: Path, stamp: str, content_hash: str) -> None:
     """Keeps a hash, in one step; does nothing where that is not possible."""
     beside = _beside(path)
     with suppress(OSError, OutputError, ValueError):
-        if beside.is_symlink():  # which would be followed, wherever somebody points it
-            beside.unlink()
+        if os.path.lexists(beside) and not stat.S_ISREG(beside.lstat().st_mode):
+            beside.unlink()  # a link would be followed, wherever somebody points it
         with replaced_file(beside) as part:
             part.write_text(json.dumps({"version": VERSION, "stamp": stamp, "content_hash": content_hash}))
 

@@ -1,6 +1,7 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Folders for temporary files, in TMPDIR. Whoever makes one removes first those whose process has been killed."""
 
+import errno
 import os
 import re
 import shutil
@@ -17,8 +18,6 @@ from nemo_ee.files.write_errors import disk_error, output_error, write_errors
 _SUFFIX = ".scratch"
 _OURS = re.compile(rf"nemo_ee_[a-z_]+_[a-z0-9_]{{8}}{re.escape(_SUFFIX)}")
 _ELSEWHERE = "set TMPDIR to a folder on a disk with more room"
-_NO_ROOM = 2**20
-"""Free bytes of a disk that is full: file systems keep some back."""
 
 
 class ScratchFolder:
@@ -71,16 +70,14 @@ def scratch_folder(purpose: str) -> Iterator[Path]:
         cause = disk_error(error)
         if cause is None or not _concerns(folder.path, cause):
             raise
-        raise output_error(folder.path, cause, _ELSEWHERE) from error
+        raise output_error(folder.path, cause, None if cause.errno == errno.EFBIG else _ELSEWHERE) from error
     finally:
         folder.close()
 
 
 def _concerns(folder: Path, error: OSError) -> bool:
-    """Whether it was this folder that could not be written; not every error says."""
-    if isinstance(error.filename, str):
-        return folder in Path(error.filename).parents
-    return shutil.disk_usage(folder).free < _NO_ROOM
+    """Whether it was this folder that could not be written. Errors of outputs have become OutputErrors by now."""
+    return not isinstance(error.filename, str) or folder in Path(error.filename).parents
 
 
 def _make(parent: Path, purpose: str) -> tuple[Path, int]:

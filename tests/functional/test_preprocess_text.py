@@ -78,7 +78,7 @@ def test_of_two_runs_at_one_output_one_ends_with_an_error(workspace):
     said = [run.communicate(timeout=120)[0] for run in runs]
     assert sorted(run.returncode for run in runs) == [0, 1], said
     (refused,) = (text for run, text in zip(runs, said, strict=True) if run.returncode)
-    assert "error: both/wiki_train.bin: process " in refused and "Traceback" not in refused
+    assert "error: both/wiki.json: process " in refused and "Traceback" not in refused
     names = sorted(path.name for path in (workspace / "both").iterdir())
     assert names == [
         "wiki.json",

@@ -13,6 +13,7 @@ import pytest
 
 from nemo_ee.errors import OutputError
 from nemo_ee.files.scratch import ScratchFolder, scratch_folder
+from tests.support.full_disk import file_limit
 from tests.support.other_process import other_process
 
 HOLD = """
@@ -157,11 +158,13 @@ def test_processes_that_make_and_remove_folders_all_at_once_lose_none():
         assert [each.line() for each in (a, b, c)] == ["done"] * 3
 
 
-def test_a_full_disk_says_where_to_go(monkeypatch, tmp_path):
-    monkeypatch.setattr("nemo_ee.files.scratch._NO_ROOM", 2**80)
+def test_a_full_disk_says_where_to_go(tmp_path):
     with pytest.raises(OutputError, match="the disk is full; set TMPDIR to a folder"):
         with scratch_folder("restore"), open("/dev/full", "w") as full:
             full.write("text")
+    with pytest.raises(OutputError, match="larger than a file may be here; raise the limit"), file_limit(10):
+        with scratch_folder("restore") as folder:
+            (folder / "file").write_text("more than ten bytes")
     assert list(tmp_path.iterdir()) == []
 
 
