@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_ee.checkpoint import archive, collective, keys, targets, torch_dist
+from nemo_ee.checkpoint import archive, collective, keys, sizes, targets, torch_dist
 from nemo_ee.checkpoint.content_hash import backbone_content_hash
 from nemo_ee.errors import CheckpointError
 
@@ -109,6 +109,7 @@ def merge(
         merged = Path(scratch, "merged")
         shutil.copytree(whole, merged, ignore=shutil.ignore_patterns(archive.WEIGHTS_DIRECTORY))
         parts = [torch_dist.TorchDistCheckpoint(root / archive.WEIGHTS_DIRECTORY) for root in (whole, exits)]
+        sizes.check_tensors(base_config, parts[0].tensors, base)
         torch_dist.join(parts, merged / archive.WEIGHTS_DIRECTORY, leave=keys.is_exit)
         with open_dict(base_config):
             base_config.early_exit = config.early_exit

@@ -37,7 +37,9 @@ def _build_from_archive(build: Callable[[Any], None]) -> Callable[[Any], None]:
 
         if tokenizer.is_inside(self._cfg):
             home = tempfile.TemporaryDirectory(prefix="nemo_ee_tokenizer_")
-            tokenizer.resolve(self._cfg, AppState().nemo_file_folder, home.name)
+            app = AppState()
+            name = app.model_restore_path if app.is_model_being_restored else None
+            tokenizer.resolve(self._cfg, app.nemo_file_folder, home.name, name)
             self._tokenizer_home = home  # deleted with the model, and
             # where a process of multiprocessing's ends, whose finalisers of other kinds are not run.
             Finalize(home, shutil.rmtree, (home.name, True), exitpriority=0)
