@@ -62,7 +62,7 @@ class ThresholdStore:
                 archive.extract(self.source, root)
             if _stamp(self.source) != self._stamp:
                 raise CheckpointError(f"{self.source}: has changed since it was calibrated; calibrate again")
-            config = OmegaConf.load(root / archive.CONFIG_NAME)
+            config = archive.read_document(root, self.source)
             section = config.model if "model" in config else config
             with open_dict(section):
                 OmegaConf.update(section, "early_exit.inference.threshold", list(thresholds), force_add=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_ee.checkpoint import archive, collective, keys, targets
+from nemo_ee.checkpoint import archive, collective, keys, sizes, targets
 from nemo_ee.checkpoint.content_hash import content_hash_of
 from nemo_ee.checkpoint.exit_tensors import check_exits
 from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint, join
@@ -118,6 +118,7 @@ def merge(
             TorchDistCheckpoint(root / archive.WEIGHTS_DIRECTORY, name)
             for root, name in ((whole, base), (exits, adapter))
         ]
+        sizes.check_tensors(base_config, parts[0].tensors, base)
         check_exits(adapter, config, parts[1], parts[0])
         check_hash(adapter, config, Path(base).name, content_hash_of(parts[0], require_finite))
         merged = Path(scratch, "merged")

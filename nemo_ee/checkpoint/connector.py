@@ -12,7 +12,7 @@ from nemo.collections.nlp.parts.nlp_overrides import NLPSaveRestoreConnector
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ee.checkpoint import archive, collective, keys, targets, tokenizer
+from nemo_ee.checkpoint import archive, collective, keys, model_config, sizes, targets, tokenizer
 from nemo_ee.checkpoint.base import BaseCheckpoint
 from nemo_ee.checkpoint.legacy import read_legacy_weights
 from nemo_ee.checkpoint.load import check_values, has_fp8_state, load_weights, save_weights
@@ -95,16 +95,20 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
         given = self.model_extracted_dir
         with scratch_folder("restore") as scratch:
             root = archive.extract(given or restore_path, scratch)
-            config = _read_override(override_config_path, root)
+            saved = archive.read_config(root, restore_path)
+            override = _read_override(override_config_path)
+            config = saved.copy() if override is None else override
             if return_config:
                 return config
             if hasattr(calling_cls, "exits_to_take"):
                 # Else NeMo would build the class that wrote the file, if that is none above ours; and where building
                 # fails, it would log a traceback and build once more.
                 config.pop("target", None)
-            refuse_adapter(restore_path, archive.read_config(root))
+            refuse_adapter(restore_path, saved)
+            model_config.require(config, str(restore_path))
             weights = root / archive.WEIGHTS_DIRECTORY
             checkpoint = TorchDistCheckpoint(weights, restore_path) if weights.is_dir() else None
+            _check_sizes(saved, checkpoint, root, restore_path)
             self.model_extracted_dir, self._restored_path = str(root), restore_path
             try:
                 config, model, state = self.load_config_and_state_dict(
@@ -120,9 +124,7 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
                 taken: Collection[int] = ()
             else:
                 start_distributed(model.trainer)
-                taken = self._restore_weights(
-                    model, checkpoint, archive.read_config(root), validate_access_integrity
-                )
+                taken = self._restore_weights(model, checkpoint, saved, validate_access_integrity)
             _record_base(model, Path(restore_path), root, taken)
         logging.info(f"{type(model).__name__} was restored from {restore_path}.")
         return model
@@ -181,9 +183,9 @@ def refuse_adapter(path: str | os.PathLike, config: DictConfig) -> None:
         )
 
 
-def _read_override(override: DictConfig | str | None, root: Path) -> DictConfig:
+def _read_override(override: DictConfig | str | None) -> DictConfig | None:
     if override is None:
-        return archive.read_config(root)
+        return None
     config = OmegaConf.load(override) if isinstance(override, str | os.PathLike) else override
     config = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
     return config.model if "model" in config else config
@@ -231,3 +233,15 @@ def _record_base(model: Any, path: Path, root: Path, taken: Collection[int]) -> 
     early_exit = model.cfg.get("early_exit")
     if early_exit is not None and set(early_exit.layers) - set(taken):
         model.base_checkpoint.hash_now(root)
+
+
+def _check_sizes(
+    saved: DictConfig, checkpoint: TorchDistCheckpoint | None, root: Path, name: str | os.PathLike
+) -> None:
+    """Raises CheckpointError if the weights are not those that the configuration beside them describes."""
+    legacy = root / archive.LEGACY_WEIGHTS_NAME
+    if checkpoint is not None:
+        sizes.check_tensors(saved, checkpoint.tensors, name)
+    elif legacy.is_file():
+        model_config.require(saved, str(name))
+        sizes.check_bytes(saved, legacy.stat().st_size, name)

@@ -1,7 +1,6 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Converts a Hugging Face directory or a GGUF file to a plain NeMo GPT ``.nemo``."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,10 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_ee.checkpoint import end_of_text, gguf, keys, llama, tokenizer
+from nemo_ee.checkpoint import end_of_text, gguf, keys, llama, sizes, tokenizer
 from nemo_ee.core.finite import not_finite
 from nemo_ee.errors import CheckpointError
+from nemo_ee.files import plain_json
 from nemo_ee.files.scratch import scratch_folder
 
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
@@ -44,9 +44,11 @@ def convert_to_nemo(
     source, output, precision = Path(input_name_or_path), Path(output_path), str(precision)
     _check_arguments(source, output, precision, overwrite)
     file = gguf.inspect(source) if gguf.is_gguf(source) else None
-    live = file.load_tokenizer() if file else _load_tokenizer(source)
     config = file.config if file else _load_config(source)
     llama.check_supported(config)
+    if not file:
+        _check_weight_files(source, config)
+    live = file.load_tokenizer() if file else _load_tokenizer(source)
     ends = file.eos_token_ids if file else end_of_text.of_folder(source, config.vocab_size)
     nemo_config = OmegaConf.create(llama.nemo_config(config, len(live), precision))
     _count_rows(nemo_config, live, config.vocab_size)
@@ -103,21 +105,48 @@ def _count_rows(nemo_config: DictConfig, live: Any, rows: int) -> None:
 def _load_config(source: Path) -> Any:
     from transformers import AutoConfig
 
-    try:
-        named = json.loads((source / "config.json").read_text()).get("architectures") or ["none"]
-    except ValueError as error:
-        raise CheckpointError(f"{source}/config.json: is no JSON ({error}); download it again") from error
+    named = plain_json.load_section(source / "config.json").get("architectures") or ["none"]
+    named = named if isinstance(named, list) else [named]
     if named[0] not in llama.ARCHITECTURES:  # before transformers meets a model type it may not know
         known = ", ".join(llama.ARCHITECTURES)
         raise CheckpointError(f"architectures={named[0]}: must be one of {known}; convert another model")
-    return AutoConfig.from_pretrained(str(source), local_files_only=True)
+    try:
+        return AutoConfig.from_pretrained(str(source), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a damaged file leads to, or one that names code of its own
+        raise CheckpointError(
+            f"{source}/config.json: cannot be used ({_first_line(error)}); download it again, or convert another model"
+        ) from error
+
+
+def _check_weight_files(source: Path, config: Any) -> None:
+    """Refuses folders whose weights are not those of `config.json`, before a model of its sizes is built."""
+    if (source / "adapter_config.json").exists():  # transformers would load the model that it names
+        raise CheckpointError(
+            f"input_name_or_path={source}: holds an adapter (adapter_config.json); merge it into its model first"
+        )
+    size = sum(
+        file.stat().st_size
+        for file in source.iterdir()
+        if file.suffix in (".safetensors", ".bin") and file.is_file()
+    )
+    names = ("num_hidden_layers", "hidden_size", "intermediate_size")
+    layers, hidden, ffn = (getattr(config, name) for name in names)
+    described = {"num_layers": layers, "hidden_size": hidden, "ffn_hidden_size": ffn}
+    if size:  # else transformers says which file is missing
+        sizes.check_bytes(described, size, f"input_name_or_path={source}")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _load_tokenizer(source: Path) -> Any:
     from transformers import AutoTokenizer
 
+    tokenizer.check_files(source)
     try:
-        return AutoTokenizer.from_pretrained(str(source), local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(source), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a damaged file leads to
         raise CheckpointError(
             f"input_name_or_path={source}: holds no tokenizer that loads ({error}); download all its files"
@@ -130,7 +159,11 @@ def _load_weights(source: Path) -> dict[str, torch.Tensor]:
 
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            str(source), torch_dtype=torch.float32, output_loading_info=True, local_files_only=True
+            str(source),
+            torch_dtype=torch.float32,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
         )
     except Exception as error:  # safetensors, pickle and zip files each fail in their own way
         raise CheckpointError(

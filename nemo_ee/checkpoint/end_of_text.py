@@ -4,9 +4,9 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from nemo_ee.errors import CheckpointError
+from nemo_ee.files import plain_json
 
 KEY = "eos_token_ids"
 """Of the ``tokenizer`` section; all ids that end a text. Absent or null: the tokenizer's own EOS alone."""
@@ -25,7 +25,7 @@ def of_folder(folder: Path, rows: int) -> tuple[int, ...]:
     """
     found, faults = [], []
     for file in (folder / name for name in _FILES):
-        value = _read(file).get("eos_token_id") if file.is_file() else None
+        value = plain_json.load_section(file).get("eos_token_id") if file.is_file() else None
         ids = value if isinstance(value, list) else [value] if value is not None else []
         if all(type(token) is int and 0 <= token < rows for token in ids):
             found += ids
@@ -41,11 +41,3 @@ def setting(own: int | None, others: Iterable[int]) -> list[int] | None:
     """What `KEY` says for a tokenizer whose own EOS is ``own``: it first, every id once; None: it alone."""
     ids = list(dict.fromkeys([*([] if own is None else [own]), *others]))
     return None if ids == [own] or not ids else ids
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file}: is no JSON ({error}); download it again") from error
-    return content if isinstance(content, dict) else {}

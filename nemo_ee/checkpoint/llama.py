@@ -5,16 +5,35 @@ Supported: ``LlamaForCausalLM``, ``MistralForCausalLM`` without a sliding window
 or untied embeddings, grouped-query attention, RoPE unscaled, linearly scaled or scaled as Llama 3.1's.
 """
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 
+from nemo_ee.checkpoint import model_config
 from nemo_ee.errors import CheckpointError
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 ROWS = "embedding_rows"
 """Of the ``model`` section: rows of the embedding that count, where they are not as many as the tokenizer's tokens."""
+
+_SIZES = {
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_query_groups",
+    "head_dim": "kv_channels",
+    "vocab_size": "embedding_rows",
+    "max_position_embeddings": "max_position_embeddings",
+}
+"""transformers' names of sizes -> NeMo's, whose limits hold."""
+_NUMBERS = ("rms_norm_eps", "rope_theta")
+_ROPE_NUMBERS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 def check_supported(config: Any) -> None:
@@ -36,6 +55,8 @@ def check_supported(config: Any) -> None:
     require(
         names[0] in ARCHITECTURES, "architectures", names[0], f"must be one of {', '.join(ARCHITECTURES)}"
     )
+    for key, value, rule in () if faults else _wrong_values(config):
+        require(False, key, value, rule)
     if not faults:
         require(config.hidden_act == "silu", "hidden_act", config.hidden_act, "must be silu")
         for key in ("attention_bias", "mlp_bias"):
@@ -50,12 +71,32 @@ def check_supported(config: Any) -> None:
         require(
             kind in ("default", "linear", "llama3"), "rope_scaling", kind, "must be default, linear or llama3"
         )
+        for key in _ROPE_NUMBERS.get(kind, ()):
+            value = config.rope_scaling.get(key)
+            require(_is_positive(value), f"rope_scaling.{key}", value, "must be a positive number")
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         require(
             heads % groups == 0, "num_key_value_heads", groups, f"must divide num_attention_heads={heads}"
         )
     if faults:
         raise CheckpointError("\n".join(faults))
+
+
+def _wrong_values(config: Any) -> Iterator[tuple[str, Any, str]]:
+    """Sizes and numbers that are none, with the rule."""
+    for key, name in _SIZES.items():
+        value, most = getattr(config, key, None), model_config.SIZES[name]
+        if value is None and key == "head_dim":
+            continue
+        if not (isinstance(value, Integral) and not isinstance(value, bool) and 1 <= value <= most):
+            yield key, value, f"must be a whole number, 1 to {most}"
+    for key in _NUMBERS:
+        if not _is_positive(value := getattr(config, key, None)):
+            yield key, value, "must be a positive number"
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
 def head_size(config: Any) -> int:

@@ -7,3 +7,9 @@ Not the class that wrote it: one that trains asks for data, and has nothing to a
 PLAIN = "nemo_ee.models.megatron_gpt_model.MegatronGPTModel"
 """Without exits: NeMo's own, by a name whose import lets NeMo read the tokenizer inside."""
 WITH_EXITS = "nemo_ee.models.megatron_gpt_early_exit_model.MegatronGPTEarlyExitModel"
+KNOWN = (
+    PLAIN,
+    WITH_EXITS,
+    "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel",
+)
+"""All that are imported. NeMo imports whatever module is named; another class in a file counts as none."""

@@ -14,20 +14,27 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_ee.checkpoint import archive
+from nemo_ee.checkpoint import archive, tokenizer_rules
 from nemo_ee.errors import CheckpointError
 from nemo_ee.files.scratch import scratch_folder
 
 DIRECTORY = "tokenizer"
 INSIDE = f"nemo:{DIRECTORY}"
 
-_FILES = ("model", "vocab_file", "merge_file")
-"""Keys of the ``tokenizer`` section that name single files."""
+_FILES = tokenizer_rules.FILES
 _UNIQUE = re.compile("^[0-9a-f]{32}_")
 """What NeMo puts before the name of a file each time that it packs it."""
 _SUFFIXES = {".json", ".model", ".txt", ".jinja", ".tiktoken"}
 _OTHER_FILES = {"generation_config.json"}
 _MAX_BYTES = 256 * 2**20
+_LIMITS = {
+    "tokenizer.json": 128 * 2**20,
+    "tokenizer_config.json": 8 * 2**20,
+    "special_tokens_map.json": 8 * 2**20,
+    "chat_template.jinja": 2**20,
+    "chat_template.json": 2**20,
+}
+"""File -> the most bytes it may have: a few times what the largest published tokenizers have."""
 
 
 def tokenizer_from_nemo(path: str | os.PathLike) -> Any:
@@ -54,7 +61,7 @@ def tokenizer_from_nemo(path: str | os.PathLike) -> Any:
             root = archive.extract(
                 path, Path(scratch, "archive"), want=lambda name: "model_weights" not in name
             )
-            resolve(config, root, Path(scratch, "home"))
+            resolve(config, root, Path(scratch, "home"), path)
         if settings.library != "huggingface":
             return _load_with_nemo(path, settings)
         if not Path(settings.type).is_dir():
@@ -91,8 +98,13 @@ def pack(settings: DictConfig | None, live: Any, config_file: str | os.PathLike)
 
 
 def copy_files(source: str | os.PathLike, target: str | os.PathLike) -> Path:
-    """Copies what belongs to a tokenizer, and no weights, from a Hugging Face directory."""
+    """Copies what belongs to a tokenizer, and neither weights nor code, from a Hugging Face directory.
+
+    Raises:
+        CheckpointError: a file is larger than those of tokenizers.
+    """
     source, target = Path(source), Path(target)
+    check_files(source)
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
         belongs = file.suffix in _SUFFIXES and not file.name.endswith(".index.json")
@@ -101,43 +113,60 @@ def copy_files(source: str | os.PathLike, target: str | os.PathLike) -> Path:
     return target
 
 
+def check_files(folder: str | os.PathLike) -> None:
+    """Raises CheckpointError if a tokenizer's files in a folder are too large to be any."""
+    for name, most in _LIMITS.items():
+        file = Path(folder, name)
+        if file.is_file() and (size := file.stat().st_size) > most:
+            raise CheckpointError(
+                f"{file}: has {size} bytes, and a tokenizer's has at most {most}; download it again, or use another"
+            )
+
+
 def is_inside(config: DictConfig) -> bool:
     """Whether a ``model`` configuration says that files of its tokenizer lie in the archive."""
     settings = config.get("tokenizer") or {}
     return any(str(settings.get(key)).startswith("nemo:") for key in ("type", *_FILES))
 
 
-def resolve(config: DictConfig, root: str | os.PathLike | None, home: str | os.PathLike) -> None:
+def resolve(
+    config: DictConfig,
+    root: str | os.PathLike | None,
+    home: str | os.PathLike,
+    name: str | os.PathLike | None = None,
+) -> None:
     """Points the tokenizer of a configuration at files that outlive the extracted archive.
 
     Args:
         config: the ``model`` configuration, of which :func:`is_inside` is true; changed in place.
         root: the extracted archive; None where nothing is being restored.
         home: a folder that lives as long as the model does.
+        name: what errors call the checkpoint; None: `root`.
 
     Raises:
         CheckpointError: a file is not there.
     """
     settings, root, home = config.tokenizer, Path(root or "."), Path(home)
+    name = name or root
     with open_dict(config):
         if settings.get("type") == INSIDE:
             if not (root / DIRECTORY).is_dir():
                 raise CheckpointError(
-                    f"{root}: tokenizer.type={INSIDE} but there is no {DIRECTORY}/ in the checkpoint; "
+                    f"{name}: tokenizer.type={INSIDE} but there is no {DIRECTORY}/ in the checkpoint; "
                     "set model.tokenizer.type to a tokenizer directory"
                 )
             settings.type = str(copy_files(root / DIRECTORY, home / DIRECTORY))
         for key in _FILES:
             if not str(settings.get(key)).startswith("nemo:"):
                 continue
-            name = settings[key].removeprefix("nemo:")
-            if Path(name).name != name or not (root / name).is_file():
+            file = settings[key].removeprefix("nemo:")
+            if Path(file).name != file or not (root / file).is_file():
                 raise CheckpointError(
-                    f"{root}: tokenizer.{key}={settings[key]} but there is no {name} in the checkpoint; "
+                    f"{name}: tokenizer.{key}={settings[key]} but there is no {file} in the checkpoint; "
                     f"set model.tokenizer.{key} to such a file"
                 )
             home.mkdir(parents=True, exist_ok=True)
-            settings[key] = shutil.copyfile(root / name, str(home / _UNIQUE.sub("", name)))
+            settings[key] = shutil.copyfile(root / file, str(home / (_UNIQUE.sub("", file) or file)))
 
 
 def _load_with_nemo(path: str | os.PathLike, settings: DictConfig) -> Any:
@@ -154,16 +183,17 @@ def _load_with_nemo(path: str | os.PathLike, settings: DictConfig) -> Any:
             merges_file=settings.get("merge_file"),
             delimiter=settings.get("delimiter"),
             special_tokens=settings.get("special_tokens"),
+            trust_remote_code=False,
             legacy=settings.get("sentencepiece_legacy", settings.library == "sentencepiece"),
             chat_template=settings.get("chat_template"),
         )
-    except (OSError, ValueError, NotImplementedError) as error:
+        if settings.get("additional_special_tokens"):
+            tokenizer.add_special_tokens(list(settings.additional_special_tokens))
+        name_special_pieces(tokenizer)
+    except Exception as error:  # every library fails in its own way
         raise CheckpointError(
             f"{path}: tokenizer.library={settings.library}: NeMo cannot load it ({error}); copy the checkpoint again"
         ) from error
-    if settings.get("additional_special_tokens"):
-        tokenizer.add_special_tokens(list(settings.additional_special_tokens))
-    name_special_pieces(tokenizer)
     return tokenizer
 
 
@@ -172,9 +202,12 @@ def _load(directory: Path, settings: DictConfig) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            str(directory), use_fast=settings.get("use_fast", True), local_files_only=True
+            str(directory),
+            use_fast=settings.get("use_fast", True),
+            local_files_only=True,
+            trust_remote_code=False,
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever a damaged file leads to
         raise CheckpointError(
             f"{directory}: holds no tokenizer that transformers can load ({error}); "
             "convert the checkpoint again"

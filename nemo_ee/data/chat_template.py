@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from nemo_ee.data.chat_rendering import RenderingError, render, render_marked
 from nemo_ee.data.token_rules import special_ids
 from nemo_ee.errors import GenerationError
 
@@ -106,10 +107,7 @@ class ChatTemplate:
         """
         assistants = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
         if self.marked and all(learnt[k] for k in assistants):
-            out = self.tokenizer.apply_chat_template(
-                messages, return_dict=True, return_assistant_tokens_mask=True
-            )
-            return list(out["input_ids"]), [bool(mark) for mark in out["assistant_masks"]]
+            return self._marked_tokens(messages)
         shown = _Shown(self.tokenizer, self._render(messages))
         starts = {k: shown.first_token_from(self._start(messages, k, shown.text)) for k in assistants}
         mask = [False] * len(shown.ids)
@@ -122,11 +120,25 @@ class ChatTemplate:
 
     def _render(self, messages: list[dict], prompt: bool = False) -> str:
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-        except (
-            Exception
-        ) as error:  # a template is a program by the tokenizer's authors; it raises what it likes
+            return render(self.tokenizer, messages, prompt)
+        except RenderingError as error:
             raise ValueError(f"is refused by the tokenizer's chat template: {error}") from error
+
+    def _marked_tokens(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
+        """As transformers' `apply_chat_template(…, return_assistant_tokens_mask=True)`."""
+        try:
+            text, places = render_marked(self.tokenizer, messages)
+        except RenderingError as error:
+            raise ValueError(f"is refused by the tokenizer's chat template: {error}") from error
+        out = self.tokenizer(text, add_special_tokens=False)
+        mask = [False] * len(out["input_ids"])
+        for start, end in places:
+            first, last = out.char_to_token(0, start), out.char_to_token(0, end - 1)
+            if first is None:
+                break
+            stop = last + 1 if last else len(mask)
+            mask[first:stop] = [True] * (stop - first)
+        return list(out["input_ids"]), mask
 
     def _start(self, messages: list[dict], k: int, text: str) -> int:
         """Where in the text the answer of turn k begins."""

@@ -8,7 +8,6 @@ would take ten more seconds in every worker process. All other libraries go thro
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 from nemo_ee.data.token_rules import beginning, joined, known_id, name_special_pieces, tokens_before_a_text
@@ -55,6 +54,20 @@ class TokenizerConfig:
     def name(self) -> str:
         """What identifies the tokenizer to a reader: the checkpoint, directory or model file."""
         return str(self.nemo or self.type or self.model or self.library)
+
+
+_OF_CHECKPOINT = (
+    "library",
+    "type",
+    "model",
+    "vocab_file",
+    "merge_file",
+    "delimiter",
+    "sentencepiece_legacy",
+    "special_tokens",
+    "additional_special_tokens",
+)
+"""What is taken from a checkpoint's `tokenizer` section as it is; never `trust_remote_code`."""
 
 
 class DocumentTokenizer(Protocol):
@@ -137,7 +150,7 @@ class NemoTokenizer:
             )
             if config.additional_special_tokens is not None:
                 self._tokenizer.add_special_tokens(config.additional_special_tokens)
-        except (OSError, ValueError, NotImplementedError) as error:
+        except Exception as error:  # every library fails in its own way
             raise ConfigError(
                 Fault(
                     "tokenizer.library",
@@ -211,44 +224,31 @@ def tokenizer_files(config: TokenizerConfig) -> Iterator[TokenizerConfig]:
         A description whose files exist, with ``nemo`` unset: processes of one machine can all load it.
 
     Raises:
-        CheckpointError: the checkpoint is missing, damaged or hostile.
-        DataError: its configuration has no tokenizer, or names files that the archive lacks.
+        CheckpointError: the checkpoint is missing, damaged or hostile, or lacks files that its configuration names.
+        DataError: its configuration has no tokenizer.
     """
     if config.nemo is None:
         yield config
         return
     from omegaconf import OmegaConf
 
-    from nemo_ee.checkpoint import archive
+    from nemo_ee.checkpoint import archive, tokenizer
 
-    section = archive.read_config(config.nemo).get("tokenizer")
+    model = archive.read_config(config.nemo)
+    section = model.get("tokenizer")
     if section is None:
         raise DataError(
             f"tokenizer.nemo={config.nemo}: its configuration has no tokenizer; give tokenizer.type"
         )
     with scratch_folder("tokenizer") as scratch:
-        root = archive.extract(config.nemo, scratch, want=lambda name: not name.startswith("model_weights"))
-        keys = ("library", "type", "model", "vocab_file", "merge_file", "delimiter")
-        values: dict[str, Any] = {
-            key: _member_path(section[key], root, config.nemo) for key in keys if section.get(key) is not None
-        }
-        names = ("sentencepiece_legacy", "special_tokens", "additional_special_tokens")
-        plain = OmegaConf.to_container(section, resolve=True)
-        values |= {key: plain[key] for key in names if plain.get(key) is not None}
+        if tokenizer.is_inside(model):
+            root = archive.extract(
+                config.nemo, scratch / "archive", want=lambda name: not name.startswith("model_weights")
+            )
+            tokenizer.resolve(model, root, scratch / "home", config.nemo)
+        plain: dict[str, Any] = OmegaConf.to_container(section)
+        values = {key: plain[key] for key in _OF_CHECKPOINT if plain.get(key) is not None}
         values["use_fast"] = bool(section.get("use_fast", False))  # NeMo's default
         if config.add_bos is None:
             values["add_bos"] = section.get("add_bos")
         yield replace(config, nemo=None, **values)
-
-
-def _member_path(value: str, root: Path, archive_name: str) -> str:
-    """The path of a ``nemo:NAME`` reference below ``root``; other values are returned unchanged."""
-    if not str(value).startswith("nemo:"):
-        return str(value)
-    path = root / str(value).removeprefix("nemo:")
-    if not path.exists() or root.resolve() not in path.resolve().parents:
-        raise DataError(
-            f"tokenizer.nemo={archive_name}: must hold {path.name}, its configuration names it; "
-            "the checkpoint is incomplete, copy it again"
-        )
-    return str(path)

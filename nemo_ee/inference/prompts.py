@@ -13,6 +13,7 @@ from nemo.collections.common.tokenizers.chat_template_mixin import (
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from torch import Tensor
 
+from nemo_ee.data.chat_rendering import RenderingError, prompt_ids
 from nemo_ee.errors import GenerationError
 from nemo_ee.inference.text import TextTokenizer
 
@@ -81,10 +82,8 @@ def chat_tokens(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
     _conversations(turns)
     if isinstance(tokenizer, AutoTokenizer):
         try:
-            return tokenizer.apply_chat_template(turns, tokenize=True, add_generation_prompt=True)
-        except (
-            Exception
-        ) as error:  # a template is a program by the tokenizer's authors; it raises what it likes
+            return prompt_ids(tokenizer.tokenizer, turns)
+        except RenderingError as error:
             raise GenerationError(f"chat: the tokenizer's template refuses these turns: {error}") from error
     names = {
         name.lower(): name for name in tokenizer.chat_template["roles"]
@@ -96,7 +95,13 @@ def chat_tokens(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
         )
     known_turns = [{**turn, "role": names[turn["role"].lower()]} for turn in turns]
     # Not `text_to_ids(turns)`: of NeMo 2.4.1's tokenizers it reaches a method that is not implemented.
-    return tokenize_with_chat_template(tokenizer, known_turns, tokenizer.chat_template)
+    try:
+        ids = tokenize_with_chat_template(tokenizer, known_turns, tokenizer.chat_template)
+    except Exception as error:  # it asks the tokenizer for attributes of any name
+        raise GenerationError(f"chat: the tokenizer's template cannot be used: {error}") from error
+    if not all(type(token) is int for token in ids):
+        raise GenerationError("chat: the tokenizer's template names tokens that the tokenizer does not have")
+    return ids
 
 
 def require_chat_template(tokenizer: Any) -> None:

@@ -20,6 +20,7 @@ from nemo_ee.checkpoint.adapter_mixin import EarlyExitAdapterMixin
 from nemo_ee.checkpoint.connector import start_distributed
 from nemo_ee.checkpoint.keys import exit_layer, is_exit
 from nemo_ee.data.token_rules import name_special_pieces, named_templates
+from nemo_ee.errors import CheckpointError, ConfigError, Fault, OutputError
 from nemo_ee.megatron.activations import tanh_gelu
 from nemo_ee.megatron.gpt import EarlyExitGPTModel
 from nemo_ee.models.checks import (
@@ -130,7 +131,12 @@ class MegatronGPTEarlyExitModel(GenerationMixin, EarlyExitAdapterMixin, Megatron
 
     def _build_tokenizer(self) -> None:
         """NeMo's, with what its legacy mode leaves out; refuses a `tokenizer` section that breaks a rule."""
-        super()._build_tokenizer()
+        try:
+            super()._build_tokenizer()
+        except (CheckpointError, ConfigError, OutputError):
+            raise
+        except Exception as error:  # every library fails in its own way
+            raise ConfigError(_unloadable(self._cfg.tokenizer, error)) from error
         name_special_pieces(self.tokenizer)
         inner = getattr(self.tokenizer, "tokenizer", None)
         if OmegaConf.is_config(
@@ -180,3 +186,10 @@ class MegatronGPTEarlyExitModel(GenerationMixin, EarlyExitAdapterMixin, Megatron
         """What restoring reads from a full checkpoint; exits other than `taken` keep their first weights."""
         whole = MegatronGPTModel.sharded_state_dict(self)
         return {key: entry for key, entry in whole.items() if not is_exit(key) or exit_layer(key) in taken}
+
+
+def _unloadable(section: DictConfig, error: Exception) -> Fault:
+    key = next((key for key in ("type", "model", "vocab_file") if section.get(key) is not None), "library")
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    remedy = f"set ++model.tokenizer.{key} to one that is on this machine"
+    return Fault(f"model.tokenizer.{key}", section.get(key), f"cannot be loaded ({lines[0][:300]})", remedy)

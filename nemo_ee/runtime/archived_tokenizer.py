@@ -34,8 +34,10 @@ def _build_from_archive(build: Callable[[Any], None]) -> Callable[[Any], None]:
         from nemo.utils.app_state import AppState
 
         if tokenizer.is_inside(self._cfg):
+            app = AppState()
+            name = app.model_restore_path if app.is_model_being_restored else None
             self._tokenizer_home = ScratchFolder("tokenizer")  # removed with the model
-            tokenizer.resolve(self._cfg, AppState().nemo_file_folder, self._tokenizer_home.path)
+            tokenizer.resolve(self._cfg, app.nemo_file_folder, self._tokenizer_home.path, name)
         build(self)
 
     return build_tokenizer

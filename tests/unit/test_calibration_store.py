@@ -12,7 +12,7 @@ from nemo_ee.errors import CheckpointError, ConfigError
 
 CONFIG = """\
 num_layers: 8
-base: {name: base.nemo, content_hash: abc}
+base: {name: base.nemo, content_hash: abc, vocab_size: 100}
 early_exit:
   layers: [2, 4, 6]
   inference: {threshold: 0.8, exits: null}

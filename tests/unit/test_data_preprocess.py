@@ -14,7 +14,7 @@ from nemo_ee.data import encoding
 from nemo_ee.data.preprocess import preprocess
 from nemo_ee.data.preprocess_config import PreprocessConfig
 from nemo_ee.data.staged_datasets import StagedDatasets, staged_datasets
-from nemo_ee.errors import ConfigError, DataError
+from nemo_ee.errors import CheckpointError, ConfigError, DataError
 from tests.support.tiny_tokenizer import save_tiny_tokenizer
 
 TEXTS = [f"the cat {number} sat on mat {number * number}" for number in range(60)]
@@ -178,7 +178,7 @@ def test_tokenizer_comes_out_of_a_nemo_file(source, tokenizer_dir, tmp_path):
     assert (summary["tokenizer"], summary["tokenizer_library"]) == (str(nemo), "nemo")
     shutil.rmtree(content / "tokenizer")
     broken = archive.write_archive(content, tmp_path / "broken.nemo")
-    with pytest.raises(DataError, match="must hold tokenizer"):
+    with pytest.raises(CheckpointError, match="there is no tokenizer/ in the checkpoint"):
         preprocess(config(source, tokenizer_dir, overwrite=True, tokenizer={"nemo": str(broken)}))
 
 

@@ -26,7 +26,7 @@ CONFIG = dict(
     global_batch_size=4,
     seed=1234,
     precision="bf16",
-    tokenizer=dict(type="nemo:0123_tokenizer"),
+    tokenizer=dict(model="nemo:0123_tokenizer"),
     early_exit=dict(layers=[2, 4], training=dict(loss_weights=None)),
 )
 STEPS = (10, 20, 30)
@@ -48,7 +48,7 @@ def leave_run(directory: Path, losses=(6.0, 5.0, 4.25), weights=None, steps=STEP
     writer.close()
     config = copy.deepcopy({**CONFIG, **changes})
     config["early_exit"]["training"]["loss_weights"] = weights
-    config["tokenizer"]["type"] = f"nemo:{directory.name}_tokenizer"
+    config["tokenizer"]["model"] = f"nemo:{directory.name}_tokenizer"
     content = directory / "content"
     (content / "model_weights").mkdir(parents=True)
     OmegaConf.save(config, content / "model_config.yaml")
