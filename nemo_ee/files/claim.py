@@ -172,9 +172,22 @@ def _signature(descriptor: int) -> str:
 
 
 def sweep(folder: Path) -> None:
-    """Removes what dead processes left in a folder, as far as that can be done."""
+    """Removes what dead processes left in a folder, as far as that can be done, and if nobody else is about it.
+
+    By a lock of the folder's own: of two who clear one output, the slower would remove what a third has begun since.
+    """
+    with suppress(OSError, lock.LocksUnsupportedError):
+        descriptor = lock.open_for_lock(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            if lock.take(descriptor):
+                _clear_all(folder)
+        finally:
+            lock.release(descriptor)
+
+
+def _clear_all(folder: Path) -> None:
     outputs = set()
-    with suppress(OSError), os.scandir(folder) as entries:
+    with os.scandir(folder) as entries:
         for entry in entries:
             name = _OURS.fullmatch(entry.name)
             if name and entry.stat(follow_symlinks=False).st_uid == os.geteuid():

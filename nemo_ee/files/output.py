@@ -91,14 +91,14 @@ def replaced_files(paths: Sequence[str | os.PathLike]) -> Iterator[list[Path]]:
         parts = [beside(target, PART) for target in targets]
         with _removing(parts), write_errors(paths[0], [*parts, *targets]):
             yield parts
-            for part in parts:
-                if part.exists():
-                    _flush(part)
+            written = {part for part in parts if part.exists()}  # asked once: what vanishes later is an error
+            for part in written:
+                _flush(part)
             for part, target in reversed([*zip(parts, targets, strict=True)]):
-                if len(parts) > 1 or not part.exists():
+                if len(parts) > 1 or part not in written:
                     target.unlink(missing_ok=True)
             for part, target in zip(parts, targets, strict=True):
-                if part.exists():
+                if part in written:
                     os.replace(part, target)
             for folder in {target.parent for target in targets}:
                 _flush(folder)
