@@ -214,11 +214,12 @@ def _integer(text: str) -> int:
     return int(text)
 
 
-def _float(text: str) -> float:
+def _float(text: str) -> float | int:
+    """A number; 3.0 is the integer 3, as JSON knows one kind of numbers alone."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"{text}: too large a number")
-    return value
+    return int(value) if value.is_integer() and abs(value) < 2**63 else value
 
 
 def _refuse_constant(name: str) -> None:

@@ -1,8 +1,8 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """JSON schemas of the requests that a server accepts: of the models that check them, with its model's limits.
 
-A schema refuses nothing that the server takes. What it cannot say, e.g. how many tokens a text has, the server refuses
-with 400.
+A schema refuses nothing that the server takes. What it cannot say, e.g. how many tokens a text has, or that a number
+has too many digits, the server refuses with 400.
 """
 
 import copy
@@ -57,6 +57,7 @@ def _request(
 def _limit_prompts(prompt: Schema, model: ServedModel, config: ServerConfig) -> None:
     text, texts, ids, lists = prompt["anyOf"]
     token = {"type": "integer", "minimum": 0, "maximum": model.vocabulary - 1}
+    text["minLength"] = 0 if model.tokenizer.encode("") else 1  # a BOS is a prompt
     text["maxLength"] = CHARACTERS_PER_TOKEN * config.max_prompt_tokens
     ids |= {"items": token, "maxItems": config.max_prompt_tokens}
     texts |= {"items": dict(text), "maxItems": config.max_choices}
