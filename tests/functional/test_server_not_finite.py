@@ -3,8 +3,6 @@
 
 import json
 
-import pytest
-
 MODES = {
     "full depth": {"early_exit": False},
     "exits": {"early_exit": {"threshold": 0.3}},
@@ -13,8 +11,11 @@ MODES = {
 }
 
 
-def asked(mode, part, settings):
-    """The last event of a stream and /health, before and after some weights of the model turned into NaN."""
+PARTS = ["output_layer.weight", "decoder.layers.5.mlp.linear_fc2.weight"]
+
+
+def asked():
+    """For each of `PARTS` and `MODES`: the error and /health before and after some of these weights turned into NaN."""
     import httpx
     import torch
 
@@ -27,42 +28,44 @@ def asked(mode, part, settings):
     model = tiny_model(tiny_model_config(head=head, share_embeddings_and_output_weights=False))
     eager = drafting_eagerly()
     eager.start()
-    service = create_service(server_config(**settings), model)
-    found = []
+
+    def error_and_health(http, mode):
+        body = {"model": "tiny", "prompt": ["w1 w2 w3", "w9"], "temperature": 0, "stream": True, **mode}
+        answer = http.post("/v1/completions", json=body)
+        events = answer.text.split("\n\n")
+        end = json.loads(answer.text if len(events) == 1 else events[-2].removeprefix("data: [DONE]") or "{}")
+        if end:
+            until(lambda: http.get("/health").status_code == 503)
+        return end.get("error", {}).get("code"), http.get("/health").json()["status"]
+
+    found = {}
     try:
-        with listening(service) as url, httpx.Client(base_url=url, timeout=60) as http:
-            for broken in (False, True):
-                if broken:
+        for part in PARTS:
+            weight = dict(model.gpt.named_parameters())[part].data
+            good = weight.clone()
+            for name, mode in MODES.items():
+                weight.copy_(good)
+                service = create_service(server_config(), model)
+                with listening(service) as url, httpx.Client(base_url=url, timeout=60) as http:
+                    before = error_and_health(http, mode)
                     with torch.no_grad():
-                        weight = dict(model.gpt.named_parameters())[part]
                         weight[len(weight) // 2] = float("nan")
-                body = {
-                    "model": "tiny",
-                    "prompt": ["w1 w2 w3", "w9"],
-                    "temperature": 0,
-                    "stream": True,
-                    **mode,
-                }
-                end = http.post("/v1/completions", json=body).text.split("\n\n")[-2].removeprefix("data: ")
-                if broken:
-                    until(lambda: http.get("/health").status_code == 503)
-                found.append((end, http.get("/health").json()["status"]))
+                    found[part, name] = before, error_and_health(http, mode)
+            weight.copy_(good)
     finally:
-        service.engine.stop()
         eager.stop()
     return found
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("part", ["output_layer.weight", "decoder.layers.5.mlp.linear_fc2.weight"])
-def test_health_tells_of_nan(workers, mode, part):
-    ((before, after),) = workers(1).run(asked, MODES[mode], part, {})
-    assert before == ("[DONE]", "ok")
-    end, status = after
-    assert json.loads(end)["error"]["code"] in ("not_finite", "engine_failure") and status == "not_finite"
+def test_health_tells_of_nan(workers):
+    (found,) = workers(1).run(asked)
+    assert len(found) == len(PARTS) * len(MODES)
+    for case, (before, (error, status)) in found.items():
+        assert before == (None, "ok"), case
+        assert error in ("not_finite", "engine_failure") and status == "not_finite", case
 
 
-def refused_at_start(weights):
+def refused_at_start(kinds):
     import torch
 
     from nemo_ee.errors import GenerationError
@@ -73,14 +76,17 @@ def refused_at_start(weights):
     model = tiny_model(tiny_model_config())
     with torch.no_grad():
         model.gpt.output_weight()[3] = float("nan")
-    try:
-        create_service(server_config(weights=weights), model)
-    except GenerationError as error:
-        return str(error)
-    return None
+    messages = []
+    for weights in kinds:
+        try:
+            create_service(server_config(weights=weights), model)
+        except GenerationError as error:
+            messages.append(str(error))
+    return messages
 
 
-@pytest.mark.parametrize("weights", ["native", "int8"])
-def test_a_model_that_has_only_nan_is_not_served(workers, weights):
-    (message,) = workers(1).run(refused_at_start, weights)
-    assert message.startswith("the model's predictions are NaN or infinite; its weights are damaged")
+def test_a_model_that_has_only_nan_is_not_served(workers):
+    (messages,) = workers(1).run(refused_at_start, ["native", "bf16", "int8"])
+    assert len(messages) == 3
+    for message in messages:
+        assert message.startswith("the model's predictions are NaN or infinite; its weights are damaged")

@@ -160,7 +160,10 @@ def test_bodies_that_do_not_arrive_are_late(server, more):
     with connected(server, HEAD + b"Content-Length: 1000\r\n\r\n{") as connection:
         began = time.monotonic()
         trickle(connection, more)
-        assert "body did not arrive within 0.6 s" in error_in(first_answer(connection, 408, b"}}"), 408)["message"]
+        assert (
+            "body did not arrive within 0.6 s"
+            in error_in(first_answer(connection, 408, b"}}"), 408)["message"]
+        )
         assert SECONDS / 2 < time.monotonic() - began < LATE
 
 

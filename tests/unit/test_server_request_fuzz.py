@@ -134,6 +134,8 @@ def test_the_server_takes_all_that_the_schema_takes_but_for_what_it_cannot_say(n
             return
         if valid:
             outcome = answered_or_refused(service, kind, json.dumps(request).encode())
-            assert isinstance(outcome, Plan) or any(text in outcome.message for text in BEYOND_SCHEMAS), outcome
+            assert isinstance(outcome, Plan) or any(text in outcome.message for text in BEYOND_SCHEMAS), (
+                outcome
+            )
 
     fuzz(nearly_right_requests(chat), agrees, examples)
