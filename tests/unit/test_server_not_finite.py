@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""A model that predicts NaN: its requests end with an error, others go on, and /health tells where all are like that."""
+"""A model that predicts NaN: its requests end with an error, others go on; /health tells where all are like that."""
 
 import json
 import math

@@ -27,6 +27,7 @@ load_all_checks()
 EXCLUDED = CHECKS.get_by_names(["positive_data_acceptance"])
 """Our own tests hold that: the server refuses some requests for what a schema cannot say."""
 schema = schemathesis.openapi.from_dict(describe(served_model(CONFIG), CONFIG))
+schema.config.max_stream_events = 1000  # all: by default some are read
 
 
 @pytest.fixture(scope="module")
