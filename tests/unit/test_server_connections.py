@@ -20,7 +20,7 @@ from nemo_ee.server.serve import SPARE_CONNECTIONS
 from tests.support.fake_session import FakeSession
 from tests.support.server import fake_service, serving, until
 
-SECONDS = 0.6
+SECONDS = 0.4
 """The servers' `receive_timeout_s`."""
 LATE = 5.0
 """By then what has a time limit must have ended."""
@@ -151,7 +151,7 @@ def test_headers_that_come_byte_by_byte_are_late(server, before):
             time.sleep(2 * SECONDS)  # idle connections have a longer time
         began = time.monotonic()
         trickle(connection, b"GET /health HTTP/1.1\r\nX-Much: " + b"x" * 100)
-        assert "headers did not arrive within 0.6 s" in error_in(rest_of(connection), 408)["message"]
+        assert "headers did not arrive within 0.4 s" in error_in(rest_of(connection), 408)["message"]
         assert time.monotonic() - began < LATE + 3
 
 
@@ -161,7 +161,7 @@ def test_bodies_that_do_not_arrive_are_late(server, more):
         began = time.monotonic()
         trickle(connection, more)
         assert (
-            "body did not arrive within 0.6 s"
+            "body did not arrive within 0.4 s"
             in error_in(first_answer(connection, 408, b"}}"), 408)["message"]
         )
         assert SECONDS / 2 < time.monotonic() - began < LATE
