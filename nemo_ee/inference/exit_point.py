@@ -105,5 +105,5 @@ class ExitPoint:
         head = self._model.draft_head(self.layer) if drafts else self.head
         prediction = self._passes.predict(f"exit {self.layer}", head, inside)
         evidence = ExitEvidence(prediction, x) if trail is None else trail.evidence(prediction, x, indices)
-        sure, tokens = to_host(self.rule.confidence(evidence), prediction.tokens)
+        sure, tokens = to_host(self.rule.sureness(evidence), prediction.tokens)
         return prediction, sure, tokens

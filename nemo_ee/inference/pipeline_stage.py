@@ -164,7 +164,7 @@ class Stage:
             step, leaving = Step.of_final(self.model.output.predict(x[index]), self.model.final_layer), asked
         else:
             prediction = self.model.heads[n].predict(inside[index])
-            sure, best = to_host(self.rule.confidence(ExitEvidence(prediction, x[index])), prediction.tokens)
+            sure, best = to_host(self.rule.sureness(ExitEvidence(prediction, x[index])), prediction.tokens)
             out = [m for m, j in enumerate(asked) if sure[m] > self._threshold(tokens, order[j], n)]
             if not out:
                 return []

@@ -50,6 +50,11 @@ class ConfidenceRule:
     confidence: Callable[[ExitEvidence], Tensor]
     looks_back: bool = False
 
+    def sureness(self, evidence: ExitEvidence) -> Tensor:
+        """[N] confidences; NaN, which is above no threshold, where the prediction is: some rules do not look at it."""
+        sure, prediction = self.confidence(evidence), evidence.prediction
+        return sure if sure is prediction.confidence else sure + 0 * prediction.confidence
+
 
 CONFIDENCE_RULES: dict[str, ConfidenceRule] = {}
 """By name; add your own with `register_confidence_rule`."""

@@ -11,9 +11,11 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, Response
 from starlette.exceptions import HTTPException
 
+from nemo_ee.server.api_key import RequiresKey
 from nemo_ee.server.errors import ApiError, ClientGone
 from nemo_ee.server.hosts import AllowedHosts
 from nemo_ee.server.json_response import AsciiResponse
+from nemo_ee.server.openapi.document import describe
 from nemo_ee.server.protocol import ChatRequest, CompletionRequest
 from nemo_ee.server.service import Service
 
@@ -39,7 +41,9 @@ def create_app(service: Service) -> FastAPI:
         await asyncio.to_thread(service.engine.stop)
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(RequiresKey, key=service.config.api_key)
     app.add_middleware(AllowedHosts, names=service.config.answered_hosts)
+    description = AsciiResponse(describe(service.model, service.config))
     page = PAGE.read_text(encoding="utf-8")
 
     @app.post("/v1/completions")
@@ -73,6 +77,10 @@ def create_app(service: Service) -> FastAPI:
     async def index() -> HTMLResponse:
         return HTMLResponse(page, headers=PAGE_HEADERS)
 
+    @app.get("/openapi.json")
+    async def openapi() -> Response:
+        return description
+
     _handle_errors(app)
     return app
 
@@ -93,11 +101,12 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def no_such_endpoint(request: Request, error: HTTPException) -> Response:
-        return response(ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
+        body = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}").body()
+        return AsciiResponse(body, error.status_code, error.headers)
 
     @app.exception_handler(TimeoutError)
     async def late(_: Request, error: TimeoutError) -> Response:
-        return response(ApiError.late())
+        return response(ApiError.from_failure(error))
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> Response:

@@ -15,6 +15,7 @@ from nemo_ee.server.delta import Delta
 from nemo_ee.server.errors import ApiError
 from nemo_ee.server.job import Job
 from nemo_ee.server.metrics import Metrics
+from nemo_ee.server.probe import NotFiniteError, check_finite
 
 MAX_FAILURES = 3
 """Failures in a row, without prompts and steps between that succeeded, after which the engine gives up."""
@@ -42,8 +43,9 @@ class Session(Protocol):
 class Engine:
     """Queues jobs, runs them in a session, and hands out what comes of them.
 
-    Jobs join in the order they came. One that is cancelled or late leaves between two steps. If the session
-    fails, jobs that run fail with it, and the next ones get a new session.
+    Jobs join in the order they came. One that is cancelled or late leaves between two steps; so does one whose
+    predictions are not finite, and if the model then has none that are, or else if the session fails, jobs that run
+    fail with it, and the next ones get a new session.
 
     Args:
         open_session: a context manager that makes a session, entered on the engine's thread.
@@ -72,13 +74,14 @@ class Engine:
         self._state = "starting"
         self._running: dict[Generated, Job] = {}
         self._failures, self._error = 0, None  # type: int, Exception | None
+        self._doubtful = False  # a job had predictions that were not finite
         self._job_seconds = 1.0  # how long a job occupies its slot, averaged
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         metrics.watch(lambda: self.waiting, lambda: self.running)
 
     @property
     def state(self) -> str:
-        """ "starting", "ok", "draining", "failed" or "stopped"."""
+        """ "starting", "ok", "draining", "failed", "not_finite" (failed, as the model has only NaN) or "stopped"."""
         return self._state
 
     @property
@@ -111,7 +114,8 @@ class Engine:
         """
         with self._changed:
             if self._state != "ok":
-                raise ApiError(503, f"the server is {self._state}; nothing is accepted", code=self._state)
+                text = f"{_what_is(self._state)}; nothing is accepted"
+                raise ApiError(503, text, code=self._state)
             if len(self._waiting) + len(jobs) > self._queue_size:
                 text = f"{len(self._waiting)} sequences wait already, and the queue holds {self._queue_size}; try later"
                 raise ApiError(429, text, code="queue_full", retry_after_s=self._retry_after())
@@ -139,22 +143,24 @@ class Engine:
             while self._try_session():
                 pass
         finally:
-            self._enter("stopped" if self._stopping else "failed")
+            failed = "not_finite" if isinstance(self._error, NotFiniteError) else "failed"
+            self._enter("stopped" if self._stopping else failed)
             with self._changed:
                 left = [*self._running.values(), *self._waiting]
                 self._running, self._waiting = {}, deque()
-            self._deliver([(job, _gone("stopping" if self._stopping else "failed")) for job in left])
+            self._deliver([(job, _gone("stopping" if self._stopping else failed)) for job in left])
 
     def _try_session(self) -> bool:
         """Opens a session and works with it; returns whether it failed and another is to be tried."""
         try:
             with self._open_session() as session:
+                self._check(session)
                 self._enter("ok")
                 self._work(session)
                 return False
         except Exception as error:
+            self._error = error
             if self._state == "starting":
-                self._error = error
                 return False
             logger.exception("the engine failed; %d running sequences are lost", len(self._running))
             self._metrics.engine_failure()
@@ -163,6 +169,11 @@ class Engine:
             text = "the engine failed; the server's log says why"
             self._deliver([(job, ApiError(500, text, code="engine_failure")) for job in lost])
             return self._failures < MAX_FAILURES
+
+    def _check(self, session: Session) -> None:
+        """Raises NotFiniteError for a model that has no finite predictions for anything."""
+        check_finite(session)
+        self._doubtful = False
 
     def _enter(self, state: str) -> None:
         with self._changed:
@@ -184,6 +195,8 @@ class Engine:
             if self._running:
                 session.step()
                 self._collect(session, list(self._running.values()))
+            if self._doubtful:
+                self._check(session)
             self._failures = 0
 
     def _has_work(self) -> bool:
@@ -234,6 +247,9 @@ class Engine:
         events: list[Event] = []
         try:
             for job in jobs:
+                if not job.is_finite:
+                    events.append((job, self._take_out(session, job)))
+                    continue
                 delta = job.advance()
                 if delta is None:
                     continue
@@ -246,6 +262,16 @@ class Engine:
                 self._measure(job, delta)
         finally:
             self._deliver(events)
+
+    def _take_out(self, session: Session, job: Job) -> ApiError:
+        """Ends a job whose predictions are not finite; the others go on."""
+        del self._running[job.choice.sequence]
+        session.remove(job.choice.sequence)
+        self._doubtful = True
+        self._metrics.not_finite()
+        logger.error("predictions for a sequence are NaN or infinite; it is ended")
+        text = "the model's predictions for this prompt are NaN or infinite"
+        return ApiError(500, text, code="not_finite")
 
     def _measure(self, job: Job, delta: Delta) -> None:
         now, count = time.monotonic(), len(delta.pieces)
@@ -282,4 +308,10 @@ def _hand_out(events: list[Event]) -> None:
 
 
 def _gone(state: str) -> ApiError:
-    return ApiError(503, f"the server is {state}; the request was cut", code=state)
+    return ApiError(503, f"{_what_is(state)}; the request was cut", code=state)
+
+
+def _what_is(state: str) -> str:
+    return (
+        "the model's predictions are NaN or infinite" if state == "not_finite" else f"the server is {state}"
+    )

@@ -1,6 +1,7 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Errors that clients see, in OpenAI's form."""
 
+import logging
 from typing import Any
 
 from nemo_ee.errors import ConfigError
@@ -9,6 +10,7 @@ PREFIXES = ("length_params.", "sampling_params.")
 """Of `parse_request`'s keys, where a client's field has none."""
 LONGEST_MESSAGE = 1000
 """Characters; messages quote what was sent."""
+logger = logging.getLogger("nemo_ee.server")
 
 
 class ApiError(Exception):
@@ -43,9 +45,14 @@ class ApiError(Exception):
         return cls(400, "\n".join(texts), _as_field(error.faults[0].key), "invalid_value")
 
     @classmethod
-    def late(cls) -> "ApiError":
-        """504 for a request whose time ran out while the server was busy."""
-        return cls(504, "the request's time was up", code="timeout")
+    def from_failure(cls, error: Exception) -> "ApiError":
+        """What a client is told of any error; one that should not have come up is logged."""
+        if isinstance(error, ApiError):
+            return error
+        if isinstance(error, TimeoutError):  # the engine was busy for long, or nobody reads
+            return cls(504, "the request's time was up", code="timeout")
+        logger.error("a request failed", exc_info=error)
+        return cls(500, "the server failed; its log says why", code="internal_error")
 
     def body(self) -> dict[str, Any]:
         """OpenAI's JSON object."""
@@ -54,8 +61,9 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
-        """`Retry-After`, if it is worth while."""
-        return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+        """`Retry-After`, if it is worth while; how to say who one is, where that is asked for."""
+        headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+        return {**headers, "WWW-Authenticate": "Bearer"} if self.status == 401 else headers
 
 
 class ClientGone(Exception):

@@ -28,7 +28,7 @@ class EventStream(Response):
     """Sends chunks as tokens come.
 
     Nothing is sent before the first token, so an error until then (a full queue, a timeout) has its own HTTP
-    status. One that comes later is the last event.
+    status. Whatever comes later is the last event: a stream that has begun ends with `DONE` or an error.
 
     Args:
         generation: gives the reply; see `nemo_ee.server.generation.generation`.
@@ -44,7 +44,7 @@ class EventStream(Response):
         """Runs the request; see the class.
 
         Raises:
-            ApiError, ClientGone, TimeoutError: before anything was sent.
+            Exception: before anything was sent.
         """
         started, end = False, DONE
         try:
@@ -54,18 +54,12 @@ class EventStream(Response):
                 started = True
                 async for event in self._events(first, reply):
                     await send({"type": "http.response.body", "body": event, "more_body": True})
-        except ApiError as error:
+        except Exception as error:
             if not started:
                 raise
-            end = _event(error.body())
-        except ClientGone:
-            if not started:
-                raise
-            return
-        except TimeoutError:
-            if not started:
-                raise
-            end = _event(ApiError.late().body())  # the engine was busy for long, or nobody reads
+            if isinstance(error, ClientGone):
+                return
+            end = _event(ApiError.from_failure(error).body())
         with suppress(TimeoutError):
             async with asyncio.timeout(SENDING_SECONDS):
                 await send({"type": "http.response.body", "body": end})

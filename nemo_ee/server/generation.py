@@ -35,7 +35,7 @@ async def generation(
         receive: of the connection (ASGI); the request's body has been read.
 
     Raises:
-        ApiError: see `Engine.submit`.
+        ApiError: see `Engine.submit`; 503 if the server ends and does not wait for it.
         TimeoutError: the answer could not be sent in time.
     """
     reply = Reply(len(plan.choices))
@@ -46,6 +46,8 @@ async def generation(
     try:
         async with asyncio.timeout(timeout_s + SENDING_SECONDS):
             yield reply
+    except asyncio.CancelledError as error:
+        raise ApiError(503, "the server is stopping; the request was cut", code="stopping") from error
     finally:
         watch.cancel()
         for job in jobs:

@@ -1,6 +1,7 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """One choice of a request on its way through the engine."""
 
+import math
 import time
 from dataclasses import dataclass, field
 
@@ -39,6 +40,11 @@ class Job:
     def prompt_tokens(self) -> int:
         """Length of its prompt."""
         return len(self.choice.sequence.prompt)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the model is sure of the sequence's new tokens by a finite number; it is not where logits are NaN."""
+        return all(map(math.isfinite, self.choice.sequence.confidences[self._fed :]))
 
     def advance(self) -> Delta | None:
         """What the sequence's new tokens settle; None if that is nothing. Ends with `finish_reason`."""

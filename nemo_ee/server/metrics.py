@@ -51,6 +51,11 @@ class Metrics:
             registry=registry,
         )
         self._failures = Counter("nemo_ee_engine_failures", "Failures of the engine.", registry=registry)
+        self._not_finite = Counter(
+            "nemo_ee_not_finite_sequences",
+            "Sequences ended as their predictions were NaN or infinite.",
+            registry=registry,
+        )
         self._recent: deque[tuple[float, int]] = deque()
         self._recent_lock = threading.Lock()
         rate = f"Tokens generated per second, over the last {RATE_SECONDS:.0f} s."
@@ -98,6 +103,10 @@ class Metrics:
     def engine_failure(self) -> None:
         """The engine failed, and with it what ran."""
         self._failures.inc()
+
+    def not_finite(self) -> None:
+        """A sequence was ended, as its predictions were NaN or infinite."""
+        self._not_finite.inc()
 
     def tokens_per_second(self) -> float:
         """Over the last `RATE_SECONDS`."""

@@ -5,7 +5,15 @@ import json
 import math
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
 from nemo_ee.server.errors import ApiError
 from nemo_ee.server.unsupported import MOST_FAULTS, supported_fields
@@ -80,6 +88,20 @@ def _exits(value: Any) -> Any:
 
 
 Text = Annotated[str, BeforeValidator(_text)]
+_TEXTS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
+_IDS = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
+PROMPT = {"anyOf": [{"type": "string"}, _TEXTS, _IDS, {"type": "array", "items": _IDS, "minItems": 1}]}
+_STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS}
+STOP = {"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": MAX_STOP_STRINGS}]}
+_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+    "additionalProperties": False,
+}
+CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]}
+EXITS = {"type": ["object", "boolean"], "maxProperties": MAX_EXIT_FIELDS}
+"""What the functions above take, as JSON schemas."""
 
 
 class _Strict(BaseModel):
@@ -96,7 +118,7 @@ class Message(_Strict):
     """One turn of a conversation."""
 
     role: Literal["system", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_content)]
+    content: Annotated[str, BeforeValidator(_content), WithJsonSchema(CONTENT)]
 
     @model_validator(mode="before")
     @classmethod
@@ -117,13 +139,13 @@ class GenerationFields(_Strict):
     max_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
+    top_k: int = Field(0, ge=0, lt=2**63)
     n: int = Field(1, ge=1)
-    stop: Annotated[tuple[str, ...], BeforeValidator(_stops)] = ()
+    stop: Annotated[tuple[str, ...], BeforeValidator(_stops), WithJsonSchema(STOP)] = ()
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    early_exit: Annotated[Any, BeforeValidator(_exits)] = None
+    early_exit: Annotated[Any, BeforeValidator(_exits), WithJsonSchema(EXITS)] = None
 
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> "GenerationFields":
@@ -142,7 +164,7 @@ class CompletionRequest(GenerationFields):
 
     default_max_tokens: ClassVar[int | None] = 16
 
-    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts)]
+    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts), WithJsonSchema(PROMPT)]
     echo: bool = False
 
 
@@ -192,11 +214,12 @@ def _integer(text: str) -> int:
     return int(text)
 
 
-def _float(text: str) -> float:
+def _float(text: str) -> float | int:
+    """A number; 3.0 is the integer 3, as JSON knows one kind of numbers alone."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"{text}: too large a number")
-    return value
+    return int(value) if value.is_integer() and abs(value) < 2**63 else value
 
 
 def _refuse_constant(name: str) -> None:

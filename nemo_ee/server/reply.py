@@ -38,7 +38,7 @@ class Reply:
         self._changed.set()
 
     def fail(self, error: Exception) -> None:
-        """Ends it: `take` raises from now on. The first error counts."""
+        """Ends it: `take` raises when what came before is taken. The first error counts."""
         self._error = self._error or error
         self._changed.set()
 
@@ -49,8 +49,9 @@ class Reply:
             ApiError, ClientGone: what `fail` was told.
         """
         await self._changed.wait()
-        if self._error is not None:
-            raise self._error
-        self._changed.clear()
         new, self._new = self._new, {}
+        if self._error is None:
+            self._changed.clear()
+        elif not new:
+            raise self._error
         return new

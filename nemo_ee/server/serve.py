@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import uvicorn
@@ -22,14 +23,20 @@ from nemo_ee.inference.session import DecodingSession
 from nemo_ee.inference.settings import GenerateConfig
 from nemo_ee.models.checks import read_early_exit
 from nemo_ee.server.app import create_app
+from nemo_ee.server.connections.connection import Connection
+from nemo_ee.server.connections.lobby import Lobby
+from nemo_ee.server.connections.open_files import BACKLOG, connections_within_limit
 from nemo_ee.server.engine import Engine
 from nemo_ee.server.metrics import Metrics
+from nemo_ee.server.probe import POSITIONS
 from nemo_ee.server.served_model import ServedModel, SharedTokenizer
 from nemo_ee.server.service import Service
 from nemo_ee.server.settings import ServerConfig, is_loopback
 
 SPARE_CONNECTIONS = 256
 """Connections beyond those of all sequences that may run and wait: idle ones, for /health, the page, refusals."""
+FEWEST_SPARE = 16
+"""Of these, where the limit of open files leaves no room for more."""
 KEEP_ALIVE_SECONDS = 30
 """How long an idle connection is kept: longer than usual clients do (5 s in OpenAI's), which would otherwise send
 a request into a connection that is just being closed."""
@@ -53,7 +60,12 @@ def serve(config: ServerConfig, trainer: Any) -> None:
     )
     service = create_service(config, restore(source, trainer))
     if not is_loopback(config.host):
-        logging.warning(f"host={config.host}: others reach this server, which asks nobody who they are")
+        asks = (
+            "which asks nobody who they are"
+            if config.api_key is None
+            else "over connections that are not encrypted"
+        )
+        logging.warning(f"host={config.host}: others reach this server, {asks}")
     try:
         Server(service).run_until_signal()
     finally:
@@ -67,6 +79,7 @@ def check(config: ServerConfig) -> None:
         ConfigError, CheckpointError: see `serve`.
     """
     check_address(config.host, config.port)
+    most_connections(config)
     base = archive.read_config(config.gpt_model_file)
     source = base if config.adapter_file is None else adapter.read_adapter_config(config.adapter_file)
     usual_request(config, read_early_exit(source))
@@ -89,6 +102,12 @@ def check_address(host: str, port: int) -> None:
     except OSError as error:
         rule = f"the server cannot listen there ({error})"
         raise ConfigError(Fault("host:port", f"{host}:{port}", rule, "choose another")) from error
+
+
+def most_connections(config: ServerConfig) -> int:
+    """Connections at a time. Raises ConfigError where the operating system allows too few."""
+    busy = config.slots + config.queue_size
+    return connections_within_limit(busy + SPARE_CONNECTIONS, busy + FEWEST_SPARE)
 
 
 def usual_request(config: ServerConfig, early_exit: EarlyExitConfig) -> GenerationRequest:
@@ -117,7 +136,7 @@ def create_service(config: ServerConfig, model: Any) -> Service:
         rule = "the tokenizer has no BOS token"
         raise ConfigError(Fault("add_BOS", config.add_BOS, rule, "set add_BOS=null")) from error
     usual = usual_request(config, model.early_exit)
-    longest = config.max_prompt_tokens + config.max_tokens - 1  # the last token is not fed
+    longest = max(config.max_prompt_tokens + config.max_tokens - 1, POSITIONS)  # the last token is not fed
     model.prepare_decoding(config.weights, rows=config.slots, max_length=longest)
     model.warn_of_untuned_exits()
     metrics = Metrics()
@@ -162,22 +181,26 @@ class Server(uvicorn.Server):
 
     Args:
         service: what it serves.
+
+    Attributes:
+        lobby: its connections.
     """
 
     def __init__(self, service: Service):
         config = service.config
+        self.lobby = Lobby(most_connections(config))
         super().__init__(
             uvicorn.Config(
                 create_app(service),
                 host=config.host,
                 port=config.port,
-                http="h11",
+                http=partial(Connection, self.lobby, config.receive_timeout_s),
                 ws="none",
                 lifespan="on",
                 access_log=False,
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                limit_concurrency=config.slots + config.queue_size + SPARE_CONNECTIONS,
+                backlog=BACKLOG,
                 timeout_graceful_shutdown=math.ceil(config.shutdown_grace_s) + SENDING_SECONDS,
             )
         )

@@ -44,7 +44,8 @@ class Service:
             TimeoutError: it could not be sent in time.
         """
         try:
-            body = await read_body(request, self.config.max_body_bytes, self.config.request_timeout_s)
+            seconds = min(self.config.receive_timeout_s, self.config.request_timeout_s)
+            body = await read_body(request, self.config.max_body_bytes, seconds)
             call, plan = await asyncio.to_thread(self._read, kind, body)
         except Exception as error:
             self.metrics.request(request.url.path, outcome_of(error))

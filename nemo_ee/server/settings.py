@@ -2,6 +2,9 @@
 """The settings of the server, read once from `conf/megatron_gpt_ee_server.yaml` and its overrides."""
 
 import ipaddress
+import os
+import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +15,11 @@ from nemo_ee.megatron.lean_weights import WEIGHT_KINDS
 from nemo_ee.schema import one_of, read_settings
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+ALL_HOSTS, ADDRESSES = "*", "*.*"
+"""In place of a name in a `Host` header: all of them; all that are IP addresses."""
+KEY_VARIABLE = "NEMO_EE_API_KEY"
+"""Of the environment; has the key where `api_key` has none."""
+KEY = re.compile(r"[!-~]+")
 AT_LEAST_ONE = (
     "slots",
     "max_prompt_tokens",
@@ -33,8 +41,11 @@ class ServerConfig:
         model_name: what clients call the model; null for the name of the exits' file, or of the model's.
         host: address to listen at.
         port: 0 takes a free one.
+        api_key: clients must send it; null for `KEY_VARIABLE`'s, or for none where that is not set either.
+        insecure: others may be answered without a key.
         allowed_hosts: names in `Host` headers that are answered, `*` for all; null for `localhost` and its
-            addresses where `host` is one of these, and for all elsewhere.
+            addresses where `host` is one of these; elsewhere for all where there is a key, and for IP addresses
+            and this machine's name where there is none.
         early_exit: when tokens may leave, for requests that do not say; confidence and kv_policy are those of
             all requests.
         weights: how decoding holds weights, see `nemo_ee.megatron.lean_weights`.
@@ -46,6 +57,8 @@ class ServerConfig:
         prefill_tokens: prompt tokens that join between two steps, at most; a longer prompt joins alone.
         queue_size: sequences that wait for a slot, at most.
         max_body_bytes: of one request.
+        receive_timeout_s: seconds for a request's headers to arrive, then for its body; and how long an answer may
+            wait for a client that does not read.
         request_timeout_s: seconds for a request, waiting included.
         shutdown_grace_s: seconds that requests may go on after SIGTERM.
         tensor_model_parallel_size: processes that share the model; must be 1.
@@ -58,6 +71,8 @@ class ServerConfig:
     model_name: str | None = None
     host: str = "127.0.0.1"
     port: int = 8000
+    api_key: str | None = field(default=None, repr=False)
+    insecure: bool = False
     allowed_hosts: tuple[str, ...] | None = None
     early_exit: ExitOptions = field(default_factory=ExitOptions)
     weights: str = "native"
@@ -69,6 +84,7 @@ class ServerConfig:
     prefill_tokens: int = 2048
     queue_size: int = 64
     max_body_bytes: int = 1_048_576
+    receive_timeout_s: float = 20.0
     request_timeout_s: float = 300.0
     shutdown_grace_s: float = 10.0
     tensor_model_parallel_size: int = 1
@@ -80,9 +96,14 @@ class ServerConfig:
         """Checks plain values (as from YAML) and builds the configuration.
 
         Raises:
-            ConfigError: listing every unknown key, missing value and value that breaks its rule.
+            ConfigError: listing every unknown key, missing value and value that breaks its rule; never the key.
         """
-        return read_settings(cls, values, _faults)
+        key = values.get("api_key")
+        if key is None:
+            key = os.environ.get(KEY_VARIABLE)
+        elif not isinstance(key, str):
+            key = ""  # of another type; the fault of that shows no value
+        return read_settings(cls, {**values, "api_key": key}, _faults)
 
     @property
     def served_name(self) -> str:
@@ -91,10 +112,16 @@ class ServerConfig:
 
     @property
     def answered_hosts(self) -> tuple[str, ...]:
-        """Names in `Host` headers that are answered; `*` stands for all."""
+        """Names in `Host` headers that are answered; also `ALL_HOSTS`, `ADDRESSES`."""
         if self.allowed_hosts is not None:
             return self.allowed_hosts
-        return (*LOOPBACK_NAMES, self.host) if is_loopback(self.host) else ("*",)
+        if is_loopback(self.host):
+            return (*LOOPBACK_NAMES, self.host)
+        return (
+            (ADDRESSES, *LOOPBACK_NAMES, self.host, socket.gethostname())
+            if self.api_key is None
+            else (ALL_HOSTS,)
+        )
 
 
 def is_loopback(host: str) -> bool:
@@ -122,10 +149,10 @@ def _faults(config: ServerConfig) -> list[Fault]:
     if config.allowed_hosts == ():
         remedy = 'name some, ["*"] for all, or null for those of host'
         faults.append(Fault("allowed_hosts", [], "answers nobody", remedy))
-    if config.request_timeout_s <= 0:
-        faults.append(
-            Fault("request_timeout_s", config.request_timeout_s, "must be positive", "use e.g. 300")
-        )
+    faults += _access_faults(config)
+    for name, usual in (("request_timeout_s", 300), ("receive_timeout_s", 20)):
+        if getattr(config, name) <= 0:
+            faults.append(Fault(name, getattr(config, name), "must be positive", f"use e.g. {usual}"))
     if config.shutdown_grace_s < 0:
         faults.append(Fault("shutdown_grace_s", config.shutdown_grace_s, "must be 0 or more", "use e.g. 10"))
     if config.queue_size < config.max_choices:
@@ -135,4 +162,23 @@ def _faults(config: ServerConfig) -> list[Fault]:
         rule = "the server runs the model in one process"
         remedy = "set it to 1; scripts/megatron_gpt_ee_generate.py generates over several processes"
         faults.append(Fault("tensor_model_parallel_size", config.tensor_model_parallel_size, rule, remedy))
+    return faults
+
+
+def _access_faults(config: ServerConfig) -> list[Fault]:
+    """Who may ask; no message shows the key."""
+    faults = []
+    if config.api_key is not None and not KEY.fullmatch(config.api_key):
+        rule = "must be a text of visible ASCII characters, at least one, without spaces"
+        remedy = f"export {KEY_VARIABLE}=$(openssl rand -hex 32), or unset {KEY_VARIABLE} for none"
+        faults.append(Fault("api_key", "(not shown)", rule, remedy))
+    if config.insecure and config.api_key is not None:
+        rule = "means that nobody is asked for a key, and there is one"
+        faults.append(
+            Fault("insecure", True, rule, f"use insecure=false, or unset {KEY_VARIABLE} and api_key=null")
+        )
+    if not config.insecure and config.api_key is None and not is_loopback(config.host):
+        rule = "others reach this server, and it has no api_key to ask them for"
+        remedy = f"export {KEY_VARIABLE}=$(openssl rand -hex 32) first, or insecure=true to answer everybody"
+        faults.append(Fault("host", config.host, rule, remedy))
     return faults

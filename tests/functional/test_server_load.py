@@ -148,6 +148,15 @@ def test_many_clients_get_what_they_get_alone(workers):
 
 
 @pytest.mark.slow
+def test_200_clients_for_a_minute(workers):
+    """More than may run and wait."""
+    ((seen, _, failures, metrics),) = workers(1).run(serve, 200, 60, timeout=600)
+    print(seen["counts"])
+    expect(seen, failures, metrics, least=100)
+    assert seen["counts"]["queue full"] > 0
+
+
+@pytest.mark.slow
 def test_64_clients_for_five_minutes(workers):
     ((seen, memory, failures, metrics),) = workers(1).run(serve, 64, 300, timeout=900)
     quarter = len(memory) // 4

@@ -168,3 +168,24 @@ def test_every_control_has_a_name(page):
         "#legend": "Tokens by exit layer",
     }
     assert {selector: browser.accessible_name(selector) for selector in names} == names
+
+
+def test_the_page_asks_for_the_key_of_a_server_that_has_one(browser):
+    session = FakeSession()
+    asked = "return !document.querySelector('#ask_key').hidden"
+    told = "return document.querySelector('#error').textContent"
+    listed = "return document.querySelectorAll('#legend li').length"
+    with listening(fake_service(session, api_key="sk-page")) as url:
+        browser.open(url)
+        assert browser.wait(asked) and "asks for an API key" in browser.wait(told)
+        assert browser.accessible_name("#key") == "API key"
+        browser.type("#key", "sk-wrong")
+        browser.run("document.querySelector('#key').dispatchEvent(new Event('change'))")
+        browser.wait(f"{told}.includes('key is wrong')")
+        browser.type("#key", "sk-page")
+        browser.run("document.querySelector('#key').dispatchEvent(new Event('change'))")
+        assert browser.wait(listed) == 3 and browser.run(told) == ""
+        browser.type("#prompt", PROMPT)
+        browser.click("#generate")
+        assert "24 tokens" in finished(browser) and browser.run(f"{TOKENS}.length") == 24
+        browser.open("about:blank")

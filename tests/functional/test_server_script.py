@@ -216,6 +216,8 @@ def test_refused_before_the_model_is_built(expected, workers):
         "early_exit.exits=[5]": "not all of the model's exits",
         "gpt_model_file=none.nemo": "none.nemo",
         "tensor_model_parallel_size=2": "runs the model in one process",
+        "host=0.0.0.0": "host=0.0.0.0: others reach this server, and it has no api_key to ask them for",
+        "api_key=1234567": "api_key=(not shown): must be a text",
     }
     overrides = [[], *([text] for text in faults)]
     (messages,) = workers(1).run(messages_of, str(expected[0]), overrides)

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from nemo_ee.server.probe import PROMPT as PROBE
+
 EXIT_LAYERS = (2, 4, 8)
 FIRST_WORD, WORDS = 6, 195
 """Token ids of `tests.support.tiny_gpt`'s tokenizer that are plain words."""
@@ -35,9 +37,10 @@ class FakeSession:
         per_step: tokens that a sequence gets in a step, as in lossless decoding.
 
     Attributes:
-        added: numbers of sequences, and of their prompt tokens, of every `add`.
+        added: numbers of sequences, and of their prompt tokens, of every `add` but the engine's own.
         removed: sequences that were cancelled.
-        fail: raised by the next `add` or `step`.
+        fail: raised by the next `add` or `step` but the engine's own.
+        is_nan: whether a prompt's predictions are NaN at a place of the continuation.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class FakeSession:
         self.removed: list = []
         self.steps = 0
         self.fail: Exception | None = None
+        self.is_nan: Callable[[list[int], int], bool] = lambda prompt, place: False
 
     @property
     def free(self) -> int:
@@ -60,9 +64,10 @@ class FakeSession:
 
     def add(self, sequences: list) -> list:
         assert len(sequences) <= self.free
-        self.added.append((len(sequences), sum(len(s.prompt) for s in sequences)))
+        if not _only_probes(sequences):
+            self.added.append((len(sequences), sum(len(s.prompt) for s in sequences)))
         self.running += sequences
-        self._raise()
+        self._raise(sequences)
         for sequence in sequences:
             sequence.statistics.layers_run += len(sequence.prompt) * EXIT_LAYERS[-1]
             self._next(sequence)
@@ -71,7 +76,7 @@ class FakeSession:
     def step(self) -> list:
         self.steps += 1
         time.sleep(self.step_seconds)
-        self._raise()
+        self._raise(self.running)
         for sequence in self.running:
             for _ in range(self.per_step):
                 if sequence.finish_reason is None:
@@ -87,15 +92,16 @@ class FakeSession:
         place, prompt = len(sequence.tokens), sequence.prompt
         layer = layer_of(prompt, place)
         sequence.statistics.layers_run += layer if place else 0
-        sequence.commit(self.token(prompt, place), layer, confidence_of(prompt, place))
+        confidence = float("nan") if self.is_nan(prompt, place) else confidence_of(prompt, place)
+        sequence.commit(self.token(prompt, place), layer, confidence)
 
     def _retire(self) -> list:
         finished = [s for s in self.running if s.finish_reason is not None]
         self.running = [s for s in self.running if s.finish_reason is None]
         return finished
 
-    def _raise(self) -> None:
-        if self.fail is not None:
+    def _raise(self, sequences: list) -> None:
+        if self.fail is not None and not _only_probes(sequences):
             error, self.fail = self.fail, None
             raise error
 
@@ -104,3 +110,7 @@ class FakeSession:
         """For `Engine`: the same object as a new session, empty."""
         self.running = []
         yield self
+
+
+def _only_probes(sequences: list) -> bool:
+    return all(sequence.prompt == PROBE for sequence in sequences)

@@ -56,13 +56,20 @@ def fake_service(session: FakeSession, tokenizer: Any = None, **settings: Any) -
 @contextmanager
 def listening(service: Service) -> Iterator[str]:
     """Serves in a thread until the end of the block; gives the base URL."""
+    with serving(service) as server:
+        yield server.url
+
+
+@contextmanager
+def serving(service: Service) -> Iterator[Server]:
+    """The same, and gives the server."""
     server = Server(service)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
         until(lambda: server.started or not thread.is_alive())
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield f"http://127.0.0.1:{port}"
+        server.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        yield server
     finally:
         server.should_exit = True
         thread.join(30)

@@ -123,3 +123,16 @@ def test_patience_leaves_where_exits_in_a_row_agree(gpt):
         assert layer == expected
         left += layer < 8
     assert 0 < left < 23
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("logits", [[math.nan] * 4, [math.nan, 1.0, 2.0, 3.0], [math.inf, 0.0, 0.0, 0.0]], ids=str)
+def test_no_rule_is_sure_of_what_is_no_number(name, logits):
+    """Some do not look at logits, and without any the entropy would be 0."""
+    from nemo_ee.megatron.confidence_rules import CONFIDENCE_RULES
+
+    more = dict(previous_hidden=torch.ones(2, 4), agreeing=torch.tensor([3, 3]))
+    given = evidence(torch.tensor([logits, [9.0, 0.0, 0.0, 0.0]]), **more)
+    rule = CONFIDENCE_RULES[name]
+    bad, good = rule.sureness(given).tolist()
+    assert math.isnan(bad) and good == rule.confidence(given)[1].item()

@@ -17,6 +17,7 @@ from nemo_ee.server.errors import ApiError
 from nemo_ee.server.job import Job
 from nemo_ee.server.metrics import Metrics
 from nemo_ee.server.plan import Choice, EndTokens
+from nemo_ee.server.probe import PROMPT as PROBE
 from nemo_ee.server.text_stream import TextStream
 from tests.support.fake_session import FakeSession, confidence_of, layer_of, token_of
 from tests.support.server import until
@@ -215,7 +216,9 @@ def test_a_failure_ends_what_runs_and_nothing_else(caplog):
 def test_failures_in_a_row_end_the_engine():
     class Broken(FakeSession):
         def add(self, sequences):
-            raise RuntimeError("no prefill")
+            if sequences[0].prompt != PROBE:
+                raise RuntimeError("no prefill")
+            return super().add(sequences)
 
     with engine(Broken()) as running:
         for n in range(MAX_FAILURES):

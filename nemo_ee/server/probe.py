@@ -1,0 +1,45 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Whether a model predicts numbers at all: weights that were damaged, on disk or in memory, make NaN of everything."""
+
+import math
+from typing import Protocol
+
+from nemo_ee.errors import GenerationError
+from nemo_ee.inference.request import GenerationRequest
+from nemo_ee.inference.sequence import Sequence
+
+PROMPT = [0]
+LIMIT = 2
+POSITIONS = len(PROMPT) + LIMIT - 1
+"""Of a session that can be probed."""
+
+
+class Decodes(Protocol):
+    """What a probe needs of a session."""
+
+    def add(self, sequences: list[Sequence]) -> list[Sequence]: ...
+
+    def step(self) -> list[Sequence]: ...
+
+
+class NotFiniteError(GenerationError):
+    """The model's predictions are NaN or infinite, whatever it is asked."""
+
+
+def check_finite(session: Decodes) -> None:
+    """Generates a prompt's first tokens, at full depth: one pass of each kind that decoding has.
+
+    Args:
+        session: with a free slot; its other sequences advance.
+
+    Raises:
+        NotFiniteError: the model is not sure of them by a finite number.
+    """
+    probe = Sequence(list(PROMPT), GenerationRequest(), lambda _: False, (), LIMIT)
+    session.add([probe])
+    while probe.finish_reason is None:
+        session.step()
+    if not all(map(math.isfinite, probe.confidences)):
+        raise NotFiniteError(
+            "the model's predictions are NaN or infinite; its weights are damaged, or trainer.precision is too narrow"
+        )
