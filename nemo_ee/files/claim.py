@@ -192,9 +192,9 @@ def _clear_all(folder: Path) -> None:
             name = _OURS.fullmatch(entry.name)
             if name and entry.stat(follow_symlinks=False).st_uid == os.geteuid():
                 outputs.add(name[1])
-    for name in outputs:
+    for output in outputs:
         with suppress(OSError, lock.LocksUnsupportedError):
-            _clear(folder / name)
+            _clear(folder / output)
 
 
 def _clear(target: Path) -> None:

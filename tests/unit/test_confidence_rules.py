@@ -126,7 +126,9 @@ def test_patience_leaves_where_exits_in_a_row_agree(gpt):
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-@pytest.mark.parametrize("logits", [[math.nan] * 4, [math.nan, 1.0, 2.0, 3.0], [math.inf, 0.0, 0.0, 0.0]], ids=str)
+@pytest.mark.parametrize(
+    "logits", [[math.nan] * 4, [math.nan, 1.0, 2.0, 3.0], [math.inf, 0.0, 0.0, 0.0]], ids=str
+)
 def test_no_rule_is_sure_of_what_is_no_number(name, logits):
     """Some do not look at logits, and without any the entropy would be 0."""
     from nemo_ee.megatron.confidence_rules import CONFIDENCE_RULES
