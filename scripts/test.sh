@@ -11,8 +11,8 @@
 #
 #   CUDA_VISIBLE_DEVICES=0 bash scripts/test.sh -m gpu
 #
-# Two pytest processes share the files of tests; -n 0 is one, which a debugger needs. In a container that has no
-# pytest-xdist it is one, too.
+# Three pytest processes share the files of tests, also on two cores, since most tests wait for processes of their own;
+# -n 0 is one, which a debugger needs. In a container that has no pytest-xdist it is one, too.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-}" # empty unless set: all but the tests marked gpu mean the CPU
@@ -20,7 +20,7 @@ source scripts/env.sh
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # distributed tests run a process per rank
 share=()
 if python -c 'import xdist' 2>/dev/null; then
-    share=(-n 2 --dist loadfile)
+    share=(-n 3 --dist loadfile)
 else
     echo "pytest-xdist is not installed: the tests run in one process"
 fi
