@@ -135,6 +135,7 @@ class TarArchive:
     def _read_headers(self) -> None:
         long_name: bytes | None = None
         pax: dict[bytes, bytes] = {}
+        extended = False
         while (header := self._take(BLOCK)) != _END:
             self._headers += 1
             if self._headers > MOST_HEADERS:
@@ -148,11 +149,14 @@ class TarArchive:
                     pax = self._records(text)
                 elif kind == b"g" and {b"path", b"size"} & self._records(text).keys():
                     raise self._fault("holds a PAX header for all members", _DO_NOT_LOAD)
+                extended = True
                 continue
             size = self._pax_size(pax[b"size"]) if b"size" in pax else size
             self._add(kind, pax.get(b"path") or long_name or name, size)
-            long_name, pax = None, {}
+            long_name, pax, extended = None, {}, False
             self._skip(size)
+        if extended:
+            raise EOFError("its last header belongs to no member")
         while self._zipped and self._take(_CHUNK, whole=False):
             pass  # gzip compares its checksum when it comes to its own end
 
@@ -207,7 +211,7 @@ class TarArchive:
             kinds = {b"1": "a link", b"2": "a link", b"S": "a sparse file"}
             what = kinds.get(kind, "a device or other special file")
             raise self._fault(f"member {shown} is {what}", _DO_NOT_LOAD)
-        is_folder = kind == b"5" or name.endswith("/")
+        is_folder = kind == b"5" or (kind == b"\0" and name.endswith("/"))
         top = str(path) == "."
         if (
             path.is_absolute()
@@ -219,6 +223,8 @@ class TarArchive:
             raise self._fault(f"member {shown} points outside the archive", _DO_NOT_LOAD)
         if len(raw_name) > _MOST_NAME or any(len(os.fsencode(part)) > _MOST_PART for part in path.parts):
             raise self._fault(f"member {shown} has a name of {len(raw_name)} bytes", _DO_NOT_LOAD)
+        if name.endswith("/") and not is_folder:
+            raise self._fault(f"member {shown} is a file with the name of a folder", _DO_NOT_LOAD)
         if is_folder and size:
             raise self._fault(f"member {shown} is a folder of {size} bytes", _DO_NOT_LOAD)
         if str(path) in self.members:
