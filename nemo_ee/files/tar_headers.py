@@ -135,13 +135,16 @@ class TarArchive:
     def _read_headers(self) -> None:
         long_name: bytes | None = None
         pax: dict[bytes, bytes] = {}
-        extended = False
+        extensions: set[bytes] = set()
         while (header := self._take(BLOCK)) != _END:
             self._headers += 1
             if self._headers > MOST_HEADERS:
                 raise self._fault(f"holds more than {MOST_HEADERS} headers", _DO_NOT_LOAD)
             kind, name, size = self._parse(header)
             if kind in b"LKxg":
+                if kind in extensions or extensions | {kind} >= {b"L", b"x"}:
+                    raise self._fault("names one member twice", _DO_NOT_LOAD)
+                extensions.add(kind)
                 text = self._extension(kind, size)
                 if kind == b"L":
                     long_name = text.split(b"\0", 1)[0]
@@ -149,13 +152,12 @@ class TarArchive:
                     pax = self._records(text)
                 elif kind == b"g" and {b"path", b"size"} & self._records(text).keys():
                     raise self._fault("holds a PAX header for all members", _DO_NOT_LOAD)
-                extended = True
                 continue
             size = self._pax_size(pax[b"size"]) if b"size" in pax else size
             self._add(kind, pax.get(b"path") or long_name or name, size)
-            long_name, pax, extended = None, {}, False
+            long_name, pax, extensions = None, {}, set()
             self._skip(size)
-        if extended:
+        if extensions:
             raise EOFError("its last header belongs to no member")
         while self._zipped and self._take(_CHUNK, whole=False):
             pass  # gzip compares its checksum when it comes to its own end
@@ -173,7 +175,10 @@ class TarArchive:
             raise self._fault(what, _COPY_AGAIN) from error
         name = header[:100].split(b"\0", 1)[0]
         prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""
-        return header[156:157], (prefix + b"/" + name if prefix else name), size
+        kind = header[156:157]
+        if kind == b"\0":  # tar's before POSIX, which had no type for folders
+            kind = b"5" if name.endswith(b"/") else b"0"
+        return kind, (prefix + b"/" + name if prefix else name), size
 
     def _extension(self, kind: bytes, size: int) -> bytes:
         if size > _MOST_EXTENSION:
@@ -211,7 +216,7 @@ class TarArchive:
             kinds = {b"1": "a link", b"2": "a link", b"S": "a sparse file"}
             what = kinds.get(kind, "a device or other special file")
             raise self._fault(f"member {shown} is {what}", _DO_NOT_LOAD)
-        is_folder = kind == b"5" or (kind == b"\0" and name.endswith("/"))
+        is_folder = kind == b"5"
         top = str(path) == "."
         if (
             path.is_absolute()

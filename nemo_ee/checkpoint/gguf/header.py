@@ -31,7 +31,7 @@ MOST_HEADER = 2**26
 MOST_ENTRIES = 2**20
 """Of one list; the largest vocabularies have a quarter of that, and a half as many merges."""
 MOST_KEYS, MOST_TENSORS = 2**12, 2**16
-_MOST_AXES = 4
+_MOST_AXES, _LONGEST_NAME = 4, 255
 _SHORTEST_KEY, _SHORTEST_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8
 
 
@@ -94,7 +94,7 @@ class _Header:
         keys = self._count("<Q", MOST_KEYS, _SHORTEST_KEY, "keys")
         values: dict[str, Any] = {}
         for _ in range(keys):
-            key = self._string()
+            key = self._name()
             if key in values:
                 raise _Damaged(f"the key {key[:80]!r} is there twice")
             values[key] = self._value(key, self._number("<I"))
@@ -132,6 +132,12 @@ class _Header:
         except UnicodeDecodeError as error:
             raise _Damaged(f"text at {start} is no UTF-8") from error
 
+    def _name(self) -> str:
+        start, name = self.place, self._string()
+        if len(name) > _LONGEST_NAME or not name.isprintable():
+            raise _Damaged(f"the name at {start} has {len(name)} characters, or some that cannot be printed")
+        return name
+
     def _value(self, key: str, kind: int) -> Any:
         if kind == _STRING:
             return self._string()
@@ -156,7 +162,7 @@ class _Header:
 
     def _tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
         """Name, shape, type and offset."""
-        name = self._string()
+        name = self._name()
         axes = self._number("<I")
         if not 1 <= axes <= _MOST_AXES:
             raise _Damaged(f"{name[:80]} has {axes} axes")
