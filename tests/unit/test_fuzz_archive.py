@@ -24,9 +24,10 @@ from tests.support.mutations import spoilt, spoilt_bytes, values
 from tests.support.tar_examples import CONFIG, archives
 
 TAGS = (
-    b"&a ", b"*a", b"!!str ", b"!x ", b"<<: ", b"? ", b"- ", b": ", b"${num_layers}", b"${oc.env:HOME}", 
-    b"${.optim.lr}", b"${optim.name}", b"1e5", b"0o7", b"0x1F", b"1:30", b".inf", b"2001-01-01", b"yes", b"~", b"{", b"]", b"|\n",
-    b">-\n", b"'", b'"', b"#", b"%YAML 1.2\n", b"---\n", b"...\n", b"\t", b"\xef\xbb\xbf", b"\xff", b"_", b"=",
+    b"&a ", b"*a", b"!!str ", b"!x ", b"<<: ", b"? ", b"- ", b": ", b"${num_layers}", b"${oc.env:HOME}",
+    b"${.optim.lr}", b"${optim.name}", b"1e5", b"0o7", b"0x1F", b"1:30", b".inf", b"2001-01-01", b"yes", b"~", b"{",
+    b"]", b"|\n", b">-\n", b"'", b'"', b"#", b"%YAML 1.2\n", b"---\n", b"...\n", b"\t", b"\xef\xbb\xbf", b"\xff",
+    b"_", b"=",
 )  # fmt: skip
 SMALL = (
     b"a: 1\nb: [1, 2.5, yes, ~]\n", b"x: &a {y: 1}\nz: *a\n", b"- 1\n- a: b\n", b"a: |\n  text\n  more\nb: 'c'\n",
