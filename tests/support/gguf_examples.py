@@ -5,6 +5,8 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+from gguf import GGUFReader
 from hypothesis import strategies as st
 
 from tests.support.hostile_weights import gguf
@@ -157,3 +159,20 @@ def models(keys: dict[str, Any], tensors: dict[str, Any]) -> st.SearchStrategy:
     return st.tuples(
         spoilt(keys) | spoilt(keys, lists | whole_numbers, 1), spoilt(tensors, kinds, 2) | st.just(tensors)
     )
+
+
+def check_against_package(found: tuple[dict[str, Any], dict[str, Any]], reader: GGUFReader) -> None:
+    """Values and tensors of `header.read` must be those that the package gguf finds in the same file."""
+    values, tensors = found
+    assert values.keys() == {key for key in reader.fields if not key.startswith("GGUF.")}
+    for key, value in values.items():
+        field = reader.fields[key]
+        theirs = field.contents()
+        np.testing.assert_equal(
+            value, float(str(np.float32(theirs))) if field.types[0].name == "FLOAT32" else theirs
+        )
+    assert list(tensors) == [tensor.name for tensor in reader.tensors]
+    for tensor in reader.tensors:
+        mine = tensors[tensor.name]
+        assert mine.tensor_type == tensor.tensor_type and mine.shape == tuple(map(int, tensor.shape))
+        assert mine.data.tobytes() == tensor.data.tobytes() and mine.data.shape == tensor.data.shape

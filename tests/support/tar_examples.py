@@ -5,6 +5,7 @@ import gzip
 import io
 import tarfile
 from collections.abc import Callable
+from pathlib import Path, PurePosixPath
 
 import yaml
 from hypothesis import strategies as st
@@ -133,3 +134,14 @@ HONEST = [
 ]
 TOKENS = (*NAMES, header(b"a", 3) + padded(b"abc"), pax(record(b"path", b"b")), bytes(512))
 archives = built() | spoilt_bytes(HONEST, TOKENS)
+
+
+def of_tarfile(path: Path) -> dict[str, tuple[bool, bytes]]:
+    """Name -> whether it is a folder, and its content."""
+    found = {}
+    with tarfile.open(path) as tar:
+        for member in tar.getmembers():
+            assert member.isreg() or member.isdir(), member
+            file = tar.extractfile(member)
+            found[str(PurePosixPath(member.name))] = (member.isdir(), file.read() if file else b"")
+    return found

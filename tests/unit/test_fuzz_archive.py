@@ -4,8 +4,6 @@
 import math
 import os
 import shutil
-import tarfile
-from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
@@ -21,7 +19,7 @@ from nemo_ee.files.tar_headers import TarArchive
 from tests.support import hostile_nemo
 from tests.support.fuzz import EXAMPLES, fuzz, refusal_of
 from tests.support.mutations import spoilt, spoilt_bytes, values
-from tests.support.tar_examples import CONFIG, archives
+from tests.support.tar_examples import CONFIG, archives, of_tarfile
 
 TAGS = (
     b"&a ", b"*a", b"!!str ", b"!x ", b"<<: ", b"? ", b"- ", b": ", b"${num_layers}", b"${oc.env:HOME}",
@@ -33,17 +31,6 @@ SMALL = (
     b"a: 1\nb: [1, 2.5, yes, ~]\n", b"x: &a {y: 1}\nz: *a\n", b"- 1\n- a: b\n", b"a: |\n  text\n  more\nb: 'c'\n",
     b"a: ${b}\nb: ${c.d}\nc: {d: 3, e: '${.d}'}\n", b"1: 2\n", b"{a: b, c: [d, {e: f}]}", b"a: 0b101\nb: 1_000\n",
 )  # fmt: skip
-
-
-def of_tarfile(path: Path) -> dict[str, tuple[bool, bytes]]:
-    """Name -> whether it is a folder, and its content."""
-    found = {}
-    with tarfile.open(path) as tar:
-        for member in tar.getmembers():
-            assert member.isreg() or member.isdir(), member
-            file = tar.extractfile(member)
-            found[str(PurePosixPath(member.name))] = (member.isdir(), file.read() if file else b"")
-    return found
 
 
 @pytest.mark.parametrize("examples", EXAMPLES)

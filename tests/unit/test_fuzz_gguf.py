@@ -11,7 +11,7 @@ from nemo_ee.checkpoint.gguf import header
 from nemo_ee.errors import CheckpointError
 from tests.support import hostile_weights, tiny_gguf
 from tests.support.fuzz import EXAMPLES, fuzz, refusal_of
-from tests.support.gguf_examples import files, models, packed
+from tests.support.gguf_examples import check_against_package, files, models, packed
 
 KNOWN = [data for data, _ in hostile_weights.GGUFS.values()]
 
@@ -29,13 +29,6 @@ def model() -> tuple[dict, dict]:
     return keys, tensors
 
 
-def of_package(reader: GGUFReader, key: str):
-    """A value as `header.read` gives it."""
-    field = reader.fields[key]
-    value = field.contents()
-    return float(str(np.float32(value))) if field.types[0].name == "FLOAT32" else value
-
-
 @pytest.mark.parametrize("examples", EXAMPLES)
 def test_headers(examples, model, tmp_path):
     """What is accepted has the values and the tensors that the package finds."""
@@ -46,16 +39,7 @@ def test_headers(examples, model, tmp_path):
         found, refused = refusal_of(lambda: header.read(path), CheckpointError, path)
         if refused:
             return False
-        values, tensors = found
-        reader = GGUFReader(path)
-        assert values.keys() == {key for key in reader.fields if not key.startswith("GGUF.")}
-        for key, value in values.items():
-            np.testing.assert_equal(value, of_package(reader, key))
-        assert list(tensors) == [tensor.name for tensor in reader.tensors]
-        for tensor in reader.tensors:
-            mine = tensors[tensor.name]
-            assert mine.tensor_type == tensor.tensor_type and mine.shape == tuple(map(int, tensor.shape))
-            assert mine.data.tobytes() == tensor.data.tobytes() and mine.data.shape == tensor.data.shape
+        check_against_package(found, GGUFReader(path))
         return True
 
     honest = [
