@@ -154,7 +154,8 @@ class TarArchive:
                     raise self._fault("holds a PAX header for all members", _DO_NOT_LOAD)
                 continue
             size = self._pax_size(pax[b"size"]) if b"size" in pax else size
-            self._add(kind, pax.get(b"path") or long_name or name, size)
+            name = name if long_name is None else long_name
+            self._add(kind, pax.get(b"path", name), size)
             long_name, pax, extensions = None, {}, set()
             self._skip(size)
         if extensions:
