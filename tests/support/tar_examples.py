@@ -133,7 +133,11 @@ HONEST = [
     if len(name) < 100 or form != tarfile.USTAR_FORMAT
 ]
 TOKENS = (*NAMES, header(b"a", 3) + padded(b"abc"), pax(record(b"path", b"b")), bytes(512))
-archives = built() | spoilt_bytes(HONEST, TOKENS)
+archives = (
+    built()
+    | spoilt_bytes(HONEST, TOKENS)
+    | spoilt_bytes(HONEST, TOKENS, most=3).map(lambda data: sealed(data))
+)
 
 
 def sealed(data: bytes) -> bytes:
