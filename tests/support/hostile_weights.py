@@ -388,6 +388,12 @@ GGUFS: dict[str, tuple[bytes, str]] = {
     "a key twice": (gguf(2, 0, (_text(b"a") + struct.pack("<IB", 0, 1)) * 2), "is there twice"),
     "version 9": (gguf(0, 0, version=9), "version 9"),
     "alignment 0": (gguf(1, 0, _ALIGNMENT + struct.pack("<I", 0)), "no power of 2"),
+    "alignment of a byte": (
+        gguf(1, 0, _text(b"general.alignment") + struct.pack("<IB", 0, 32)),
+        "general.alignment is of the type 0, not 4",
+    ),
+    "a name with a line's end": (gguf(1, 0, _text(b"a\nb") + struct.pack("<IB", 0, 1)), "cannot be printed"),
+    "a name of 256 characters": (gguf(0, 1, _tensor(b"n" * 256, (4,)) + bytes(64)), "256 characters"),
     "alignment 48": (gguf(1, 0, _ALIGNMENT + struct.pack("<I", 48)), "no power of 2"),
     "a product that overflows": (
         gguf(0, 1, _tensor(b"t", (2**32, 2**32)) + bytes(64)),
