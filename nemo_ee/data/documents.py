@@ -181,7 +181,9 @@ def _text_of(record: object, json_key: str, where: str) -> str:
             f"{where} must be a string or an object with the key {json_key!r}, not {type(record).__name__}"
         )
     if json_key not in record:
-        known = ", ".join(sorted(record)) or "no keys at all"
+        known = (
+            ", ".join(key if key.isprintable() else repr(key) for key in sorted(record)) or "no keys at all"
+        )
         known = known if len(known) < 500 else f"{known[:500]}…"
         raise DataError(
             f"{where} has no key {json_key!r}; set json_key to one that all records have ({known})"

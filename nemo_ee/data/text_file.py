@@ -59,8 +59,10 @@ def read_text(path: str | os.PathLike, longest: int, remedy: str) -> str:
         DataError: as `open_text`; it is longer, or no UTF-8.
     """
     with open_text(path) as stream, _reading(path):
-        raw = b"" if os.fstat(stream.fileno()).st_size > longest + 3 else stream.read(longest + 1)
-        too_long = len(raw) > longest or bool(not raw and stream.read(1))
+        size = os.fstat(stream.fileno()).st_size
+        # room is made for as many bytes as are asked for, even where there are fewer
+        raw = b"" if size > longest + 3 else stream.read(min(size, longest) + 1)
+        too_long = len(raw) > longest or bool(stream.read(1))
     if too_long:
         raise DataError(f"{path}: has more than {longest} bytes, and would be read as a whole; {remedy}")
     return decoded(raw, f"{path}:")

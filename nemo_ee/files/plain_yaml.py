@@ -199,7 +199,8 @@ def _resolve(document: Any) -> None:
 
 
 def _joined(key: str, name: Any) -> str:
-    return f"{key}.{name}" if key else str(name)
+    shown = str(name) if str(name).isprintable() else repr(name)[1:-1]
+    return f"{key}.{shown}" if key else shown
 
 
 def _of(key: str) -> str:

@@ -135,12 +135,16 @@ class TarArchive:
     def _read_headers(self) -> None:
         long_name: bytes | None = None
         pax: dict[bytes, bytes] = {}
+        extensions: set[bytes] = set()
         while (header := self._take(BLOCK)) != _END:
             self._headers += 1
             if self._headers > MOST_HEADERS:
                 raise self._fault(f"holds more than {MOST_HEADERS} headers", _DO_NOT_LOAD)
             kind, name, size = self._parse(header)
             if kind in b"LKxg":
+                if kind in extensions or extensions | {kind} >= {b"L", b"x"}:
+                    raise self._fault("names one member twice", _DO_NOT_LOAD)
+                extensions.add(kind)
                 text = self._extension(kind, size)
                 if kind == b"L":
                     long_name = text.split(b"\0", 1)[0]
@@ -150,9 +154,12 @@ class TarArchive:
                     raise self._fault("holds a PAX header for all members", _DO_NOT_LOAD)
                 continue
             size = self._pax_size(pax[b"size"]) if b"size" in pax else size
-            self._add(kind, pax.get(b"path") or long_name or name, size)
-            long_name, pax = None, {}
+            name = name if long_name is None else long_name
+            self._add(kind, pax.get(b"path", name), size)
+            long_name, pax, extensions = None, {}, set()
             self._skip(size)
+        if extensions:
+            raise EOFError("its last header belongs to no member")
         while self._zipped and self._take(_CHUNK, whole=False):
             pass  # gzip compares its checksum when it comes to its own end
 
@@ -169,7 +176,10 @@ class TarArchive:
             raise self._fault(what, _COPY_AGAIN) from error
         name = header[:100].split(b"\0", 1)[0]
         prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""
-        return header[156:157], (prefix + b"/" + name if prefix else name), size
+        kind = header[156:157]
+        if kind == b"\0":  # tar's before POSIX, which had no type for folders
+            kind = b"5" if name.endswith(b"/") else b"0"
+        return kind, (prefix + b"/" + name if prefix else name), size
 
     def _extension(self, kind: bytes, size: int) -> bytes:
         if size > _MOST_EXTENSION:
@@ -207,7 +217,7 @@ class TarArchive:
             kinds = {b"1": "a link", b"2": "a link", b"S": "a sparse file"}
             what = kinds.get(kind, "a device or other special file")
             raise self._fault(f"member {shown} is {what}", _DO_NOT_LOAD)
-        is_folder = kind == b"5" or name.endswith("/")
+        is_folder = kind == b"5"
         top = str(path) == "."
         if (
             path.is_absolute()
@@ -219,6 +229,8 @@ class TarArchive:
             raise self._fault(f"member {shown} points outside the archive", _DO_NOT_LOAD)
         if len(raw_name) > _MOST_NAME or any(len(os.fsencode(part)) > _MOST_PART for part in path.parts):
             raise self._fault(f"member {shown} has a name of {len(raw_name)} bytes", _DO_NOT_LOAD)
+        if name.endswith("/") and not is_folder:
+            raise self._fault(f"member {shown} is a file with the name of a folder", _DO_NOT_LOAD)
         if is_folder and size:
             raise self._fault(f"member {shown} is a folder of {size} bytes", _DO_NOT_LOAD)
         if str(path) in self.members:

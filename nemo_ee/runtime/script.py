@@ -20,6 +20,7 @@ from nemo_ee.errors import (
     OutputError,
     RankMissingError,
     TrainingError,
+    printable,
 )
 from nemo_ee.files.write_errors import disk_error, output_error
 from nemo_ee.runtime import stand_ins
@@ -89,7 +90,7 @@ def user_errors(
             _quieten_nemo()
         yield
     except _FOR_USERS as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(error)}")
     except MissingMandatoryValue as error:
         sys.exit(f"error: {_missing(error.full_key)}")
     except ImportError as error:

@@ -182,6 +182,16 @@ def _members() -> Iterator[tuple[str, Hostile]]:
     yield "a PAX name outside", Hostile(raw(outside, header(b"x")), ("outside",))
     yield "a name outside, by its prefix", Hostile(raw(_with_prefix(b"x", b"../..")), ("outside",))
     yield "the top as a file", Hostile(raw(header(b".")), ("outside",))
+    long_name = header(b"././@LongLink", 2, b"L", b"ustar  \0") + padded(b"y\0")
+    pax_name = pax(record(b"path", b"z"))
+    yield "a long name twice", Hostile(raw(long_name, long_name, header(b"x")), ("names one member twice",))
+    yield "a PAX name twice", Hostile(raw(pax_name, pax_name, header(b"x")), ("names one member twice",))
+    yield "a name in both forms", Hostile(raw(long_name, pax_name, header(b"x")), ("names one member twice",))
+    yield "a long name of no member", Hostile(raw(long_name), ("belongs to no member",))
+    yield "a PAX header of no member", Hostile(raw(pax_name), ("belongs to no member",))
+    yield "a file named like a folder", Hostile(raw(header(b"x/")), ("the name of a folder",))
+    no_name = header(b"././@LongLink", 1, b"L", b"ustar  \0") + padded(b"\0")
+    yield "a long name of nothing", Hostile(raw(no_name, header(b"x")), ("outside",))
     yield "a folder with content", Hostile(raw(header(b"x/", 512, b"5"), bytes(512)), ("a folder of 512",))
     kinds = dict.fromkeys((b"1", b"2"), "link") | dict.fromkeys((b"3", b"4", b"6", b"7", b"Z"), "device")
     for kind, what in kinds.items():
@@ -245,6 +255,10 @@ def _texts() -> Iterator[tuple[str, Hostile]]:
     yield "two documents", Hostile(with_config("a: 1\n---\nb: 2\n"), ("YAML",))
     yield "a key twice", Hostile(with_config("num_layers: 1\nnum_layers: 2\n"), ("duplicate key",))
     yield "a key that is a list", Hostile(with_config("? [a, b]\n: 1\n"), ("YAML",))
+    yield (
+        "a line's end in a key",
+        Hostile(with_config('"a\\nb": {null: 1}\n'), (r"in a\nb, which is neither",)),
+    )
     yield "a key that is null", Hostile(with_config("null: 1\n"), ("key None",))
     for text in (
         "${oc.env:HOME}", "${oc.decode:'1'}", "${now:%Y}", "${hydra:job.name}", "${oc.create:{a: 1}}",

@@ -188,6 +188,19 @@ def _emptied(directory: Path) -> None:
     directory.mkdir()
 
 
+NESTED = b"\x80\x02}" + b")" + b"2\x86" * 40 + b"Ns."
+"""A dictionary whose key is a tuple of two tuples of two tuples …: to hash it takes for ever."""
+
+
+def _with_pickle(pickled: bytes, whole: bytes | None = None) -> bytes:
+    """As torch.save writes it, but for the pickle."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(whole or _saved({}))) as old, zipfile.ZipFile(stream, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, pickled if name.endswith("/data.pkl") else old.read(name))
+    return stream.getvalue()
+
+
 FOLDERS: dict[str, tuple[Spoil, str]] = {
     "metadata runs code": (file(".metadata", lambda d: pickle.dumps(RunsCode(d.parent))), "does not belong"),
     "common state runs code": (
@@ -202,6 +215,23 @@ FOLDERS: dict[str, tuple[Spoil, str]] = {
     "metadata asks for 2^40 bytes": (
         file(".metadata", b"\x80\x04\x8e" + struct.pack("<Q", 2**40)),
         "trusted or read",
+    ),
+    "metadata has a place of 2^31 in its memo": (
+        file(".metadata", b"\x80\x04Nr" + struct.pack("<I", 2**31 - 1) + b"."),
+        "trusted or read",
+    ),
+    "metadata asks for 2^33 bytes that can be changed": (
+        file(".metadata", b"\x80\x05\x96" + struct.pack("<Q", 2**33)),
+        "trusted or read",
+    ),
+    "metadata has a key that is hashed for ever": (file(".metadata", NESTED), "tuples in each other"),
+    "common state has a key that is hashed for ever": (
+        file("common.pt", _with_pickle(NESTED)),
+        "tuples in each other",
+    ),
+    "a part has a key that is hashed for ever": (
+        replaced_part(lambda _d, whole: _with_pickle(NESTED, whole)),
+        "tuples in each other",
     ),
     "format is a list": (file("metadata.json", b"[1]"), "metadata.json cannot be read"),
     "format is deep": (file("metadata.json", b"[" * 100_000), "metadata.json cannot be read"),
@@ -306,6 +336,10 @@ FILES: dict[str, tuple[Spoil, str]] = {
     "names are numbers": (_legacy({3: torch.zeros(2)}), "names are no text"),
     "empty": (lambda path: path.write_bytes(b""), "cannot be trusted or read"),
     "torn": (lambda path: path.write_bytes(b"torn"), "cannot be trusted or read"),
+    "a key that is hashed for ever": (
+        lambda path: path.write_bytes(_with_pickle(NESTED)),
+        "cannot be trusted or read",
+    ),
     "a plain pickle": (lambda path: path.write_bytes(pickle.dumps({"a": 1})), "cannot be trusted or read"),
     "compressed": (_bomb, "cannot be trusted or read"),
 }
@@ -354,6 +388,12 @@ GGUFS: dict[str, tuple[bytes, str]] = {
     "a key twice": (gguf(2, 0, (_text(b"a") + struct.pack("<IB", 0, 1)) * 2), "is there twice"),
     "version 9": (gguf(0, 0, version=9), "version 9"),
     "alignment 0": (gguf(1, 0, _ALIGNMENT + struct.pack("<I", 0)), "no power of 2"),
+    "alignment of a byte": (
+        gguf(1, 0, _text(b"general.alignment") + struct.pack("<IB", 0, 32)),
+        "general.alignment is of the type 0, not 4",
+    ),
+    "a name with a line's end": (gguf(1, 0, _text(b"a\nb") + struct.pack("<IB", 0, 1)), "cannot be printed"),
+    "a name of 256 characters": (gguf(0, 1, _tensor(b"n" * 256, (4,)) + bytes(64)), "256 characters"),
     "alignment 48": (gguf(1, 0, _ALIGNMENT + struct.pack("<I", 48)), "no power of 2"),
     "a product that overflows": (
         gguf(0, 1, _tensor(b"t", (2**32, 2**32)) + bytes(64)),

@@ -13,7 +13,7 @@ import torch
 from nemo_ee.checkpoint import gguf
 from nemo_ee.checkpoint.gguf import keys, rope
 from nemo_ee.errors import CheckpointError
-from tests.support import tiny_gguf, tiny_llama
+from tests.support import hostile_weights, tiny_gguf, tiny_llama
 
 LLAMA3 = tiny_llama.LLAMA3_SCALING
 VARIANTS = {
@@ -179,6 +179,17 @@ def test_divisors_that_are_not_llama_3s_are_refused(tmp_path):
         ("llama.rope.scaling.factor", float("nan")),
         ("llama.rope.scaling.factor", -2.0),
         ("llama.rope.scaling.factor", "four"),
+        ("llama.rope.scaling.type", [1, 2]),
+        ("llama.block_count", 2**31),
+        ("llama.block_count", 0),
+        ("llama.feed_forward_length", 64.5),
+        ("llama.attention.head_count_kv", 2**20),
+        ("split.count", "many"),
+        ("tokenizer.ggml.pre", [1, 2]),
+        ("tokenizer.ggml.tokens", [1, 2]),
+        ("tokenizer.ggml.merges", [1, 2]),
+        ("tokenizer.ggml.token_type", ["a"] * 300),
+        ("tokenizer.ggml.add_bos_token", "false"),
         ("tokenizer.ggml.eos_token_id", "</s>"),
         ("tokenizer.chat_template", 3),
         ("tokenizer.chat_template.tool_use", 3),
@@ -284,6 +295,9 @@ def test_bad_files_give_one_error(tmp_path):
     )  # keys alone: the architecture is read first
     network.config.model_type = "mamba"
     assert "general.architecture=mamba: must be one of llama, qwen2" in refusal(tiny_gguf.write(bad, network))
+    for value in (struct.pack("<II", 4, 3), struct.pack("<IIQI", 9, 4, 1, 7)):  # a number, and a list
+        bad.write_bytes(hostile_weights.gguf(1, 0, hostile_weights._text(b"general.architecture") + value))
+        assert f"{bad}: general.architecture=" in refusal(bad)
 
 
 def test_bytes_in_another_order_are_refused_with_a_remedy_that_works(tmp_path, monkeypatch):

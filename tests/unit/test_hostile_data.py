@@ -5,16 +5,18 @@ import json
 import os
 import pickle
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from nemo_ee.data import text_file
+from nemo_ee.data.chat_template import messages_of
 from nemo_ee.data.checks import check_indexed_dataset
 from nemo_ee.data.documents import find_input_files, iter_documents
 from nemo_ee.data.json_lines import JsonLines
 from nemo_ee.data.survey import Rules, kept_documents, survey_documents
-from nemo_ee.errors import ConfigError, DataError
+from nemo_ee.errors import ConfigError, DataError, printable
 from nemo_ee.inference.prompt_file import read_prompt_file, read_texts
 from tests.support import hostile_data
 from tests.support.other_process import other_process
@@ -275,3 +277,33 @@ def test_an_index_is_checked_block_by_block(tmp_path, monkeypatch):
         hostile_data.indexed_dataset(tmp_path / "data", lengths, documents=documents, ids=ids)
         with pytest.raises(DataError, match="its documents are not those of its 8 sequences"):
             check_indexed_dataset(str(prefix), 4, 100, "text")
+
+
+def test_a_small_json_file_takes_little_memory(tmp_path):
+    path = tmp_path / "small.json"
+    path.write_text('["the cat"]')
+    tracemalloc.start()
+    try:
+        assert list(iter_documents(path, "file", "text")) == ["the cat"]
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_keys_that_an_error_lists_stay_in_its_line(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"a\\nb": 1}\n')
+    with pytest.raises(DataError) as error:
+        list(iter_documents(path, "file", "text"))
+    assert "\n" not in str(error.value) and r"'a\nb'" in str(error.value)
+
+
+@pytest.mark.parametrize("key", ("system", "mask"))
+def test_chats_whose_system_or_mask_is_no_text(key):
+    line = {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}], key: ["x"]}
+    with pytest.raises(ValueError, match=f"has '{key}' that is no text"):
+        messages_of(line)
+
+
+def test_characters_that_steer_a_terminal_are_written_out():
+    assert printable(DataError("a\x1b[2Jb\udc80é\nc")) == "a\\x1b[2Jb\\udc80é\nc"

@@ -62,9 +62,10 @@ def inspect(path: str | os.PathLike) -> GGUFFile:
     path = Path(path)
     values, found = header.read(path)
     architecture = values.get("general.architecture")
-    if architecture not in model.ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in model.ARCHITECTURES:
         raise CheckpointError(
-            f"general.architecture={architecture}: must be one of {', '.join(model.ARCHITECTURES)}; "
+            f"{path}: general.architecture={keys.shown(architecture)}: "
+            f"must be one of {', '.join(model.ARCHITECTURES)}; "
             "convert another file"
         )
     faults = list(keys.faults(values, architecture))

@@ -21,17 +21,18 @@ from nemo_ee.errors import CheckpointError
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
-_STRING, _ARRAY, _FLOAT32 = 8, 9, 6
+_STRING, _ARRAY, _FLOAT32, _UINT32 = 8, 9, 6, 4
 _SCALARS = dict(enumerate(("u1", "i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?")))
 _SCALARS |= {10: "<u8", 11: "<i8", 12: "<f8"}
 """NumPy's names of the types of values, by their numbers."""
 
+_ALIGNMENT = "general.alignment"
 MOST_HEADER = 2**26
 """Bytes before the tensors: the largest vocabularies with merges, and a copy of their tokenizer.json, need half."""
 MOST_ENTRIES = 2**20
 """Of one list; the largest vocabularies have a quarter of that, and a half as many merges."""
 MOST_KEYS, MOST_TENSORS = 2**12, 2**16
-_MOST_AXES = 4
+_MOST_AXES, _LONGEST_NAME = 4, 255
 _SHORTEST_KEY, _SHORTEST_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8
 
 
@@ -94,10 +95,13 @@ class _Header:
         keys = self._count("<Q", MOST_KEYS, _SHORTEST_KEY, "keys")
         values: dict[str, Any] = {}
         for _ in range(keys):
-            key = self._string()
+            key = self._name()
             if key in values:
                 raise _Damaged(f"the key {key[:80]!r} is there twice")
-            values[key] = self._value(key, self._number("<I"))
+            kind = self._number("<I")
+            if key == _ALIGNMENT and kind != _UINT32:
+                raise _Damaged(f"{key} is of the type {kind}, not {_UINT32}")
+            values[key] = self._value(key, kind)
         infos = [self._tensor_info() for _ in range(tensors)]
         return values, self._tensors(infos, self._data_start(values))
 
@@ -132,6 +136,12 @@ class _Header:
         except UnicodeDecodeError as error:
             raise _Damaged(f"text at {start} is no UTF-8") from error
 
+    def _name(self) -> str:
+        start, name = self.place, self._string()
+        if len(name) > _LONGEST_NAME or not name.isprintable():
+            raise _Damaged(f"the name at {start} has {len(name)} characters, or some that cannot be printed")
+        return name
+
     def _value(self, key: str, kind: int) -> Any:
         if kind == _STRING:
             return self._string()
@@ -156,7 +166,7 @@ class _Header:
 
     def _tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
         """Name, shape, type and offset."""
-        name = self._string()
+        name = self._name()
         axes = self._number("<I")
         if not 1 <= axes <= _MOST_AXES:
             raise _Damaged(f"{name[:80]} has {axes} axes")
@@ -164,9 +174,9 @@ class _Header:
         return name, shape, self._number("<I"), self._number("<Q")
 
     def _data_start(self, values: dict[str, Any]) -> int:
-        alignment = values.get("general.alignment", 32)
+        alignment = values.get(_ALIGNMENT, 32)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-            raise _Damaged(f"general.alignment={str(alignment)[:40]}, which is no power of 2")
+            raise _Damaged(f"{_ALIGNMENT}={str(alignment)[:40]}, which is no power of 2")
         return -(-self.place // alignment) * alignment
 
     def _tensors(self, infos: list[tuple[str, tuple[int, ...], int, int]], start: int) -> dict[str, Tensor]:

@@ -130,7 +130,7 @@ def faults(values: Mapping[str, Any], architecture: str) -> Iterator[str]:
             yield from _judge(key, name, value, MODEL_USED | MODEL_IGNORED, MODEL_NEUTRAL)
         elif key == "tokenizer.ggml.add_eos_token" and value:
             yield (
-                f"{key}={value}: must be False or absent, or every prompt would end with the end of text; "
+                f"{key}={shown(value)}: must be False or absent, or every prompt would end with the end of text; "
                 f'set it to False: gguf-set-metadata FILE.gguf {key} "" --force'
             )
         elif key.startswith("tokenizer.ggml."):
@@ -140,9 +140,9 @@ def faults(values: Mapping[str, Any], architecture: str) -> Iterator[str]:
             yield from _judge(key, key, value, OTHER_TOKENIZER_KEYS, {})
         elif key.startswith(FOREIGN_NAMESPACES) or (key == "general.type" and value != "model"):
             yield f"{key}={shown(value)}: is no part of a plain GPT model; convert the language model's own file"
-        elif key == "split.count" and value > 1:
+        elif key == "split.count" and value not in (0, 1):
             yield (
-                f"{key}={value}: the model must be in one file; "
+                f"{key}={shown(value)}: the model must be in one file; "
                 "join the parts with llama.cpp's: llama-gguf-split --merge FIRST_PART JOINED.gguf"
             )
 
@@ -159,6 +159,7 @@ def _judge(
 
 
 def shown(value: Any) -> str:
-    """A value short enough for a message."""
+    """A value short enough for a message, and fit for a terminal."""
     text = str(value)
+    text = text if text.isprintable() else repr(text)[1:-1]
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -11,6 +11,8 @@ from nemo_ee.checkpoint.gguf.keys import REMEDY, shown
 from nemo_ee.errors import CheckpointError
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+LARGEST = 2**27
+"""Of what is counted in keys; far beyond any model, and small enough to reckon with."""
 EMBEDDING = "token_embd.weight"
 OUTPUT = "output.weight"
 
@@ -48,13 +50,20 @@ def config(values: Mapping[str, Any], found: Mapping[str, Any]) -> Any:
             return 1
         return given
 
-    hidden, heads = int(value("embedding_length")), int(value("attention.head_count"))
-    head = int(value("attention.key_length", hidden // max(heads, 1)))
+    def whole(name: str, default: Any = None, least: int = 1, most: int = LARGEST) -> int:
+        given = value(name, default)
+        if int(given) == given and least <= given <= most:
+            return int(given)
+        fault(name, given, f"must be a whole number, {least} to {most}")
+        return 1
+
+    hidden, heads = whole("embedding_length"), whole("attention.head_count")
+    head = whole("attention.key_length", max(hidden // heads, 1))
     for name in ("attention.value_length", "rope.dimension_count"):
-        if int(value(name, head)) != head:
+        if whole(name, head) != head:
             fault(name, value(name), f"must be the key's head size, {head}")
-    context = int(value("context_length"))
-    window = int(value("attention.sliding_window", 0))
+    context = whole("context_length")
+    window = whole("attention.sliding_window", 0, least=0)
     if 0 < window < context:
         fault("attention.sliding_window", window, f"attention must reach context_length={context}")
     base = float(value("rope.freq_base", 10000.0))
@@ -63,14 +72,14 @@ def config(values: Mapping[str, Any], found: Mapping[str, Any]) -> Any:
     if EMBEDDING not in found:
         raise CheckpointError(f"{EMBEDDING}: is missing; download the whole file again")
     rows = int(found[EMBEDDING].shape[-1])
-    if int(value("vocab_size", rows)) != rows:
+    if whole("vocab_size", rows) != rows:
         fault("vocab_size", value("vocab_size"), f"must be the {rows} rows of {EMBEDDING}")
     settings = {
         "hidden_size": hidden,
-        "num_hidden_layers": int(value("block_count")),
-        "intermediate_size": int(value("feed_forward_length")),
+        "num_hidden_layers": whole("block_count", most=len(found)),  # each has some tensors
+        "intermediate_size": whole("feed_forward_length"),
         "num_attention_heads": heads,
-        "num_key_value_heads": int(value("attention.head_count_kv", heads)),
+        "num_key_value_heads": whole("attention.head_count_kv", heads, most=heads),
         "rms_norm_eps": float(value("attention.layer_norm_rms_epsilon")),
     }
     scaling = None

@@ -8,7 +8,7 @@ publish in their own ``tokenizer.json``; llama.cpp has to rewrite some of them f
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_ee.checkpoint.gguf.keys import REMEDY
+from nemo_ee.checkpoint.gguf.keys import REMEDY, shown
 from nemo_ee.errors import CheckpointError
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -96,14 +96,16 @@ RULES: dict[str, Rule] = {name: rule for rule, names in _RULES.items() for name 
 """The rule of each value of ``tokenizer.ggml.pre``."""
 
 
-def rule_of(name: str) -> Rule:
+def rule_of(name: Any) -> Rule:
     """The rule of one value of ``tokenizer.ggml.pre``.
 
     Raises:
         CheckpointError: an unknown name.
     """
-    if name not in RULES:
-        raise CheckpointError(f"tokenizer.ggml.pre={name}: must be one of {', '.join(RULES)}; {REMEDY}")
+    if not isinstance(name, str) or name not in RULES:
+        raise CheckpointError(
+            f"tokenizer.ggml.pre={shown(name)}: must be one of {', '.join(RULES)}; {REMEDY}"
+        )
     return RULES[name]
 
 

@@ -49,7 +49,7 @@ def scaling(
     factor = float(given) or 1.0
     if kind not in ("none", "linear"):
         raise CheckpointError(
-            f"{prefix}ing.type={kind}: must be none or linear, for megatron-core has no other; "
+            f"{prefix}ing.type={shown(kind)}: must be none or linear, for megatron-core has no other; "
             "convert a checkpoint without it"
         )
     linear = kind == "linear" and factor != 1.0

@@ -1,6 +1,7 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """The tokens of a GGUF file and what it says of them, with llama.cpp's defaults and its rules by name."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -95,14 +96,14 @@ class Vocabulary:
         prefix = "tokenizer.ggml."
         kind = values.get(f"{prefix}model")
         if kind not in ("gpt2", "llama"):
-            raise CheckpointError(f"{prefix}model={kind}: must be gpt2 or llama; {REMEDY}")
+            raise CheckpointError(f"{prefix}model={shown(kind)}: must be gpt2 or llama; {REMEDY}")
         bytes_ = kind == "gpt2"
         # a file without a rule is split by llama.cpp's "default"
         rule = rule_of(values.get(f"{prefix}pre") or "default") if bytes_ else None
-        tokens = _array(values, f"{prefix}tokens")
+        tokens = _array(values, f"{prefix}tokens", str)
         tokens = [token or f"[EMPTY_{number}]" for number, token in enumerate(tokens)]
         _check_unique(tokens)
-        types = _array(values, f"{prefix}token_type", len(tokens), default=1)
+        types = _array(values, f"{prefix}token_type", int, len(tokens), default=1)
         ids = _ids(values, len(tokens), {} if bytes_ else {"bos": 1, "eos": 2, "unknown": 0})
         used = max(
             [number for number, type_ in enumerate(types) if type_ != UNUSED] + list(ids.values()), default=-1
@@ -111,8 +112,8 @@ class Vocabulary:
         types = [
             CONTROL if token in _ENDS_BY_NAME else type_ for token, type_ in zip(tokens, types, strict=True)
         ]
-        add_bos = bool(values.get(f"{prefix}add_bos_token", rule.add_bos if rule else True))
-        space_prefix = bool(values.get(f"{prefix}add_space_prefix", not bytes_))
+        add_bos = _switch(values, f"{prefix}add_bos_token", rule.add_bos if rule else True)
+        space_prefix = _switch(values, f"{prefix}add_space_prefix", not bytes_)
         for name, needed in (("eos", True), ("bos", add_bos)):
             if needed and name not in ids:
                 raise CheckpointError(f"{prefix}{name}_token_id=null: must name a token; {REMEDY}")
@@ -124,8 +125,8 @@ class Vocabulary:
             tokens=tuple(tokens),
             types=tuple(types),
             rule=rule,
-            merges=_merges(_array(values, f"{prefix}merges"), set(tokens)) if bytes_ else (),
-            scores=() if bytes_ else tuple(_array(values, f"{prefix}scores", len(tokens))),
+            merges=_merges(_array(values, f"{prefix}merges", str), set(tokens)) if bytes_ else (),
+            scores=() if bytes_ else tuple(_array(values, f"{prefix}scores", float, len(tokens))),
             special={_NAMES[name]: token for name, token in ids.items() if name in _NAMES},
             add_bos=add_bos,
             space_prefix=space_prefix,
@@ -141,13 +142,21 @@ def _ids(values: Mapping[str, Any], count: int, defaults: Mapping[str, int]) -> 
         key = f"tokenizer.ggml.{name}_token_id"
         token = values.get(key, defaults.get(name))
         if token is not None and not (type(token) is int and 0 <= token < count):
-            raise CheckpointError(f"{key}={token}: must be one of {count} tokens; {REMEDY}")
+            raise CheckpointError(f"{key}={shown(token)}: must be one of {count} tokens; {REMEDY}")
         if token is not None:
             ids[name] = int(token)
     return ids
 
 
-def _array(values: Mapping[str, Any], key: str, length: int | None = None, default: Any = None) -> list[Any]:
+def _switch(values: Mapping[str, Any], key: str, default: bool) -> bool:
+    if not isinstance(value := values.get(key, default), bool):
+        raise CheckpointError(f"{key}={shown(value)}: must be true or false; {REMEDY}")
+    return value
+
+
+def _array(
+    values: Mapping[str, Any], key: str, kind: type, length: int | None = None, default: Any = None
+) -> list[Any]:
     """A list under ``key``, cut to ``length`` if longer; without the key, ``default`` that many times."""
     if key not in values and default is not None:
         return [default] * (length or 0)
@@ -155,6 +164,10 @@ def _array(values: Mapping[str, Any], key: str, length: int | None = None, defau
     if not isinstance(value, list) or len(value) < (length or 0):
         found = "null" if value is None else shown(value)
         raise CheckpointError(f"{key}={found}: must be a list with an entry for each token; {REMEDY}")
+    if value and type(value[0]) is not kind:  # the entries of a list have one type
+        raise CheckpointError(f"{key}={shown(value)}: must have entries of type {kind.__name__}; {REMEDY}")
+    if kind is float and any(map(math.isnan, value)):
+        raise CheckpointError(f"{key}={shown(value)}: must have numbers; {REMEDY}")
     return list(value[:length])
 
 
@@ -162,7 +175,7 @@ def _check_unique(tokens: list[str]) -> None:
     seen: set[str] = set()
     for token in tokens:
         if token in seen:
-            raise CheckpointError(f"tokenizer.ggml.tokens: {token!r} is there twice; {REMEDY}")
+            raise CheckpointError(f"tokenizer.ggml.tokens: {shown(token)!r} is there twice; {REMEDY}")
         seen.add(token)
 
 
@@ -172,7 +185,9 @@ def _merges(lines: list[str], tokens: set[str]) -> tuple[tuple[str, str], ...]:
         cut = line.find(" ", 1)
         pair = (line[:cut], line[cut + 1 :])
         if cut < 0 or not {*pair, "".join(pair)} <= tokens:
-            raise CheckpointError(f"tokenizer.ggml.merges: {line!r} joins no two tokens to one; {REMEDY}")
+            raise CheckpointError(
+                f"tokenizer.ggml.merges: {shown(line)!r} joins no two tokens to one; {REMEDY}"
+            )
         merges.append(pair)
     return tuple(merges)
 

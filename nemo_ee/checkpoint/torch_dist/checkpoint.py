@@ -154,12 +154,14 @@ class TorchDistCheckpoint:
 
     def fault(self, what: str, remedy: str | None = None) -> CheckpointError:
         """An error that names this checkpoint."""
+        what = " ".join(what.splitlines())  # it may quote the checkpoint
         return CheckpointError(f"{self.name}: {what}; {remedy or self._remedy}")
 
     def _load_chunk(self, key: str, offsets: tuple[int, ...]) -> torch.Tensor:
         try:
             data = self._read_place(self.metadata.storage_data[MetadataIndex(key, offsets)])
             zip_records.check_archive(data)
+            pickles.dry_run(io.BytesIO(data))
             found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except Exception as error:  # damaged pickles and zip files raise almost anything
             raise self.fault(f"data of {key} cannot be read ({_brief(error)})") from error

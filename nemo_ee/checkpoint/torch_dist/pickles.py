@@ -3,10 +3,11 @@
 
 import io
 import pickle
+import zipfile
 from collections import defaultdict
 from enum import Enum
 from pathlib import PosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from omegaconf import (
@@ -67,6 +68,8 @@ _STATE: list[Any] = [
     PosixPath,
 ]
 """What NeMo and Lightning put into a training checkpoint beside weights, and what that consists of."""
+_MOST_HASHED = 1000
+"""Parts of a tuple: those of shapes have 8, those of the state of Python's random numbers 625."""
 
 
 def load_metadata(data: bytes) -> Metadata:
@@ -75,9 +78,7 @@ def load_metadata(data: bytes) -> Metadata:
     Raises:
         Exception: almost any, for a damaged pickle; UnpicklingError for one that names anything else.
     """
-    found = _FormatUnpickler(
-        io.BytesIO(data)
-    ).load()  # which reads no more than there is, whatever lengths it says
+    found = _FormatUnpickler(data).load()
     if type(found) is not Metadata:
         raise pickle.UnpicklingError("it describes no checkpoint")
     return found
@@ -90,15 +91,120 @@ def load_state(data: bytes) -> Any:
         Exception: almost any, for damaged data; UnpicklingError for data that names other classes than honest
             checkpoints of training consist of.
     """
+    dry_run(io.BytesIO(data))
     with torch.serialization.safe_globals(_STATE):
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def dry_run(file: BinaryIO | str) -> None:
+    """Goes through what `torch.save` wrote without building it; to be done before torch's own reader does.
+
+    Args:
+        file: whose directory of records has been checked.
+
+    Raises:
+        Exception: almost any, for damaged data; UnpicklingError for data that would take too long to unpickle.
+    """
+    with zipfile.ZipFile(file) as archive:
+        for name in archive.namelist():
+            if name.endswith("/data.pkl"):
+                _DryUnpickler(archive.read(name)).load()
 
 
 class _PlanStub:
     """Stands for megatron-core's cached save plans, which nothing here reads."""
 
 
-class _FormatUnpickler(pickle.Unpickler):
+class _WholeReads(io.BytesIO):
+    """Gives as many bytes as are asked for, or none: Python's unpickler takes fewer, unlike the one in C."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(size)
+        if size is not None and len(data) < size:
+            raise EOFError("it ends too early")
+        return data
+
+    def readline(self, size: int | None = -1) -> bytes:
+        line = super().readline(size)
+        if not line.endswith(b"\n"):
+            raise EOFError("it ends too early")
+        return line
+
+
+class _BoundedUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
+    """Python's own unpickler, not the one in C, which makes room for whatever a length or a place in its memo says.
+
+    A tuple may hold another one twice, and so on: 40 of these in each other, as a key, are hashed for ever. Here
+    tuples have at most `_MOST_HASHED` parts, those of their parts included.
+    """
+
+    dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+
+    def __init__(self, data: bytes):
+        super().__init__(_WholeReads(data))
+        self._parts: dict[int, tuple[int, tuple]] = {}
+
+    def _bound(self) -> None:
+        made = self.stack[-1]
+        if type(made) is not tuple:
+            return
+        known = (self._parts.get(id(part)) for part in made if type(part) is tuple)
+        count = len(made) + sum(found[0] for found in known if found is not None)
+        if count > _MOST_HASHED:
+            raise pickle.UnpicklingError("it has tuples in each other that nothing honest has")
+        self._parts[id(made)] = (count, made)  # which keeps it, so that its id stays its own
+
+    def _refuse(self) -> None:
+        raise pickle.UnpicklingError("it has an opcode that does not belong to the format")
+
+
+def _bounded(load: Any) -> Any:
+    def load_bounded(unpickler: _BoundedUnpickler) -> None:
+        load(unpickler)
+        unpickler._bound()
+
+    return load_bounded
+
+
+for _code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
+    _BoundedUnpickler.dispatch[_code[0]] = _bounded(_BoundedUnpickler.dispatch[_code[0]])
+for _code in (pickle.BYTEARRAY8, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.FROZENSET):
+    _BoundedUnpickler.dispatch[_code[0]] = _BoundedUnpickler._refuse
+
+
+class _Anything:
+    """Stands for every class and function in a dry run."""
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+    def __setitem__(self, _: Any, __: Any) -> None:
+        pass
+
+    def append(self, _: Any) -> None:
+        """Of lists."""
+
+    def extend(self, _: Any) -> None:
+        """Of lists."""
+
+    def add(self, _: Any) -> None:
+        """Of sets."""
+
+
+class _DryUnpickler(_BoundedUnpickler):
+    """Builds nothing that a pickle names, to see whether anything else in it takes too long."""
+
+    def find_class(self, _module: str, _name: str) -> Any:
+        return _Anything
+
+    def persistent_load(self, _: Any) -> Any:
+        return _Anything()
+
+
+class _FormatUnpickler(_BoundedUnpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"):
             return _PlanStub
