@@ -1,8 +1,8 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Indices of samples that megatron-core keeps beside a dataset.
 
-It takes them with `numpy.load(…, allow_pickle=True)`, which unpickles whatever is no array: who gives a dataset away may
-have put a program there, under a name that follows from the dataset's path and settings that everybody uses.
+It takes them with `numpy.load(…, allow_pickle=True)`, which unpickles whatever is no array: who gives a dataset away
+may have put a program there, under a name that follows from the dataset's path and settings that everybody uses.
 """
 
 import os

@@ -297,3 +297,12 @@ def test_json_that_is_none(tmp_path, content, words):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=f"config.json: .*{words}"):
         plain_json.load_section(tmp_path / "config.json")
+
+
+def test_a_checkpoint_without_weights_is_named(tmp_path):
+    from nemo_ee.checkpoint.connector import _check_sizes
+
+    with pytest.raises(
+        CheckpointError, match="^m.nemo: holds neither model_weights/ nor model_weights.ckpt.*; "
+    ):
+        _check_sizes(OmegaConf.create(), None, tmp_path, "m.nemo")
