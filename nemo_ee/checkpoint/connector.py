@@ -245,3 +245,8 @@ def _check_sizes(
     elif legacy.is_file():
         model_config.require(saved, str(name))
         sizes.check_bytes(saved, legacy.stat().st_size, name)
+    else:
+        raise CheckpointError(
+            f"{name}: holds neither {archive.WEIGHTS_DIRECTORY}/ nor {archive.LEGACY_WEIGHTS_NAME}, so no weights; "
+            f"{model_config.REMEDY}"
+        )

@@ -13,6 +13,7 @@ from nemo_ee.core.finite import not_finite
 from nemo_ee.errors import CheckpointError
 from nemo_ee.files import plain_json
 from nemo_ee.files.scratch import scratch_folder
+from nemo_ee.runtime.unpickling import refuse_bytearrays
 
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 
@@ -129,9 +130,14 @@ def _check_weight_files(source: Path, config: Any) -> None:
         for file in source.iterdir()
         if file.suffix in (".safetensors", ".bin") and file.is_file()
     )
-    names = ("num_hidden_layers", "hidden_size", "intermediate_size")
-    layers, hidden, ffn = (getattr(config, name) for name in names)
-    described = {"num_layers": layers, "hidden_size": hidden, "ffn_hidden_size": ffn}
+    described = {
+        "num_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.intermediate_size,
+        "num_attention_heads": config.num_attention_heads,
+        "kv_channels": llama.head_size(config),
+        "override_vocab_size": config.vocab_size,
+    }
     if size:  # else transformers says which file is missing
         sizes.check_bytes(described, size, f"input_name_or_path={source}")
 
@@ -157,6 +163,7 @@ def _load_weights(source: Path) -> dict[str, torch.Tensor]:
     """The state dict in fp32."""
     from transformers import AutoModelForCausalLM
 
+    refuse_bytearrays()
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             str(source),

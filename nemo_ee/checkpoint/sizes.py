@@ -15,7 +15,7 @@ _LEAST_BITS = 2
 
 
 def check_tensors(config: Mapping, tensors: Mapping[str, Any], name: Any) -> None:
-    """Compares what a configuration says with the tensors beside it, as far as there are such.
+    """Compares what a configuration says with the tensors beside it, which must be there.
 
     Args:
         config: the checkpoint's own `model` section.
@@ -45,9 +45,15 @@ def check_bytes(config: Mapping, size: int, name: Any) -> None:
         CheckpointError: no number format is so small.
     """
     layers, hidden, ffn = (config[key] for key in ("num_layers", "hidden_size", "ffn_hidden_size"))
-    least = layers * hidden * (ffn + hidden)
+    heads = config["num_attention_heads"]
+    width = heads * (config.get("kv_channels") or hidden // heads)
+    rows = max(config.get(key) or 0 for key in ("make_vocab_size_divisible_by", "override_vocab_size"))
+    least = hidden * (layers * (ffn + width) + rows)
     if least * _LEAST_BITS > 8 * size:
-        sizes = f"num_layers={layers}, hidden_size={hidden}, ffn_hidden_size={ffn}"
+        sizes = (
+            f"num_layers={layers}, hidden_size={hidden}, ffn_hidden_size={ffn}, attention of width {width}"
+        )
+        sizes += f", {rows} rows of the vocabulary" if rows else ""
         raise CheckpointError(
             f"{name}: {sizes}: are at least {least} parameters, and the weights have {size} bytes; {_REMEDY}"
         )
@@ -78,6 +84,16 @@ def _differences(config: Mapping, facts: Mapping[str, Any]) -> Iterator[tuple[st
         return shape if shape is not None and len(shape) == 2 else None
 
     layers, hidden, heads = (config.get(key) for key in ("num_layers", "hidden_size", "num_attention_heads"))
+    learned = config.get("position_embedding_type", "learned_absolute") == "learned_absolute"
+    for key, tensor, needed in (
+        ("hidden_size", "embedding.word_embeddings.weight", True),
+        ("encoder_seq_length", "embedding.position_embeddings.weight", learned),
+        ("num_layers", "self_attention.linear_proj.weight", True),
+        ("num_attention_heads", "self_attention.linear_qkv.weight", True),
+        ("ffn_hidden_size", "mlp.linear_fc2.weight", not config.get("num_moe_experts")),
+    ):
+        if needed and config.get(key) is not None and matrix(tensor) is None:
+            yield key, config.get(key), f"no {tensor}"
     if "layers" in facts and layers is not None and layers != facts["layers"]:
         yield "num_layers", layers, f"{facts['layers']} layers"
     embedding, positions = (matrix(f"embedding.{kind}_embeddings.weight") for kind in ("word", "position"))

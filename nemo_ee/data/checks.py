@@ -4,9 +4,10 @@
 BlendedMegatronDatasetBuilder (megatron-core 0.13) loops for ever on a split that has no tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from nemo_ee.data.data_config import PREFIX_KEY, DatasetPart, dataset_parts
+from nemo_ee.data.index_cache import cache_folder, check_index_cache
 from nemo_ee.data.index_file import IndexedFile, open_indexed_file
 from nemo_ee.errors import DataError, Fault
 
@@ -31,8 +32,8 @@ def check_data_config(
 
     Raises:
         ConfigError: ``data_prefix`` or ``splits_string`` has no valid form.
-        DataError: a dataset is missing, damaged, shorter than one sequence in some split, or has token ids
-            beyond the vocabulary. The message lists every fault of every dataset.
+        DataError: a dataset is missing, damaged, shorter than one sequence in some split, has token ids beyond
+            the vocabulary, or what is cached of it is no index. The message lists every fault of every dataset.
     """
     if data.get("data_impl") == "mock":
         return
@@ -40,6 +41,7 @@ def check_data_config(
     faults: list[Fault] = []
     splits = dataset_parts(data.get("data_prefix"), data.get("splits_string"))
     budget = MAX_SCANNED_TOKENS // sum(len(parts) for parts in splits.values())
+    faults += _cache_faults(data, {part.prefix for parts in splits.values() for part in parts})
     for split, parts in splits.items():
         key = (
             f"{PREFIX_KEY}.{split}" if isinstance(data["data_prefix"], Mapping) else f"{PREFIX_KEY} ({split})"
@@ -48,6 +50,18 @@ def check_data_config(
             faults += _part_faults(part, sequence_length, vocab_size, split, key, extra, length_key, budget)
     if faults:
         raise DataError("\n".join(map(str, faults)))
+
+
+def _cache_faults(data: Mapping, prefixes: Collection[str]) -> Iterator[Fault]:
+    """Of indices that megatron-core has, or is said to have, made of the datasets before."""
+    folder = data.get("index_mapping_dir")
+    places = [("model.data.index_mapping_dir", folder, folder)] if folder else []
+    places += [(PREFIX_KEY, prefix, cache_folder(prefix)) for prefix in sorted(prefixes)]
+    for key, value, place in places:
+        try:
+            check_index_cache(place)
+        except DataError as error:
+            yield Fault(key, value, str(error), "delete that file: it is made anew")
 
 
 def check_indexed_dataset(

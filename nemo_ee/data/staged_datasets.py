@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
+from nemo_ee.data.index_cache import cache_folder
 from nemo_ee.errors import DataError
 from nemo_ee.files.output import replaced_files
 
@@ -105,7 +106,7 @@ class StagedDatasets:
 
 
 def _drop_index_cache(prefix: Path) -> None:
-    """Deletes the files that megatron-core's GPTDataset caches in ``<prefix>/cache/GPTDataset_indices``."""
+    """Deletes the files that megatron-core's GPTDataset caches."""
     for suffix in ("description.txt", "document_index.npy", "sample_index.npy", "shuffle_index.npy"):
-        for file in (prefix / "cache" / "GPTDataset_indices").glob(f"*-{suffix}"):
+        for file in cache_folder(prefix).glob(f"*-{suffix}"):
             file.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 
 import shutil
 import signal
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,6 +76,12 @@ class RunCheckpoint(NeMoModelCheckpoint):
             if not directory.exists():
                 self.format_checkpoint_unfinished_marker_path(filepath).unlink(missing_ok=True)
             raise OutputError(f"{error}; then the same command goes on from the checkpoint before") from error
+
+    def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
+        """NeMo's; of this run's own folder alone. The state of a checkpoint that a run goes on from names paths, and
+        for NeMo one that leads out of the folder by ``..`` lies within."""
+        within = Path(self.dirpath).resolve() in Path(previous).resolve().parents
+        return within and super()._should_remove_checkpoint(trainer, previous, current)
 
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict) -> None:
         """Lightning's, once a step: writing over a complete checkpoint would put it at risk for nothing."""

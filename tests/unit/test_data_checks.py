@@ -1,6 +1,8 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Damaged, empty, short and foreign datasets are named before Megatron meets them."""
 
+import pickle
+
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -194,3 +196,41 @@ def test_of_a_large_corpus_spread_blocks_are_read(dataset, tmp_path, monkeypatch
         check_data_config({"data_prefix": blend}, 5, 7)
     assert 60 < sum(read) <= 90
     assert token_counts({**blend, "train": [other]}, 9, max_tokens=80)[8] > 0, "the end is read, too"
+
+
+class _Program:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return open, (str(self.marker), "w")
+
+
+@pytest.mark.parametrize("kind", ["pickle", "objects", "fractions", "zip", "empty"])
+@pytest.mark.parametrize("beside", [True, False])
+def test_what_megatron_would_unpickle_beside_a_dataset_is_refused(dataset, tmp_path, kind, beside):
+    folder = tmp_path / ("good/cache/GPTDataset_indices" if beside else "elsewhere")
+    folder.mkdir(parents=True)
+    data = dict(
+        data_prefix={"train": [dataset], "validation": None, "test": None},
+        index_mapping_dir=None if beside else str(folder),
+    )
+    np.save(folder / "0-GPTDataset-train-sample_index.npy", np.zeros((3, 2), np.int32))
+    check_data_config(data, 10, 7)
+    file, marker = folder / "0-GPTDataset-train-document_index.npy", tmp_path / "ran"
+    if kind == "pickle":
+        file.write_bytes(pickle.dumps(_Program(marker)))
+    elif kind == "objects":
+        np.save(file, np.array([_Program(marker)], dtype=object), allow_pickle=True)
+    elif kind == "fractions":
+        np.save(file, np.zeros(3))
+    elif kind == "zip":
+        with open(file, "wb") as stream:
+            np.savez(stream, a=np.zeros(3))
+    else:
+        file.write_bytes(b"")
+    with pytest.raises(
+        DataError, match=r"document_index.npy is no array of whole numbers.*; delete that file"
+    ):
+        check_data_config(data, 10, 7)
+    assert not marker.exists()

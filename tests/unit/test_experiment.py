@@ -3,10 +3,12 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from nemo_ee.models.experiment import remove_superseded, remove_unfinished
+from nemo_ee.models.run_checkpoint import RunCheckpoint
 
 
 def torn(folder: Path, count: int) -> None:
@@ -60,3 +62,22 @@ def test_of_two_last_checkpoints_the_newer_stays(tmp_path):
         list(ranks.map(remove_superseded, [tmp_path] * 8))
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert left == sorted([*names, f"{names[1]}-last"]), "the best ones are not touched"
+
+
+@pytest.mark.parametrize(
+    ("previous", "goes"),
+    [
+        ("run/checkpoints/m--step=1.ckpt", True),
+        ("run/checkpoints/../../precious", False),
+        ("precious", False),
+        ("s3://bucket/precious", False),
+    ],
+)
+def test_a_run_deletes_within_its_own_folder_alone(tmp_path, monkeypatch, previous, goes):
+    """Whatever the state of the checkpoint that it goes on from calls a checkpoint of its own."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    checkpoint = RunCheckpoint(dirpath=str(folder), save_top_k=1, monitor="loss")
+    trainer = SimpleNamespace(ckpt_path=None)
+    assert checkpoint._should_remove_checkpoint(trainer, previous, str(folder / "new.ckpt")) is goes

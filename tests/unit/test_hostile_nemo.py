@@ -214,6 +214,7 @@ class TestSizes:
         encoder_seq_length=16,
         make_vocab_size_divisible_by=128,
     )
+    SIZE = 32 * (4 * (64 + 32) + 128)
     STACKED = {
         "model.embedding.word_embeddings.weight": Shape(256, 32),
         "model.embedding.position_embeddings.weight": Shape(16, 32),
@@ -230,7 +231,7 @@ class TestSizes:
         if "layers." in key
     } | {key: shape for key, shape in STACKED.items() if "layers." not in key}
 
-    @pytest.mark.parametrize("tensors", [STACKED, NUMBERED, {}], ids=["stacked", "numbered", "none"])
+    @pytest.mark.parametrize("tensors", [STACKED, NUMBERED], ids=["stacked", "numbered"])
     def test_what_belongs_together(self, tensors):
         sizes.check_tensors(self.CONFIG, tensors, "m.nemo")
 
@@ -258,12 +259,27 @@ class TestSizes:
             sizes.check_tensors({**self.CONFIG, **changes}, tensors, "m.nemo")
         assert "; " in str(error.value)
 
-    def test_weights_that_have_not_been_opened(self):
-        sizes.check_bytes(self.CONFIG, 4 * 32 * (64 + 32), "m.nemo")
+    @pytest.mark.parametrize("tensor", [key for key in STACKED if ".weight" in key and "norm" not in key])
+    def test_what_sizes_are_compared_with_must_be_there(self, tensor):
+        others = {key: shape for key, shape in self.STACKED.items() if key != tensor}
         with pytest.raises(
-            CheckpointError, match="m.nemo: num_layers=10000, .* the weights have 12288 bytes"
+            CheckpointError,
+            match=f"=[0-9]+: the weights have no {tensor.removeprefix('model.').removeprefix('decoder.layers.')}",
         ):
-            sizes.check_bytes({**self.CONFIG, "num_layers": 10_000}, 4 * 32 * (64 + 32), "m.nemo")
+            sizes.check_tensors(self.CONFIG, others, "m.nemo")
+
+    def test_positions_that_are_no_weights_need_not_be_there(self):
+        others = {key: shape for key, shape in self.STACKED.items() if "position" not in key}
+        sizes.check_tensors({**self.CONFIG, "position_embedding_type": "rope"}, others, "m.nemo")
+
+    def test_weights_that_have_not_been_opened(self):
+        sizes.check_bytes(self.CONFIG, self.SIZE, "m.nemo")
+        with pytest.raises(
+            CheckpointError, match="m.nemo: num_layers=10000, .* the weights have 16384 bytes"
+        ):
+            sizes.check_bytes({**self.CONFIG, "num_layers": 10_000}, self.SIZE, "m.nemo")
+        with pytest.raises(CheckpointError, match="attention of width 262144"):
+            sizes.check_bytes({**self.CONFIG, "kv_channels": 2**16}, self.SIZE, "m.nemo")
 
 
 @pytest.mark.parametrize(
@@ -281,3 +297,12 @@ def test_json_that_is_none(tmp_path, content, words):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=f"config.json: .*{words}"):
         plain_json.load_section(tmp_path / "config.json")
+
+
+def test_a_checkpoint_without_weights_is_named(tmp_path):
+    from nemo_ee.checkpoint.connector import _check_sizes
+
+    with pytest.raises(
+        CheckpointError, match="^m.nemo: holds neither model_weights/ nor model_weights.ckpt.*; "
+    ):
+        _check_sizes(OmegaConf.create(), None, tmp_path, "m.nemo")

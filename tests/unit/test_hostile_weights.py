@@ -98,6 +98,50 @@ def test_what_is_exchanged_after_it_was_checked_is_not_unpickled(honest, tmp_pat
     assert not (tmp_path / "ran").exists()
 
 
+class _Called:
+    def __init__(self, function, *arguments):
+        self.called = function, arguments
+
+    def __reduce__(self):
+        return self.called
+
+
+def _saved(content: object) -> bytes:
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        _Called(bytearray, 2**33),
+        _Called(torch.Tensor, 2**33),
+        {"a": [_Called(torch.FloatStorage, 2**33)]},
+        torch.zeros(2),
+    ],
+    ids=["bytearray", "tensor", "storage", "honest"],
+)
+def test_state_that_asks_for_memory(content, honest, tmp_path):
+    folder = shutil.copytree(honest, tmp_path / "folder")
+    (folder / "common.pt").write_bytes(_saved({"state": content}))
+    if isinstance(content, torch.Tensor):
+        assert TorchDistCheckpoint(folder).common["state"].shape == (2,)
+    else:
+        assert "common.pt cannot be trusted or read" in refused(lambda: TorchDistCheckpoint(folder))
+
+
+def test_metadata_does_not_change_the_classes_that_it_names(honest, tmp_path):
+    """A pickle sets attributes of classes as of objects, and those of `Path` would be all paths' from then on."""
+    folder = shutil.copytree(honest, tmp_path / "folder")
+    change = b"cpathlib\nPosixPath\n(N}(Vexists\nccollections\nOrderedDict\nutb0"  # (None, {name: value}), BUILD, POP
+    data = (folder / ".metadata").read_bytes()
+    assert data[:1] == b"\x80"
+    (folder / ".metadata").write_bytes(data[:2] + change + data[2:])
+    assert "it changes PosixPath" in refused(lambda: TorchDistCheckpoint(folder))
+    assert (folder / ".metadata").exists() is True
+
+
 def test_objects_are_handed_over_if_they_are_of_known_classes(tmp_path):
     stream = io.BytesIO(b"scales")
     content = {**hostile_weights.tensors(), "model.layers._extra_state/shard_0_1": stream}

@@ -3,8 +3,11 @@
 
 import io
 import pickle
+import sys
 import zipfile
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import PosixPath
 from typing import Any, BinaryIO
@@ -24,6 +27,11 @@ from omegaconf import (
 from omegaconf.base import ContainerMetadata
 from omegaconf.base import Metadata as ConfigMetadata
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.utils._pytree import tree_leaves
+
+from nemo_ee.runtime.unpickling import refuse_bytearrays
+
+refuse_bytearrays()
 
 _FORMAT = {
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
@@ -78,7 +86,8 @@ def load_metadata(data: bytes) -> Metadata:
     Raises:
         Exception: almost any, for a damaged pickle; UnpicklingError for one that names anything else.
     """
-    found = _FormatUnpickler(data).load()
+    with _unchanged_classes():
+        found = _FormatUnpickler(data).load()
     if type(found) is not Metadata:
         raise pickle.UnpicklingError("it describes no checkpoint")
     return found
@@ -89,11 +98,40 @@ def load_state(data: bytes) -> Any:
 
     Raises:
         Exception: almost any, for damaged data; UnpicklingError for data that names other classes than honest
-            checkpoints of training consist of.
+            checkpoints of training consist of, or for tensors with more elements than it has bytes for.
     """
     dry_run(io.BytesIO(data))
     with torch.serialization.safe_globals(_STATE):
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    for leaf in tree_leaves(found):
+        if isinstance(leaf, torch.Tensor | torch.UntypedStorage | torch.TypedStorage):
+            storage = leaf.untyped_storage() if hasattr(leaf, "untyped_storage") else leaf
+            if storage.nbytes() > len(data):
+                raise pickle.UnpicklingError(f"a tensor of {storage.nbytes()} bytes in {len(data)}")
+    return found
+
+
+@contextmanager
+def _unchanged_classes() -> Iterator[None]:
+    """Undoes what a pickle does to the classes that it may name: it can set attributes of them as of objects.
+
+    Raises:
+        pickle.UnpicklingError: it did.
+    """
+    kinds = {getattr(sys.modules[module], name) for module, names in _FORMAT.items() for name in names}
+    before = {kind: dict(vars(kind)) for kind in kinds if isinstance(kind, type)}
+    try:
+        yield
+    finally:
+        changed = [kind for kind, said in before.items() if dict(vars(kind)) != said]
+        for kind in changed:
+            for name in vars(kind).keys() - before[kind].keys():
+                delattr(kind, name)
+            for name, value in before[kind].items():
+                if vars(kind).get(name) is not value:
+                    setattr(kind, name, value)
+    if changed:
+        raise pickle.UnpicklingError(f"it changes {changed[0].__name__}")
 
 
 def dry_run(file: BinaryIO | str) -> None:
