@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_ee.checkpoint import archive, collective, keys, sizes, targets
+from nemo_ee.checkpoint import archive, collective, keys, model_config, sizes, targets
 from nemo_ee.checkpoint.content_hash import content_hash_of
 from nemo_ee.checkpoint.exit_tensors import check_exits
 from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint, join
@@ -100,6 +100,7 @@ def merge(
         raise CheckpointError(f"{output}: exists; choose another output_path or set overwrite=true")
     config = read_adapter_config(adapter)
     base_config = archive.read_config(base)
+    model_config.require(base_config, str(base))
     check_fit(adapter, config, base_config)
 
     def require_finite(key: str, tensor: Any) -> None:
@@ -135,13 +136,14 @@ def read_adapter_config(path: str | os.PathLike) -> DictConfig:
     """The configuration of an exits-only ``.nemo``.
 
     Raises:
-        CheckpointError: the file is bad, or a full checkpoint.
+        CheckpointError: the file is bad, a full checkpoint, or lacks what every model needs.
     """
     config = archive.read_config(path)
     if "base" not in config or config.get("early_exit") is None:
         raise CheckpointError(
             f"{path}: is a full checkpoint, not exits alone; give a file that save_exits wrote"
         )
+    model_config.require(config, str(path))
     return config
 
 
