@@ -34,6 +34,15 @@ _DO_NOT_LOAD = "do not load it; get the file from a source you trust"
 _CHUNK = 2**20
 _DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, OSError)
 _END = bytes(BLOCK)
+_OTHER_NUMBERS = (
+    slice(100, 108),
+    slice(108, 116),
+    slice(116, 124),
+    slice(136, 148),
+    slice(329, 337),
+    slice(337, 345),
+)
+"""Mode, owner, group, time, device."""
 _SPARSE = (b"GNU.sparse.", b"SCHILY.realsize")
 
 
@@ -169,6 +178,9 @@ class TarArchive:
             if _number(header[148:156]) != sum(header) - sum(header[148:156]) + 8 * ord(" "):
                 raise ValueError("wrong checksum")
             size = _number(header[124:136])
+            for field in _OTHER_NUMBERS:  # other readers refuse a header, or end there, if one is none
+                if header[field][0] != 0xFF:  # a time before 1970
+                    _number(header[field])
         except ValueError as error:
             if self._headers == 1:
                 raise self._fault(f"is no tar archive, so no .nemo file ({error})", _COPY_AGAIN) from error
