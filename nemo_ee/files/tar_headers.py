@@ -187,7 +187,11 @@ class TarArchive:
             what = f"is truncated or damaged after {len(self.members)} members ({error})"
             raise self._fault(what, _COPY_AGAIN) from error
         name = header[:100].split(b"\0", 1)[0]
-        prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""
+        prefix = header[345:500].split(b"\0", 1)[0]
+        if (
+            prefix and header[257:263] != b"ustar\0"
+        ):  # GNU has times there, which others take for a part of the name
+            raise self._fault("holds a name that readers differ about", _DO_NOT_LOAD)
         kind = header[156:157]
         if kind == b"\0":  # tar's before POSIX, which had no type for folders
             kind = b"5" if name.endswith(b"/") else b"0"
@@ -211,6 +215,8 @@ class TarArchive:
             key, equals, value = record[:-1].partition(b"=")
             if count > _MOST_RECORDS or end > len(text) or record[-1:] != b"\n" or not equals:
                 raise self._fault("holds a PAX header that cannot be read", _DO_NOT_LOAD)
+            if key == b"hdrcharset":
+                raise self._fault("holds a PAX header whose names are no UTF-8", _DO_NOT_LOAD)
             if key.startswith(_SPARSE):
                 raise self._fault("holds a sparse file", _DO_NOT_LOAD)
             found[key] = value

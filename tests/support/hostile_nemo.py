@@ -195,6 +195,13 @@ def _members() -> Iterator[tuple[str, Hostile]]:
     timeless[136:148] = b".0000000000\0"
     timeless[148:156] = b" " * 8
     timeless[148:156] = b"%06o\0 " % sum(timeless)
+    charset = pax(record(b"hdrcharset", b"\x80"))
+    yield "a PAX header of another character set", Hostile(raw(charset, header(b"x")), ("no UTF-8",))
+    prefixed = bytearray(header(b"x", magic=b"ustar  \0"))
+    prefixed[345:346] = b"y"
+    prefixed[148:156] = b" " * 8
+    prefixed[148:156] = b"%06o\0 " % sum(prefixed)
+    yield "a prefix in GNU's form", Hostile(raw(bytes(prefixed)), ("readers differ",))
     yield "a time that is no number", Hostile(raw(bytes(timeless)), ("no number",))
     yield "a long name of nothing", Hostile(raw(no_name, header(b"x")), ("outside",))
     yield "a folder with content", Hostile(raw(header(b"x/", 512, b"5"), bytes(512)), ("a folder of 512",))
