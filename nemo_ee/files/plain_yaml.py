@@ -167,6 +167,7 @@ def _resolve(document: Any) -> None:
         found = _REFERENCE.fullmatch(text)
         if found is None:
             shown = text if len(text) <= 80 else f"{text[:80]}…"
+            shown = shown if shown.isprintable() else repr(shown)
             raise YamlError(f"holds {key}={shown}, and resolvers are not for files from elsewhere")
         dots, names = len(found[1]), found[2].split(".")
         chain = above[:1] if not dots else above[: len(above) - dots + 1]

@@ -34,6 +34,15 @@ _DO_NOT_LOAD = "do not load it; get the file from a source you trust"
 _CHUNK = 2**20
 _DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, OSError)
 _END = bytes(BLOCK)
+_OTHER_NUMBERS = (
+    slice(100, 108),
+    slice(108, 116),
+    slice(116, 124),
+    slice(136, 148),
+    slice(329, 337),
+    slice(337, 345),
+)
+"""Mode, owner, group, time, device."""
 _SPARSE = (b"GNU.sparse.", b"SCHILY.realsize")
 
 
@@ -169,13 +178,20 @@ class TarArchive:
             if _number(header[148:156]) != sum(header) - sum(header[148:156]) + 8 * ord(" "):
                 raise ValueError("wrong checksum")
             size = _number(header[124:136])
+            for field in _OTHER_NUMBERS:  # other readers refuse a header, or end there, if one is none
+                if header[field][0] != 0xFF:  # a time before 1970
+                    _number(header[field])
         except ValueError as error:
             if self._headers == 1:
                 raise self._fault(f"is no tar archive, so no .nemo file ({error})", _COPY_AGAIN) from error
             what = f"is truncated or damaged after {len(self.members)} members ({error})"
             raise self._fault(what, _COPY_AGAIN) from error
         name = header[:100].split(b"\0", 1)[0]
-        prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""
+        prefix = header[345:500].split(b"\0", 1)[0]
+        if (
+            prefix and header[257:263] != b"ustar\0"
+        ):  # GNU has times there, which others take for a part of the name
+            raise self._fault("holds a name that readers differ about", _DO_NOT_LOAD)
         kind = header[156:157]
         if kind == b"\0":  # tar's before POSIX, which had no type for folders
             kind = b"5" if name.endswith(b"/") else b"0"
@@ -199,6 +215,8 @@ class TarArchive:
             key, equals, value = record[:-1].partition(b"=")
             if count > _MOST_RECORDS or end > len(text) or record[-1:] != b"\n" or not equals:
                 raise self._fault("holds a PAX header that cannot be read", _DO_NOT_LOAD)
+            if key == b"hdrcharset":
+                raise self._fault("holds a PAX header whose names are no UTF-8", _DO_NOT_LOAD)
             if key.startswith(_SPARSE):
                 raise self._fault("holds a sparse file", _DO_NOT_LOAD)
             found[key] = value

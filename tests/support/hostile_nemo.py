@@ -191,6 +191,18 @@ def _members() -> Iterator[tuple[str, Hostile]]:
     yield "a PAX header of no member", Hostile(raw(pax_name), ("belongs to no member",))
     yield "a file named like a folder", Hostile(raw(header(b"x/")), ("the name of a folder",))
     no_name = header(b"././@LongLink", 1, b"L", b"ustar  \0") + padded(b"\0")
+    timeless = bytearray(header(b"x"))
+    timeless[136:148] = b".0000000000\0"
+    timeless[148:156] = b" " * 8
+    timeless[148:156] = b"%06o\0 " % sum(timeless)
+    charset = pax(record(b"hdrcharset", b"\x80"))
+    yield "a PAX header of another character set", Hostile(raw(charset, header(b"x")), ("no UTF-8",))
+    prefixed = bytearray(header(b"x", magic=b"ustar  \0"))
+    prefixed[345:346] = b"y"
+    prefixed[148:156] = b" " * 8
+    prefixed[148:156] = b"%06o\0 " % sum(prefixed)
+    yield "a prefix in GNU's form", Hostile(raw(bytes(prefixed)), ("readers differ",))
+    yield "a time that is no number", Hostile(raw(bytes(timeless)), ("no number",))
     yield "a long name of nothing", Hostile(raw(no_name, header(b"x")), ("outside",))
     yield "a folder with content", Hostile(raw(header(b"x/", 512, b"5"), bytes(512)), ("a folder of 512",))
     kinds = dict.fromkeys((b"1", b"2"), "link") | dict.fromkeys((b"3", b"4", b"6", b"7", b"Z"), "device")
