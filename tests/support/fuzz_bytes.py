@@ -3,9 +3,9 @@
 
     python -m tests.support.fuzz_bytes tar|gguf SECONDS FOLDER
 
-runs until the time is over, or to the first input that takes longer than a second of the processor's time, more memory than `MOST_MIB`, or
-raises anything but one CheckpointError with the file's name. What is accepted is compared with Python's tarfile or
-the package gguf. The corpus, and an input that fails (`crash-…`), are left in the folder.
+runs until the time is over, or to the first input that takes longer than a second of the processor's time, more memory
+than `MOST_MIB`, or raises anything but one CheckpointError with the file's name. What is accepted is compared with
+Python's tarfile or the package gguf. The corpus, and an input that fails (`crash-…`), are left in the folder.
 """
 
 import sys
