@@ -211,6 +211,11 @@ FOLDERS: dict[str, tuple[Spoil, str]] = {
     "common state is a plain pickle": (file("common.pt", pickle.dumps({})), "common.pt cannot be trusted"),
     "metadata is empty": (file(".metadata", b""), "cannot be trusted or read"),
     "metadata is a dict": (file(".metadata", pickle.dumps({})), "describes no checkpoint"),
+    "metadata without its list of tensors": (
+        rewrite(lambda m: delattr(m, "state_dict_metadata")),
+        "lists no tensors",
+    ),
+    "metadata without places": (rewrite(lambda m: delattr(m, "storage_data")), "does not say where"),
     "metadata is all lists": (file(".metadata", b"\x80\x04" + b"]" * (3 * 2**20)), "more than the"),
     "metadata asks for 2^40 bytes": (
         file(".metadata", b"\x80\x04\x8e" + struct.pack("<Q", 2**40)),

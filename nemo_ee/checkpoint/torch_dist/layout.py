@@ -38,17 +38,18 @@ def checked(found: Metadata, sizes: Mapping[str, int]) -> Metadata:
     """The same metadata, made anew of nothing but what was checked.
 
     Args:
-        found: as unpickled: each attribute may be of any type.
+        found: as unpickled: each attribute may be of any type, or missing.
         sizes: bytes of the files in the checkpoint's folder, by name.
 
     Raises:
         LayoutError: the first thing that is wrong.
     """
-    _require(type(found.state_dict_metadata) is dict, "lists no tensors")
-    places = _places(found.storage_data, sizes)
+    tensors = getattr(found, "state_dict_metadata", None)
+    _require(type(tensors) is dict, "lists no tensors")
+    places = _places(getattr(found, "storage_data", None), sizes)
     entries: dict[str, Any] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}
-    for key, entry in found.state_dict_metadata.items():
+    for key, entry in tensors.items():
         _require(_is_name(key), "has a tensor whose name is no text, or too long")
         if type(entry) is BytesStorageMetadata:
             entries[key] = BytesStorageMetadata()

@@ -6,8 +6,11 @@ import resource
 
 from nemo_ee.errors import ConfigError, Fault
 
-BACKLOG = 256
-"""Connections that may be accepted at once, before the lobby sees the first of them."""
+BACKLOG = 128
+"""Connections that one turn of asyncio's event loop accepts."""
+ON_THE_WAY = 4 * BACKLOG
+"""Connections that are accepted before the file of the first of them is closed, if it has to leave: of one turn each
+that waits to be accepted, is given its transport, enters the lobby and is closed."""
 KEPT_FILES = 32
 """For all else that a running server opens."""
 
@@ -24,7 +27,7 @@ def connections_within_limit(wanted: int, least: int) -> int:
     Raises:
         ConfigError: there is no room for the least.
     """
-    others = len(os.listdir("/dev/fd")) + KEPT_FILES + BACKLOG
+    others = len(os.listdir("/dev/fd")) + KEPT_FILES + ON_THE_WAY
     limit, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
         return wanted
