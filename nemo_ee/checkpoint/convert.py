@@ -125,6 +125,13 @@ def _check_weight_files(source: Path, config: Any) -> None:
         raise CheckpointError(
             f"input_name_or_path={source}: holds an adapter (adapter_config.json); merge it into its model first"
         )
+    for index in source.glob("*.index.json"):
+        places = plain_json.load_section(index).get("weight_map")
+        for name in places.values() if isinstance(places, dict) else ():
+            if not isinstance(name, str) or not name or Path(name).name != name:
+                raise CheckpointError(
+                    f"{index}: names {str(name)[:80]!r}, which is no file of its folder; download it again"
+                )
     size = sum(
         file.stat().st_size
         for file in source.iterdir()

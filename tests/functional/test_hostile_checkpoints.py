@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from nemo_ee.errors import CheckpointError
 from tests.functional.test_sentencepiece_checkpoints import HEAD, config
@@ -255,6 +256,21 @@ class TestHuggingFaceFolders:
         source = tiny_llama.write(tmp_path / "hf")
         (source / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
         with pytest.raises(CheckpointError, match="adapter_config.json"):
+            convert_to_nemo(source, tmp_path / "m.nemo")
+
+    @pytest.mark.parametrize("name", ["../{}", "/etc/{}", 3, ""])
+    def test_weights_elsewhere_are_not_read(self, tmp_path, name):
+        """An index that names a file of another folder, where it lies and would load."""
+        from nemo_ee.checkpoint.convert import convert_to_nemo
+
+        source = tiny_llama.write(tmp_path / "hf")
+        weights = source / "model.safetensors"
+        keys = list(load_file(weights))
+        shutil.move(weights, tmp_path / weights.name)
+        name = name.format(weights.name) if isinstance(name, str) else name
+        index = {"metadata": {}, "weight_map": dict.fromkeys(keys, name)}
+        (source / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(CheckpointError, match="index.json: names .*, which is no file of its folder"):
             convert_to_nemo(source, tmp_path / "m.nemo")
 
 
