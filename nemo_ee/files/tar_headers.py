@@ -9,10 +9,10 @@ Format: POSIX.1-2017, pax, "ustar Interchange Format" and "pax Header Block"; GN
 """
 
 import gzip
+import io
 import os
 import stat
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -117,7 +117,9 @@ class TarArchive:
 
     def read(self, member: Member) -> bytes:
         """A file's content; ask for its size first."""
-        return b"".join(self._content(member))
+        content = io.BytesIO()
+        self.copy(member, content)
+        return content.getvalue()
 
     def copy(self, member: Member, sink: BinaryIO) -> None:
         """Writes a file's content to an open file.
@@ -125,21 +127,18 @@ class TarArchive:
         Raises:
             CheckpointError: it cannot be read.
         """
-        for piece in self._content(member):
-            sink.write(piece)
-
-    def _content(self, member: Member) -> Iterator[bytes]:
-        left = member.size
-        try:
-            self._file.seek(member.offset)
-            while left:
-                piece = self._file.read(min(left, 16 * _CHUNK))
-                if not piece:
+        place, end = member.offset, member.offset + member.size
+        buffer = memoryview(bytearray(min(member.size, _CHUNK)))
+        while place < end:
+            try:
+                self._file.seek(place)
+                count = self._file.readinto(buffer[: end - place])
+                if not count:
                     raise EOFError("its end comes too early")
-                left -= len(piece)
-                yield piece
-        except _DAMAGED as error:
-            raise self._fault(f"is truncated or damaged ({error})", _COPY_AGAIN) from error
+            except _DAMAGED as error:
+                raise self._fault(f"is truncated or damaged ({error})", _COPY_AGAIN) from error
+            sink.write(buffer[:count])
+            place += count
 
     def _read_headers(self) -> None:
         long_name: bytes | None = None
