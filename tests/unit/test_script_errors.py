@@ -49,6 +49,21 @@ def test_a_package_that_is_not_nvidias_apex(tmp_path, monkeypatch):
     assert "Apex is installed" in message and "no_such_name" in message and "pip uninstall apex" in message
 
 
+@pytest.mark.parametrize("switch, shown", [("1", True), ("0", False), (None, False)])
+def test_hydras_switch_shows_the_traceback_too(switch, shown, monkeypatch, capsys):
+    def a_function_of_this_test():
+        raise DataError("text.json: is empty; give another")
+
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    if switch is not None:
+        monkeypatch.setenv("HYDRA_FULL_ERROR", switch)
+    message = message_of(a_function_of_this_test)
+    assert message == "error: text.json: is empty; give another"
+    said = capsys.readouterr().err
+    assert ("Traceback (most recent call last)" in said and "in a_function_of_this_test" in said) == shown
+    assert shown or not said
+
+
 @pytest.mark.parametrize("system, name", [("Darwin", "macOS"), ("Windows", "Windows")])
 def test_other_systems_are_refused_by_name_before_anything_else(system, name, monkeypatch):
     monkeypatch.setattr(platform, "system", lambda: system)
