@@ -79,6 +79,7 @@ def start_experiment(trainer: Trainer, cfg: DictConfig) -> Path:
     Raises:
         ConfigError: a time or a number of steps that is none.
         CheckpointError: the last checkpoint is damaged; see `checkpoint_to_resume`.
+        OutputError: nothing can be written there.
     """
     settings = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     every = (settings.get("checkpoint_callback_params") or {}).pop("every_n_train_steps", None)
@@ -96,7 +97,8 @@ def start_experiment(trainer: Trainer, cfg: DictConfig) -> Path:
             settings.resume_from_checkpoint = str(other)
     stops = settings.get("create_preemption_callback", True)
     settings.create_preemption_callback = False
-    log_dir = exp_manager(trainer, settings)
+    with write_errors(directory):
+        log_dir = exp_manager(trainer, settings)
     trainer.callbacks.append(ValidateAfterResuming())
     for index, callback in enumerate(trainer.callbacks):
         if type(callback) is NeMoModelCheckpoint:

@@ -2,6 +2,7 @@
 """What every script does around its work: its command line, stand-ins for what the machine lacks, clear errors."""
 
 import functools
+import logging
 import os
 import sys
 import traceback
@@ -111,9 +112,13 @@ def user_errors(
 
 def _end(message: str) -> NoReturn:
     """Ends the script with what the error being handled says to users."""
-    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+    if _full_errors():
         traceback.print_exc()
     sys.exit(f"error: {message}")
+
+
+def _full_errors() -> bool:
+    return os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 def _raised_in(package: str, error: ImportError) -> bool:
@@ -142,7 +147,11 @@ def _missing(key: str) -> Fault:
 
 
 def _quieten_nemo() -> None:
-    """Drops NeMo's hundred lines of warnings about megatron-core fields that keep their defaults."""
-    from nemo.utils import logging
+    """Drops NeMo's hundred lines of warnings about megatron-core fields that keep their defaults.
 
-    logging._logger.addFilter(lambda record: "does not have field.name" not in record.getMessage())
+    And a traceback per line that its log file, on a full disk, does not take; the next output says it once.
+    """
+    from nemo.utils import logging as nemo_logging
+
+    logging.raiseExceptions = _full_errors()
+    nemo_logging._logger.addFilter(lambda record: "does not have field.name" not in record.getMessage())

@@ -1,6 +1,8 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """What a killed run leaves behind is removed, by as many ranks at a time as there are."""
 
+import errno
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
-from nemo_ee.errors import DataError
+from nemo_ee.errors import DataError, OutputError
 from nemo_ee.models import experiment as module
 from nemo_ee.models.experiment import remove_superseded, remove_unfinished
 from nemo_ee.models.run_checkpoint import RunCheckpoint
@@ -115,6 +117,23 @@ class TestRefused:
             place = dict(exp_dir=str(run.parent), name="run", resume_if_exists=resumes)
             self.refused(monkeypatch, log_dir, DataError("x"), **place)
             assert not list(tmp_path.iterdir())
+
+    def test_on_a_full_disk_it_is_named_and_gone(self, tmp_path, monkeypatch):
+        def exp_manager(*_):
+            run.mkdir()
+            (run / "cmd-args.log").touch()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        run = tmp_path / "run"
+        monkeypatch.setattr(module, "exp_manager", exp_manager)
+        trainer = SimpleNamespace(global_rank=0, callbacks=[], ckpt_path=None)
+        settings = OmegaConf.create({"explicit_log_dir": str(run)})
+        with (
+            pytest.raises(OutputError, match=f"^{run}: cannot be written: the disk is full"),
+            module.experiment(trainer, settings),
+        ):
+            pytest.fail("not reached")
+        assert not list(tmp_path.iterdir())
 
     def test_what_was_there_stays(self, tmp_path, monkeypatch):
         run = tmp_path / "run"

@@ -1,6 +1,7 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """What scripts turn into one line of text, and what they leave alone."""
 
+import logging
 import platform
 import subprocess
 import sys
@@ -62,6 +63,22 @@ def test_hydras_switch_shows_the_traceback_too(switch, shown, monkeypatch, capsy
     said = capsys.readouterr().err
     assert ("Traceback (most recent call last)" in said and "in a_function_of_this_test" in said) == shown
     assert shown or not said
+
+
+@pytest.mark.parametrize("switch", ["1", "0"])
+def test_a_log_file_on_a_full_disk_prints_no_traceback_per_line(switch, monkeypatch, capsys):
+    from nemo.utils import logging as nemo_logging
+
+    monkeypatch.setenv("HYDRA_FULL_ERROR", switch)
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    handler = logging.FileHandler("/dev/full")
+    with user_errors():
+        nemo_logging._logger.addHandler(handler)
+        try:
+            nemo_logging.warning("a line")
+        finally:
+            nemo_logging._logger.removeHandler(handler)
+    assert ("No space left on device" in capsys.readouterr().err) == (switch == "1")
 
 
 @pytest.mark.parametrize("system, name", [("Darwin", "macOS"), ("Windows", "Windows")])
