@@ -19,14 +19,14 @@ def main(cfg: DictConfig) -> None:
     """Builds or restores the model, trains it and saves it with its exits."""
     in_a_file = cfg.model.restore_from_path or cfg.model.tokenizer.model  # a .nemo, or SentencePiece's
     with user_errors(cfg, optional=["model.tokenizer.type"] if in_a_file else []):
-        from nemo_ee.models.experiment import fit, start_experiment
+        from nemo_ee.models.experiment import experiment, fit
         from nemo_ee.models.megatron_gpt_ee_pretraining_model import MegatronGPTEEPretrainingModel
         from nemo_ee.models.trainer_builder import EarlyExitTrainerBuilder
 
         trainer = EarlyExitTrainerBuilder(cfg).create_trainer()
-        start_experiment(trainer, cfg.exp_manager)
-        model = MegatronGPTEEPretrainingModel.start(cfg, trainer)
-        fit(trainer, model)
+        with experiment(trainer, cfg.exp_manager):
+            model = MegatronGPTEEPretrainingModel.start(cfg, trainer)
+            fit(trainer, model)
 
 
 if __name__ == "__main__":

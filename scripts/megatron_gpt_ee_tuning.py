@@ -18,14 +18,14 @@ from nemo_ee.runtime.script import script, user_errors
 def main(cfg: DictConfig) -> None:
     """Restores the base, adds exits, tunes them and saves them alone."""
     with user_errors(cfg):
-        from nemo_ee.models.experiment import fit, start_experiment
+        from nemo_ee.models.experiment import experiment, fit
         from nemo_ee.models.megatron_gpt_ee_tuning_model import MegatronGPTEETuningModel
         from nemo_ee.models.trainer_builder import EarlyExitTrainerBuilder
 
         trainer = EarlyExitTrainerBuilder(cfg).create_trainer()
-        start_experiment(trainer, cfg.exp_manager)
-        model = MegatronGPTEETuningModel.restore_base(cfg, trainer)
-        fit(trainer, model)
+        with experiment(trainer, cfg.exp_manager):
+            model = MegatronGPTEETuningModel.restore_base(cfg, trainer)
+            fit(trainer, model)
 
 
 if __name__ == "__main__":

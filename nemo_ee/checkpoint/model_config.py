@@ -49,7 +49,9 @@ _EXIT_SECTIONS = ("head", "ridge", "tuning", "training", "inference")
 _NEVER_NULL = ("tokenizer", "base", *NEEDED)
 _SHARES = ("hidden_dropout", "attention_dropout", "ffn_dropout", "rotary_percentage")
 _POSITIVE = ("layernorm_epsilon", "rotary_base", "seq_len_interpolation_factor")
-_TEXTS = ("activation", "normalization", "position_embedding_type", "name")
+_ACTIVATIONS = "gelu geglu reglu swiglu squared-relu fast-geglu fast-swiglu fast-reglu approx-gelu".split()
+"""NeMo's, `activation_to_func`."""
+_TEXTS = ("normalization", "position_embedding_type", "name")
 _SWITCHES = (
     "mcore_gpt",
     "share_embeddings_and_output_weights",
@@ -131,6 +133,7 @@ def _broken_rules(section: dict) -> list[tuple[str, str]]:
             yield key, lambda v: _is_number(v) and v > 0, "must be a positive number"
         for key in _TEXTS:
             yield key, lambda v: isinstance(v, str), "must be a text"
+        yield "activation", lambda v: v in _ACTIVATIONS, f"must be one of {', '.join(_ACTIVATIONS)}"
         for key in _SWITCHES:
             yield key, lambda v: isinstance(v, bool), "must be true or false"
         yield "init_method_std", lambda v: _is_number(v) and v >= 0, "must be a number, 0 or more"

@@ -32,8 +32,10 @@ _SAID = {
     errno.EMFILE: ("too many files are open", "raise the limit (ulimit -n 4096)"),
     errno.ENFILE: ("too many files are open on this machine", "end other programs"),
 }
-_PYTORCH_WRITER = re.compile(r"PytorchStreamWriter failed|enforce fail at inline_container\.cc")
-"""How PyTorch says that a write failed; it does not say why."""
+_PYTORCH_WRITER = re.compile(
+    r"PytorchStreamWriter failed|enforce fail at inline_container\.cc|^basic_ios::clear"
+)
+"""How PyTorch says that a write failed, and C++ for it where the last bytes do; neither says why."""
 _OURS = tuple(
     kind for kind in vars(nemo_ee.errors).values() if isinstance(kind, type) and issubclass(kind, Exception)
 )

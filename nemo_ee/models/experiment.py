@@ -1,12 +1,11 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """NeMo's exp_manager and fit for runs that may have been killed at any moment."""
 
-import atexit
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.checkpoint import collective
-from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.errors import CheckpointError, ConfigError, DataError, Fault, OutputError
 from nemo_ee.files.claim import claim, sweep
 from nemo_ee.files.write_errors import write_errors
 from nemo_ee.models.resumed_checkpoint import KEY, age, checkpoint_to_resume
@@ -26,11 +25,44 @@ from nemo_ee.runtime.missing_ranks import naming_missing_ranks
 
 DEFAULT_DIRECTORY = "nemo_experiments"
 """NeMo's, where neither `explicit_log_dir` nor `exp_dir` is given."""
-_claims = ExitStack()
-"""Directories of runs of this process that go on where an earlier one ended; until they have ended."""
 
 
-def start_experiment(trainer: Trainer, cfg: DictConfig) -> None:
+@contextmanager
+def experiment(trainer: Trainer, cfg: DictConfig) -> Iterator[None]:
+    """Sets up a run, which the body builds a model for and fits; its folder is no other run's until it ends.
+
+    A run that is refused before its first step leaves no folder behind that was made for it.
+
+    Args:
+        trainer: without logger and checkpoint callback of its own.
+        cfg: the `exp_manager` section.
+
+    Raises:
+        As `start_experiment`, and what the body raises.
+        OutputError: another run is writing there, or nothing can be written there.
+    """
+    directory, first = _directory(cfg), trainer.global_rank == 0
+    shared = cfg.get("resume_if_exists", False) or cfg.get("explicit_log_dir") is not None
+    new = [path for path in (directory, *directory.parents) if not path.exists()]
+    there = {directory, *directory.iterdir()} if directory.is_dir() else set()
+    # Without a claim this run would delete what another is writing. Else NeMo makes a folder for this run alone.
+    with claim(directory) if shared and first else nullcontext():
+        log_dir = directory if shared else None
+        try:
+            log_dir = start_experiment(trainer, cfg)
+            yield
+        except (CheckpointError, ConfigError, DataError, OutputError):
+            started = any(isinstance(each, _Started) and each.started for each in trainer.callbacks)
+            if first and not started and log_dir is not None and log_dir not in there:
+                shutil.rmtree(log_dir, ignore_errors=True)
+                with suppress(OSError):
+                    for path in new:
+                        if path.exists():
+                            path.rmdir()
+            raise
+
+
+def start_experiment(trainer: Trainer, cfg: DictConfig) -> Path:
     """Sets up logs, checkpoints and resuming, as `exp_manager` does.
 
     A run that is killed while it writes a checkpoint leaves it marked as unfinished. NeMo deletes such
@@ -41,10 +73,13 @@ def start_experiment(trainer: Trainer, cfg: DictConfig) -> None:
         trainer: without logger and checkpoint callback of its own.
         cfg: the `exp_manager` section.
 
+    Returns:
+        The folder of this run's logs.
+
     Raises:
         ConfigError: a time or a number of steps that is none.
         CheckpointError: the last checkpoint is damaged; see `checkpoint_to_resume`.
-        OutputError: another run is writing there, or nothing can be written there.
+        OutputError: nothing can be written there.
     """
     settings = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     every = (settings.get("checkpoint_callback_params") or {}).pop("every_n_train_steps", None)
@@ -52,22 +87,18 @@ def start_experiment(trainer: Trainer, cfg: DictConfig) -> None:
     if faults := list(_faults(settings, every, fallback)):
         raise ConfigError(*faults)
     other, resumes = None, cfg.get("resume_if_exists", False)
-    directory = cfg.get("explicit_log_dir")
-    if directory is None:
-        directory = Path(cfg.get("exp_dir") or DEFAULT_DIRECTORY, cfg.get("name") or "default")
-    shared = resumes or cfg.get("explicit_log_dir") is not None  # else NeMo makes a folder for this run alone
-    if shared and trainer.global_rank == 0:
-        atexit.register(_claims.close)
-        _claims.enter_context(claim(directory))  # else this run would delete what another is writing
-        sweep(Path(directory, "checkpoints"))  # half a .nemo would be taken for a checkpoint
+    directory = _directory(cfg)
+    if trainer.global_rank == 0:
+        sweep(directory / "checkpoints")  # half a .nemo would be taken for a checkpoint
     if resumes:
-        remove_unfinished(Path(directory))
-        remove_superseded(Path(directory))
-        if (other := checkpoint_to_resume(Path(directory), fallback)) is not None:
+        remove_unfinished(directory)
+        remove_superseded(directory)
+        if (other := checkpoint_to_resume(directory, fallback)) is not None:
             settings.resume_from_checkpoint = str(other)
     stops = settings.get("create_preemption_callback", True)
     settings.create_preemption_callback = False
-    exp_manager(trainer, settings)
+    with write_errors(directory):
+        log_dir = exp_manager(trainer, settings)
     trainer.callbacks.append(ValidateAfterResuming())
     for index, callback in enumerate(trainer.callbacks):
         if type(callback) is NeMoModelCheckpoint:
@@ -78,6 +109,14 @@ def start_experiment(trainer: Trainer, cfg: DictConfig) -> None:
             if stops:
                 trainer.callbacks.append(StopOnSignal(checkpoint))
             break
+    return Path(log_dir)
+
+
+def _directory(cfg: DictConfig) -> Path:
+    """Where NeMo has a run's logs and checkpoints, or a folder of them for each start."""
+    if cfg.get("explicit_log_dir") is not None:
+        return Path(cfg.explicit_log_dir)
+    return Path(cfg.get("exp_dir") or DEFAULT_DIRECTORY, cfg.get("name") or "default")
 
 
 def _faults(settings: DictConfig, every: object, fallback: object) -> Iterator[Fault]:
@@ -171,11 +210,6 @@ def fit(trainer: Trainer, model: Any) -> None:
         RankMissingError: other ranks do not answer.
         OutputError: logs or checkpoints cannot be written.
     """
-    with _claims:
-        _fit(trainer, model)
-
-
-def _fit(trainer: Trainer, model: Any) -> None:
     noted = _Started()
     trainer.callbacks.insert(0, noted)
     with naming_missing_ranks(getattr(trainer.strategy.launcher, "procs", ())):

@@ -2,10 +2,13 @@
 """What every script does around its work: its command line, stand-ins for what the machine lacks, clear errors."""
 
 import functools
+import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -76,6 +79,8 @@ def user_errors(
 ) -> Iterator[None]:
     """Turns errors that are meant for users into `error: …` and exit status 1.
 
+    With HYDRA_FULL_ERROR=1, Hydra's own switch, the traceback comes before it.
+
     Args:
         cfg: a script's configuration; every mandatory key (`???`) that was not given is an error.
         nemo: supply first what NeMo lacks on this machine, and quieten NeMo. False spares a script that does
@@ -90,19 +95,30 @@ def user_errors(
             _quieten_nemo()
         yield
     except _FOR_USERS as error:
-        sys.exit(f"error: {printable(error)}")
+        _end(printable(error))
     except MissingMandatoryValue as error:
-        sys.exit(f"error: {_missing(error.full_key)}")
+        _end(str(_missing(error.full_key)))
     except ImportError as error:
         if not _raised_in("apex", error):
             raise
         # NeMo does without an Apex that is not there, and PyPI has another package of that name.
         remedy = "pip uninstall apex, or install NVIDIA's (https://github.com/NVIDIA/apex)"
-        sys.exit(f"error: Apex is installed, but cannot be imported ({error}); {remedy}")
+        _end(f"Apex is installed, but cannot be imported ({error}); {remedy}")
     except Exception as error:
         if (cause := disk_error(error)) is None:
             raise
-        sys.exit(f"error: {output_error(cause.filename or 'an output', cause)}")
+        _end(str(output_error(cause.filename or "an output", cause)))
+
+
+def _end(message: str) -> NoReturn:
+    """Ends the script with what the error being handled says to users."""
+    if _full_errors():
+        traceback.print_exc()
+    sys.exit(f"error: {message}")
+
+
+def _full_errors() -> bool:
+    return os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 def _raised_in(package: str, error: ImportError) -> bool:
@@ -131,7 +147,11 @@ def _missing(key: str) -> Fault:
 
 
 def _quieten_nemo() -> None:
-    """Drops NeMo's hundred lines of warnings about megatron-core fields that keep their defaults."""
-    from nemo.utils import logging
+    """Drops NeMo's hundred lines of warnings about megatron-core fields that keep their defaults.
 
-    logging._logger.addFilter(lambda record: "does not have field.name" not in record.getMessage())
+    And a traceback per line that its log file, on a full disk, does not take; the next output says it once.
+    """
+    from nemo.utils import logging as nemo_logging
+
+    logging.raiseExceptions = _full_errors()
+    nemo_logging._logger.addFilter(lambda record: "does not have field.name" not in record.getMessage())

@@ -4,6 +4,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from nemo_ee.checkpoint import model_config
 from nemo_ee.errors import CheckpointError
 from tests.functional.test_sentencepiece_checkpoints import HEAD, config
 from tests.support import hostile_nemo, tiny_chats, tiny_llama
@@ -29,6 +31,7 @@ CHANGES = {
     "a tabular tokenizer": (dict(tokenizer=TABULAR), "tokenizer.library"),
     "a resolver": (dict(seed="${oc.env:HOME}"), "oc.env:HOME"),
     "no tokenizer": (dict(tokenizer=None), "tokenizer=None"),
+    "no activation": (dict(activation="os.system"), "activation='os.system'"),
     "a size of 0": (dict(hidden_size=0), "hidden_size=0"),
 }
 """What is refused when the configuration is read -> changes of it, words of the error."""
@@ -189,6 +192,15 @@ def test_every_way_in_refuses(found):
         assert [file for file in files if not file.startswith(("base", "exits", "tokenizer", "sp"))] == [], (
             case
         )
+
+
+def test_activations_are_those_that_nemo_knows():
+    from nemo.collections.nlp.parts.utils_funcs import activation_to_func
+
+    with pytest.raises(ValueError, match="Supported activations") as refused:
+        activation_to_func("none")
+    known = re.findall(r"'([a-z-]+)'", str(refused.value))
+    assert known and sorted(model_config._ACTIVATIONS) == sorted(known)
 
 
 class TestHuggingFaceFolders:

@@ -1,12 +1,17 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """What a killed run leaves behind is removed, by as many ranks at a time as there are."""
 
+import errno
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from omegaconf import OmegaConf
 
+from nemo_ee.errors import DataError, OutputError
+from nemo_ee.models import experiment as module
 from nemo_ee.models.experiment import remove_superseded, remove_unfinished
 from nemo_ee.models.run_checkpoint import RunCheckpoint
 
@@ -81,3 +86,65 @@ def test_a_run_deletes_within_its_own_folder_alone(tmp_path, monkeypatch, previo
     checkpoint = RunCheckpoint(dirpath=str(folder), save_top_k=1, monitor="loss")
     trainer = SimpleNamespace(ckpt_path=None)
     assert checkpoint._should_remove_checkpoint(trainer, previous, str(folder / "new.ckpt")) is goes
+
+
+class TestRefused:
+    """A run that is refused leaves no folder that was made for it, and takes none that was there."""
+
+    @staticmethod
+    def refused(
+        monkeypatch, log_dir: Path, error: Exception, started: bool = False, **settings: object
+    ) -> None:
+        def exp_manager(trainer, _):
+            log_dir.mkdir(parents=True, exist_ok=True)
+            (log_dir / "nemo_log.txt").touch()
+            return log_dir
+
+        monkeypatch.setattr(module, "exp_manager", exp_manager)
+        trainer = SimpleNamespace(global_rank=0, callbacks=[], ckpt_path=None)
+        with pytest.raises(type(error)), module.experiment(trainer, OmegaConf.create(settings)):
+            assert (log_dir / "nemo_log.txt").exists()
+            noted = module._Started()
+            noted.started = started
+            trainer.callbacks.append(noted)
+            raise error
+
+    def test_a_new_folder_goes_with_those_above_it(self, tmp_path, monkeypatch):
+        run = tmp_path / "a" / "b" / "run"
+        self.refused(monkeypatch, run, DataError("x"), explicit_log_dir=str(run))
+        assert not list(tmp_path.iterdir())
+        for resumes, log_dir in ((True, run), (False, run / "version_0")):
+            place = dict(exp_dir=str(run.parent), name="run", resume_if_exists=resumes)
+            self.refused(monkeypatch, log_dir, DataError("x"), **place)
+            assert not list(tmp_path.iterdir())
+
+    def test_on_a_full_disk_it_is_named_and_gone(self, tmp_path, monkeypatch):
+        def exp_manager(*_):
+            run.mkdir()
+            (run / "cmd-args.log").touch()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        run = tmp_path / "run"
+        monkeypatch.setattr(module, "exp_manager", exp_manager)
+        trainer = SimpleNamespace(global_rank=0, callbacks=[], ckpt_path=None)
+        settings = OmegaConf.create({"explicit_log_dir": str(run)})
+        with (
+            pytest.raises(OutputError, match=f"^{run}: cannot be written: the disk is full"),
+            module.experiment(trainer, settings),
+        ):
+            pytest.fail("not reached")
+        assert not list(tmp_path.iterdir())
+
+    def test_what_was_there_stays(self, tmp_path, monkeypatch):
+        run = tmp_path / "run"
+        (run / "version_0").mkdir(parents=True)
+        self.refused(monkeypatch, run, DataError("x"), explicit_log_dir=str(run))
+        place = dict(exp_dir=str(tmp_path), name="run")
+        self.refused(monkeypatch, run / "version_1", DataError("x"), **place)
+        assert sorted(path.name for path in run.iterdir()) == ["nemo_log.txt", "version_0"]
+
+    @pytest.mark.parametrize("started, error", [(True, DataError("x")), (False, ZeroDivisionError())])
+    def test_logs_of_what_began_or_failed_otherwise_stay(self, started, error, tmp_path, monkeypatch):
+        run = tmp_path / "run"
+        self.refused(monkeypatch, run, error, started, explicit_log_dir=str(run))
+        assert [path.name for path in tmp_path.rglob("*")] == ["run", "nemo_log.txt"]

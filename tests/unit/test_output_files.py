@@ -8,9 +8,11 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from nemo_ee.errors import CheckpointError, OutputError
 from nemo_ee.files.output import claim, replaced_file, replaced_files, replaced_folder, work_folder
+from tests.support.full_disk import file_limit
 from tests.support.other_process import other_process
 
 HOLD = """
@@ -285,6 +287,7 @@ def test_what_keeps_it_from_being_written_is_said_with_what_to_do(number, tmp_pa
     [
         RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 64 vs 0"),
         RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+        RuntimeError("basic_ios::clear: iostream error"),
         Exception("I/O error: No space left on device (os error 28)"),
     ],
 )
@@ -296,6 +299,17 @@ def test_a_full_disk_is_known_whichever_library_met_it(raised, tmp_path):
             raise OSError(errno.ENOSPC, "full")
         except OSError as error:
             raise ValueError("cannot save") from error
+
+
+def test_what_pytorch_cannot_write_is_known_wherever_it_ends(tmp_path):
+    values = {"weights": torch.ones(20), "rest": "x" * 99}
+    torch.save(values, tmp_path / "whole")
+    size = (tmp_path / "whole").stat().st_size
+    for limit in range(0, size, 13):
+        with pytest.raises(OutputError, match="cannot be written: "), file_limit(limit):
+            with replaced_file(tmp_path / "out") as part:
+                torch.save(values, part)
+        assert names(tmp_path) == ["whole"], limit
 
 
 def test_errors_of_what_is_read_are_not_taken_for_errors_of_writing(tmp_path):

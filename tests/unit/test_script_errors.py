@@ -1,6 +1,7 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """What scripts turn into one line of text, and what they leave alone."""
 
+import logging
 import platform
 import subprocess
 import sys
@@ -47,6 +48,37 @@ def test_a_package_that_is_not_nvidias_apex(tmp_path, monkeypatch):
 
     message = message_of(work)
     assert "Apex is installed" in message and "no_such_name" in message and "pip uninstall apex" in message
+
+
+@pytest.mark.parametrize("switch, shown", [("1", True), ("0", False), (None, False)])
+def test_hydras_switch_shows_the_traceback_too(switch, shown, monkeypatch, capsys):
+    def a_function_of_this_test():
+        raise DataError("text.json: is empty; give another")
+
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    if switch is not None:
+        monkeypatch.setenv("HYDRA_FULL_ERROR", switch)
+    message = message_of(a_function_of_this_test)
+    assert message == "error: text.json: is empty; give another"
+    said = capsys.readouterr().err
+    assert ("Traceback (most recent call last)" in said and "in a_function_of_this_test" in said) == shown
+    assert shown or not said
+
+
+@pytest.mark.parametrize("switch", ["1", "0"])
+def test_a_log_file_on_a_full_disk_prints_no_traceback_per_line(switch, monkeypatch, capsys):
+    from nemo.utils import logging as nemo_logging
+
+    monkeypatch.setenv("HYDRA_FULL_ERROR", switch)
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    handler = logging.FileHandler("/dev/full")
+    with user_errors():
+        nemo_logging._logger.addHandler(handler)
+        try:
+            nemo_logging.warning("a line")
+        finally:
+            nemo_logging._logger.removeHandler(handler)
+    assert ("No space left on device" in capsys.readouterr().err) == (switch == "1")
 
 
 @pytest.mark.parametrize("system, name", [("Darwin", "macOS"), ("Windows", "Windows")])
