@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_ee.checkpoint import archive, collective, keys, model_config, sizes, targets
+from nemo_ee.checkpoint import archive, collective, keys, model_config, sizes, targets, tokenizer
 from nemo_ee.checkpoint.content_hash import content_hash_of
 from nemo_ee.checkpoint.exit_tensors import check_exits
 from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint, join
@@ -91,9 +91,9 @@ def merge(
     process; needs disk for twice the base beside ``output``.
 
     Raises:
-        CheckpointError: as :func:`load_exits`; the exits are not those that their configuration and the base ask for,
-            or weights of either hold NaN; the base has its weights in one file; or ``output`` exists and may not be
-            overwritten.
+        CheckpointError: as :func:`load_exits`; the base's tokenizer cannot be loaded; the exits are not those that
+            their configuration and the base ask for, or weights of either hold NaN; the base has its weights in one
+            file; or ``output`` exists and may not be overwritten.
     """
     output = Path(output)
     if output.exists() and not overwrite:
@@ -102,6 +102,8 @@ def merge(
     base_config = archive.read_config(base)
     model_config.require(base_config, str(base))
     check_fit(adapter, config, base_config)
+    if tokenizer.is_inside(base_config):
+        tokenizer.tokenizer_from_nemo(base)  # nobody could use the model without it
 
     def require_finite(key: str, tensor: Any) -> None:
         if not_finite([(key, tensor)]):

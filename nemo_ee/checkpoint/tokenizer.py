@@ -69,7 +69,7 @@ def tokenizer_from_nemo(path: str | os.PathLike) -> Any:
                 f"{path}: tokenizer.type={settings.type}: is not on this machine; "
                 f"save the model with nemo_ee, which puts the tokenizer into the file"
             )
-        return _load(Path(settings.type), settings)
+        return _load(Path(settings.type), settings, path)
 
 
 def pack(settings: DictConfig | None, live: Any, config_file: str | os.PathLike) -> bool:
@@ -197,7 +197,7 @@ def _load_with_nemo(path: str | os.PathLike, settings: DictConfig) -> Any:
     return tokenizer
 
 
-def _load(directory: Path, settings: DictConfig) -> Any:
+def _load(directory: Path, settings: DictConfig, path: str | os.PathLike) -> Any:
     from transformers import AutoTokenizer
 
     try:
@@ -209,9 +209,13 @@ def _load(directory: Path, settings: DictConfig) -> Any:
         )
     except Exception as error:  # whatever a damaged file leads to
         raise CheckpointError(
-            f"{directory}: holds no tokenizer that transformers can load ({error}); "
+            f"{path}: holds no tokenizer that transformers can load ({type(error).__name__}: {_brief(error)}); "
             "convert the checkpoint again"
         ) from error
     if settings.get("chat_template"):
         tokenizer.chat_template = settings.chat_template
     return tokenizer
+
+
+def _brief(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from nemo_ee.data.token_rules import beginning, joined, known_id, name_special_pieces, tokens_before_a_text
-from nemo_ee.errors import ConfigError, DataError, Fault
+from nemo_ee.errors import CheckpointError, ConfigError, DataError, Fault
 from nemo_ee.files.scratch import scratch_folder
 
 
@@ -225,6 +225,7 @@ def tokenizer_files(config: TokenizerConfig) -> Iterator[TokenizerConfig]:
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged or hostile, or lacks files that its configuration names.
+            A ConfigError in the context that names one of its files becomes one, too.
         DataError: its configuration has no tokenizer.
     """
     if config.nemo is None:
@@ -251,4 +252,12 @@ def tokenizer_files(config: TokenizerConfig) -> Iterator[TokenizerConfig]:
         values["use_fast"] = bool(section.get("use_fast", False))  # NeMo's default
         if config.add_bos is None:
             values["add_bos"] = section.get("add_bos")
-        yield replace(config, nemo=None, **values)
+        try:
+            yield replace(config, nemo=None, **values)
+        except ConfigError as error:
+            if str(scratch) not in str(error):
+                raise
+            rule = error.faults[0].rule.replace(f"{scratch / 'home'}/", "")
+            raise CheckpointError(
+                f"tokenizer.nemo={config.nemo}: its tokenizer cannot be loaded: {rule}; copy the checkpoint again"
+            ) from error

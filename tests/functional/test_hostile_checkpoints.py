@@ -172,6 +172,34 @@ def refusals(folder: str) -> dict[str, tuple[str, str, list[str]]]:
             text,
             sorted({*os.listdir()} - {"evil_tok", "evil.nemo"}),
         )
+    found |= broken_tokenizers()
+    return found
+
+
+def broken_tokenizers() -> dict[str, tuple[str, str, list[str]]]:
+    """The same for a tokenizer's file that is none, inside a checkpoint that is fine otherwise."""
+    from nemo_ee.checkpoint import adapter, archive
+    from nemo_ee.data.tokenizer import TokenizerConfig, load_tokenizer, tokenizer_files
+
+    def preprocess(path: str) -> None:
+        with tokenizer_files(TokenizerConfig(nemo=path)) as description:
+            load_tokenizer(description)
+
+    folder, found = archive.extract("base.nemo", "unpacked"), {}
+    (model,) = folder.glob("*.model")
+    model.write_bytes(b"none")
+    archive.write_archive(folder, "evil.nemo")
+    shutil.rmtree(folder)
+    for way, enter in {
+        "merge": lambda path: adapter.merge(path, "exits.nemo", "out.nemo"),
+        "preprocess": preprocess,
+    }.items():
+        try:
+            enter("evil.nemo")
+            kind, text = "none", "it was taken"
+        except Exception as error:
+            kind, text = type(error).__name__, str(error)
+        found[f"a broken tokenizer, {way}"] = kind, text, sorted({*os.listdir()} - {"evil_tok", "evil.nemo"})
     return found
 
 
@@ -184,11 +212,15 @@ def test_every_way_in_refuses(found):
     for case, (kind, text, files) in found.items():
         _, _, name = case.partition(": ")
         known = CHANGES | TOO_LARGE
-        words = known[name][1] if name in known else "cannot be loaded"
-        assert kind == ("CheckpointError" if name in known else "ConfigError"), (case, kind, text)
+        words = known[name][1] if name in known else "load"
+        broken = case.startswith("a broken tokenizer")
+        assert kind == ("CheckpointError" if name in known or broken else "ConfigError"), (case, kind, text)
         assert words in text, (case, text)
-        if name in known:
-            assert Path(text.split(": ")[0]).name in ("evil.nemo", "unpacked"), (case, text)
+        if name in known or broken:
+            assert Path(text.split(": ")[0].removeprefix("tokenizer.nemo=")).name in (
+                "evil.nemo",
+                "unpacked",
+            ), (case, text)
         assert [file for file in files if not file.startswith(("base", "exits", "tokenizer", "sp"))] == [], (
             case
         )
