@@ -157,7 +157,10 @@ def _open(lock_file: Path) -> tuple[int, bool]:
         with suppress(FileExistsError):
             return lock.open_for_lock(lock_file, os.O_RDWR | os.O_CREAT | os.O_EXCL), True
         with suppress(FileNotFoundError):
-            return lock.open_for_lock(lock_file, os.O_RDWR), False
+            try:
+                return lock.open_for_lock(lock_file, os.O_RDWR), False
+            except PermissionError:  # another user's, who shares the folder
+                return lock.open_for_lock(lock_file, os.O_RDONLY), False
 
 
 def _sign(descriptor: int) -> None:
