@@ -11,6 +11,7 @@ import pytest
 
 from nemo_ee.errors import CheckpointError, OutputError
 from nemo_ee.files.output import claim, replaced_file, replaced_files, replaced_folder, work_folder
+from nemo_ee.files.scratch import ScratchFolder
 from tests.support.other_process import other_process
 
 HOLD = """
@@ -264,12 +265,14 @@ def test_a_forked_child_has_no_part_in_the_claim(tmp_path):
     with claim(target):
         if (child := os.fork()) == 0:
             status = 1
+            other = ScratchFolder("other")  # its lock has the number that the claim's had
             try:
                 with claim(target):
                     status = 2
             except OutputError:
                 status = 0
             finally:
+                other.close()
                 os._exit(status)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         if (child := os.fork()) == 0:
