@@ -49,28 +49,33 @@ def find_input_files(inputs: Sequence[str]) -> list[Path]:
     """
     files: dict[Path, None] = {}
     for name in inputs:
-        path = Path(name)
         try:
-            is_folder, exists, is_file = path.is_dir(), path.exists(), path.is_file()
+            found = _files_of(name)
         except OSError as error:
-            raise DataError(f"input={name}: cannot be read ({error.strerror}); check the path") from error
-        if is_folder:
-            found = sorted(child for child in path.rglob("*") if child.is_file() and child.suffix in SUFFIXES)
-            if not found:
-                raise DataError(f"input={name}: must hold {_suffix_list()} files; the directory has none")
-        elif exists:
-            if not is_file:
-                raise DataError(f"input={name}: is a pipe or a device, and no file; write it to a file first")
-            found = [path]
-        else:
-            found = sorted(Path(match) for match in set(_matches(name)) if Path(match).is_file())
-            if not found:
-                raise DataError(f"input={name}: must exist; check the path or the pattern")
+            place = error.filename or name
+            raise DataError(f"input={place}: cannot be read ({error.strerror}); check the path") from error
         for file in found:
             if file.suffix not in SUFFIXES:
                 raise DataError(f"input={file}: must end in {_suffix_list()}; convert or rename the file")
             files[file] = None
     return list(files)
+
+
+def _files_of(name: str) -> list[Path]:
+    path = Path(name)
+    if path.is_dir():
+        found = sorted(child for child in path.rglob("*") if child.is_file() and child.suffix in SUFFIXES)
+        if not found:
+            raise DataError(f"input={name}: must hold {_suffix_list()} files; the directory has none")
+    elif path.exists():
+        if not path.is_file():
+            raise DataError(f"input={name}: is a pipe or a device, and no file; write it to a file first")
+        found = [path]
+    else:
+        found = sorted(Path(match) for match in set(_matches(name)) if Path(match).is_file())
+        if not found:
+            raise DataError(f"input={name}: must exist; check the path or the pattern")
+    return found
 
 
 def _matches(pattern: str) -> Iterator[str]:

@@ -151,7 +151,9 @@ def main() -> None:
     sys.path = json.loads(sys.argv[1])
     for number in (signal.SIGPROF, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's, which is meant for the parent
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        # meant for the parent, from the terminal or whoever ends the job; the parent may need this process still
+        signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     parent = os.getppid()
     import jinja2.ext

@@ -126,7 +126,7 @@ def decoded(raw: bytes, where: str) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{where} must be UTF-8 text, byte {error.start} is not; convert the file (iconv -t UTF-8)"
+            f"{where} must be UTF-8 text, byte {error.start} is not; convert the file (iconv -f ENCODING -t UTF-8)"
         ) from error
 
 

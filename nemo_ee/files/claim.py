@@ -29,7 +29,7 @@ _PATIENCE = 60.0
 """Seconds for others to finish removing what a dead process left here."""
 
 _claims: dict[Path, tuple[int, int]] = {}
-"""Outputs of this process: the descriptors of their locks, and the threads that claimed them."""
+"""Outputs: the processes and threads that claimed them. A forked process finds those of the one before, too."""
 
 
 @contextmanager
@@ -49,9 +49,10 @@ def claim(path: str | os.PathLike) -> Iterator[Path]:
         OutputError: another process writes there, or nothing can be written there.
     """
     target = real_path(path)
-    descriptor, thread = _claims.get(target, (-1, -1))
-    if lock.is_held(descriptor):  # else it was claimed by the process that this one was forked from
-        if thread != threading.get_ident():
+    us = os.getpid(), threading.get_ident()
+    process, thread = _claims.get(target, (-1, -1))
+    if process == us[0]:
+        if thread != us[1]:
             raise OutputError(f"{path}: another thread of this process is writing it; write elsewhere")
         yield target
         return
@@ -59,11 +60,11 @@ def claim(path: str | os.PathLike) -> Iterator[Path]:
         with write_errors(path, every=True):
             sweep(target.parent)
             descriptor = _acquire(target, path)
-        _claims[target] = descriptor, threading.get_ident()
+        _claims[target] = us
         try:
             yield target
         finally:
-            if lock.is_held(descriptor):
+            if os.getpid() == us[0]:
                 del _claims[target]
                 with suppress(OSError):
                     beside(target, _LOCK).unlink()
@@ -157,7 +158,10 @@ def _open(lock_file: Path) -> tuple[int, bool]:
         with suppress(FileExistsError):
             return lock.open_for_lock(lock_file, os.O_RDWR | os.O_CREAT | os.O_EXCL), True
         with suppress(FileNotFoundError):
-            return lock.open_for_lock(lock_file, os.O_RDWR), False
+            try:
+                return lock.open_for_lock(lock_file, os.O_RDWR), False
+            except PermissionError:  # another user's, who shares the folder
+                return lock.open_for_lock(lock_file, os.O_RDONLY), False
 
 
 def _sign(descriptor: int) -> None:

@@ -73,11 +73,6 @@ def is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def is_held(descriptor: int) -> bool:
-    """Whether this process opened the descriptor, and not the process that it was forked from."""
-    return descriptor in _held
-
-
 def release(descriptor: int) -> None:
     """Unlocks and closes; nothing in a process that was forked since."""
     if descriptor not in _held:

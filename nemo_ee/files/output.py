@@ -5,6 +5,7 @@ Whatever happens meanwhile, an error, a full disk, SIGKILL or a loss of power, w
 What such an end leaves beside it goes at once or, after SIGKILL, when the next process writes into that folder.
 """
 
+import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -91,17 +92,8 @@ def replaced_files(paths: Sequence[str | os.PathLike]) -> Iterator[list[Path]]:
         parts = [beside(target, PART) for target in targets]
         with _removing(parts), write_errors(paths[0], [*parts, *targets]):
             yield parts
-            written = {part for part in parts if part.exists()}  # asked once: what vanishes later is an error
-            for part in written:
-                _flush(part)
-            for part, target in reversed([*zip(parts, targets, strict=True)]):
-                if len(parts) > 1 or part not in written:
-                    target.unlink(missing_ok=True)
-            for part, target in zip(parts, targets, strict=True):
-                if part in written:
-                    os.replace(part, target)
-            for folder in {target.parent for target in targets}:
-                _flush(folder)
+            with write_errors(paths[0], every=True):
+                _publish_files(parts, targets)
 
 
 @contextmanager
@@ -123,14 +115,15 @@ def replaced_folder(path: str | os.PathLike) -> Iterator[Path]:
         with _removing([part]), write_errors(path, [part, target]):
             part.mkdir()
             yield part
-            for folder, _, files in os.walk(part, topdown=False):
-                for name in files:
-                    _flush(Path(folder, name))
-                _flush(Path(folder))
-            if target.exists():
-                os.rename(target, old)  # a claim brings it back, were we killed before the next line
-            os.rename(part, target)
-            _flush(target.parent)
+            with write_errors(path, every=True):
+                for folder, _, files in os.walk(part, topdown=False):
+                    for name in files:
+                        _flush(Path(folder, name))
+                    _flush_folder(Path(folder))
+                if target.exists():
+                    os.rename(target, old)  # a claim brings it back, were we killed before the next line
+                os.rename(part, target)
+                _flush_folder(target.parent)
             with suppress(OSError):
                 remove(old)
 
@@ -152,6 +145,20 @@ def work_folder(path: str | os.PathLike) -> Iterator[Path]:
             yield work
 
 
+def _publish_files(parts: Sequence[Path], targets: Sequence[Path]) -> None:
+    written = {part for part in parts if part.exists()}  # asked once: what vanishes later is an error
+    for part in written:
+        _flush(part)
+    for part, target in reversed([*zip(parts, targets, strict=True)]):
+        if len(parts) > 1 or part not in written:
+            target.unlink(missing_ok=True)
+    for part, target in zip(parts, targets, strict=True):
+        if part in written:
+            os.replace(part, target)
+    for folder in {target.parent for target in targets}:
+        _flush_folder(folder)
+
+
 @contextmanager
 def _removing(paths: Sequence[Path]) -> Iterator[None]:
     try:
@@ -168,6 +175,15 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _flush_folder(path: Path) -> None:
+    """As far as that can be done: some file systems cannot, and one may write into folders that one may not read."""
+    try:
+        _flush(path)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EBADF, errno.EINVAL):
+            raise
 
 
 def _check_kind(path: str | os.PathLike, folder: bool) -> None:

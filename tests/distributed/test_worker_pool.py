@@ -1,8 +1,10 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """The launcher that distributed tests stand on: results, isolation, and failures that say what happened."""
 
+import multiprocessing
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +58,20 @@ def test_every_job_has_its_own_parallel_state(workers, tp, pp):
         (stage, replica, shard) for stage in range(pp) for replica in range(dp) for shard in range(tp)
     ]
     assert workers(4).run(parallel_ranks, tp, pp) == expected
+
+
+def named_semaphore():
+    kept.append(multiprocessing.Lock())
+    return kept[0]._semlock.name
+
+
+kept = []
+
+
+def test_ranks_leave_no_semaphores(workers):
+    """Which the kernel would keep, and Python's tracker complain about when all tests have run."""
+    for name in workers(2).run(named_semaphore):
+        assert name.startswith("/") and not Path(f"/dev/shm/sem.{name[1:]}").exists()
 
 
 def test_an_exception_is_reported_with_its_traceback(workers):

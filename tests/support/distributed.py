@@ -237,7 +237,7 @@ def _rank_main(job: _Job, rank: int) -> None:
         job.error(rank).write_text(traceback.format_exc())
         sys.stderr.flush()
         os._exit(1)
-    os._exit(0)  # torch.distributed's threads and NeMo's exit handlers have nothing left to do
+    # multiprocessing now gives back what this rank had of it (semaphores, folders), and ends without exit handlers
 
 
 def _die_with_parent() -> None:

@@ -194,9 +194,10 @@ def _runs(pid: int) -> bool:
         return False
 
 
-def test_a_signal_of_the_terminal_does_not_end_it():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_signals_that_reach_the_whole_process_group_do_not_end_it(number):
     tokenizer = shapes.tokenizer("{{ messages[0].role }}", "</s>")
     render(tokenizer, TURNS)
     child = chat_rendering._process._child
-    os.kill(child.pid, signal.SIGINT)
+    os.kill(child.pid, number)
     assert render(tokenizer, TURNS) == "user" and chat_rendering._process._child is child

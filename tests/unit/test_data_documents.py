@@ -1,7 +1,11 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Which files are read, and what counts as a document in each."""
 
+import errno
 import json
+import os
+import re
+import subprocess
 
 import pytest
 
@@ -76,6 +80,35 @@ def test_bad_content_names_file_and_record(tmp_path, name, content, message):
     with pytest.raises(DataError, match=message) as error:
         documents(path)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "UTF-16"])
+def test_what_is_said_of_other_encodings_converts_them(tmp_path, encoding):
+    given, converted = tmp_path / "a.txt", tmp_path / "b.txt"
+    given.write_text("caf\xe9\n", encoding=encoding)
+    with pytest.raises(DataError) as error:
+        documents(given)
+    command = re.search(r"\((iconv .*)\)", str(error.value))[1].replace("ENCODING", encoding).split()
+    converted.write_bytes(subprocess.run([*command, given], capture_output=True, check=True).stdout)
+    assert documents(converted, "line") == ["caf\xe9"]
+
+
+def test_a_file_that_cannot_be_looked_at_is_named(tmp_path, monkeypatch):
+    """In a folder that may be listed and not entered."""
+    (tmp_path / "sub").mkdir()
+    closed = tmp_path / "sub" / "a.txt"
+    closed.touch()
+    stat = os.stat
+
+    def refusing(path, *, follow_symlinks=True, **place):
+        if os.fspath(path) == str(closed):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, follow_symlinks=follow_symlinks, **place)
+
+    monkeypatch.setattr(os, "stat", refusing)
+    for name in (tmp_path, tmp_path / "**" / "*.txt"):
+        with pytest.raises(DataError, match=rf"input={closed}: cannot be read \(Permission denied\)"):
+            find_input_files([str(name)])
 
 
 def test_inputs_expand_in_a_stable_order_and_only_once(tmp_path):

@@ -12,6 +12,7 @@ import torch
 
 from nemo_ee.errors import CheckpointError, OutputError
 from nemo_ee.files.output import claim, replaced_file, replaced_files, replaced_folder, work_folder
+from nemo_ee.files.scratch import ScratchFolder
 from tests.support.full_disk import file_limit
 from tests.support.other_process import other_process
 
@@ -194,6 +195,28 @@ def test_what_a_live_process_writes_and_what_only_looks_like_it_stays(tmp_path):
     assert names(tmp_path) == sorted([*mine, "live"])
 
 
+def test_what_another_user_was_killed_at_keeps_nobody_away(tmp_path, monkeypatch):
+    """In a folder that several may write to: the lock of another may be read alone."""
+    target = tmp_path / "out"
+    (tmp_path / ".out.nemo_ee-lock").write_text("process 1 on a")
+    (tmp_path / ".out.nemo_ee-part").write_text("half")
+    opened = os.open
+
+    def readable(path, flags, *mode):
+        if str(path).endswith("nemo_ee-lock") and flags & os.O_RDWR and not flags & os.O_CREAT:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", readable)
+    monkeypatch.setattr(os, "geteuid", lambda: -1)  # nothing there is ours
+    with replaced_file(target) as part:
+        part.write_text("new")
+        monkeypatch.undo()
+        with other_process(HOLD, "claim", target) as other:
+            assert "is writing it" in begin(other)[0]
+    assert target.read_text() == "new" and names(tmp_path) == ["out"]
+
+
 def test_nobody_is_refused_because_others_clean_up(tmp_path):
     code = """
     import sys
@@ -244,12 +267,14 @@ def test_a_forked_child_has_no_part_in_the_claim(tmp_path):
     with claim(target):
         if (child := os.fork()) == 0:
             status = 1
+            other = ScratchFolder("other")  # its lock has the number that the claim's had
             try:
                 with claim(target):
                     status = 2
             except OutputError:
                 status = 0
             finally:
+                other.close()
                 os._exit(status)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         if (child := os.fork()) == 0:
@@ -310,6 +335,44 @@ def test_what_pytorch_cannot_write_is_known_wherever_it_ends(tmp_path):
             with replaced_file(tmp_path / "out") as part:
                 torch.save(values, part)
         assert names(tmp_path) == ["whole"], limit
+
+
+def test_a_disk_that_fails_when_all_is_written_leaves_the_old(tmp_path, monkeypatch):
+    """The kernel's error at the end names no file."""
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "old").touch()
+
+    def fails(descriptor):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OutputError, match="file: cannot be written: the disk failed"):
+        with replaced_file(tmp_path / "file") as part:
+            part.write_text("new")
+    with pytest.raises(OutputError, match="folder: cannot be written: the disk failed"):
+        with replaced_folder(tmp_path / "folder") as part:
+            (part / "new").touch()
+    assert names(tmp_path) == ["file", "folder"] and names(tmp_path / "folder") == ["old"]
+    assert (tmp_path / "file").read_text() == "old"
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EACCES])
+def test_folders_that_cannot_be_flushed_are_written_to(number, tmp_path, monkeypatch):
+    """VirtualBox's shared folders say EINVAL; a folder that takes files and lists none cannot be opened."""
+    flush = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with replaced_file(tmp_path / "file") as part:
+        part.write_text("new")
+    with replaced_folder(tmp_path / "folder") as part:
+        (part / "new").touch()
+    assert names(tmp_path) == ["file", "folder"] and names(tmp_path / "folder") == ["new"]
 
 
 def test_errors_of_what_is_read_are_not_taken_for_errors_of_writing(tmp_path):

@@ -316,7 +316,7 @@ def test_connections_leave_files_for_others(monkeypatch, soft, hard, most, raise
 
 def test_too_few_files_are_told(monkeypatch):
     on(monkeypatch, System(256, 256))
-    with pytest.raises(ConfigError, match=f"ulimit -n=256: .* run ulimit -n {OTHERS + 300} first"):
+    with pytest.raises(ConfigError, match=f"ulimit -Hn=256: .*root.*ulimit -Hn {OTHERS + 300} "):
         open_files.connections_within_limit(300, 100)
 
 

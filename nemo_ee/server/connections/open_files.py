@@ -35,7 +35,7 @@ def connections_within_limit(wanted: int, least: int) -> int:
         limit = others + wanted if highest == resource.RLIM_INFINITY else min(others + wanted, highest)
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, highest))
     if limit - others < least:
-        rule = f"the limit of open files leaves no room for {least} connections"
-        remedy = f"run ulimit -n {others + wanted} first, or lower queue_size"
-        raise ConfigError(Fault("ulimit -n", limit, rule, remedy))
+        rule = f"the hard limit of open files leaves no room for {least} connections"
+        remedy = f"have root raise it (ulimit -Hn {others + wanted} in the shell that starts this), or lower queue_size"
+        raise ConfigError(Fault("ulimit -Hn", limit, rule, remedy))
     return min(wanted, limit - others)
