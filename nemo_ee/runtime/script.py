@@ -5,6 +5,7 @@ import functools
 import logging
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -121,6 +122,11 @@ def _full_errors() -> bool:
     return os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
+def _thread_ended(args: threading.ExceptHookArgs) -> None:
+    if _full_errors() or disk_error(args.exc_value) is None:
+        threading.__excepthook__(args)
+
+
 def _raised_in(package: str, error: ImportError) -> bool:
     """Whether modules of a package were being imported when the error came up."""
     modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
@@ -149,9 +155,11 @@ def _missing(key: str) -> Fault:
 def _quieten_nemo() -> None:
     """Drops NeMo's hundred lines of warnings about megatron-core fields that keep their defaults.
 
-    And a traceback per line that its log file, on a full disk, does not take; the next output says it once.
+    And tracebacks of what its log file and TensorBoard's thread, on a full disk, do not take; the next output says it
+    once.
     """
     from nemo.utils import logging as nemo_logging
 
     logging.raiseExceptions = _full_errors()
+    threading.excepthook = _thread_ended
     nemo_logging._logger.addFilter(lambda record: "does not have field.name" not in record.getMessage())

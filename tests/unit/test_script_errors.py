@@ -1,17 +1,20 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """What scripts turn into one line of text, and what they leave alone."""
 
+import errno
 import logging
 import platform
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
 from nemo_ee.errors import DataError
+from nemo_ee.runtime import script
 from nemo_ee.runtime.script import user_errors
 
 ROOT = Path(__file__).parents[2]
@@ -81,6 +84,21 @@ def test_a_log_file_on_a_full_disk_prints_no_traceback_per_line(switch, monkeypa
     assert ("No space left on device" in capsys.readouterr().err) == (switch == "1")
 
 
+@pytest.mark.parametrize("error, shown", [(OSError(errno.ENOSPC, "full"), False), (KeyError(1), True)])
+def test_a_thread_that_finds_the_disk_full_prints_no_traceback(error, shown, monkeypatch, capsys):
+    """As TensorBoard's does."""
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    monkeypatch.setattr(threading, "excepthook", script._thread_ended)
+
+    def write():
+        raise error
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    thread.join()
+    assert ("Traceback" in capsys.readouterr().err) == shown
+
+
 @pytest.mark.parametrize("system, name", [("Darwin", "macOS"), ("Windows", "Windows")])
 def test_other_systems_are_refused_by_name_before_anything_else(system, name, monkeypatch):
     monkeypatch.setattr(platform, "system", lambda: system)
@@ -94,7 +112,8 @@ def test_windows_is_refused_though_it_lacks_signals():
         import platform, signal
         del signal.SIGUSR1, signal.pthread_sigmask
         platform.system = lambda: "Windows"
-        from nemo_ee.runtime.script import user_errors
+        from nemo_ee.runtime import script
+from nemo_ee.runtime.script import user_errors
         with user_errors(nemo=False):
             pass
     """
