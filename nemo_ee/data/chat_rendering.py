@@ -92,11 +92,12 @@ class _Process:
                 self._child = _started()
             child = self._child
             try:
-                child.stdin.write(request.encode() + b"\n")  # type: ignore[union-attr]
-                child.stdin.flush()  # type: ignore[union-attr]
-            except BrokenPipeError:
-                pass  # its end says why
-            line = child.stdout.readline()  # type: ignore[union-attr]
+                line = _answer(child, request)
+            except BaseException:  # interrupted: the next one who asks would read this answer
+                self._child = None
+                child.kill()
+                child.wait()
+                raise
             if line.endswith(b"\n"):
                 return json.loads(line)
             self._child = None
@@ -106,9 +107,21 @@ class _Process:
 _process = _Process()
 
 
+def _answer(child: "subprocess.Popen[bytes]", request: str) -> bytes:
+    """A line, or what there is of it where the process ends."""
+    assert child.stdin is not None and child.stdout is not None
+    try:
+        child.stdin.write(request.encode() + b"\n")
+        child.stdin.flush()
+    except BrokenPipeError:
+        pass  # its end says why
+    return child.stdout.readline()
+
+
 def _started() -> "subprocess.Popen[bytes]":
     # without `site`, which would cost a tenth of a second and import what it likes; the path says what that knows
-    command = [sys.executable, "-S", str(template_process.__file__), json.dumps(sys.path)]
+    path = json.dumps([each for each in sys.path if isinstance(each, str)])  # imports pass over all else
+    command = [sys.executable, "-S", str(template_process.__file__), path]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
 

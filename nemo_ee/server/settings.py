@@ -20,6 +20,8 @@ ALL_HOSTS, ADDRESSES = "*", "*.*"
 KEY_VARIABLE = "NEMO_EE_API_KEY"
 """Of the environment; has the key where `api_key` has none."""
 KEY = re.compile(r"[!-~]+")
+HOST_NAME = re.compile(r"\[[0-9A-Fa-f:.]+\]|[^\s/:*\[\]]+")
+"""As a `Host` header has it, without its port; IPv6 in brackets."""
 AT_LEAST_ONE = (
     "slots",
     "max_prompt_tokens",
@@ -147,8 +149,13 @@ def _faults(config: ServerConfig) -> list[Fault]:
             Fault("port", config.port, "lies within 0 to 65535", "use e.g. 8000; 0 takes a free one")
         )
     if config.allowed_hosts == ():
-        remedy = 'name some, ["*"] for all, or null for those of host'
+        remedy = """name some, 'allowed_hosts=["*"]' for all, or allowed_hosts=null for those of host"""
         faults.append(Fault("allowed_hosts", [], "answers nobody", remedy))
+    for name in config.allowed_hosts or ():
+        if name not in (ALL_HOSTS, ADDRESSES) and not HOST_NAME.fullmatch(name):
+            rule = f"{name} is no name as Host headers have it, less their port, so it would answer nobody"
+            remedy = """use e.g. 'allowed_hosts=["server.example","[::1]"]', or 'allowed_hosts=["*"]' for all"""
+            faults.append(Fault("allowed_hosts", list(config.allowed_hosts or ()), rule, remedy))
     faults += _access_faults(config)
     for name, usual in (("request_timeout_s", 300), ("receive_timeout_s", 20)):
         if getattr(config, name) <= 0:

@@ -164,6 +164,33 @@ class TestTheProcess:
         chat_rendering._process._child.wait()
         assert render(tokenizer, TURNS) == TURNS[0]["content"]
 
+    def test_who_is_interrupted_leaves_no_answer_to_the_next(self):
+        """As by Ctrl-C in a notebook, which goes on."""
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        first = shapes.tokenizer("{{ messages[0].content }}", "</s>")
+        render(first, TURNS)
+        child = chat_rendering._process._child
+        before = signal.signal(signal.SIGALRM, interrupt)
+        os.kill(child.pid, signal.SIGSTOP)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            with pytest.raises(KeyboardInterrupt):
+                render(first, TURNS)
+        finally:
+            signal.signal(signal.SIGALRM, before)
+            if child.poll() is None:
+                os.kill(child.pid, signal.SIGCONT)
+        assert render(shapes.tokenizer("{{ messages[0].role }}", "</s>"), TURNS) == "user"
+
+    def test_a_path_that_imports_pass_over(self, monkeypatch, tmp_path):
+        """Notebooks put such things there."""
+        monkeypatch.setattr(sys, "path", [*sys.path, tmp_path])
+        found = chat_rendering._Process().ask('{"template": "a", "values": {}, "size": 0}')
+        assert found["text"] == "a"
+
     @pytest.mark.parametrize("end", ["sys.exit()", "os.kill(os.getpid(), signal.SIGKILL)"])
     def test_it_ends_with_its_parent(self, end):
         """Also where another process, forked from the parent, has its standard input open."""
