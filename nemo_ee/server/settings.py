@@ -154,7 +154,9 @@ def _faults(config: ServerConfig) -> list[Fault]:
     for name in config.allowed_hosts or ():
         if name not in (ALL_HOSTS, ADDRESSES) and not HOST_NAME.fullmatch(name):
             rule = f"{name} is no name as Host headers have it, less their port, so it would answer nobody"
-            remedy = """use e.g. 'allowed_hosts=["server.example","[::1]"]', or 'allowed_hosts=["*"]' for all"""
+            remedy = (
+                """use e.g. 'allowed_hosts=["server.example","[::1]"]', or 'allowed_hosts=["*"]' for all"""
+            )
             faults.append(Fault("allowed_hosts", list(config.allowed_hosts or ()), rule, remedy))
     faults += _access_faults(config)
     for name, usual in (("request_timeout_s", 300), ("receive_timeout_s", 20)):
