@@ -112,8 +112,7 @@ def test_windows_is_refused_though_it_lacks_signals():
         import platform, signal
         del signal.SIGUSR1, signal.pthread_sigmask
         platform.system = lambda: "Windows"
-        from nemo_ee.runtime import script
-from nemo_ee.runtime.script import user_errors
+        from nemo_ee.runtime.script import user_errors
         with user_errors(nemo=False):
             pass
     """
