@@ -38,7 +38,8 @@ def attempt(
     from omegaconf import OmegaConf
 
     from nemo_ee import errors
-    from nemo_ee.models.experiment import fit, start_experiment
+    from nemo_ee.models.experiment import experiment as running
+    from nemo_ee.models.experiment import fit
     from tests.support import pretraining as support
     from tests.support.tiny_gpt import fill
 
@@ -67,17 +68,20 @@ def attempt(
     )
     model, outcome = None, {}
     try:
-        start_experiment(trainer, OmegaConf.create(experiment))
-        if pretraining:
-            case = support.Case(dict(layers=[2, 6], head=dict(norm=True, projection="untied"), init="random"))
-            model = support.Recorder()(support.pretraining_config(prefixes, case, layout), trainer)
-            fill(model)
-            model.exits_initialised = True
-        else:
-            model = prepared(prefixes, TUNED, layout, trainer, torch.float32)
-        fit(trainer, model)
+        with running(trainer, OmegaConf.create(experiment)):
+            if pretraining:
+                case = support.Case(
+                    dict(layers=[2, 6], head=dict(norm=True, projection="untied"), init="random")
+                )
+                model = support.Recorder()(support.pretraining_config(prefixes, case, layout), trainer)
+                fill(model)
+                model.exits_initialised = True
+            else:
+                model = prepared(prefixes, TUNED, layout, trainer, torch.float32)
+            fit(trainer, model)
     except (errors.CheckpointError, errors.ConfigError, errors.OutputError, errors.TrainingError) as error:
         outcome = dict(kind=type(error).__name__, error=str(error))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.getrlimit(resource.RLIMIT_FSIZE)[1],) * 2)
     losses = [] if model is None else model.seen_losses if pretraining else model.seen[True]
     left = [process.cmdline() for process in psutil.Process().children(recursive=True)]
     tracker = multiprocessing.resource_tracker._resource_tracker._pid

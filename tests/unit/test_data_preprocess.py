@@ -14,7 +14,7 @@ from nemo_ee.data import encoding
 from nemo_ee.data.preprocess import preprocess
 from nemo_ee.data.preprocess_config import PreprocessConfig
 from nemo_ee.data.staged_datasets import StagedDatasets, staged_datasets
-from nemo_ee.errors import CheckpointError, ConfigError, DataError
+from nemo_ee.errors import CheckpointError, ConfigError, DataError, OutputError
 from tests.support.tiny_tokenizer import save_tiny_tokenizer
 
 TEXTS = [f"the cat {number} sat on mat {number * number}" for number in range(60)]
@@ -138,7 +138,7 @@ def test_nothing_is_left_where_publishing_fails(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.replace", refuse)
     with (
-        pytest.raises(OSError, match="disk full"),
+        pytest.raises(OutputError, match="t.bin: cannot be written: disk full"),
         staged_datasets({"train": tmp_path / "t"}, tmp_path / "t.json", 100) as datasets,
     ):
         datasets.add("train", [1, 2])
