@@ -61,6 +61,12 @@ class RankMissingError(RuntimeError):
     """Other processes of the run do not answer: they were killed, stopped or cut off."""
 
 
+def first_line(error: Exception) -> str:
+    """What another package's error says, less its pages of advice; its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def printable(error: Exception) -> str:
     """What an error says, fit for a terminal: names from files may have characters that steer it.
 

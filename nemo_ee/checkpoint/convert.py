@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_ee.checkpoint import end_of_text, gguf, keys, llama, sizes, tokenizer
 from nemo_ee.core.finite import not_finite
-from nemo_ee.errors import CheckpointError
+from nemo_ee.errors import CheckpointError, first_line
 from nemo_ee.files import plain_json
 from nemo_ee.files.scratch import scratch_folder
 from nemo_ee.runtime.unpickling import refuse_bytearrays
@@ -115,7 +115,7 @@ def _load_config(source: Path) -> Any:
         return AutoConfig.from_pretrained(str(source), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a damaged file leads to, or one that names code of its own
         raise CheckpointError(
-            f"{source}/config.json: cannot be used ({_first_line(error)}); download it again, or convert another model"
+            f"{source}/config.json: cannot be used ({first_line(error)}); download it again, or convert another model"
         ) from error
 
 
@@ -147,11 +147,6 @@ def _check_weight_files(source: Path, config: Any) -> None:
     }
     if size:  # else transformers says which file is missing
         sizes.check_bytes(described, size, f"input_name_or_path={source}")
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _load_tokenizer(source: Path) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_ee.checkpoint import archive, tokenizer_rules
-from nemo_ee.errors import CheckpointError
+from nemo_ee.errors import CheckpointError, first_line
 from nemo_ee.files.scratch import scratch_folder
 
 DIRECTORY = "tokenizer"
@@ -209,13 +209,9 @@ def _load(directory: Path, settings: DictConfig, path: str | os.PathLike) -> Any
         )
     except Exception as error:  # whatever a damaged file leads to
         raise CheckpointError(
-            f"{path}: holds no tokenizer that transformers can load ({type(error).__name__}: {_brief(error)}); "
-            "convert the checkpoint again"
+            f"{path}: holds no tokenizer that transformers can load "
+            f"({type(error).__name__}: {first_line(error)[:200]}); convert the checkpoint again"
         ) from error
     if settings.get("chat_template"):
         tokenizer.chat_template = settings.chat_template
     return tokenizer
-
-
-def _brief(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from nemo_ee.data.token_rules import beginning, joined, known_id, name_special_pieces, tokens_before_a_text
-from nemo_ee.errors import CheckpointError, ConfigError, DataError, Fault
+from nemo_ee.errors import CheckpointError, ConfigError, DataError, Fault, first_line
 from nemo_ee.files.scratch import scratch_folder
 
 
@@ -99,12 +99,11 @@ class HuggingFaceTokenizer:
         try:
             self._tokenizer = _from_pretrained(config)
         except Exception as error:
-            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ConfigError(
                 Fault(
                     "tokenizer.type",
                     config.type,
-                    f"must be a Hugging Face tokenizer ({first_line})",
+                    f"must be a Hugging Face tokenizer ({first_line(error)})",
                     "give a directory that holds tokenizer.json and tokenizer_config.json",
                 )
             ) from error

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,8 +67,6 @@ def run(
     from omegaconf import OmegaConf
 
     from nemo_ee.models.experiment import fit, start_experiment
-    from tests.support import pretraining as support
-    from tests.support.tiny_gpt import fill
 
     class End(Callback):
         def on_train_batch_start(self, trainer, *_):
@@ -81,13 +80,7 @@ def run(
         layout, STEPS, val_check_interval=interval, limit_val_batches=validations, callbacks=[End()]
     )
     start_experiment(trainer, OmegaConf.create(experiment))
-    if pretraining:
-        case = support.Case(dict(layers=[2, 6], head=dict(norm=True, projection="tied"), init="random"))
-        model = support.Recorder()(support.pretraining_config(prefixes, case, layout), trainer)
-        fill(model)
-        model.exits_initialised = True
-    else:
-        model = prepared(prefixes, TUNED, layout, trainer, torch.float32)
+    model = model_to_fit(pretraining, "tied", prefixes, layout, trainer)
     fit(trainer, model)
     return dict(
         losses=model.seen_losses if pretraining else model.seen[True],
@@ -95,6 +88,20 @@ def run(
         final={name: value.clone() for name, value in model.gpt.named_parameters()},
         logged=trainer.fit_loop.epoch_loop._batches_that_stepped,
     )
+
+
+def model_to_fit(pretraining: bool, projection: str, prefixes: dict, layout: Layout, trainer) -> Any:
+    """Its weights set by name; `projection` is that of pre-training's exits."""
+    if not pretraining:
+        return prepared(prefixes, TUNED, layout, trainer, torch.float32)
+    from tests.support import pretraining as support
+    from tests.support.tiny_gpt import fill
+
+    case = support.Case(dict(layers=[2, 6], head=dict(norm=True, projection=projection), init="random"))
+    model = support.Recorder()(support.pretraining_config(prefixes, case, layout), trainer)
+    fill(model)
+    model.exits_initialised = True
+    return model
 
 
 def last_step(folder: Path) -> int:

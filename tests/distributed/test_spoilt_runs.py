@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.test_run_stops import STEPS, TUNED, last_step, settings
+from tests.distributed.test_run_stops import STEPS, last_step, model_to_fit, settings
 from tests.support import hostile_weights
-from tests.support.tuning import Layout, prepared, tuning_trainer, write_text
+from tests.support.tuning import Layout, tuning_trainer, write_text
 
 AT = 5
 """The step in which something happens; a checkpoint is written every second step."""
@@ -40,8 +40,6 @@ def attempt(
     from nemo_ee import errors
     from nemo_ee.models.experiment import experiment as running
     from nemo_ee.models.experiment import fit
-    from tests.support import pretraining as support
-    from tests.support.tiny_gpt import fill
 
     def spoil(trainer) -> None:
         if trainer.global_rank == trainer.world_size - 1:
@@ -69,15 +67,7 @@ def attempt(
     model, outcome = None, {}
     try:
         with running(trainer, OmegaConf.create(experiment)):
-            if pretraining:
-                case = support.Case(
-                    dict(layers=[2, 6], head=dict(norm=True, projection="untied"), init="random")
-                )
-                model = support.Recorder()(support.pretraining_config(prefixes, case, layout), trainer)
-                fill(model)
-                model.exits_initialised = True
-            else:
-                model = prepared(prefixes, TUNED, layout, trainer, torch.float32)
+            model = model_to_fit(pretraining, "untied", prefixes, layout, trainer)
             fit(trainer, model)
     except (errors.CheckpointError, errors.ConfigError, errors.OutputError, errors.TrainingError) as error:
         outcome = dict(kind=type(error).__name__, error=str(error))
