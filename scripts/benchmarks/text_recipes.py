@@ -7,98 +7,110 @@
 Each recipe gets the same time for all that it needs: letting the model answer prompts, the closed form, and tuning.
 Time is that of the processor (of all threads of the process), since a shared machine's clock measures its other users
 as well; `--minutes` are those of two cores. Measured are the exits on full depth's own answers to prompts that were
-not among the tuning prompts, and on held-out articles, in float32. Results are appended to OUTPUT/text_recipes.json
-part by part; started again, the script does those that are missing, then writes OUTPUT/text_recipes.md and .png.
+not among the tuning prompts, and on held-out articles, in float32. What a part of a recipe found lies in WORK.
 """
 
-import argparse
 import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from exit_recipes import CONF, append, load
+from harness import REQUIRED, ROOT, main
+from tuning_runs import configuration, fit, held_out_quality, tuning, with_interval
 
-from nemo_ee.files.output import write_text
-from nemo_ee.runtime.script import user_errors
-
-HERE = Path(__file__).resolve().parent
-PROMPTS = HERE / "held_out_prompts.jsonl"
+PROMPTS = ROOT / "scripts" / "benchmarks" / "held_out_prompts.jsonl"
+OPTIONS = {
+    "model": (REQUIRED, "the base, a .nemo with a chat template"),
+    "train": (REQUIRED, "prefix of an indexed dataset of articles"),
+    "validation": (REQUIRED, "prefix of an indexed dataset of other articles"),
+    "work": (REQUIRED, "directory of what the recipes write"),
+    "downloads": ("downloads", "directory of the prompts' sources"),
+    "minutes": (3.0, "of two cores, for each recipe"),
+    "prompts": ([192], "how many are answered, per recipe"),
+    "layers": ("10,20", "of exits"),
+    "only": ("", "run recipes whose name contains this"),
+    "sequences": (48, "held-out pieces of articles"),
+    "set": ((), "changes to the configuration of tuning"),
+    "writing": ((), "changes to that of writing answers"),
+}
+AXES = ("prompts",)
 THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-TIMING_STEPS = 11
-CORES = 2
+TIMING_STEPS, CORES, TO_TUNE_ON, TO_MEASURE_ON = 11, 2, 160, 128
+"""Steps at a rate of 0 that time a step; tokens of an answer, at most."""
 ARTICLES = "Wikipedia"
-TOKENS_TO_GENERATE = 160
-"""Of an answer that is tuned on, at most."""
-LONGEST_ANSWER = 128
-"""Tokens of an answer that is measured on, at most."""
 
 
-@dataclass(frozen=True)
-class TextRecipe:
-    """What exits are tuned on.
-
-    Attributes:
-        name: of the recipe.
-        prompts: that the model answers first; 0: tuned on articles.
-        begins_on_articles: the closed form is that of articles.
-    """
-
-    name: str
-    prompts: int = 0
-    begins_on_articles: bool = False
-
-    @property
-    def mixed(self) -> bool:
-        """Whether it uses both."""
-        return self.begins_on_articles and self.prompts > 0
-
-    def exits(self, part: str) -> str:
-        """File of the exits after a part, `start` or `tuned`."""
-        if part == "start" and self.mixed:
-            return "start_0.nemo"
-        return f"{part}_{self.prompts}{'_mixed' if self.mixed else ''}.nemo"
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", required=True, help="the base, a .nemo with a chat template")
-    parser.add_argument("--train", required=True, help="prefix of an indexed dataset of articles")
-    parser.add_argument("--validation", required=True, help="prefix of an indexed dataset of other articles")
-    parser.add_argument("--work", type=Path, required=True, help="directory of what the recipes write")
-    parser.add_argument("--downloads", default="downloads", help="directory of the prompts' sources")
-    parser.add_argument("--minutes", type=float, default=3.0, help="of two cores, for each recipe")
-    parser.add_argument(
-        "--prompts", type=int, nargs="*", default=[192], help="how many are answered, per recipe"
-    )
-    parser.add_argument("--layers", default="10,20", help="exit layers")
-    parser.add_argument("--only", default="", help="run recipes whose name contains this")
-    parser.add_argument("--sequences", type=int, default=48, help="held-out pieces of articles")
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), help="directory")
-    parser.add_argument("--set", nargs="*", default=[], help="changes to the configuration of tuning")
-    parser.add_argument("--writing", nargs="*", default=[], help="changes to that of writing answers")
-    return parser.parse_args()
-
-
-def recipes_of(arguments: argparse.Namespace) -> list[TextRecipe]:
-    recipes = [TextRecipe(ARTICLES, begins_on_articles=True)]
+def cases(arguments: Namespace) -> list[dict]:
+    """Recipes: how many prompts the model answers first (0: tuned on articles), and whether it begins with the closed
+    form of articles."""
+    found = [{"recipe": ARTICLES, "prompts": 0, "begins": True}]
     for count in arguments.prompts:
         name = f"its own answers to {count} prompts"
-        recipes += [
-            TextRecipe(name, count),
-            TextRecipe(f"closed form on {ARTICLES}, then {name}", count, True),
-        ]
-    return [recipe for recipe in recipes if arguments.only in recipe.name]
+        found.append({"recipe": name, "prompts": count, "begins": False})
+        found.append({"recipe": f"closed form on {ARTICLES}, then {name}", "prompts": count, "begins": True})
+    return [case for case in found if arguments.only in case["recipe"]]
 
 
-def write_answers(arguments: argparse.Namespace, recipe: TextRecipe) -> dict:
+def measure(case: Mapping, arguments: Namespace) -> dict:
+    """All parts of a recipe, each in a process of its own unless WORK has what it found."""
+    left, written, prompts = arguments.minutes * 60 * CORES, None, case["prompts"]
+    name = f"{prompts}_mixed" if prompts and case["begins"] else str(prompts)
+    if prompts:
+        written = part(f"written_{prompts}", write_answers, arguments, prompts)
+        left -= written["seconds"]
+    started = part(f"started_{prompts}", start, arguments, prompts)
+    begun = part("started_0", start, arguments, 0) if case["begins"] else started
+    # What the steps at a rate of 0 took is for measuring alone; a run of known speed has none.
+    steps = max(2, round((left - begun["before"]) / started["per_step"]))
+    first = 0 if case["begins"] else prompts
+    run = part(f"tuned_{name}", tune, arguments, prompts, first, name, steps)
+    found = part(f"measured_{name}", measure_exits, arguments, name)
+    cost = {
+        "closed form, s": begun["before"],
+        "tuning, s": run["all"],
+        "steps": steps,
+        "s/step": run["per_step"],
+    }
+    cost["tokens that count, each time they are read"] = run["samples"] * run["tokens_per_sample"]
+    if written:
+        cost |= {"writing answers, s": written["seconds"], "tokens written": written["tokens"]}
+        cost["answers"] = written["answers"]
+    return {**found, "cost": {"": cost}}
+
+
+def part(name: str, work: Callable, arguments: Namespace, *others: Any) -> dict:
+    """What a part found, from WORK if it is there. A process of its own, of one thread: Megatron's batch sizes are a
+    process's for good, and waiting threads would be counted as working."""
+    from nemo_ee.files.output import write_text
+
+    path = Path(arguments.work, f"{name}.json")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            found = pool.submit(_called, work, arguments, *others).result()
+        write_text(path, json.dumps(found))
+        print(f"{name}: {json.dumps(found)[:300]}", flush=True)
+    return json.loads(path.read_text())
+
+
+def _called(work: Callable, *arguments: Any) -> dict:
+    import torch
+
+    from nemo_ee.runtime.script import user_errors
+
+    torch.set_num_threads(1)
+    with user_errors():
+        return work(*arguments)
+
+
+def write_answers(arguments: Namespace, prompts: int) -> dict:
     """Lets the model answer; returns what that took and gave."""
-    from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
     from nemo_ee.inference.prompt_file import read_prompt_file
@@ -107,255 +119,198 @@ def write_answers(arguments: argparse.Namespace, recipe: TextRecipe) -> dict:
     from nemo_ee.tuning_text.prompts import keys_of, read_prompts
     from nemo_ee.tuning_text.settings import TuningTextConfig
 
-    overrides = [
-        f"gpt_model_file={arguments.model}",
-        f"output_prefix={arguments.work}/answers_{recipe.prompts}",
-        f"prompts.directory={arguments.downloads}",
-        f"prompts.exclude_file={PROMPTS}",
-        f"prompts.count={recipe.prompts}",
-        f"inference.tokens_to_generate={TOKENS_TO_GENERATE}",
+    changes = [f"gpt_model_file={arguments.model}", f"output_prefix={arguments.work}/answers_{prompts}"]
+    changes += [f"prompts.directory={arguments.downloads}", f"prompts.exclude_file={PROMPTS}"]
+    changes += [
+        f"prompts.count={prompts}",
+        f"inference.tokens_to_generate={TO_TUNE_ON}",
         "validation_share=0",
-        *arguments.writing,
     ]
-    with initialize_config_dir(CONF, version_base=None):
-        values = OmegaConf.to_container(compose("generate_tuning_text", overrides), resolve=True)
+    made = configuration("generate_tuning_text", [*changes, *arguments.writing])
+    values = OmegaConf.to_container(made, resolve=True)
     trainer = values.pop("trainer")
     config = TuningTextConfig.from_dict({**values, "precision": trainer["precision"]})
-    asked = keys_of(read_prompts(config.prompts, config.seed))
-    assert not asked & keys_of(read_prompt_file(str(PROMPTS), "held out")), (
-        "a held-out prompt would be tuned on"
+    asked, held_out = (
+        keys_of(read_prompts(config.prompts, config.seed)),
+        read_prompt_file(str(PROMPTS), "held out"),
     )
+    assert not asked & keys_of(held_out), "a held-out prompt would be tuned on"
     built = EarlyExitTrainerBuilder(OmegaConf.create({"trainer": trainer, "model": {}})).create_trainer()
     began = time.process_time()
     done = generate_tuning_text(config, built).progress
     return {"seconds": time.process_time() - began, **asdict(done)}
 
 
-def compose_tuning(arguments: argparse.Namespace, recipe: TextRecipe, *changes: str) -> Any:
-    """The tuning script's configuration."""
-    from hydra import compose, initialize_config_dir
-
-    parts = ",".join(
-        f"{split}:[{prefix}]"
-        for split, prefix in (("train", arguments.train), ("validation", arguments.validation))
-    )
-    data = [f"model.data.data_prefix={{{parts},test:[{arguments.validation}]}}"]
-    if recipe.prompts:  # three chats have about as many tokens as two pieces of articles
-        file = f"{arguments.work}/answers_{recipe.prompts}_train.jsonl"
-        data = ["model.data.chat=true", f"model.data.train_ds.file_names=[{file}]"]
-        data += ["model.micro_batch_size=3", "model.global_batch_size=3"]
-    common = [
-        f"model.restore_from_path={arguments.model}",
-        f"model.early_exit.layers=[{arguments.layers}]",
-        "trainer.limit_val_batches=0",
-        "model.validate_at_start=false",
-        "exp_manager=null",
-    ]
-    with initialize_config_dir(CONF, version_base=None):
-        return compose("megatron_gpt_ee_tuning", [*common, *data, *changes, *arguments.set])
-
-
-def fit(cfg: Any, save_to: Path) -> dict:
+def timed_fit(
+    arguments: Namespace, prompts: int, save_to: str, steps: int, warm_up: int, *changes: str
+) -> dict:
     """One run of tuning; returns its processor seconds: before the first step, per step, and in all."""
     from lightning.pytorch.callbacks import Callback
 
-    from nemo_ee.models.megatron_gpt_ee_tuning_model import MegatronGPTEETuningModel
-    from nemo_ee.models.trainer_builder import EarlyExitTrainerBuilder
-
     class Clock(Callback):
-        def on_train_start(self, *_):
+        def setup(self, *_: Any) -> None:
             self.times = [time.process_time()]
 
-        def on_train_batch_end(self, *_):
+        def on_train_start(self, *_: Any) -> None:
             self.times.append(time.process_time())
 
-    clock = Clock()
-    trainer = EarlyExitTrainerBuilder(cfg).create_trainer([clock])
-    model = MegatronGPTEETuningModel.restore_base(cfg, trainer)
-    began = time.process_time()
-    trainer.fit(model)
+        on_train_batch_end = on_train_start
+
+    clock, text = Clock(), []
+    if prompts:  # three chats have about as many tokens as two pieces of articles
+        file = f"{arguments.work}/answers_{prompts}_train.jsonl"
+        text = ["~model.data.data_prefix", "model.data.chat=true", f"model.data.train_ds.file_names=[{file}]"]
+        text += ["model.micro_batch_size=3", "model.global_batch_size=3"]
+    changes = (*text, "trainer.limit_val_batches=0", f"trainer.max_steps={steps}", *changes, *arguments.set)
+    changes = (f"model.optim.sched.warmup_steps={warm_up}", *changes)
+    cfg = tuning(arguments.model, arguments.layers, arguments.train, arguments.validation, changes)
+    model = fit(cfg, clock)
     ended = time.process_time()
-    model.save_adapters(str(save_to))
-    steps = [late - early for early, late in zip(clock.times, clock.times[1:], strict=False)]
-    return {
-        "before": clock.times[0] - began,
-        "per_step": statistics.mean(steps[len(steps) // 3 :]),
+    model.save_adapters(f"{arguments.work}/{save_to}.nemo")
+    began, first, *later = clock.times
+    each = [late - early for early, late in zip([first, *later], later, strict=False)]
+    found = {
+        "before": first - began,
+        "per_step": statistics.mean(each[len(each) // 3 :]),
         "all": ended - began,
-        "samples": cfg.trainer.max_steps * cfg.model.global_batch_size,
-        "tokens_per_sample": model.tokens_per_sample,
     }
+    samples = cfg.trainer.max_steps * cfg.model.global_batch_size
+    return {**found, "samples": samples, "tokens_per_sample": model.tokens_per_sample}
 
 
-def start(arguments: argparse.Namespace, recipe: TextRecipe) -> dict:
+def start(arguments: Namespace, prompts: int) -> dict:
     """The closed form, and the time of a step."""
-    changes = [f"trainer.max_steps={TIMING_STEPS}", "model.optim.lr=0", "model.optim.sched.warmup_steps=1"]
-    return fit(compose_tuning(arguments, recipe, *changes), arguments.work / recipe.exits("start"))
+    return timed_fit(arguments, prompts, f"start_{prompts}", TIMING_STEPS, 1, "model.optim.lr=0")
 
 
-def tune(arguments: argparse.Namespace, recipe: TextRecipe, steps: int) -> dict:
+def tune(arguments: Namespace, prompts: int, first: int, name: str, steps: int) -> dict:
     """As many steps as fit into what is left."""
-    changes = [
-        f"model.adapter_path={arguments.work}/{recipe.exits('start')}",
-        f"trainer.max_steps={steps}",
-    ]
-    changes.append(f"model.optim.sched.warmup_steps={steps // 10 + 1}")
-    cfg = compose_tuning(arguments, recipe, *changes)
-    return {"steps": steps, **fit(cfg, arguments.work / recipe.exits("tuned"))}
+    adapter = f"model.adapter_path={arguments.work}/start_{first}.nemo"
+    return timed_fit(arguments, prompts, f"tuned_{name}", steps, steps // 10 + 1, adapter)
 
 
-def measure(arguments: argparse.Namespace, recipe: TextRecipe) -> dict:
+def measure_exits(arguments: Namespace, name: str) -> dict:
     """The exits on full depth's own answers to the held-out prompts, and on held-out articles, in float32."""
     import torch
-    from omegaconf import OmegaConf
+    from decoding_ways import restore
 
-    from nemo_ee.evaluation.held_out import held_out_sequences, measure_quality, quality_of
+    from nemo_ee.evaluation.held_out import quality_of
     from nemo_ee.evaluation.settings import SweepConfig
-    from nemo_ee.evaluation.sweep import Sweep
-    from nemo_ee.evaluation.teacher_forced import score_text
-    from nemo_ee.inference.generate import generating
+    from nemo_ee.evaluation.sweep import GeneratedText, Sweep
+    from nemo_ee.files.output import write_text
     from nemo_ee.inference.prompt_file import read_prompt_file
     from nemo_ee.inference.prompts import tokenize_prompts
-    from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
-    from nemo_ee.models.trainer_builder import EarlyExitTrainerBuilder
 
-    off = {"logger": False, "enable_checkpointing": False}
-    settings = {"trainer": {"devices": 1, "num_nodes": 1, "precision": 32, **off}, "model": {}}
-    trainer = EarlyExitTrainerBuilder(OmegaConf.create(settings)).create_trainer()
-    exits = arguments.work / recipe.exits("tuned")
-    overrides = OmegaConf.create({"precision": 32})
-    model = MegatronGPTEarlyExitModel.restore_with_exits(
-        arguments.model, str(exits), trainer, overrides
-    ).eval()
+    model = restore(arguments.model, f"{arguments.work}/tuned_{name}.nemo", "32", 0).eval()
     chats = read_prompt_file(str(PROMPTS), "held out")
     prompts = tokenize_prompts(chats, model.text_tokenizer, None, model.cfg.encoder_seq_length)
-    options = SweepConfig(tokens_to_generate=LONGEST_ANSWER, thresholds=THRESHOLDS)
-    sweep = Sweep(model, prompts, options, seed=0)
-    texts = _answers(arguments.work / "held_out_answers.json", sweep, prompts)
-    scores = sweep.score(texts)
-
-    def score(tokens: Any, labels: Any) -> Any:
-        with generating(model):
-            return score_text(model.gpt, tokens, labels)
-
-    articles = held_out_sequences(arguments.validation, arguments.sequences, 256, model.true_vocab_size)
-    own = quality_of(((each, mask) for each, _, mask in scores), seed=0)
+    sweep = Sweep(
+        model, prompts, SweepConfig(tokens_to_generate=TO_MEASURE_ON, thresholds=THRESHOLDS), seed=0
+    )
+    path = Path(arguments.work, "held_out_answers.json")
+    if not path.exists():  # the same for all recipes
+        model.prepare_decoding()
+        batches = [prompts[first : first + 8] for first in range(0, len(prompts), 8)]
+        write_text(path, json.dumps([asdict(t) for batch in batches for t in sweep.generate(batch, None)]))
+    texts = [GeneratedText(**each) for each in json.loads(path.read_text())]
+    scores, way, thresholds = sweep.score(texts), {}, {}
+    own = quality_of(((each, mask) for each, _, mask in scores), seed=0).exits
+    articles = held_out_quality(model, arguments.validation, arguments.sequences, 256)
+    for kind, found in (("answers", map(asdict, own)), ("articles", articles)):
+        way |= {f"{kind}, exit {each['layer']}": with_interval(each) for each in found}
     agreeing = {
-        n: [
-            int(count)
-            for each, _, mask in scores
-            for count in ((each.exits[n].tokens == each.final.tokens) & mask).sum(1)
+        str(n): [
+            int(c) for each, _, m in scores for c in ((each.exits[n].tokens == each.final.tokens) & m).sum(1)
         ]
         for n in sweep.exits
     }
-    return {
-        "per_prompt": {
-            "tokens": [int(count) for _, _, mask in scores for count in mask.sum(1)],
-            "agreeing": {str(n): counts for n, counts in agreeing.items()},
-        },
-        "answers": [asdict(each) for each in own.exits],
-        "articles": [asdict(each) for each in measure_quality(score, articles.split(4), seed=0).exits],
-        "thresholds": [_at(sweep, threshold, scores, torch) for threshold in THRESHOLDS],
-        "prompts": len(prompts),
-        "ended": sum(len(text.tokens) < LONGEST_ANSWER for text in texts),
+    for threshold in THRESHOLDS:
+        agreement, around = sweep.agreement(threshold, scores)
+        left = [each.leaving(dict.fromkeys(sweep.exits, threshold))[1][mask] for each, _, mask in scores]
+        layers = torch.cat(left).double()
+        early, out = layers > 0, torch.where(layers > 0, sweep.final_layer - layers, 0)
+        at = with_interval({"agreement": agreement, "agreement_ci": around and asdict(around)})
+        shares = {"leave early, %": 100 * early.double().mean().item()}
+        shares["layers left out, %"] = 100 * out.mean().item() / sweep.final_layer
+        thresholds[f"{threshold:g}"] = {"agreement": at, **shares}
+    tokens = [int(count) for _, _, mask in scores for count in mask.sum(1)]
+    about = {"held_out": len(prompts), "ended": sum(len(text.tokens) < TO_MEASURE_ON for text in texts)}
+    about |= {"answer_tokens": sum(tokens), "article_tokens": articles[0]["tokens"]}
+    per_prompt = {"tokens": tokens, "agreeing": agreeing}
+    return {"ways": {"": way}, "thresholds": thresholds, "per prompt": per_prompt, "about case": about}
+
+
+def page(rows: Sequence[dict]) -> tuple[dict, Any]:
+    """What the template needs, and the plot."""
+    from report import Column, plot, table
+
+    def named(metrics: Mapping, digits: int = 3) -> list[Column]:
+        return [Column(name, name, digits) for name in metrics]
+
+    rows = [{**row, "case": {"recipe": row["case"]["recipe"]}} for row in rows]
+    for row in rows:
+        row["gained"] = {}
+        for layer in row["per prompt"]["agreeing"] if row is not rows[0] else ():
+            row["gained"][layer] = {"difference": gained(rows[0], row, layer)}
+        row["at"] = {"": at_equal_agreement(row["thresholds"])}
+    by_threshold = [
+        [{**row, "thresholds": {t: row["thresholds"][t]}} for row in rows] for t in rows[0]["thresholds"]
+    ]
+    digits = {"agreement": 3, "leave early, %": 1, "layers left out, %": 1}
+    columns = [Column(name, name, number) for name, number in digits.items()]
+    cost = [
+        "writing answers, s",
+        "tokens written",
+        "answers",
+        "closed form, s",
+        "tuning, s",
+        "steps",
+        "s/step",
+    ]
+    costs = [
+        Column(n, n, 2 if n == "s/step" else 0)
+        for n in [*cost, *rows[0]["cost"][""]]
+        if n in cost or n[:4] == "toke"
+    ]
+    values = {
+        **rows[0]["about case"],
+        "processor_seconds": 60 * CORES * rows[0]["settings"]["minutes"],
+        "agreements": table(rows, named(rows[0]["ways"][""]), case="recipe", way=None),
+        "first": rows[0]["case"]["recipe"],
+        "gained": table(rows[1:], named(["difference"]), "gained", case="recipe", way="exit"),
+        "thresholds": table(sum(by_threshold, []), columns, "thresholds", case="recipe", way="threshold"),
+        "equal": table(rows, named(rows[0]["at"][""], 1), "at", case="recipe", way=None),
+        "costs": table(rows, list(dict.fromkeys(costs)), "cost", case="recipe", way=None),
     }
+    points = [
+        (t, row["case"]["recipe"], at["agreement"]) for row in rows for t, at in row["thresholds"].items()
+    ]
+    return values, plot(points, "agreement with full depth's own answers, by thresholds")
 
 
-def _answers(path: Path, sweep: Any, prompts: list[list[int]]) -> list:
-    """Full depth's answers to the held-out prompts: the same for all recipes, and so written once."""
-    from nemo_ee.evaluation.sweep import GeneratedText
+def gained(first: Mapping, row: Mapping, layer: str) -> dict[str, float]:
+    """How much more often a recipe's exit agrees than the first's, per token, with its interval over prompts."""
+    import numpy as np
 
-    if not path.exists():
-        sweep.model.prepare_decoding()
-        batches = [prompts[first : first + 8] for first in range(0, len(prompts), 8)]
-        found = [text for batch in batches for text in sweep.generate(batch, None)]
-        write_text(path, json.dumps([asdict(text) for text in found]))
-    return [GeneratedText(**each) for each in json.loads(path.read_text())]
+    one, other = (np.array(each["per prompt"]["agreeing"][layer]) for each in (first, row))
+    tokens = np.array(first["per prompt"]["tokens"])
+    drawn = np.random.default_rng(0).integers(len(tokens), size=(2000, len(tokens)))
+    low, high = np.quantile((other - one)[drawn].sum(1) / tokens[drawn].sum(1), [0.025, 0.975])
+    return {"value": float((other - one).sum() / tokens.sum()), "low": float(low), "high": float(high)}
 
 
-def _at(sweep: Any, threshold: float, scores: list, torch: Any) -> dict:
-    """Agreement on full depth's answers, the share of tokens that leave early, and the layers that they leave out."""
-    agreement, interval = sweep.agreement(threshold, scores)
-    early = layers = count = 0
-    for each, _, mask in scores:
-        _, left_at = each.leaving(dict.fromkeys(sweep.exits, threshold))
-        left_at = torch.where(left_at == 0, sweep.final_layer, left_at)[mask]
-        early += int((left_at < sweep.final_layer).sum())
-        layers += int((sweep.final_layer - left_at).sum())
-        count += left_at.numel()
+def at_equal_agreement(thresholds: Mapping[str, Mapping]) -> dict[str, float]:
+    """Shares at an agreement, read off between the two nearest thresholds."""
+    import numpy as np
+
+    points = sorted(thresholds.values(), key=lambda at: at["agreement"]["value"])
+    agreement = [at["agreement"]["value"] for at in points]
     return {
-        "threshold": threshold,
-        "agreement": agreement,
-        "agreement_ci": None if interval is None else asdict(interval),
-        "early": early / count,
-        "layers_left_out": layers / count / sweep.final_layer,
-        "tokens": count,
+        f"{share} at {level}": float(np.interp(level, agreement, [at[share] for at in points]))
+        for level in (0.9, 0.95)
+        for share in ("leave early, %", "layers left out, %")
     }
-
-
-def _in_child(work: Callable, *arguments: Any) -> dict:
-    """In a process of its own, of one thread: Megatron's batch sizes are a process's for good, and waiting threads
-    would be counted as working."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_called, work, *arguments).result()
-
-
-def _called(work: Callable, *arguments: Any) -> dict:
-    import torch
-
-    torch.set_num_threads(1)
-    with user_errors():
-        return work(*arguments)
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    with user_errors():
-        from text_report import write_page
-
-        from nemo_ee.evaluation import provenance
-
-        about = {
-            "command": provenance.command(),
-            "commit": provenance.commit(),
-            "device": provenance.device(),
-            "minutes": arguments.minutes,
-        }
-        path = arguments.output / "text_recipes.json"
-        arguments.work.mkdir(parents=True, exist_ok=True)
-        for recipe in recipes_of(arguments):
-            rows = {row["name"]: row for row in load(path)}
-            row = rows.get(recipe.name, {"name": recipe.name, **about})
-            left = arguments.minutes * 60 * CORES
-            if recipe.mixed:
-                own = rows[f"its own answers to {recipe.prompts} prompts"]
-                row["written"] = own["written"]
-                row["started"] = {**rows[ARTICLES]["started"], "per_step": own["started"]["per_step"]}
-            if recipe.prompts:
-                row = _part(row, "written", path, write_answers, arguments, recipe)
-                left -= row["written"]["seconds"]
-            row = _part(row, "started", path, start, arguments, recipe)
-            # What the steps at a rate of 0 took is for measuring alone; a run of known speed has none.
-            steps = max(2, round((left - row["started"]["before"]) / row["started"]["per_step"]))
-            row = _part(row, "tuned", path, tune, arguments, recipe, steps)
-            _part(row, "measured", path, measure, arguments, recipe)
-        print(write_page(load(path), arguments.output))
-
-
-def _part(row: dict, name: str, path: Path, work: Callable, *arguments: Any) -> dict:
-    """A row with one part more, unless it has it already; the results are written after each."""
-    from nemo_ee.evaluation import provenance
-
-    if name not in row:
-        began = time.perf_counter()
-        found = _in_child(work, *arguments)
-        row = {**row, name: {**found, "date": provenance.date(), "load": provenance.load_average()}}
-        append(path, row)
-        print(
-            f"{row['name']}: {name} after {time.perf_counter() - began:.0f} s: {json.dumps(found)[:400]}",
-            flush=True,
-        )
-    return row
 
 
 if __name__ == "__main__":
-    main()
+    main("text_recipes")
