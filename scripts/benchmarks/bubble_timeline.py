@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness import main, run_ranks
+from report import Column, cell, ratio, table
 
 OPTIONS = {
     "stages": (4, ""),
@@ -61,7 +62,6 @@ def page(rows: Sequence[dict]) -> tuple[dict, Any]:
     """What the template needs, and the timelines: a panel per schedule, a row per stage."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
-    from report import Column, cell, ratio, table
 
     ways, stages = rows[0]["ways"], rows[0]["settings"]["stages"]
     names = ("planned, ms", "step, ms", "samples per step", "backward passes of stages")

@@ -14,6 +14,9 @@ from functools import cache
 from typing import Any
 
 from harness import REQUIRED, alternate, main
+from report import Column, plot, ratio, table
+
+from nemo_ee.errors import GenerationError
 
 OPTIONS = {
     "model": (REQUIRED, "the base, or a model merged with its exits, a .nemo"),
@@ -79,7 +82,7 @@ def ways_of(case: Mapping, prepared: Any, other: Any, arguments: Namespace) -> d
     def name(kind: str, threshold: float | None, sampling: str) -> str:
         shown = [
             kind,
-            *([f"{threshold:g}"] if threshold else []),
+            *([f"{threshold:g}"] if threshold is not None else []),
             *([sampling] if sampling != "greedy" else []),
         ]
         return ", ".join(shown)
@@ -110,7 +113,6 @@ def measure(case: Mapping, arguments: Namespace) -> dict:
     from decoding_roofline import Bandwidth, cache_bytes, weight_bytes
     from decoding_ways import EXITS, FULL, HUGGING_FACE, NEMO, Clock
 
-    from nemo_ee.errors import GenerationError
     from nemo_ee.evaluation.settings import SweepConfig
     from nemo_ee.evaluation.sweep import GeneratedText, Sweep
 
@@ -184,8 +186,6 @@ def shared_start(one: Sequence[int], other: Sequence[int]) -> int:
 
 def page(rows: Sequence[dict]) -> tuple[dict, Any]:
     """What the template needs, and the plot."""
-    from report import Column, plot, ratio, table
-
     rows = sorted(rows, key=lambda row: (row["case"]["prompt"], row["case"]["batch"]))
     full, rate = "full depth", "tokens/s"
     columns = [

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness import REQUIRED, main
+from report import Column, plot, table
 from tuning_runs import TUNING, fit, held_out_quality, tuning, with_interval
 
 SHORTLIST = "model.early_exit.head.shortlist_size"
@@ -97,8 +98,6 @@ def measure(case: Mapping, arguments: Namespace) -> dict:
 
 def page(rows: Sequence[dict]) -> tuple[dict, Any]:
     """What the template needs, and the plot."""
-    from report import Column, plot, table
-
     rows = sorted(rows, key=lambda row: list(RECIPES).index(row["case"]["recipe"]))
     names = [name for name in rows[0]["ways"][""] if name != "tuning, s"]
     columns = [Column(name, name, 2 if name.endswith("loss") else 3) for name in names]

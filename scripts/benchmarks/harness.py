@@ -1,10 +1,11 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """The one harness of all benchmarks: cases one by one, ways of a case in turn, results in JSONL that is taken up again.
 
-A subject is a module with `OPTIONS` (option -> default, help, choices), `cases(arguments)`, `measure(case, arguments)` and
-`page(rows)`; `AXES` names options that only say which cases there are. A row is a case: `case` (its keys), `settings`
-(what all rows of a file share), `about` (where and when), and groups of what was measured, `ways` before all:
-name -> metric -> a list with a value per repetition (None where it did not run), a number, a text, or {value, low, high}.
+A subject is a module with `OPTIONS` (option -> default, help, choices), `cases(arguments)`, `measure(case, arguments)`
+and `page(rows)`; `AXES` names options that only say which cases there are. A row is a case: `case` (its keys),
+`settings` (what all rows of a file share), `about` (where and when), and groups of what was measured, `ways` before
+all: name -> metric -> a list with a value per repetition (None where it did not run), a number, a text, or {value,
+low, high}.
 """
 
 import argparse
@@ -17,6 +18,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from nemo_ee.evaluation import provenance
+from nemo_ee.files.output import write_text
+from nemo_ee.runtime import stand_ins
+from nemo_ee.runtime.script import user_errors
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))  # for tests/support, in this process and its ranks
@@ -32,8 +40,6 @@ first call takes longer than its patience is left out."""
 
 def main(subject: str) -> None:
     """Measures the cases that are missing (all with --again), each written when it is done, and then the page."""
-    from nemo_ee.runtime.script import user_errors
-
     module = import_module(subject)
     parser = argparse.ArgumentParser(description=module.__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), help="directory")
@@ -46,10 +52,10 @@ def main(subject: str) -> None:
     settings = {key: value for key, value in vars(arguments).items() if key not in ignored}
     settings |= {key: Path(settings[key] or "").name for key in FILES if key in settings}
     path = arguments.output / f"{subject}.jsonl"
+    rows = load(path, settings)
     with user_errors(nemo=getattr(module, "NEMO", True)):
         from report import write_page
 
-        rows = load(path, settings)
         for case in module.cases(arguments):
             if not arguments.again and any(row["case"] == case for row in rows):
                 print(f"{name_of(case)}: done already", flush=True)
@@ -69,21 +75,14 @@ def _kind(default: Any) -> dict[str, Any]:
     if isinstance(default, tuple):
         return {"nargs": "*", "default": list(default)}
     if isinstance(default, list):
-        return {
-            "type": lambda text: sorted({type(default[0])(each) for each in text.split(",")}),
-            "default": default,
-        }
+        return {"type": lambda text: sorted(map(type(default[0]), text.split(","))), "default": default}
     if default is REQUIRED:
         return {"required": True}
     return {"type": str if default is None else type(default), "default": default}
 
 
 def load(path: Path, settings: Mapping | None = None) -> list[dict]:
-    """The rows so far.
-
-    Raises:
-        SystemExit: they were measured with other settings.
-    """
+    """The rows so far; SystemExit if they were measured with other settings."""
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     if settings is not None and any(row["settings"] != settings for row in rows):
         raise SystemExit(
@@ -94,8 +93,6 @@ def load(path: Path, settings: Mapping | None = None) -> list[dict]:
 
 def save(path: Path, rows: Iterable[dict]) -> None:
     """In one step: who stops the benchmark loses the case that is being measured."""
-    from nemo_ee.files.output import write_text
-
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
@@ -108,10 +105,6 @@ def name_of(case: Mapping) -> str:
 
 def about(begin: float) -> dict:
     """Where and when a case was measured that began then, by `time.monotonic`."""
-    import torch
-
-    from nemo_ee.evaluation import provenance
-
     where = {"command": provenance.command(), "commit": provenance.commit(), "device": provenance.device()}
     where |= {"torch": torch.__version__, "load": provenance.load_average(), "date": provenance.date()}
     return where | {"seconds": time.monotonic() - begin}
@@ -158,8 +151,6 @@ def alternate(
 
 def synchronise() -> None:
     """Waits for the GPU, if there is one."""
-    import torch
-
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -174,15 +165,9 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def run_ranks(function: Callable, world: int, *arguments: Any) -> list[Any]:
-    """Calls `function(*arguments)` in fresh processes that form one torch.distributed group: NCCL with a GPU each if
-    there are GPUs, else gloo. The function is at the top level of a module.
-
-    Returns:
-        What each returned, in the order of ranks.
-
-    Raises:
-        torch.distributed.elastic.multiprocessing.errors.ChildFailedError: a rank raised, or died.
-    """
+    """Calls `function(*arguments)`, of a module's top level, in fresh processes that form one torch.distributed group:
+    NCCL with a GPU each if there are GPUs, else gloo. Returns what each returned, in the order of ranks; raises torch's
+    ChildFailedError if one raised or died."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     where = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": str(os.getpid())}
@@ -192,13 +177,7 @@ def run_ranks(function: Callable, world: int, *arguments: Any) -> list[Any]:
 
 
 def _rank(function: Callable, arguments: tuple) -> Any:
-    from nemo_ee.runtime import stand_ins
-    from nemo_ee.runtime.children import end_with_parent
-
-    end_with_parent()
     stand_ins.enable()
-    import torch
-
     if gpu := torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("nccl" if gpu else "gloo")

@@ -17,6 +17,9 @@ from typing import Any
 
 import decoding
 from harness import main, seconds
+from report import Column, plot, ratio, table
+
+from nemo_ee.errors import GenerationError
 
 OPTIONS = {
     key: decoding.OPTIONS[key] for key in ("model", "adapter", "data", "batches", "prompts", "thresholds")
@@ -80,8 +83,6 @@ def measure(case: Mapping, arguments: Namespace) -> dict:
     """
     from decoding_ways import KINDS, our_way
 
-    from nemo_ee.errors import GenerationError
-
     batch, pairs, count = case["batch"], arguments.pairs, arguments.new_tokens
     size = arguments.batches[-1], arguments.prompts[-1] + count
     prepared = _prepared(arguments.model, arguments.adapter, arguments.precision, *size)
@@ -124,8 +125,6 @@ def measure(case: Mapping, arguments: Namespace) -> dict:
 
 def page(rows: Sequence[dict]) -> tuple[dict, Any]:
     """What the template needs, and the plot, if any."""
-    from report import Column, plot, ratio, table
-
     rows = sorted(rows, key=lambda row: [row["case"][key] for key in ("prompt", "batch", "threshold")])
     settings = rows[0]["settings"]
     base, way = settings["base"], settings["way"]

@@ -82,14 +82,7 @@ def cell(value: Any, digits: int = 2) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """Of a table.
-
-    Attributes:
-        title: of it.
-        metric: of ways.
-        digits: behind the point.
-        over: the way that the metric is divided by, if any.
-    """
+    """Of a table: title, metric of ways, digits behind the point, and the way that it is divided by, if any."""
 
     title: str
     metric: str
@@ -112,13 +105,8 @@ def table(
 ) -> str:
     """A line per case and way.
 
-    Args:
-        rows: of the harness.
-        columns: behind those that name case and way.
-        group: of the rows.
-        case: title of the column that names the case; None for none.
-        way: likewise.
-        only: whether a way is shown.
+    `group` is one of the rows; `case` and `way` are titles of the columns that name them, None for no such column; `only`
+    says whether a way is shown.
     """
     titles = [title for title in (case, way) if title] + [column.title for column in columns]
     lines = [
@@ -131,13 +119,8 @@ def table(
 
 
 def plot(points: Iterable[tuple[str, str, Mapping]], axis: str, line: float | None = None) -> Figure:
-    """Values with their intervals: a line per name, a colour per series.
-
-    Args:
-        points: name, series, and {value, low, high}.
-        axis: label of values.
-        line: a value to compare with.
-    """
+    """Values with their intervals: a line per name, a colour per series. Points are name, series and {value, low, high};
+    `line` is a value to compare with."""
     points = list(points)
     names, series = (list(dict.fromkeys(point[part] for point in points)) for part in (0, 1))
     figure, (axes,) = new_figure(1, width=10.0, height=1.6 + max(0.3, 0.13 * len(series)) * len(names))

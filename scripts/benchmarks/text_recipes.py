@@ -21,8 +21,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from harness import REQUIRED, ROOT, main
+from report import Column, plot, table
 from tuning_runs import configuration, fit, held_out_quality, tuning, with_interval
+
+from nemo_ee.files.output import write_text
+from nemo_ee.runtime.script import user_errors
 
 PROMPTS = ROOT / "scripts" / "benchmarks" / "held_out_prompts.jsonl"
 OPTIONS = {
@@ -87,7 +93,6 @@ def measure(case: Mapping, arguments: Namespace) -> dict:
 def part(name: str, work: Callable, arguments: Namespace, *others: Any) -> dict:
     """What a part found, from WORK if it is there. A process of its own, of one thread: Megatron's batch sizes are a
     process's for good, and waiting threads would be counted as working."""
-    from nemo_ee.files.output import write_text
 
     path = Path(arguments.work, f"{name}.json")
     if not path.exists():
@@ -100,9 +105,6 @@ def part(name: str, work: Callable, arguments: Namespace, *others: Any) -> dict:
 
 
 def _called(work: Callable, *arguments: Any) -> dict:
-    import torch
-
-    from nemo_ee.runtime.script import user_errors
 
     torch.set_num_threads(1)
     with user_errors():
@@ -191,13 +193,11 @@ def tune(arguments: Namespace, prompts: int, first: int, name: str, steps: int) 
 
 def measure_exits(arguments: Namespace, name: str) -> dict:
     """The exits on full depth's own answers to the held-out prompts, and on held-out articles, in float32."""
-    import torch
     from decoding_ways import restore
 
     from nemo_ee.evaluation.held_out import quality_of
     from nemo_ee.evaluation.settings import SweepConfig
     from nemo_ee.evaluation.sweep import GeneratedText, Sweep
-    from nemo_ee.files.output import write_text
     from nemo_ee.inference.prompt_file import read_prompt_file
     from nemo_ee.inference.prompts import tokenize_prompts
 
@@ -242,7 +242,6 @@ def measure_exits(arguments: Namespace, name: str) -> dict:
 
 def page(rows: Sequence[dict]) -> tuple[dict, Any]:
     """What the template needs, and the plot."""
-    from report import Column, plot, table
 
     def named(metrics: Mapping, digits: int = 3) -> list[Column]:
         return [Column(name, name, digits) for name in metrics]
@@ -290,8 +289,6 @@ def page(rows: Sequence[dict]) -> tuple[dict, Any]:
 
 def gained(first: Mapping, row: Mapping, layer: str) -> dict[str, float]:
     """How much more often a recipe's exit agrees than the first's, per token, with its interval over prompts."""
-    import numpy as np
-
     one, other = (np.array(each["per prompt"]["agreeing"][layer]) for each in (first, row))
     tokens = np.array(first["per prompt"]["tokens"])
     drawn = np.random.default_rng(0).integers(len(tokens), size=(2000, len(tokens)))
@@ -301,8 +298,6 @@ def gained(first: Mapping, row: Mapping, layer: str) -> dict[str, float]:
 
 def at_equal_agreement(thresholds: Mapping[str, Mapping]) -> dict[str, float]:
     """Shares at an agreement, read off between the two nearest thresholds."""
-    import numpy as np
-
     points = sorted(thresholds.values(), key=lambda at: at["agreement"]["value"])
     agreement = [at["agreement"]["value"] for at in points]
     return {

@@ -15,7 +15,9 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from harness import main, run_ranks, seconds
+from report import Column, plot, ratio, table
 
 CASES = {f"pp{p}-{head}": (p, head == "mlp") for p in (1, 2, 4) for head in ("minimal", "mlp")}
 OPTIONS = {
@@ -37,8 +39,6 @@ CHUNK_TOKENS, MIB = 1024, 2**20
 
 def cases(arguments: Namespace) -> list[dict]:
     """Those that there are GPUs for, if there are any."""
-    import torch
-
     if unknown := set(arguments.cases) - set(CASES):
         raise SystemExit(f"error: --cases: {', '.join(sorted(unknown))}: unknown; use {', '.join(CASES)}")
     gpus = torch.cuda.device_count()
@@ -55,8 +55,6 @@ def flops_ratio(size: Namespace, mlp: bool) -> float:
 
 def measure(case: Mapping, arguments: Namespace) -> dict:
     """Measures one case; a step begins on all stages at one time and ends with the last one."""
-    import torch
-
     stages, mlp = CASES[case["case"]]
     threads = 1 if torch.cuda.is_available() else max(1, len(os.sched_getaffinity(0)) // stages)
     ranks, ways = run_ranks(measure_stage, stages, arguments, stages, mlp, threads), {}
@@ -81,8 +79,6 @@ def measure_stage(size: Namespace, stages: int, mlp: bool, threads: int) -> dict
     Returns:
         times: kind -> seconds of the schedule, and with the optimizer's step; memory, MiB; losses, nats per token.
     """
-    import torch
-
     from tests.support.training_stage import training_stage
 
     torch.set_num_threads(threads)
@@ -118,7 +114,6 @@ def measure_stage(size: Namespace, stages: int, mlp: bool, threads: int) -> dict
 
 def run(gpt: Any, size: Namespace, kind: str, seed: int) -> dict[str, float]:
     """Forward and backward passes of a global batch of random tokens; nats per token, also of this stage's exits."""
-    import torch
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from nemo_ee.config import TuningConfig
@@ -166,7 +161,6 @@ def run(gpt: Any, size: Namespace, kind: str, seed: int) -> dict[str, float]:
 def peak(work: Callable[[], Any]) -> tuple[float, Any]:
     """MiB that torch's allocator gave out at most beyond those from before, of a CPU from a profile's events; and what
     the work returned."""
-    import torch
     from torch.profiler import ProfilerActivity, profile
 
     if torch.cuda.is_available():
@@ -185,8 +179,6 @@ def peak(work: Callable[[], Any]) -> tuple[float, Any]:
 
 def page(rows: Sequence[dict]) -> tuple[dict, Any]:
     """What the template needs, and the plot."""
-    from report import Column, plot, ratio, table
-
     size, times = rows[0]["settings"], [Column("processes x threads", "processes")]
     for name, key in (("passes", "schedule"), ("step", "step")):
         times += [Column(f"{name}, s", key), Column(f"{name}, ratio", key, 3, PLAIN)]

@@ -18,7 +18,9 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
+import torch
 from harness import main, seconds, synchronise
+from report import Column, table
 from tuning_runs import TUNING, fit, tuning
 
 CE = (
@@ -49,7 +51,6 @@ def cases(arguments: Namespace) -> list[dict]:
 
 def measure(case: Mapping, arguments: Namespace) -> dict:
     """Runs one case through `Trainer.fit`."""
-    import torch
     from lightning.pytorch.callbacks import Callback
     from torch.utils.data import default_collate
 
@@ -111,8 +112,6 @@ def measure(case: Mapping, arguments: Namespace) -> dict:
 
 def page(rows: Sequence[dict]) -> tuple[dict, None]:
     """What the template needs, and the plot, if any."""
-    from report import Column, table
-
     digits = {
         "layers": 0,
         "step, ms": 0,
