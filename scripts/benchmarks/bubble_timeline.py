@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness import main, run_ranks
-from report import Column, cell, ratio, table
+from report import cell, columns, ratio, table
 
 OPTIONS = {
     "stages": (4, ""),
@@ -23,7 +23,7 @@ OPTIONS = {
     "steps": (15, "steps of either kind; one more warms up"),
 }
 NEMO, PLAIN, FILLED = False, "1F1B", "bubbles filled"
-COLOURS = {"micro-batch": ("#a6c8e4", "#2f6c9f"), "warm-up fill": ("#f6c98b", "#d9822b")}
+COLOURS = {"full": ("#a6c8e4", "#2f6c9f"), "warm-up fill": ("#f6c98b", "#d9822b")}
 COLOURS |= {"cool-down fill": ("#b5d9b0", "#3f8f4f")}
 """Of forward and backward passes."""
 
@@ -64,8 +64,8 @@ def page(rows: Sequence[dict]) -> tuple[dict, Any]:
     from matplotlib.patches import Patch
 
     ways, stages = rows[0]["ways"], rows[0]["settings"]["stages"]
-    names = ("planned, ms", "step, ms", "samples per step", "backward passes of stages")
-    columns = [*(Column(name, name, 0) for name in names), Column("busy", "busy")]
+    names = ("planned, ms", "step, ms", "busy", "samples per step", "backward passes of stages")
+    digits = {**dict.fromkeys(names, 0), "busy": 2}
     figure = Figure(figsize=(13.0, 0.62 * stages * len(ways) + 2.6), dpi=150, layout="constrained")
     for axes, (name, way) in zip(figure.subplots(len(ways), 1, sharex=True), ways.items(), strict=True):
         for stage, left, width, kind, backward, number in way["timeline"]:
@@ -84,7 +84,7 @@ def page(rows: Sequence[dict]) -> tuple[dict, Any]:
     handles = [Patch(color=colour, label=f"{kind}, {way}") for kind, way, colour in pairs]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=11, frameon=False)
     longer = cell(ratio(ways, FILLED, PLAIN, "step, ms"), 3)
-    return {"longer": longer, "table": table(rows, columns, case=None, way="schedule")}, figure
+    return {"longer": longer, "table": table(rows, columns(digits), case=None, way="schedule")}, figure
 
 
 if __name__ == "__main__":

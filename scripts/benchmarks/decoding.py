@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 from harness import REQUIRED, alternate, main
-from report import Column, plot, ratio, table
+from report import Column, columns, plot, ratio, table
 
 from nemo_ee.errors import GenerationError
 
@@ -46,15 +46,25 @@ def cases(arguments: Namespace) -> list[dict]:
 
 
 @cache
-def _restored(model: str, adapter: str | None, hf: str, precision: str, rows: int, longest: int) -> tuple:
+def restored(
+    model: str, adapter: str | None, hf: str | None, precision: str, rows: int, longest: int
+) -> tuple:
+    """Ours, twice with weights, caches and CUDA graphs of its own, and Hugging Face's; for all cases."""
     from decoding_ways import Prepared, load_hugging_face, restore
 
     ours = restore(model, adapter, precision, longest)
-    return Prepared(ours, rows, longest), load_hugging_face(hf, ours.gpt.output_weight().dtype)
+    other = hf and load_hugging_face(hf, ours.gpt.output_weight().dtype)
+    return Prepared(ours, rows, longest), Prepared(ours, rows, longest), other
+
+
+def models(arguments: Namespace, hf: str | None = None) -> tuple:
+    """See `restored`."""
+    size = arguments.batches[-1], arguments.prompts[-1] + arguments.new_tokens
+    return restored(arguments.model, arguments.adapter, hf, arguments.precision, *size)
 
 
 def read_prompts(prefix: str, count: int, tokens: int, vocabulary: int) -> tuple[list[list[int]], str]:
-    """Beginnings of documents; where not enough of them are that long, pieces of the whole text. And which."""
+    """Beginnings of documents, or pieces of the whole text where not enough of them are that long; and which."""
     from nemo_ee.data.index_file import open_indexed_file
     from nemo_ee.evaluation.held_out import held_out_sequences
     from nemo_ee.evaluation.settings import HeldOutConfig
@@ -68,48 +78,28 @@ def read_prompts(prefix: str, count: int, tokens: int, vocabulary: int) -> tuple
 
 def ways_of(case: Mapping, prepared: Any, other: Any, arguments: Namespace) -> dict[str, tuple]:
     """The ways of a case: name -> kind, threshold, and what generates. Full depth, greedy, comes first."""
-    from decoding_ways import (
-        EXITS,
-        HUGGING_FACE,
-        KINDS,
-        NEMO,
-        SAMPLINGS,
-        HuggingFace,
-        NeMo,
-        our_way,
-    )
-
-    def name(kind: str, threshold: float | None, sampling: str) -> str:
-        shown = [
-            kind,
-            *([f"{threshold:g}"] if threshold is not None else []),
-            *([sampling] if sampling != "greedy" else []),
-        ]
-        return ", ".join(shown)
+    import decoding_ways as ours
 
     ways: dict[str, tuple] = {}
     every = arguments.thresholds
     for sampling in sorted(arguments.samplings):
-        for kind, (_, options) in KINDS.items():
-            few = case["batch"] * case["prompt"] > LARGE or (kind != EXITS and case["batch"] > 1)
-            thresholds = every[len(every) // 2 :][:1] if few or sampling != "greedy" else every
+        end = "" if sampling == "greedy" else f", {sampling}"
+        for kind, (_, options) in ours.KINDS.items():
+            few = case["batch"] * case["prompt"] > LARGE or (kind != ours.EXITS and case["batch"] > 1)
+            thresholds = every[len(every) // 2 :][:1] if few or end else every
             for threshold in [None] if options is None else thresholds:
                 if kind != "int8" or case["batch"] == 1:
-                    way = our_way(prepared, kind, threshold, sampling)
-                    ways[name(kind, threshold, sampling)] = kind, threshold, way
-        way = HuggingFace(other, SAMPLINGS[sampling])
-        ways[name(HUGGING_FACE, None, sampling)] = HUGGING_FACE, None, way
+                    name = kind if threshold is None else f"{kind}, {threshold:g}"
+                    ways[name + end] = kind, threshold, ours.our_way(prepared, kind, threshold, sampling)
+        way = ours.HuggingFace(other, ours.SAMPLINGS[sampling])
+        ways[ours.HUGGING_FACE + end] = ours.HUGGING_FACE, None, way
     if case["batch"] == 1:
-        ways[NEMO] = NEMO, None, NeMo(prepared.model)
+        ways[ours.NEMO] = ours.NEMO, None, ours.NeMo(prepared.model)
     return ways
 
 
 def measure(case: Mapping, arguments: Namespace) -> dict:
-    """Measures one case.
-
-    Raises:
-        GenerationError: the models are not the same.
-    """
+    """Measures one case; raises GenerationError if the models are not the same."""
     from decoding_roofline import Bandwidth, cache_bytes, weight_bytes
     from decoding_ways import EXITS, FULL, HUGGING_FACE, NEMO, Clock
 
@@ -117,9 +107,7 @@ def measure(case: Mapping, arguments: Namespace) -> dict:
     from nemo_ee.evaluation.sweep import GeneratedText, Sweep
 
     batch, length, count = case["batch"], case["prompt"], arguments.new_tokens
-    size = arguments.batches[-1], arguments.prompts[-1] + count
-    files = arguments.model, arguments.adapter, arguments.hf, arguments.precision
-    prepared, other = _restored(*files, *size)
+    prepared, _, other = models(arguments, arguments.hf)
     model, gpt, wanted = prepared.model, prepared.model.gpt, batch * arguments.repeats
     prompts, kind_of_prompts = read_prompts(arguments.data, wanted, length, model.true_vocab_size)
     bandwidth = Bandwidth(weight_bytes(gpt), gpt.output_weight().device)
@@ -138,12 +126,8 @@ def measure(case: Mapping, arguments: Namespace) -> dict:
         seconds = clock.seconds()
         if not clock.first_tokens or any(len(text) != count for text in generated[name]):
             raise GenerationError(f"{name}: not every text has {count} new tokens, asked for one by one")
-        rate = batch * (count - clock.first_tokens) / (seconds - clock.first)
-        return {
-            "tokens/s": rate,
-            "whole call": batch * count / seconds,
-            "first token, ms": 1000 * clock.first,
-        }
+        found = {"tokens/s": batch * (count - clock.first_tokens) / (seconds - clock.first)}
+        return {**found, "whole call": batch * count / seconds, "first token, ms": 1000 * clock.first}
 
     def keep(repeat: int, names: Sequence[str]) -> None:
         bandwidth.read()
@@ -161,15 +145,13 @@ def measure(case: Mapping, arguments: Namespace) -> dict:
         if name in judged:
             same = [shared_start(text.tokens, full) for text, full in zip(judged[name], whole, strict=False)]
             each["perplexity"], each["left"] = sweep.perplexity(judged[name]), sum(n < count for n in same)
-            each["agreement"], each["judged"] = (
-                sum(same) / sum(min(n + 1, count) for n in same),
-                count * len(same),
-            )
+            each["agreement"] = sum(same) / sum(min(n + 1, count) for n in same)
+            each["judged"] = count * len(same)
             if kind == EXITS:
                 each["agreement"] = sweep.agreement(threshold, scores)[0]
             if kind in (NEMO, HUGGING_FACE) and 2 * same.count(0) > len(same):
                 raise GenerationError(
-                    f"{name}: most texts begin with other tokens: give --model and --hf of one model"
+                    f"{name}: most texts begin otherwise: give --model and --hf of one model"
                 )
         if kind in READ:
             moved = READ[kind] * weight_bytes(gpt) + batch * cache_bytes(gpt, length + count // 2)
@@ -188,27 +170,23 @@ def page(rows: Sequence[dict]) -> tuple[dict, Any]:
     """What the template needs, and the plot."""
     rows = sorted(rows, key=lambda row: (row["case"]["prompt"], row["case"]["batch"]))
     full, rate = "full depth", "tokens/s"
-    columns = [
-        Column(rate, rate, 1),
-        Column("whole call", "whole call", 1),
-        Column("first token, ms", "first token, ms", 0),
-    ]
-    columns += [Column("x Hugging Face", rate, 2, "Hugging Face"), Column("x full depth", rate, 2, full)]
-    columns += [Column(name, name, 2) for name in ("of the roofline", "agreement", "perplexity")]
-    columns += [Column("left full depth's", "left", 0)]
+    shown = columns({rate: 1, "whole call": 1, "first token, ms": 0})
+    shown += [Column("x Hugging Face", rate, 2, "Hugging Face"), Column("x full depth", rate, 2, full)]
+    shown += columns({"of the roofline": 2, "agreement": 3, "perplexity": 2, "left": 0})
     parts = []
     for row in rows:
         about = row["about case"]
         left = "".join(f" Left out: {name}: {why}." for name, why in about["left out"].items())
         parts.append(f"### Batch {row['case']['batch']}, prompt {row['case']['prompt']}")
-        parts.append(table([row], columns, case=None))
+        parts.append(table([row], shown, case=None))
         many, judged = len(row["ways"][full][rate]), row["ways"][full]["judged"]
         parts.append(
             f"Prompts: {about['prompts']}. At most {many} repetitions. Quality on {judged} tokens.{left}"
         )
-    kinds = [Column(f"{kind}, GB/s", kind, 1) for kind in rows[0]["bandwidth"][""]]
     values = {"exits": rows[0]["about case"]["exits"], "tables": "\n\n".join(parts)}
-    values["bandwidth"] = table(rows, kinds, "bandwidth", way=None)
+    values["bandwidth"] = table(
+        rows, columns(dict.fromkeys(rows[0]["bandwidth"][""], 1)), "bandwidth", way=None
+    )
     points = [(way, row["case"], ratio(row["ways"], way, full, rate)) for row in rows for way in row["ways"]]
     shown = [
         (way, f"batch {c['batch']}, prompt {c['prompt']}", r) for way, c, r in points if way != full and r

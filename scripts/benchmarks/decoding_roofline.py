@@ -11,15 +11,8 @@ COLUMNS, READINGS = 4096, 3
 
 
 class Bandwidth:
-    """Reads memory with torch's threads.
-
-    Args:
-        size: bytes of the float32 buffer; that of the weights, so that caches help as much as they do there.
-        device: where it is.
-
-    Attributes:
-        readings: bytes per second of a matrix-vector product, and of a copy (which reads and writes).
-    """
+    """Reads `size` bytes, those of the weights, so that caches help as much as they do there, with torch's threads.
+    `readings`: bytes per second of a matrix-vector product, and of a copy (which reads and writes)."""
 
     def __init__(self, size: int, device: torch.device):
         buffer = torch.ones(max(1, size // (4 * COLUMNS)), COLUMNS, device=device)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from harness import synchronise
 from nemo.collections.nlp.modules.common.text_generation_strategy import GPTModelTextGenerationStrategy
+from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, StoppingCriteria
 
-from nemo_ee.inference.drafting import DraftingPolicy
+from nemo_ee.errors import CheckpointError, GenerationError
 from nemo_ee.inference.generate import generating, position_limit
 from nemo_ee.inference.request import NEVER, parse_request
 from nemo_ee.inference.run import restore as restore_run
@@ -39,12 +40,7 @@ SAMPLINGS = {"greedy": SAMPLING, "top-p 0.9": TOP_P}
 
 
 class Clock:
-    """Times a call, and notes when its first tokens are known.
-
-    Attributes:
-        first: seconds to the first token.
-        first_tokens: how many tokens each sequence had then.
-    """
+    """Times a call, and notes the seconds to its first tokens, and how many each sequence had then."""
 
     def __init__(self) -> None:
         self.first, self.first_tokens = 0.0, 0
@@ -78,33 +74,24 @@ class Prepared:
 
 
 class Ours:
-    """Our decoder, on weights that are ready.
+    """Our decoder, on weights that are ready; `session` and `sequences` are those of the last call.
 
     Args:
         model: a `MegatronGPTEarlyExitModel`.
         decoding: returns what `prepare_decoding` has made.
         early_exit: as for `model.generate`; False for full depth.
         sampling: likewise.
-        drafting: of lossless decoding, in place of the session's own.
-
-    Attributes:
-        session: of the last call.
-        sequences: likewise.
+        drafting: of lossless decoding, a policy in place of the session's own.
     """
 
     session: DecodingSession
+    sequences: list[Sequence]
 
     def __init__(
-        self,
-        model: Any,
-        decoding: Callable[[], DecodingModel],
-        early_exit: dict | bool,
-        sampling: dict = SAMPLING,
-        drafting: DraftingPolicy | None = None,
+        self, model: Any, decoding: Callable, early_exit: Any, sampling: dict = SAMPLING, drafting: Any = None
     ):
         self._model, self._decoding, self._early_exit = model, decoding, early_exit
         self._sampling, self._drafting = sampling, drafting
-        self.sequences: list[Sequence] = []
 
     @contextmanager
     def begun(self, prompts: Tokens, count: int) -> Iterator[None]:
@@ -189,16 +176,8 @@ def our_way(prepared: Prepared, kind: str, threshold: float | None = None, sampl
 
 
 def restore(model: str, adapter: str | None, precision: str, longest: int) -> Any:
-    """Our model with its exits, all of its files read.
-
-    Raises:
-        CheckpointError: a checkpoint without exits, or exits of another base.
-        GenerationError: texts of `longest` tokens are longer than the model can read.
-    """
-    from omegaconf import OmegaConf
-
-    from nemo_ee.errors import CheckpointError, GenerationError
-
+    """Our model with its exits, all of its files read; raises CheckpointError for one without exits or exits of another
+    base, GenerationError where texts of `longest` tokens are longer than the model can read."""
     kind = 32 if precision == "32" else "bf16"
     trainer = {"devices": 1, "num_nodes": 1, "precision": kind, "logger": False}
     trainer |= {"enable_checkpointing": False, "enable_progress_bar": False}

@@ -4,22 +4,22 @@
     python scripts/benchmarks/exit_recipes.py --model model.nemo --train text_train --validation text_validation
 
 Every recipe is `conf/megatron_gpt_ee_tuning.yaml` with a few keys changed, run through `Trainer.fit`: closed form on
-40,960 tokens where it is used, then 195 steps of 512 tokens. Quality is measured on held-out documents with 95 %
-bootstrap intervals over sequences. Texts to tune on are compared at equal minutes, by text_recipes.py.
+40,960 tokens where it is used, then 195 steps of 512 tokens. Quality is measured on held-out documents, in float32,
+with 95 % bootstrap intervals over sequences. Texts to tune on are compared at equal minutes, by text_recipes.py.
 """
 
-import gc
 import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness import REQUIRED, main
-from report import Column, plot, table
-from tuning_runs import TUNING, fit, held_out_quality, tuning, with_interval
+from report import columns, plot, table
+from tuning_runs import CE, KL, TUNING, fit, held_out_quality, in_child, tuning, with_interval
+
+from nemo_ee.files.scratch import scratch_folder
 
 SHORTLIST = "model.early_exit.head.shortlist_size"
-CE = (f"{TUNING}.ce_weight=1", f"{TUNING}.kl_weight=0", f"{TUNING}.argmax_weight=0")
 WEIGHTED = f"{TUNING}.token_weighting=confidence"
 RECIPES = {
     "default (ridge, 8k shortlist, KL + argmax)": (),
@@ -28,7 +28,7 @@ RECIPES = {
     "projection: full (tied)": ("model.early_exit.head.projection=tied",),
     "projection: 4k shortlist": (f"{SHORTLIST}=4096",),
     "projection: 16k shortlist": (f"{SHORTLIST}=16384",),
-    "objective: KL": (f"{TUNING}.kl_weight=1", f"{TUNING}.argmax_weight=0"),
+    "objective: KL": KL,
     "objective: argmax": (f"{TUNING}.kl_weight=0", f"{TUNING}.argmax_weight=1"),
     "objective: CE": CE,
     "objective: CE, confidence-weighted": (*CE, WEIGHTED),
@@ -43,12 +43,7 @@ OPTIONS = {
     "sequences": (96, "held-out sequences"),
     "set": ((), "changes to the configuration of every recipe"),
 }
-COMMON = (
-    "trainer.max_steps=195",
-    "trainer.val_check_interval=${trainer.max_steps}",
-    "trainer.limit_val_batches=1",
-)
-COMMON += ("model.early_exit.ridge.tokens=40960",)
+COMMON = ("trainer.max_steps=195", "trainer.limit_val_batches=0", "model.early_exit.ridge.tokens=40960")
 
 
 def cases(arguments: Namespace) -> list[dict]:
@@ -58,53 +53,56 @@ def cases(arguments: Namespace) -> list[dict]:
 
 def measure(case: Mapping, arguments: Namespace) -> dict:
     """Tunes and measures one recipe."""
-    from lightning.pytorch.callbacks import Callback
+    with scratch_folder("recipe") as folder:
+        about = in_child(tune, case["recipe"], arguments, str(folder))
+        start, end = in_child(measure_exits, arguments, str(folder), about["length"])
+    way: dict[str, Any] = {}
+    for before, after in zip(start, end, strict=True):
+        name = f"exit {after['layer']}"
+        way |= {f"{name}, no steps": before["agreement"], f"{name}, tuned": with_interval(after)}
+        way |= {f"{name}, strict": after["strict_agreement"], f"{name}, loss": after["loss"]}
+    way["tuning, s"] = about.pop("seconds")
+    return {"ways": {"": way}, "about case": {**about, "held_out": end[0]["tokens"], "note": ""}}
 
-    changes = (*COMMON, *arguments.set, *RECIPES[case["recipe"]])
-    cfg = tuning(arguments.model, arguments.layers, arguments.train, arguments.validation, changes)
-    held_out = (arguments.validation, arguments.sequences, cfg.model.data.seq_length)
-    found: dict[str, Any] = {}
+
+def tune(recipe: str, arguments: Namespace, folder: str) -> dict:
+    """Writes the exits before the first step and after the last."""
+    from lightning.pytorch.callbacks import Callback
 
     class Start(Callback):
         def on_train_start(self, trainer: Any, model: Any) -> None:
-            found["start"] = held_out_quality(model, *held_out)
+            model.save_adapters(f"{folder}/start.nemo")
             self.begin = time.perf_counter()
 
-        def on_train_batch_end(self, *_: Any) -> None:
-            found["tuning, s"] = time.perf_counter() - self.begin
+        def on_train_end(self, *_: Any) -> None:
+            self.seconds = time.perf_counter() - self.begin
 
-    model, way = fit(cfg, Start()), {}
-    for start, end in zip(found["start"], held_out_quality(model, *held_out), strict=True):
-        way[f"exit {end['layer']}, no steps"] = start["agreement"]
-        way[f"exit {end['layer']}, tuned"] = with_interval(end)
-        way |= {
-            f"exit {end['layer']}, {key}": end[name]
-            for key, name in (("strict", "strict_agreement"), ("loss", "loss"))
-        }
-    gc.collect()
+    start, changes = Start(), (*COMMON, *arguments.set, *RECIPES[recipe])
+    cfg = tuning(arguments.model, arguments.layers, changes, arguments.train, arguments.validation)
+    fit(cfg, start).save_adapters(f"{folder}/end.nemo")
     fitted = cfg.model.early_exit.ridge.tokens if cfg.model.early_exit.init == "ridge" else 0
-    tokens = cfg.trainer.max_steps * cfg.model.global_batch_size * cfg.model.data.seq_length
-    about = {
-        "fitted": fitted,
-        "tuned": tokens,
-        "held_out": end["tokens"],
-        "precision": str(cfg.trainer.precision),
-    }
-    return {
-        "ways": {"": {**way, "tuning, s": found["tuning, s"]}},
-        "about case": {**about, "seed": cfg.model.seed},
-    }
+    about = {"fitted": fitted, "precision": str(cfg.trainer.precision), "seed": cfg.model.seed}
+    about |= {"seconds": start.seconds, "length": cfg.model.data.seq_length}
+    return {**about, "tuned": cfg.trainer.max_steps * cfg.model.global_batch_size * about["length"]}
+
+
+def measure_exits(arguments: Namespace, folder: str, length: int) -> list[list[dict]]:
+    """Before and after tuning, on the whole backbone."""
+    from decoding_ways import restore
+
+    files = [f"{folder}/{name}.nemo" for name in ("start", "end")]
+    held_out = arguments.validation, arguments.sequences, length
+    return [held_out_quality(restore(arguments.model, file, "32", 0), *held_out) for file in files]
 
 
 def page(rows: Sequence[dict]) -> tuple[dict, Any]:
     """What the template needs, and the plot."""
     rows = sorted(rows, key=lambda row: list(RECIPES).index(row["case"]["recipe"]))
-    names = [name for name in rows[0]["ways"][""] if name != "tuning, s"]
-    columns = [Column(name, name, 2 if name.endswith("loss") else 3) for name in names]
-    tables = table(rows, [*columns, Column("tuning, s", "tuning, s", 0)], case="recipe", way=None)
-    tuned = [name for name in names if name.endswith("tuned")]
-    points = [(row["case"]["recipe"], name, row["ways"][""][name]) for row in rows for name in tuned]
-    values = {**rows[0]["about case"], "table": tables}
+    names = list(rows[0]["ways"][""])
+    digits = {name: {"loss": 2, "s": 0}.get(name.split(", ")[1], 3) for name in names}
+    tuned = [(row, name) for row in rows for name in names if name.endswith("tuned")]
+    points = [(row["case"]["recipe"], name, row["ways"][""][name]) for row, name in tuned]
+    values = {**rows[0]["about case"], "table": table(rows, columns(digits), case="recipe", way=None)}
     return values, plot(points, "agreement with the final exit")
 
 

@@ -117,14 +117,10 @@ def alternate(
 ) -> tuple[dict[str, dict[str, list]], dict[str, str]]:
     """Runs all ways once to warm up, and then in turn, in an order that is drawn anew for each repetition.
 
-    Args:
-        ways: name -> what is timed: the repetition, -1 while warming up, -> what it measured. The first way runs
-            in every repetition that any other runs in, since the others are compared with it.
-        repeats: repetitions, at most.
-        after: called with a repetition and the ways that ran in it.
-
-    Returns:
-        Way -> metric -> a value per repetition, None where it did not run; and way -> why it was left out.
+    A way is called with the repetition, -1 while warming up, and returns what it measured. The first one runs in every
+    repetition that any other runs in, since the others are compared with it. `after` is called with each repetition
+    and its ways. Returns way -> metric -> a value per repetition, None where it did not run; and why ways were left
+    out.
     """
     first, cost, left_out = next(iter(ways)), {}, {}
     for name, way in ways.items():

@@ -3,21 +3,20 @@
 
     python scripts/benchmarks/lossless_pairs.py --model base.nemo --adapter exits.nemo --data text_validation
 
-decoding.py compares many ways, a few times each; this answers one question of it more exactly. In a pair both decode the
-same prompts in one process and take turns after every token or round, so that whatever else slows the machine down slows
-both. A case takes pairs, each of other prompts, for `--seconds` or as far as the text goes, and at least `--pairs`.
+decoding.py compares many ways, a few times each; this answers one question of it more exactly. In a pair both decode
+the same prompts in one process and take turns after every token or round, so that whatever else slows the machine down
+slows both. A case takes pairs, each of other prompts, for `--seconds` or as far as text goes, and at least `--pairs`.
 """
 
 import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from functools import cache
 from typing import Any
 
 import decoding
 from harness import main, seconds
-from report import Column, plot, ratio, table
+from report import Column, columns, plot, ratio, table
 
 from nemo_ee.errors import GenerationError
 
@@ -44,26 +43,9 @@ def cases(arguments: Namespace) -> list[dict]:
     ]
 
 
-@cache
-def _prepared(model: str, adapter: str | None, precision: str, rows: int, longest: int) -> tuple:
-    """Each way has weights, caches and CUDA graphs of its own."""
-    from decoding_ways import Prepared, restore
-
-    ours = restore(model, adapter, precision, longest)
-    return tuple(Prepared(ours, rows, longest) for _ in range(2))
-
-
 def run_pair(ways: Mapping[str, Any], prompts: list[list[int]], count: int) -> dict[str, float]:
-    """Continues prompts in all ways at once, a token or round of one after one of the other.
-
-    Args:
-        ways: name -> `decoding_ways.Ours`, of one model.
-        prompts: token ids.
-        count: new tokens per prompt.
-
-    Returns:
-        Of each way the seconds that its steps behind the first tokens took.
-    """
+    """Continues prompts by `count` tokens in all ways (name -> `decoding_ways.Ours`) at once, a token or round of one
+    after one of the other; returns the seconds that each way's steps behind the first tokens took."""
     took = dict.fromkeys(ways, 0.0)
     with ExitStack() as stack:
         for way in ways.values():
@@ -76,16 +58,11 @@ def run_pair(ways: Mapping[str, Any], prompts: list[list[int]], count: int) -> d
 
 
 def measure(case: Mapping, arguments: Namespace) -> dict:
-    """Times the pairs of one case.
-
-    Raises:
-        GenerationError: the text has not enough prompts.
-    """
+    """Times the pairs of one case; raises GenerationError if the text has not enough prompts."""
     from decoding_ways import KINDS, our_way
 
     batch, pairs, count = case["batch"], arguments.pairs, arguments.new_tokens
-    size = arguments.batches[-1], arguments.prompts[-1] + count
-    prepared = _prepared(arguments.model, arguments.adapter, arguments.precision, *size)
+    prepared = decoding.models(arguments)[:2]
     vocabulary = prepared[0].model.true_vocab_size
     prompts, _ = decoding.read_prompts(arguments.data, batch * MOST_PAIRS, case["prompt"], vocabulary)
     if len(prompts) < batch * pairs:
@@ -114,12 +91,8 @@ def measure(case: Mapping, arguments: Namespace) -> dict:
         equal += [each.tokens for each in base] == [each.tokens for each in way]
         done += 1
     share = accepted / drafts if drafts else None
-    found[arguments.way] |= {
-        "pairs": done,
-        "drafts": drafts,
-        "accepted": share,
-        "equal": f"{equal} of {done}",
-    }
+    found[arguments.way] |= {"pairs": done, "drafts": drafts, "accepted": share}
+    found[arguments.way]["equal"] = f"{equal} of {done}"
     return {"ways": found}
 
 
@@ -128,19 +101,15 @@ def page(rows: Sequence[dict]) -> tuple[dict, Any]:
     rows = sorted(rows, key=lambda row: [row["case"][key] for key in ("prompt", "batch", "threshold")])
     settings = rows[0]["settings"]
     base, way = settings["base"], settings["way"]
-    columns = [
-        Column("pairs", "pairs", 0),
-        Column("tokens/s", "tokens/s", 1),
-        Column(f"x {base}", "tokens/s", 3, base),
-    ]
-    columns += [Column("drafts", "drafts", 0), Column("accepted", "accepted"), Column("equal texts", "equal")]
+    shown = [*columns({"pairs": 0, "tokens/s": 1}), Column(f"x {base}", "tokens/s", 3, base)]
+    shown += columns({"drafts": 0, "accepted": 2, "equal": 0})
     note = ""
     if any("forecast" in row["ways"][way] for row in rows):
-        columns.append(Column("forecast", "forecast", 3))
+        shown += columns({"forecast": 3})
         note = """ *Forecast*: the speed of the round that should pay most, from how often its exit was sure, and right
 then, and from the time of its passes, both measured apart from lossless decoding."""
     values = {"title": f"{way} against {base}".capitalize(), "note": note}
-    values["table"] = table(rows, columns, way=None, only=lambda name: name == way)
+    values["table"] = table(rows, shown, way=None, only=lambda name: name == way)
     points = []
     for row in rows:
         case = f"batch {row['case']['batch']}, prompt {row['case']['prompt']}"

@@ -52,8 +52,8 @@ def provenance(rows: Sequence[Mapping]) -> str:
     commands = "\n\n".join(f"`{each}`" for each in dict.fromkeys(each["command"] for each in every))
     return f"""{commands}
 
-Measured at commit {once("commit")}. {once("device", "; ")}{torch}; load averages from {loads[0]:.1f} to {loads[-1]:.1f} at
-the end of cases. {max(each["date"] for each in every)}."""
+Measured at commit {once("commit")}. {once("device", "; ")}{torch}; load averages from {loads[0]:.1f} to {loads[-1]:.1f}
+at the end of cases. {max(each["date"] for each in every)}."""
 
 
 def interval(values: Sequence[float], statistic: Callable = np.median) -> dict[str, float]:
@@ -95,6 +95,11 @@ class Column:
         return cell(value if self.over is None else ratio(ways, name, self.over, self.metric), self.digits)
 
 
+def columns(digits: Mapping[str, int]) -> list[Column]:
+    """Metrics as they are, with so many digits behind the point."""
+    return [Column(name, name, number) for name, number in digits.items()]
+
+
 def table(
     rows: Iterable[Mapping],
     columns: Sequence[Column],
@@ -103,11 +108,8 @@ def table(
     way: str | None = "way",
     only: Callable[[str], bool] = lambda name: True,
 ) -> str:
-    """A line per case and way.
-
-    `group` is one of the rows; `case` and `way` are titles of the columns that name them, None for no such column; `only`
-    says whether a way is shown.
-    """
+    """A line per case and way. `group` is one of the rows; `case` and `way` are titles of the columns that name them,
+    None for no such column; `only` says whether a way is shown."""
     titles = [title for title in (case, way) if title] + [column.title for column in columns]
     lines = [
         [name_of(row["case"])] * bool(case) + [name] * bool(way) + [c.cell(row[group], name) for c in columns]
@@ -119,8 +121,8 @@ def table(
 
 
 def plot(points: Iterable[tuple[str, str, Mapping]], axis: str, line: float | None = None) -> Figure:
-    """Values with their intervals: a line per name, a colour per series. Points are name, series and {value, low, high};
-    `line` is a value to compare with."""
+    """Values with their intervals: a line per name, a colour per series. Points are name, series and {value, low,
+    high}; `line` is a value to compare with."""
     points = list(points)
     names, series = (list(dict.fromkeys(point[part] for point in points)) for part in (0, 1))
     figure, (axes,) = new_figure(1, width=10.0, height=1.6 + max(0.3, 0.13 * len(series)) * len(names))
@@ -129,12 +131,7 @@ def plot(points: Iterable[tuple[str, str, Mapping]], axis: str, line: float | No
         shift = 0.6 * ((number + 0.5) / len(series) - 0.5)
         middle = [value["value"] for _, value in mine]
         bars = [[v["value"] - v["low"] for _, v in mine], [v["high"] - v["value"] for _, v in mine]]
-        look = {
-            "fmt": MARKERS[number % len(MARKERS)],
-            "color": f"C{number % 10}",
-            "capsize": 3,
-            "markersize": 5,
-        }
+        look = {"fmt": MARKERS[number % len(MARKERS)], "color": f"C{number % 10}", "capsize": 3}
         axes.errorbar(middle, [at + shift for at, _ in mine], xerr=np.maximum(bars, 0), label=each, **look)
     if line is not None:
         axes.axvline(line, color=FINAL_LINE_COLOUR, linewidth=1)

@@ -11,12 +11,10 @@ not among the tuning prompts, and on held-out articles, in float32. What a part 
 """
 
 import json
-import multiprocessing
 import statistics
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,11 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 from harness import REQUIRED, ROOT, main
-from report import Column, plot, table
-from tuning_runs import configuration, fit, held_out_quality, tuning, with_interval
+from report import columns, plot, table
+from tuning_runs import configuration, fit, held_out_quality, in_child, tuning, with_interval
 
 from nemo_ee.files.output import write_text
-from nemo_ee.runtime.script import user_errors
 
 PROMPTS = ROOT / "scripts" / "benchmarks" / "held_out_prompts.jsonl"
 OPTIONS = {
@@ -52,37 +49,37 @@ TIMING_STEPS, CORES, TO_TUNE_ON, TO_MEASURE_ON = 11, 2, 160, 128
 ARTICLES = "Wikipedia"
 
 
-def cases(arguments: Namespace) -> list[dict]:
-    """Recipes: how many prompts the model answers first (0: tuned on articles), and whether it begins with the closed
+def recipes(arguments: Namespace) -> dict[str, tuple[int, bool]]:
+    """Name -> how many prompts the model answers first (0: tuned on articles), and whether it begins with the closed
     form of articles."""
-    found = [{"recipe": ARTICLES, "prompts": 0, "begins": True}]
+    found = {ARTICLES: (0, True)}
     for count in arguments.prompts:
         name = f"its own answers to {count} prompts"
-        found.append({"recipe": name, "prompts": count, "begins": False})
-        found.append({"recipe": f"closed form on {ARTICLES}, then {name}", "prompts": count, "begins": True})
-    return [case for case in found if arguments.only in case["recipe"]]
+        found |= {name: (count, False), f"closed form on {ARTICLES}, then {name}": (count, True)}
+    return found
+
+
+def cases(arguments: Namespace) -> list[dict]:
+    """Recipes."""
+    return [{"recipe": name} for name in recipes(arguments) if arguments.only in name]
 
 
 def measure(case: Mapping, arguments: Namespace) -> dict:
     """All parts of a recipe, each in a process of its own unless WORK has what it found."""
-    left, written, prompts = arguments.minutes * 60 * CORES, None, case["prompts"]
-    name = f"{prompts}_mixed" if prompts and case["begins"] else str(prompts)
+    left, written = arguments.minutes * 60 * CORES, None
+    prompts, begins = recipes(arguments)[case["recipe"]]
+    name = f"{prompts}_mixed" if prompts and begins else str(prompts)
     if prompts:
         written = part(f"written_{prompts}", write_answers, arguments, prompts)
         left -= written["seconds"]
     started = part(f"started_{prompts}", start, arguments, prompts)
-    begun = part("started_0", start, arguments, 0) if case["begins"] else started
+    begun = part("started_0", start, arguments, 0) if begins else started
     # What the steps at a rate of 0 took is for measuring alone; a run of known speed has none.
     steps = max(2, round((left - begun["before"]) / started["per_step"]))
-    first = 0 if case["begins"] else prompts
-    run = part(f"tuned_{name}", tune, arguments, prompts, first, name, steps)
+    run = part(f"tuned_{name}", tune, arguments, prompts, 0 if begins else prompts, name, steps)
     found = part(f"measured_{name}", measure_exits, arguments, name)
-    cost = {
-        "closed form, s": begun["before"],
-        "tuning, s": run["all"],
-        "steps": steps,
-        "s/step": run["per_step"],
-    }
+    cost = {"closed form, s": begun["before"], "tuning, s": run["all"], "steps": steps}
+    cost["s/step"] = run["per_step"]
     cost["tokens that count, each time they are read"] = run["samples"] * run["tokens_per_sample"]
     if written:
         cost |= {"writing answers, s": written["seconds"], "tokens written": written["tokens"]}
@@ -91,24 +88,13 @@ def measure(case: Mapping, arguments: Namespace) -> dict:
 
 
 def part(name: str, work: Callable, arguments: Namespace, *others: Any) -> dict:
-    """What a part found, from WORK if it is there. A process of its own, of one thread: Megatron's batch sizes are a
-    process's for good, and waiting threads would be counted as working."""
-
+    """What a part found, from WORK if it is there; in a process of one thread, as waiting threads would be counted."""
     path = Path(arguments.work, f"{name}.json")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            found = pool.submit(_called, work, arguments, *others).result()
-        write_text(path, json.dumps(found))
-        print(f"{name}: {json.dumps(found)[:300]}", flush=True)
+        write_text(path, json.dumps(in_child(work, arguments, *others, threads=1)))
+        print(f"{name}: {path.read_text()[:300]}", flush=True)
     return json.loads(path.read_text())
-
-
-def _called(work: Callable, *arguments: Any) -> dict:
-
-    torch.set_num_threads(1)
-    with user_errors():
-        return work(*arguments)
 
 
 def write_answers(arguments: Namespace, prompts: int) -> dict:
@@ -123,29 +109,20 @@ def write_answers(arguments: Namespace, prompts: int) -> dict:
 
     changes = [f"gpt_model_file={arguments.model}", f"output_prefix={arguments.work}/answers_{prompts}"]
     changes += [f"prompts.directory={arguments.downloads}", f"prompts.exclude_file={PROMPTS}"]
-    changes += [
-        f"prompts.count={prompts}",
-        f"inference.tokens_to_generate={TO_TUNE_ON}",
-        "validation_share=0",
-    ]
-    made = configuration("generate_tuning_text", [*changes, *arguments.writing])
-    values = OmegaConf.to_container(made, resolve=True)
+    changes += [f"prompts.count={prompts}", f"inference.tokens_to_generate={TO_TUNE_ON}"]
+    changes += ["validation_share=0", *arguments.writing]
+    values = OmegaConf.to_container(configuration("generate_tuning_text", changes), resolve=True)
     trainer = values.pop("trainer")
     config = TuningTextConfig.from_dict({**values, "precision": trainer["precision"]})
-    asked, held_out = (
-        keys_of(read_prompts(config.prompts, config.seed)),
-        read_prompt_file(str(PROMPTS), "held out"),
-    )
-    assert not asked & keys_of(held_out), "a held-out prompt would be tuned on"
+    asked, held_out = read_prompts(config.prompts, config.seed), read_prompt_file(str(PROMPTS), "held out")
+    assert not keys_of(asked) & keys_of(held_out), "a held-out prompt would be tuned on"
     built = EarlyExitTrainerBuilder(OmegaConf.create({"trainer": trainer, "model": {}})).create_trainer()
     began = time.process_time()
     done = generate_tuning_text(config, built).progress
     return {"seconds": time.process_time() - began, **asdict(done)}
 
 
-def timed_fit(
-    arguments: Namespace, prompts: int, save_to: str, steps: int, warm_up: int, *changes: str
-) -> dict:
+def timed_fit(arguments: Namespace, prompts: int, to: str, steps: int, warm: int, *changes: str) -> dict:
     """One run of tuning; returns its processor seconds: before the first step, per step, and in all."""
     from lightning.pytorch.callbacks import Callback
 
@@ -158,24 +135,21 @@ def timed_fit(
 
         on_train_batch_end = on_train_start
 
-    clock, text = Clock(), []
+    common = ["trainer.limit_val_batches=0", f"trainer.max_steps={steps}", *changes, *arguments.set]
+    common.insert(0, f"model.optim.sched.warmup_steps={warm}")
+    articles = (arguments.train, arguments.validation)
     if prompts:  # three chats have about as many tokens as two pieces of articles
-        file = f"{arguments.work}/answers_{prompts}_train.jsonl"
-        text = ["~model.data.data_prefix", "model.data.chat=true", f"model.data.train_ds.file_names=[{file}]"]
-        text += ["model.micro_batch_size=3", "model.global_batch_size=3"]
-    changes = (*text, "trainer.limit_val_batches=0", f"trainer.max_steps={steps}", *changes, *arguments.set)
-    changes = (f"model.optim.sched.warmup_steps={warm_up}", *changes)
-    cfg = tuning(arguments.model, arguments.layers, arguments.train, arguments.validation, changes)
+        file, articles = f"{arguments.work}/answers_{prompts}_train.jsonl", ()
+        common = ["model.data.chat=true", f"model.data.train_ds.file_names=[{file}]", *common]
+        common = ["model.micro_batch_size=3", "model.global_batch_size=3", *common]
+    cfg, clock = tuning(arguments.model, arguments.layers, common, *articles), Clock()
     model = fit(cfg, clock)
     ended = time.process_time()
-    model.save_adapters(f"{arguments.work}/{save_to}.nemo")
+    model.save_adapters(f"{arguments.work}/{to}.nemo")
     began, first, *later = clock.times
     each = [late - early for early, late in zip([first, *later], later, strict=False)]
-    found = {
-        "before": first - began,
-        "per_step": statistics.mean(each[len(each) // 3 :]),
-        "all": ended - began,
-    }
+    per_step = statistics.mean(each[len(each) // 3 :])
+    found = {"before": first - began, "per_step": per_step, "all": ended - began}
     samples = cfg.trainer.max_steps * cfg.model.global_batch_size
     return {**found, "samples": samples, "tokens_per_sample": model.tokens_per_sample}
 
@@ -204,9 +178,8 @@ def measure_exits(arguments: Namespace, name: str) -> dict:
     model = restore(arguments.model, f"{arguments.work}/tuned_{name}.nemo", "32", 0).eval()
     chats = read_prompt_file(str(PROMPTS), "held out")
     prompts = tokenize_prompts(chats, model.text_tokenizer, None, model.cfg.encoder_seq_length)
-    sweep = Sweep(
-        model, prompts, SweepConfig(tokens_to_generate=TO_MEASURE_ON, thresholds=THRESHOLDS), seed=0
-    )
+    settings = SweepConfig(tokens_to_generate=TO_MEASURE_ON, thresholds=THRESHOLDS)
+    sweep = Sweep(model, prompts, settings, seed=0)
     path = Path(arguments.work, "held_out_answers.json")
     if not path.exists():  # the same for all recipes
         model.prepare_decoding()
@@ -218,12 +191,10 @@ def measure_exits(arguments: Namespace, name: str) -> dict:
     articles = held_out_quality(model, arguments.validation, arguments.sequences, 256)
     for kind, found in (("answers", map(asdict, own)), ("articles", articles)):
         way |= {f"{kind}, exit {each['layer']}": with_interval(each) for each in found}
-    agreeing = {
-        str(n): [
-            int(c) for each, _, m in scores for c in ((each.exits[n].tokens == each.final.tokens) & m).sum(1)
-        ]
-        for n in sweep.exits
-    }
+    agreeing: dict[str, list[int]] = {str(n): [] for n in sweep.exits}
+    for each, _, mask in scores:
+        for n, counts in agreeing.items():
+            counts += ((each.exits[int(n)].tokens == each.final.tokens) & mask).sum(1).tolist()
     for threshold in THRESHOLDS:
         agreement, around = sweep.agreement(threshold, scores)
         left = [each.leaving(dict.fromkeys(sweep.exits, threshold))[1][mask] for each, _, mask in scores]
@@ -242,49 +213,27 @@ def measure_exits(arguments: Namespace, name: str) -> dict:
 
 def page(rows: Sequence[dict]) -> tuple[dict, Any]:
     """What the template needs, and the plot."""
-
-    def named(metrics: Mapping, digits: int = 3) -> list[Column]:
-        return [Column(name, name, digits) for name in metrics]
-
-    rows = [{**row, "case": {"recipe": row["case"]["recipe"]}} for row in rows]
+    first, parts = rows[0], []
     for row in rows:
-        row["gained"] = {}
-        for layer in row["per prompt"]["agreeing"] if row is not rows[0] else ():
-            row["gained"][layer] = {"difference": gained(rows[0], row, layer)}
+        layers = row["per prompt"]["agreeing"] if row is not first else ()
+        row["gained"] = {layer: {"difference": gained(first, row, layer)} for layer in layers}
         row["at"] = {"": at_equal_agreement(row["thresholds"])}
-    by_threshold = [
-        [{**row, "thresholds": {t: row["thresholds"][t]}} for row in rows] for t in rows[0]["thresholds"]
-    ]
-    digits = {"agreement": 3, "leave early, %": 1, "layers left out, %": 1}
-    columns = [Column(name, name, number) for name, number in digits.items()]
-    cost = [
-        "writing answers, s",
-        "tokens written",
-        "answers",
-        "closed form, s",
-        "tuning, s",
-        "steps",
-        "s/step",
-    ]
-    costs = [
-        Column(n, n, 2 if n == "s/step" else 0)
-        for n in [*cost, *rows[0]["cost"][""]]
-        if n in cost or n[:4] == "toke"
-    ]
-    values = {
-        **rows[0]["about case"],
-        "processor_seconds": 60 * CORES * rows[0]["settings"]["minutes"],
-        "agreements": table(rows, named(rows[0]["ways"][""]), case="recipe", way=None),
-        "first": rows[0]["case"]["recipe"],
-        "gained": table(rows[1:], named(["difference"]), "gained", case="recipe", way="exit"),
-        "thresholds": table(sum(by_threshold, []), columns, "thresholds", case="recipe", way="threshold"),
-        "equal": table(rows, named(rows[0]["at"][""], 1), "at", case="recipe", way=None),
-        "costs": table(rows, list(dict.fromkeys(costs)), "cost", case="recipe", way=None),
+    for threshold in first["thresholds"]:
+        parts += [{**row, "thresholds": {threshold: row["thresholds"][threshold]}} for row in rows]
+    shares = columns({"agreement": 3, "leave early, %": 1, "layers left out, %": 1})
+    cost = dict.fromkeys(("writing answers, s", "tokens written", "answers", *first["cost"][""]), 0)
+    tables = {
+        "agreements": table(rows, columns(dict.fromkeys(first["ways"][""], 3)), case="recipe", way=None),
+        "gained": table(rows, columns({"difference": 3}), "gained", case="recipe", way="exit"),
+        "thresholds": table(parts, shares, "thresholds", case="recipe", way="threshold"),
+        "equal": table(rows, columns(dict.fromkeys(first["at"][""], 1)), "at", case="recipe", way=None),
+        "costs": table(rows, columns({**cost, "s/step": 2}), "cost", case="recipe", way=None),
     }
-    points = [
-        (t, row["case"]["recipe"], at["agreement"]) for row in rows for t, at in row["thresholds"].items()
-    ]
-    return values, plot(points, "agreement with full depth's own answers, by thresholds")
+    seconds = 60 * CORES * first["settings"]["minutes"]
+    about = {**first["about case"], "first": first["case"]["recipe"], "processor_seconds": seconds}
+    series = ((row["case"]["recipe"], row["thresholds"]) for row in rows)
+    points = [(t, name, at["agreement"]) for name, thresholds in series for t, at in thresholds.items()]
+    return {**about, **tables}, plot(points, "agreement with full depth's own answers, by thresholds")
 
 
 def gained(first: Mapping, row: Mapping, layer: str) -> dict[str, float]:

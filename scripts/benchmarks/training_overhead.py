@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from harness import main, run_ranks, seconds
-from report import Column, plot, ratio, table
+from report import Column, columns, plot, ratio, table
 
 CASES = {f"pp{p}-{head}": (p, head == "mlp") for p in (1, 2, 4) for head in ("minimal", "mlp")}
 OPTIONS = {
@@ -59,30 +59,22 @@ def measure(case: Mapping, arguments: Namespace) -> dict:
     threads = 1 if torch.cuda.is_available() else max(1, len(os.sched_getaffinity(0)) // stages)
     ranks, ways = run_ranks(measure_stage, stages, arguments, stages, mlp, threads), {}
     for kind in (PLAIN, EXITS):
-        times = zip(*(rank["times"][kind] for rank in ranks), strict=True)
-        schedule, step = zip(
-            *([max(each) for each in zip(*stages, strict=True)] for stages in times), strict=True
-        )
-        ways[kind] = {"schedule": schedule, "step": step}
+        for part in ("schedule", "step"):
+            times = zip(*(rank["times"][kind, part] for rank in ranks), strict=True)
+            ways.setdefault(kind, {})[part] = [max(each) for each in times]
     ways[EXITS] |= {"FLOPs": flops_ratio(arguments, mlp), "processes": f"{stages} x {threads}"}
     memory = {f"stage {number}": rank["memory"] for number, rank in enumerate(ranks)}
-    return {
-        "ways": ways,
-        "memory": memory,
-        "losses": {"": {k: v for rank in ranks for k, v in rank["losses"].items()}},
-    }
+    losses = {name: loss for rank in ranks for name, loss in rank["losses"].items()}
+    return {"ways": ways, "memory": memory, "losses": {"": losses}}
 
 
 def measure_stage(size: Namespace, stages: int, mlp: bool, threads: int) -> dict:
-    """Steps the same weights with and without exits, in turn. In every rank of a pipeline.
-
-    Returns:
-        times: kind -> seconds of the schedule, and with the optimizer's step; memory, MiB; losses, nats per token.
-    """
+    """Steps the same weights with and without exits, in turn, in every rank of a pipeline. Returns times of the
+    schedule, and with the optimizer's step, in seconds; memory, MiB; losses, nats per token."""
     from tests.support.training_stage import training_stage
 
     torch.set_num_threads(threads)
-    gpt, losses, times = training_stage(size, stages, mlp), {}, {PLAIN: [], EXITS: []}
+    gpt, losses, times = training_stage(size, stages, mlp), {}, {}
     memory: dict[str, Any] = {"exits": ", ".join(map(str, gpt.exit_layers)) or "none"}
 
     def start() -> None:
@@ -90,25 +82,24 @@ def measure_stage(size: Namespace, stages: int, mlp: bool, threads: int) -> dict
         gc.collect()
         torch.distributed.barrier()
 
-    for kind in times:  # also the warm-up
+    for kind in (PLAIN, EXITS):  # also the warm-up
         start()
         memory[kind], found = peak(lambda: run(gpt, size, kind, 0))  # noqa: B023
         losses |= {f"final, {kind}" if name == "final" else name: value for name, value in found.items()}
     exits = list(gpt.exits.parameters())
     gradients = sum(each.numel() * each.element_size() for each in exits) / MIB
     memory |= {"gradients": gradients, "beyond": memory[EXITS] - memory[PLAIN] - gradients}
-    parts = [
-        [p for n, p in gpt.named_parameters() if not n.startswith("exits.")],
-        *([exits] if exits else []),
-    ]
-    optimizers = [torch.optim.AdamW(part, lr=1e-4, fused=torch.cuda.is_available()) for part in parts]
+    backbone = [p for n, p in gpt.named_parameters() if not n.startswith("exits.")]
+    fused, parts = torch.cuda.is_available(), filter(None, (backbone, exits))
+    optimizers = [torch.optim.AdamW(part, lr=1e-4, fused=fused) for part in parts]
     for pair in range(size.steps + 1):
         for kind in (PLAIN, EXITS) if pair % 2 == 0 else (EXITS, PLAIN):
             start()
             schedule = seconds(lambda: run(gpt, size, kind, pair))  # noqa: B023
             used = optimizers[: 1 if kind == PLAIN else 2]
             step = schedule + seconds(lambda: [each.step() for each in used])  # noqa: B023
-            times[kind] += [(schedule, step)] if pair else []
+            for part, took in (("schedule", schedule), ("step", step)) if pair else ():
+                times.setdefault((kind, part), []).append(took)
     return {"times": times, "memory": memory, "losses": losses}
 
 
@@ -122,13 +113,8 @@ def run(gpt: Any, size: Namespace, kind: str, seed: int) -> dict[str, float]:
     device, found = next(gpt.parameters()).device, {}
     shape = (size.micro_batches, size.micro_batch, size.sequence + 1)
     ids = torch.randint(size.vocabulary, shape, generator=torch.Generator().manual_seed(seed)).to(device)
-    cross_entropy = {
-        "ce_weight": 1.0,
-        "kl_weight": 0.0,
-        "argmax_weight": 0.0,
-        "loss_chunk_tokens": CHUNK_TOKENS,
-    }
-    objective, weights = TuningConfig(**cross_entropy), {n: n / size.layers for n in size.exits}
+    objective = TuningConfig(ce_weight=1, kl_weight=0, argmax_weight=0, loss_chunk_tokens=CHUNK_TOKENS)
+    weights = {n: n / size.layers for n in size.exits}
 
     def record(result: Any) -> None:
         for n, stats in result.stats.items():
@@ -147,13 +133,9 @@ def run(gpt: Any, size: Namespace, kind: str, seed: int) -> dict[str, float]:
             targets = ExitTargets(labels, mask, weights, objective, lambda: scale, record)
         return model(inputs, positions, None, labels=labels, exit_targets=targets), loss
 
-    how = {
-        "num_microbatches": size.micro_batches,
-        "seq_length": size.sequence,
-        "micro_batch_size": size.micro_batch,
-    }
-    given = {"forward_step_func": forward_step, "data_iterator": iter(ids), "model": gpt}
-    if final := get_forward_backward_func()(**given, **how):
+    how = {"seq_length": size.sequence, "micro_batch_size": size.micro_batch, "model": gpt}
+    how |= {"forward_step_func": forward_step, "data_iterator": iter(ids)}
+    if final := get_forward_backward_func()(num_microbatches=size.micro_batches, **how):
         found["final"] = [each["loss"] for each in final]
     return {name: float(sum(values) / len(values)) for name, values in found.items()}
 
@@ -183,9 +165,8 @@ def page(rows: Sequence[dict]) -> tuple[dict, Any]:
     for name, key in (("passes", "schedule"), ("step", "step")):
         times += [Column(f"{name}, s", key), Column(f"{name}, ratio", key, 3, PLAIN)]
     times.append(Column("FLOPs, ratio", "FLOPs", 3))
-    memory = [Column("exits", "exits"), Column(PLAIN, PLAIN, 1), Column(EXITS, EXITS, 1)]
-    memory += [Column("gradients of exits' weights", "gradients", 1), Column("beyond", "beyond", 1)]
-    losses = [Column(name, name, 4) for name in sorted({name for row in rows for name in row["losses"][""]})]
+    memory = columns({"exits": 0, PLAIN: 1, EXITS: 1, "gradients": 1, "beyond": 1})
+    losses = columns(dict.fromkeys(sorted({name for row in rows for name in row["losses"][""]}), 4))
     tokens, points = min(size["micro_batch"] * size["sequence"], CHUNK_TOKENS), []
     for name, ways in ((row["case"]["case"], row["ways"]) for row in rows):
         flops = dict.fromkeys(("value", "low", "high"), ways[EXITS]["FLOPs"])

@@ -4,9 +4,9 @@
     python scripts/benchmarks/tuning_step.py --output results                  # a small random model
     python scripts/benchmarks/tuning_step.py --model model.nemo --text data/train --layers 10,20
 
-The step is the whole of what `Trainer.fit` does per global batch: loading, `fwd_bwd_step`, clipping, optimizer, logging.
-The parts, timed after each step on a batch like it, are the backbone's forward pass to the depth that the objective
-needs, and the exits' forward and backward; with distillation the final exit's logits count as a cost of the exits.
+The step is the whole of what `Trainer.fit` does per global batch: loading, `fwd_bwd_step`, clipping, optimizer,
+logging. The parts, timed after each step on a batch like it, are the backbone's forward pass to the depth that the
+objective needs, and the exits' forward and backward; with distillation the final exit's logits count for the exits.
 """
 
 import atexit
@@ -20,18 +20,12 @@ from typing import Any
 
 import torch
 from harness import main, seconds, synchronise
-from report import Column, table
-from tuning_runs import TUNING, fit, tuning
+from report import columns, table
+from tuning_runs import CE, KL, fit, tuning
 
-CE = (
-    "model.early_exit.init=copy",
-    f"{TUNING}.ce_weight=1",
-    f"{TUNING}.kl_weight=0",
-    f"{TUNING}.argmax_weight=0",
-)
 CASES = {
-    "CE, backbone up to the last exit": CE,
-    "KL, full depth": (f"{TUNING}.kl_weight=1", f"{TUNING}.argmax_weight=0"),
+    "CE, backbone up to the last exit": ("model.early_exit.init=copy", *CE),
+    "KL, full depth": KL,
     "default (KL + argmax), full depth": (),
 }
 OPTIONS = {
@@ -68,38 +62,32 @@ def measure(case: Mapping, arguments: Namespace) -> dict:
         ) -> None:
             synchronise()
             step, (backbone, exits) = time.perf_counter() - self.begin, parts(trainer, model, index)
-            if index >= WARM_UP:
-                found = (1000 * step, 1000 * backbone, 1000 * exits, step / (backbone + exits))
-                for key, value in zip(times, found, strict=True):
-                    times[key].append(value)
+            found = (1000 * step, 1000 * backbone, 1000 * exits, step / (backbone + exits))
+            for key, value in zip(times, found if index >= WARM_UP else (), strict=False):
+                times[key].append(value)
 
     def parts(trainer: Any, model: Any, index: int) -> tuple[float, float]:
-        size, text, found = model.cfg.micro_batch_size, trainer.train_dataloader.dataset, {}
+        size, text = model.cfg.micro_batch_size, trainer.train_dataloader.dataset
         samples = [text[(index * size + i) % len(text)] for i in range(size)]
-        batch, needs_final = model.to_micro_batch(default_collate(samples)), model.wants_teacher
+        batch, needs_final, found = model.to_micro_batch(default_collate(samples)), model.wants_teacher, []
 
         def backbone() -> None:
             with torch.no_grad():
                 given = batch.tokens, batch.position_ids, batch.attention_mask, needs_final
-                found["states"] = model.gpt.forward_states(*given)
+                found.append(model.gpt.forward_states(*given))
 
         def exits() -> None:
-            states, scale = found["states"], 1.0 / batch.loss_mask.sum()
-            how = (model.teacher_projection, model.early_exit, scale, model.compute_dtype)
-            exit_step(model.gpt, batch, states, states.output if needs_final else None, *how)
+            final = found[0].output if needs_final else None
+            how = model.teacher_projection, model.early_exit, 1.0 / batch.loss_mask.sum(), model.compute_dtype
+            exit_step(model.gpt, batch, found[0], final, *how)
 
         return seconds(backbone), seconds(exits)
 
     model, text, steps = *_inputs(arguments.model, arguments.text), arguments.steps + WARM_UP
-    common = [
-        "trainer.limit_val_batches=1",
-        "model.optim.sched.warmup_steps=1",
-        "model.early_exit.ridge.tokens=1024",
-    ]
-    common += [f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps}"]
-    cfg = tuning(model, arguments.layers, text, text, [*common, *arguments.set, *CASES[case["case"]]])
+    common = ["trainer.limit_val_batches=0", "model.optim.sched.warmup_steps=1", f"trainer.max_steps={steps}"]
+    common += ["model.early_exit.ridge.tokens=1024", *arguments.set, *CASES[case["case"]]]
+    cfg, gpu = tuning(model, arguments.layers, common, text, text), torch.cuda.is_available()
     assert cfg.model.micro_batch_size == cfg.model.global_batch_size, "the parts are timed on one micro-batch"
-    gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.reset_peak_memory_stats()
     times["layers"] = fit(cfg, Stopwatch()).gpt.config.num_layers
@@ -111,18 +99,11 @@ def measure(case: Mapping, arguments: Namespace) -> dict:
 
 
 def page(rows: Sequence[dict]) -> tuple[dict, None]:
-    """What the template needs, and the plot, if any."""
-    digits = {
-        "layers": 0,
-        "step, ms": 0,
-        "backbone, ms": 0,
-        "exits, ms": 0,
-        "step / parts": 2,
-        "peak RSS, MiB": 0,
-    }
-    columns = [Column(name, name, number) for name, number in {**digits, "peak CUDA, MiB": 0}.items()]
+    """What the template needs; there is no plot."""
+    digits = dict.fromkeys(("layers", "step, ms", "backbone, ms", "exits, ms", "step / parts"), 0)
+    digits |= {"step / parts": 2, "peak RSS, MiB": 0, "peak CUDA, MiB": 0}
     base = rows[0]["settings"]["model"] or "A small random model"
-    return {"base": base, **rows[0]["about case"], "table": table(rows, columns, way=None)}, None
+    return {"base": base, **rows[0]["about case"], "table": table(rows, columns(digits), way=None)}, None
 
 
 @cache
