@@ -38,9 +38,8 @@ MOST_PAIRS = 60
 
 def cases(arguments: Namespace) -> list[dict]:
     """Batch sizes, prompt lengths and thresholds."""
-    return [
-        {**case, "threshold": each} for case in decoding.cases(arguments) for each in arguments.thresholds
-    ]
+    thresholds = [{"threshold": each} for each in arguments.thresholds]
+    return [{**case, **each} for case in decoding.cases(arguments) for each in thresholds]
 
 
 def run_pair(ways: Mapping[str, Any], prompts: list[list[int]], count: int) -> dict[str, float]:
@@ -90,9 +89,8 @@ def measure(case: Mapping, arguments: Namespace) -> dict:
         accepted += sum(each.statistics.accepted for each in way)
         equal += [each.tokens for each in base] == [each.tokens for each in way]
         done += 1
-    share = accepted / drafts if drafts else None
-    found[arguments.way] |= {"pairs": done, "drafts": drafts, "accepted": share}
-    found[arguments.way]["equal"] = f"{equal} of {done}"
+    found[arguments.way] |= {"pairs": done, "drafts": drafts, "equal": f"{equal} of {done}"}
+    found[arguments.way]["accepted"] = accepted / drafts if drafts else None
     return {"ways": found}
 
 

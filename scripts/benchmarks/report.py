@@ -24,8 +24,6 @@ from nemo_ee.report.markdown import table as markdown
 from nemo_ee.report.statistics import spread
 from nemo_ee.report.style import FINAL_LINE_COLOUR, MARKERS, new_figure
 
-RESAMPLES = 2000
-
 
 def write_page(subject: str, folder: Path) -> str:
     """Writes SUBJECT.md and .png of SUBJECT.jsonl; returns the page: a template of docs/benchmarks/templates with the
@@ -58,7 +56,7 @@ at the end of cases. {max(each["date"] for each in every)}."""
 
 def interval(values: Sequence[float], statistic: Callable = np.median) -> dict[str, float]:
     """A statistic of values, and its 95 % interval by bootstrap."""
-    drawn = np.random.default_rng(0).choice(np.asarray(values), (RESAMPLES, len(values)))
+    drawn = np.random.default_rng(0).choice(np.asarray(values), (2000, len(values)))
     low, high = np.quantile(statistic(drawn, axis=1), [0.025, 0.975])
     return {"value": float(statistic(values)), "low": float(low), "high": float(high)}
 

@@ -42,11 +42,10 @@ OPTIONS = {
     "set": ((), "changes to the configuration of tuning"),
     "writing": ((), "changes to that of writing answers"),
 }
-AXES = ("prompts",)
+AXES, ARTICLES = ("prompts",), "Wikipedia"
 THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 TIMING_STEPS, CORES, TO_TUNE_ON, TO_MEASURE_ON = 11, 2, 160, 128
 """Steps at a rate of 0 that time a step; tokens of an answer, at most."""
-ARTICLES = "Wikipedia"
 
 
 def recipes(arguments: Namespace) -> dict[str, tuple[int, bool]]:
@@ -72,12 +71,15 @@ def measure(case: Mapping, arguments: Namespace) -> dict:
     if prompts:
         written = part(f"written_{prompts}", write_answers, arguments, prompts)
         left -= written["seconds"]
-    started = part(f"started_{prompts}", start, arguments, prompts)
-    begun = part("started_0", start, arguments, 0) if begins else started
-    # What the steps at a rate of 0 took is for measuring alone; a run of known speed has none.
+    # The closed form, and the time of a step at a rate of 0, which is for measuring alone.
+    started = part(f"started_{prompts}", timed_fit, arguments, prompts, TIMING_STEPS, 1, "model.optim.lr=0")
+    begun = (
+        part("started_0", timed_fit, arguments, 0, TIMING_STEPS, 1, "model.optim.lr=0") if begins else started
+    )
     steps = max(2, round((left - begun["before"]) / started["per_step"]))
-    run = part(f"tuned_{name}", tune, arguments, prompts, 0 if begins else prompts, name, steps)
-    found = part(f"measured_{name}", measure_exits, arguments, name)
+    adapter = f"model.adapter_path={arguments.work}/started_{0 if begins else prompts}.nemo"
+    run = part(f"tuned_{name}", timed_fit, arguments, prompts, steps, steps // 10 + 1, adapter)
+    found = part(f"measured_{name}", measure_exits, arguments)
     cost = {"closed form, s": begun["before"], "tuning, s": run["all"], "steps": steps}
     cost["s/step"] = run["per_step"]
     cost["tokens that count, each time they are read"] = run["samples"] * run["tokens_per_sample"]
@@ -92,12 +94,12 @@ def part(name: str, work: Callable, arguments: Namespace, *others: Any) -> dict:
     path = Path(arguments.work, f"{name}.json")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(in_child(work, arguments, *others, threads=1)))
+        write_text(path, json.dumps(in_child(work, name, arguments, *others, threads=1)))
         print(f"{name}: {path.read_text()[:300]}", flush=True)
     return json.loads(path.read_text())
 
 
-def write_answers(arguments: Namespace, prompts: int) -> dict:
+def write_answers(name: str, arguments: Namespace, prompts: int) -> dict:
     """Lets the model answer; returns what that took and gave."""
     from omegaconf import OmegaConf
 
@@ -122,7 +124,7 @@ def write_answers(arguments: Namespace, prompts: int) -> dict:
     return {"seconds": time.process_time() - began, **asdict(done)}
 
 
-def timed_fit(arguments: Namespace, prompts: int, to: str, steps: int, warm: int, *changes: str) -> dict:
+def timed_fit(name: str, arguments: Namespace, prompts: int, steps: int, warm: int, *changes: str) -> dict:
     """One run of tuning; returns its processor seconds: before the first step, per step, and in all."""
     from lightning.pytorch.callbacks import Callback
 
@@ -145,7 +147,7 @@ def timed_fit(arguments: Namespace, prompts: int, to: str, steps: int, warm: int
     cfg, clock = tuning(arguments.model, arguments.layers, common, *articles), Clock()
     model = fit(cfg, clock)
     ended = time.process_time()
-    model.save_adapters(f"{arguments.work}/{to}.nemo")
+    model.save_adapters(f"{arguments.work}/{name}.nemo")
     began, first, *later = clock.times
     each = [late - early for early, late in zip([first, *later], later, strict=False)]
     per_step = statistics.mean(each[len(each) // 3 :])
@@ -154,18 +156,7 @@ def timed_fit(arguments: Namespace, prompts: int, to: str, steps: int, warm: int
     return {**found, "samples": samples, "tokens_per_sample": model.tokens_per_sample}
 
 
-def start(arguments: Namespace, prompts: int) -> dict:
-    """The closed form, and the time of a step."""
-    return timed_fit(arguments, prompts, f"start_{prompts}", TIMING_STEPS, 1, "model.optim.lr=0")
-
-
-def tune(arguments: Namespace, prompts: int, first: int, name: str, steps: int) -> dict:
-    """As many steps as fit into what is left."""
-    adapter = f"model.adapter_path={arguments.work}/start_{first}.nemo"
-    return timed_fit(arguments, prompts, f"tuned_{name}", steps, steps // 10 + 1, adapter)
-
-
-def measure_exits(arguments: Namespace, name: str) -> dict:
+def measure_exits(name: str, arguments: Namespace) -> dict:
     """The exits on full depth's own answers to the held-out prompts, and on held-out articles, in float32."""
     from decoding_ways import restore
 
@@ -175,11 +166,12 @@ def measure_exits(arguments: Namespace, name: str) -> dict:
     from nemo_ee.inference.prompt_file import read_prompt_file
     from nemo_ee.inference.prompts import tokenize_prompts
 
-    model = restore(arguments.model, f"{arguments.work}/tuned_{name}.nemo", "32", 0).eval()
+    model = restore(
+        arguments.model, f"{arguments.work}/{name.replace('measured', 'tuned')}.nemo", "32", 0
+    ).eval()
     chats = read_prompt_file(str(PROMPTS), "held out")
     prompts = tokenize_prompts(chats, model.text_tokenizer, None, model.cfg.encoder_seq_length)
-    settings = SweepConfig(tokens_to_generate=TO_MEASURE_ON, thresholds=THRESHOLDS)
-    sweep = Sweep(model, prompts, settings, seed=0)
+    sweep = Sweep(model, prompts, SweepConfig(tokens_to_generate=TO_MEASURE_ON), seed=0)
     path = Path(arguments.work, "held_out_answers.json")
     if not path.exists():  # the same for all recipes
         model.prepare_decoding()

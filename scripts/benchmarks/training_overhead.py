@@ -12,7 +12,7 @@ per pipeline stage: gloo on a CPU, NCCL with a GPU per stage otherwise; cases th
 import gc
 import os
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +71,7 @@ def measure(case: Mapping, arguments: Namespace) -> dict:
 def measure_stage(size: Namespace, stages: int, mlp: bool, threads: int) -> dict:
     """Steps the same weights with and without exits, in turn, in every rank of a pipeline. Returns times of the
     schedule, and with the optimizer's step, in seconds; memory, MiB; losses, nats per token."""
+    from tests.support.memory_peak import memory_peak
     from tests.support.training_stage import training_stage
 
     torch.set_num_threads(threads)
@@ -84,7 +85,7 @@ def measure_stage(size: Namespace, stages: int, mlp: bool, threads: int) -> dict
 
     for kind in (PLAIN, EXITS):  # also the warm-up
         start()
-        memory[kind], found = peak(lambda: run(gpt, size, kind, 0))  # noqa: B023
+        memory[kind], found = memory_peak(lambda: run(gpt, size, kind, 0))  # noqa: B023
         losses |= {f"final, {kind}" if name == "final" else name: value for name, value in found.items()}
     exits = list(gpt.exits.parameters())
     gradients = sum(each.numel() * each.element_size() for each in exits) / MIB
@@ -138,25 +139,6 @@ def run(gpt: Any, size: Namespace, kind: str, seed: int) -> dict[str, float]:
     if final := get_forward_backward_func()(num_microbatches=size.micro_batches, **how):
         found["final"] = [each["loss"] for each in final]
     return {name: float(sum(values) / len(values)) for name, values in found.items()}
-
-
-def peak(work: Callable[[], Any]) -> tuple[float, Any]:
-    """MiB that torch's allocator gave out at most beyond those from before, of a CPU from a profile's events; and what
-    the work returned."""
-    from torch.profiler import ProfilerActivity, profile
-
-    if torch.cuda.is_available():
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        found = work()
-        return (torch.cuda.max_memory_allocated() - before) / MIB, found
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
-        found = work()
-    events, highest, now = recorded.profiler.kineto_results.events(), 0, 0
-    for _, change in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
-        now += change
-        highest = max(highest, now)
-    return highest / MIB, found
 
 
 def page(rows: Sequence[dict]) -> tuple[dict, Any]:

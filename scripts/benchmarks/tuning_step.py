@@ -9,13 +9,11 @@ logging. The parts, timed after each step on a batch like it, are the backbone's
 objective needs, and the exits' forward and backward; with distillation the final exit's logits count for the exits.
 """
 
-import atexit
 import gc
 import resource
 import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -49,6 +47,7 @@ def measure(case: Mapping, arguments: Namespace) -> dict:
     from torch.utils.data import default_collate
 
     from nemo_ee.megatron.tuning_step import exit_step
+    from tests.support.small_base import small_files
 
     times: dict[str, Any] = {key: [] for key in ("step, ms", "backbone, ms", "exits, ms", "step / parts")}
 
@@ -83,7 +82,10 @@ def measure(case: Mapping, arguments: Namespace) -> dict:
 
         return seconds(backbone), seconds(exits)
 
-    model, text, steps = *_inputs(arguments.model, arguments.text), arguments.steps + WARM_UP
+    given, steps = (arguments.model, arguments.text), arguments.steps + WARM_UP
+    model, text = (
+        given if all(given) else (mine or small for mine, small in zip(given, small_files(), strict=True))
+    )
     common = ["trainer.limit_val_batches=0", "model.optim.sched.warmup_steps=1", f"trainer.max_steps={steps}"]
     common += ["model.early_exit.ridge.tokens=1024", *arguments.set, *CASES[case["case"]]]
     cfg, gpu = tuning(model, arguments.layers, common, text, text), torch.cuda.is_available()
@@ -104,17 +106,6 @@ def page(rows: Sequence[dict]) -> tuple[dict, None]:
     digits |= {"step / parts": 2, "peak RSS, MiB": 0, "peak CUDA, MiB": 0}
     base = rows[0]["settings"]["model"] or "A small random model"
     return {"base": base, **rows[0]["about case"], "table": table(rows, columns(digits), way=None)}, None
-
-
-@cache
-def _inputs(model: str | None, text: str | None) -> tuple[str, str]:
-    """The base and the text, made where they are not given, in a folder that lives with this process."""
-    from nemo_ee.files.scratch import ScratchFolder
-    from tests.support.small_base import write_small_base, write_small_text
-
-    folder = ScratchFolder("tuning_step")
-    atexit.register(folder.close)
-    return model or str(write_small_base(folder.path)), text or str(write_small_text(folder.path))
 
 
 if __name__ == "__main__":

@@ -85,17 +85,18 @@ def test_what_is_left_for_tuning_is_the_same_time_less_what_was_written(text_rec
         return known[name]
 
     monkeypatch.setattr(text_recipes, "part", part)
-    arguments = Namespace(minutes=3.0, prompts=[5], only="")
+    arguments = Namespace(minutes=3.0, prompts=[5], only="", work="work")
     for case in text_recipes.cases(arguments):
         text_recipes.measure(case, arguments)
+    timed = (11, 1, "model.optim.lr=0")
     assert calls == [
-        ("started_0", 0),
-        ("tuned_0", 0, 0, "0", 140),
-        ("measured_0", "0"),
+        ("started_0", 0, *timed),
+        ("tuned_0", 0, 140, 15, "model.adapter_path=work/started_0.nemo"),
+        ("measured_0",),
         ("written_5", 5),
-        ("started_5", 5),
-        ("tuned_5", 5, 5, "5", 100),
-        ("measured_5", "5"),
-        ("tuned_5_mixed", 5, 0, "5_mixed", 90),
-        ("measured_5_mixed", "5_mixed"),
+        ("started_5", 5, *timed),
+        ("tuned_5", 5, 100, 11, "model.adapter_path=work/started_5.nemo"),
+        ("measured_5",),
+        ("tuned_5_mixed", 5, 90, 10, "model.adapter_path=work/started_0.nemo"),
+        ("measured_5_mixed",),
     ]
