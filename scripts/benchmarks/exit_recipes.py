@@ -20,6 +20,7 @@ from tuning_runs import CE, KL, TUNING, fit, held_out_quality, in_child, tuning,
 from nemo_ee.files.scratch import scratch_folder
 
 SHORTLIST, WEIGHTED = "model.early_exit.head.shortlist_size", f"{TUNING}.token_weighting=confidence"
+NEMO = False  # but in the processes of recipes
 RECIPES = {
     "default (ridge, 8k shortlist, KL + argmax)": (),
     "init: copy": ("model.early_exit.init=copy",),

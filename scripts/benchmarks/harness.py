@@ -42,7 +42,7 @@ def main(subject: str) -> None:
     """Measures the cases that are missing (all with --again), each written when it is done, and then the page."""
     module = import_module(subject)
     parser = argparse.ArgumentParser(description=module.__doc__.partition("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), help="directory")
+    parser.add_argument("--output", type=Path, default=Path("results"), help="directory")
     parser.add_argument("--again", action="store_true", help="measure cases that have results, too")
     for name, (default, text, *choices) in module.OPTIONS.items():
         kind = {**_kind(default), "help": text, "choices": choices or None}

@@ -42,7 +42,7 @@ OPTIONS = {
     "set": ((), "changes to the configuration of tuning"),
     "writing": ((), "changes to that of writing answers"),
 }
-AXES, ARTICLES = ("prompts",), "Wikipedia"
+AXES, ARTICLES, NEMO = ("prompts",), "Wikipedia", False
 THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 TIMING_STEPS, CORES, TO_TUNE_ON, TO_MEASURE_ON = 11, 2, 160, 128
 """Steps at a rate of 0 that time a step; tokens of an answer, at most."""

@@ -4,6 +4,7 @@
 import math
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -40,6 +41,51 @@ def test_every_template_has_a_page():
     assert templates >= {path.stem for path in MEASURED}
     for name in templates:
         assert (BENCHMARKS / f"{name}.py").exists() and (PAGES / f"{name}.md").exists()
+
+
+def test_a_benchmark_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
+    import harness
+    import report
+
+    subject, measured = ModuleType("subject", "A subject.\n"), []
+    subject.OPTIONS = {"sizes": ([1, 2], "sizes"), "speed": (1.5, "a setting"), "model": (None, "a file")}
+    subject.AXES, subject.NEMO = ("sizes",), False
+    subject.cases = lambda arguments: [{"size": size} for size in arguments.sizes]
+
+    def measure(case, arguments):
+        if case["size"] == 3:
+            raise KeyboardInterrupt
+        measured.append(case["size"])
+        return {"ways": {"": {"rate": [case["size"] * arguments.speed]}}}
+
+    subject.measure = measure
+    monkeypatch.setitem(sys.modules, "subject", subject)
+    monkeypatch.setattr(report, "write_page", lambda name, folder: f"the page of {name}")
+
+    def run(*options):
+        monkeypatch.setattr(
+            sys, "argv", ["subject.py", "--output", str(tmp_path), "--model", "/a/b.nemo", *options]
+        )
+        harness.main("subject")
+        return capsys.readouterr().out
+
+    with pytest.raises(KeyboardInterrupt):
+        run("--sizes", "1,3,2")
+    rows = harness.load(tmp_path / "subject.jsonl")
+    assert measured == [1, 2] and [row["case"] for row in rows] == [{"size": 1}, {"size": 2}], (
+        "sorted: 3 comes last"
+    )
+    assert rows[0]["settings"] == {"speed": 1.5, "model": "b.nemo"} and rows[0]["ways"] == {
+        "": {"rate": [1.5]}
+    }
+    assert {"command", "commit", "device", "load", "date"} <= set(rows[0]["about"])
+    assert "/a/" not in rows[0]["about"]["command"]
+    printed = run("--sizes", "1,2,4")
+    assert measured == [1, 2, 4] and "1: done already" in printed and "the page of subject" in printed
+    run("--again", "--sizes", "2")
+    assert measured == [1, 2, 4, 2] and len(harness.load(tmp_path / "subject.jsonl")) == 3
+    with pytest.raises(SystemExit, match="has results of other settings"):
+        run("--speed", "2")
 
 
 def test_ways_take_turns_and_what_cannot_run_is_left_out(monkeypatch):
