@@ -3,210 +3,196 @@
 
     python scripts/benchmarks/decoding.py --model base.nemo --adapter exits.nemo --hf smollm2/ --data text_validation
 
-All ways run in one process and take turns, with a fixed number of new tokens, greedily. Every cell (a batch
-size and a prompt length) also has the memory bandwidth measured, and each pass of our decoder by itself, so
-that what was measured stands beside what it could be. NeMo's loop, 8-bit weights and Hugging Face's assistant
-run at batch 1 only, and large batches of long prompts with one threshold only. The same command runs on a
-GPU. Results go to OUTPUT/decoding.json cell by cell; started again, the script does those that are missing
-(all with --again), then writes OUTPUT/decoding.md and .png.
+All ways run in one process and take turns, with a fixed number of new tokens. A case is a batch size and a prompt
+length; the memory bandwidth is measured beside it. NeMo's loop and 8-bit weights run at batch 1 only, lossless decoding
+of batches and large batches of long prompts with one threshold only. The same command runs on a GPU.
 """
 
-import argparse
-import json
-import os
-import time
-from collections.abc import Callable
-from pathlib import Path
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
-from nemo_ee.files.output import write_text
-from nemo_ee.runtime.script import user_errors
+from harness import REQUIRED, alternate, main
+from report import Column, columns, plot, ratio, table
 
-EPSILON = {"32": 1e-3, "bf16": 0.5}
-"""Logits closer than that are equal but for rounding, in which all ways may differ."""
+from nemo_ee.errors import GenerationError
 
-
-def numbers(kind: type) -> Callable[[str], list]:
-    """Parses `1,4,16`."""
-
-    def parse(text: str) -> list:
-        return sorted({kind(each) for each in text.split(",")})
-
-    return parse
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", required=True, help="the base, or a model merged with its exits, a .nemo")
-    parser.add_argument("--adapter", help="the exits alone, a .nemo")
-    parser.add_argument("--hf", required=True, help="directory of the same base in Hugging Face's format")
-    parser.add_argument("--data", required=True, help="prefix of an indexed dataset, for prompts")
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), help="directory")
-    parser.add_argument("--batches", type=numbers(int), default=[1, 4, 16])
-    parser.add_argument("--prompts", type=numbers(int), default=[32, 512], help="tokens")
-    parser.add_argument("--thresholds", type=numbers(float), default=[0.5, 0.7, 0.9])
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--new-tokens", type=int, default=32, help="per prompt, at least 2")
-    parser.add_argument("--assistant-early-exit", type=int, default=20, help="Hugging Face's drafting layer")
-    parser.add_argument(
-        "--precision", choices=tuple(EPSILON), default="32", help="of weights and computation"
-    )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--again", action="store_true", help="measure cells that have results, too")
-    parser.add_argument("--quick", action="store_true", help="a smoke test: one small cell, once")
-    arguments = parser.parse_args()
-    if arguments.quick:
-        arguments.batches, arguments.prompts, arguments.repeats = [1], [8], 1
-        arguments.thresholds, arguments.new_tokens = [0.5], 6
-    if arguments.new_tokens < 2 or min(*arguments.batches, *arguments.prompts, arguments.repeats) < 1:
-        parser.error("--new-tokens must be 2 or more; batches, prompts and repeats 1 or more")
-    return arguments
+OPTIONS = {
+    "model": (REQUIRED, "the base, or a model merged with its exits, a .nemo"),
+    "adapter": (None, "the exits alone, a .nemo"),
+    "hf": (REQUIRED, "directory of the same base in Hugging Face's format"),
+    "data": (REQUIRED, "prefix of an indexed dataset, for prompts"),
+    "batches": ([1, 4, 16], ""),
+    "prompts": ([32, 512], "tokens"),
+    "thresholds": ([0.5, 0.7, 0.9], "of exits"),
+    "samplings": (["greedy"], "greedy, top-p 0.9"),
+    "repeats": (7, ""),
+    "new_tokens": (32, "per prompt, at least 2"),
+    "precision": ("32", "of weights and computation", "32", "bf16"),
+}
+AXES = ("batches", "prompts")
+READ = {"full depth": 1.0, "Hugging Face": 1.0, "NeMo": 1.0, "full depth, bf16": 0.5, "int8": 0.25}
+"""What a step reads of all weights' bytes, once, for ways whose every step reads all weights."""
+LARGE, JUDGED_TOKENS = 1024, 2048
+"""Prompt tokens of a batch above which a case has one threshold only; and that the full model reads to judge a way."""
 
 
-def load(path: Path, settings: dict) -> list[dict]:
-    """The results so far.
+def cases(arguments: Namespace) -> list[dict]:
+    """Batch sizes and prompt lengths."""
+    if arguments.new_tokens < 2:
+        raise SystemExit("error: --new-tokens must be 2 or more")
+    return [{"batch": batch, "prompt": prompt} for prompt in arguments.prompts for batch in arguments.batches]
 
-    Raises:
-        SystemExit: they were measured with other settings.
-    """
-    rows = json.loads(path.read_text()) if path.exists() else []
-    if any(row["settings"] != settings for row in rows):
-        raise SystemExit(
-            f"error: {path}: has results of other settings; choose another --output, or remove it"
+
+@cache
+def restored(
+    model: str, adapter: str | None, hf: str | None, precision: str, rows: int, longest: int
+) -> tuple:
+    """Ours, twice with weights, caches and CUDA graphs of its own, and Hugging Face's; for all cases."""
+    from decoding_ways import Prepared, load_hugging_face, restore
+
+    ours = restore(model, adapter, precision, longest)
+    other = hf and load_hugging_face(hf, ours.gpt.output_weight().dtype)
+    return Prepared(ours, rows, longest), Prepared(ours, rows, longest), other
+
+
+def models(arguments: Namespace, hf: str | None = None) -> tuple:
+    """See `restored`."""
+    size = arguments.batches[-1], arguments.prompts[-1] + arguments.new_tokens
+    return restored(arguments.model, arguments.adapter, hf, arguments.precision, *size)
+
+
+def read_prompts(prefix: str, count: int, tokens: int, vocabulary: int) -> tuple[list[list[int]], str]:
+    """Beginnings of documents, or pieces of the whole text where not enough of them are that long; and which."""
+    from nemo_ee.data.index_file import open_indexed_file
+    from nemo_ee.evaluation.held_out import held_out_sequences
+    from nemo_ee.evaluation.settings import HeldOutConfig
+    from nemo_ee.evaluation.sweep import document_prompts
+
+    if (open_indexed_file(prefix).sequence_lengths > tokens).sum() >= count:
+        return document_prompts(HeldOutConfig(prefix), count, tokens), "beginnings of documents"
+    pieces = held_out_sequences(prefix, count, tokens, vocabulary)[:, :tokens].tolist()
+    return pieces, "pieces of text, over the ends of documents"
+
+
+def ways_of(case: Mapping, prepared: Any, other: Any, arguments: Namespace) -> dict[str, tuple]:
+    """The ways of a case: name -> kind, threshold, and what generates. Full depth, greedy, comes first."""
+    import decoding_ways as ours
+
+    ways: dict[str, tuple] = {}
+    every = arguments.thresholds
+    for sampling in sorted(arguments.samplings):
+        end = "" if sampling == "greedy" else f", {sampling}"
+        for kind, (_, options) in ours.KINDS.items():
+            few = case["batch"] * case["prompt"] > LARGE or (kind != ours.EXITS and case["batch"] > 1)
+            thresholds = every[len(every) // 2 :][:1] if few or end else every
+            for threshold in [None] if options is None else thresholds:
+                if kind != "int8" or case["batch"] == 1:
+                    name = kind if threshold is None else f"{kind}, {threshold:g}"
+                    ways[name + end] = kind, threshold, ours.our_way(prepared, kind, threshold, sampling)
+        way = ours.HuggingFace(other, ours.SAMPLINGS[sampling])
+        ways[ours.HUGGING_FACE + end] = ours.HUGGING_FACE, None, way
+    if case["batch"] == 1:
+        ways[ours.NEMO] = ours.NEMO, None, ours.NeMo(prepared.model)
+    return ways
+
+
+def measure(case: Mapping, arguments: Namespace) -> dict:
+    """Measures one case; raises GenerationError if the models are not the same."""
+    from decoding_roofline import Bandwidth, cache_bytes, weight_bytes
+    from decoding_ways import EXITS, FULL, HUGGING_FACE, NEMO, Clock
+
+    from nemo_ee.evaluation.settings import SweepConfig
+    from nemo_ee.evaluation.sweep import GeneratedText, Sweep
+
+    batch, length, count = case["batch"], case["prompt"], arguments.new_tokens
+    prepared, _, other = models(arguments, arguments.hf)
+    model, gpt, wanted = prepared.model, prepared.model.gpt, batch * arguments.repeats
+    prompts, kind_of_prompts = read_prompts(arguments.data, wanted, length, model.true_vocab_size)
+    bandwidth = Bandwidth(weight_bytes(gpt), gpt.output_weight().device)
+    ways = ways_of(case, prepared, other, arguments)
+    generated: dict[str, list] = {}
+    judged: dict[str, list] = {name: [] for name in ways if "top-p" not in name}
+
+    def texts(repeat: int) -> list[list[int]]:
+        return [prompts[(repeat * batch + row) % len(prompts)] for row in range(batch)]
+
+    def timed(name: str, way: Any, repeat: int) -> dict[str, float]:
+        if repeat >= 0:  # so that no way pays for what the one before it left in the caches
+            way([prompt[:8] for prompt in texts(repeat)], 2, Clock())
+        clock = Clock()
+        generated[name] = way(texts(max(repeat, 0)), count, clock)
+        seconds = clock.seconds()
+        if not clock.first_tokens or any(len(text) != count for text in generated[name]):
+            raise GenerationError(f"{name}: not every text has {count} new tokens, asked for one by one")
+        found = {"tokens/s": batch * (count - clock.first_tokens) / (seconds - clock.first)}
+        return {**found, "whole call": batch * count / seconds, "first token, ms": 1000 * clock.first}
+
+    def keep(repeat: int, names: Sequence[str]) -> None:
+        bandwidth.read()
+        few = max(1, JUDGED_TOKENS // length)
+        for name in judged.keys() & set(names) if batch * repeat * length < JUDGED_TOKENS else ():
+            pairs = zip(texts(repeat)[:few], generated[name][:few], strict=True)
+            judged[name] += [GeneratedText(prompt, text, [], []) for prompt, text in pairs]
+
+    runs = {name: lambda r, n=name, way=way: timed(n, way, r) for name, (_, _, way) in ways.items()}
+    found, left_out = alternate(runs, arguments.repeats, keep)
+    read, sweep = bandwidth.medians(), Sweep(model, [], SweepConfig(), seed=0)
+    scores, whole = sweep.score(judged[FULL]), [text.tokens for text in judged[FULL]]
+    for name, each in found.items():
+        kind, threshold, _ = ways[name]
+        if name in judged:
+            same = [shared_start(text.tokens, full) for text, full in zip(judged[name], whole, strict=False)]
+            each["perplexity"], each["left"] = sweep.perplexity(judged[name]), sum(n < count for n in same)
+            each["agreement"] = sum(same) / sum(min(n + 1, count) for n in same)
+            each["judged"] = count * len(same)
+            if kind == EXITS:
+                each["agreement"] = sweep.agreement(threshold, scores)[0]
+            if kind in (NEMO, HUGGING_FACE) and 2 * same.count(0) > len(same):
+                raise GenerationError(
+                    f"{name}: most texts begin otherwise: give --model and --hf of one model"
+                )
+        if kind in READ:
+            moved = READ[kind] * weight_bytes(gpt) + batch * cache_bytes(gpt, length + count // 2)
+            roofline = batch * max(read.values()) / moved
+            each["of the roofline"] = [rate and rate / roofline for rate in each["tokens/s"]]
+    about = {"exits": list(model.early_exit.layers), "prompts": kind_of_prompts, "left out": left_out}
+    return {"ways": found, "bandwidth": {"": {k: v / 1e9 for k, v in read.items()}}, "about case": about}
+
+
+def shared_start(one: Sequence[int], other: Sequence[int]) -> int:
+    """Tokens before the first that differs."""
+    return next((n for n, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1]), len(one))
+
+
+def page(rows: Sequence[dict]) -> tuple[dict, Any]:
+    """What the template needs, and the plot."""
+    rows = sorted(rows, key=lambda row: (row["case"]["prompt"], row["case"]["batch"]))
+    full, rate = "full depth", "tokens/s"
+    shown = columns({rate: 1, "whole call": 1, "first token, ms": 0})
+    shown += [Column("x Hugging Face", rate, 2, "Hugging Face"), Column("x full depth", rate, 2, full)]
+    shown += columns({"of the roofline": 2, "agreement": 3, "perplexity": 2, "left": 0})
+    parts = []
+    for row in rows:
+        about = row["about case"]
+        left = "".join(f" Left out: {name}: {why}." for name, why in about["left out"].items())
+        parts.append(f"### Batch {row['case']['batch']}, prompt {row['case']['prompt']}")
+        parts.append(table([row], shown, case=None))
+        many, judged = len(row["ways"][full][rate]), row["ways"][full]["judged"]
+        parts.append(
+            f"Prompts: {about['prompts']}. At most {many} repetitions. Quality on {judged} tokens.{left}"
         )
-    return rows
-
-
-def save(path: Path, rows: list[dict]) -> None:
-    write_text(path, json.dumps(rows, indent=1) + "\n")
-
-
-def restore(arguments: argparse.Namespace) -> Any:
-    """Our model with its exits.
-
-    Raises:
-        CheckpointError: a checkpoint without exits, or exits of another base.
-        GenerationError: texts longer than the model can read.
-    """
-    from omegaconf import OmegaConf
-
-    from nemo_ee.errors import CheckpointError, GenerationError
-    from nemo_ee.inference.generate import position_limit
-    from nemo_ee.inference.run import restore as restore_ours
-    from nemo_ee.inference.settings import GenerateConfig
-    from nemo_ee.models.trainer_builder import EarlyExitTrainerBuilder
-
-    precision = 32 if arguments.precision == "32" else "bf16"
-    trainer = {"devices": 1, "num_nodes": 1, "precision": precision, "logger": False}
-    trainer |= {"enable_checkpointing": False, "enable_progress_bar": False}
-    builder = EarlyExitTrainerBuilder(
-        OmegaConf.create({"trainer": trainer, "model": {"precision": precision}})
+    values = {"exits": rows[0]["about case"]["exits"], "tables": "\n\n".join(parts)}
+    values["bandwidth"] = table(
+        rows, columns(dict.fromkeys(rows[0]["bandwidth"][""], 1)), "bandwidth", way=None
     )
-    config = GenerateConfig(
-        arguments.model, arguments.adapter, megatron_amp_O2=precision == "bf16", precision=precision
-    )
-    model = restore_ours(config, builder.create_trainer())
-    if not model.early_exit.layers:
-        raise CheckpointError(f"{arguments.model}: has no exits; give --adapter")
-    longest = arguments.prompts[-1] + arguments.new_tokens
-    if longest > position_limit(model.cfg):
-        raise GenerationError(
-            f"--prompts with --new-tokens: the model has {position_limit(model.cfg)} positions"
-        )
-    read_all(model)
-    return model
-
-
-def read_all(model: Any) -> None:
-    """Reads files that are mapped into memory now, not in a call that is measured."""
-    for each in model.parameters():
-        each.sum()
-
-
-def restore_both(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """Our model, and Hugging Face's; see `restore`."""
-    from decoding_ways import load_hugging_face
-
-    model = restore(arguments)
-    other = load_hugging_face(arguments.hf, model.gpt.output_weight().dtype)
-    read_all(other)
-    return model, other
-
-
-def measure(
-    name: str, batch: int, prompt: int, models: tuple[Any, Any], arguments: argparse.Namespace
-) -> dict:
-    """Measures one cell; returns its row of the results.
-
-    Raises:
-        GenerationError: the models are not the same.
-    """
-    import torch
-    from decoding_cell import check_same_weights, chosen_ways, read_prompts, run_cell
-    from decoding_ways import all_ways
-
-    from nemo_ee.evaluation import provenance
-
-    model, other = models
-    begin = time.monotonic()
-    count, repeats = arguments.new_tokens, arguments.repeats
-    prompts, kind = read_prompts(arguments.data, batch * repeats, prompt, model.true_vocab_size)
-    ways = chosen_ways(
-        all_ways(model, other, arguments.thresholds, arguments.assistant_early_exit), batch, prompt
-    )
-    row = run_cell(model, ways, prompts, batch, count, repeats)
-    check_same_weights(row, EPSILON[arguments.precision])
-    return {
-        "name": name,
-        "settings": settings(arguments),
-        "batch": batch,
-        "prompt": prompt,
-        "prompts": kind,
-        "exits": list(model.early_exit.layers),
-        "layers": model.cfg.num_layers,
-        **row,
-        "epsilon": EPSILON[arguments.precision],
-        "seconds": time.monotonic() - begin,
-        "command": provenance.command(),
-        "commit": provenance.commit(),
-        "device": provenance.device(),
-        "torch": torch.__version__,
-        "load": provenance.load_average(),
-        "date": provenance.date(),
-    }
-
-
-def settings(arguments: argparse.Namespace) -> dict:
-    """What results must have in common to stand on one page."""
-    kept = ("thresholds", "repeats", "new_tokens", "assistant_early_exit", "precision", "device", "quick")
-    files = {key: Path(getattr(arguments, key) or "").name for key in ("model", "adapter", "hf", "data")}
-    return {**{key: getattr(arguments, key) for key in kept}, **files}
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    if arguments.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    path = arguments.output / "decoding.json"
-    rows = load(path, settings(arguments))
-    order = {f"batch {b}, prompt {p}": (b, p) for p in arguments.prompts for b in arguments.batches}
-    missing = [name for name in order if arguments.again or name not in {row["name"] for row in rows}]
-    with user_errors():
-        import torch
-        from decoding_report import write_page
-
-        if arguments.device == "cuda" and not torch.cuda.is_available():
-            raise SystemExit("error: --device cuda: there is no GPU; use cpu")
-        models = restore_both(arguments) if missing else None
-        for name in missing:
-            print(f"{name}: …", flush=True)
-            row = measure(name, *order[name], models, arguments)
-            rows = [each for each in rows if each["name"] != name] + [row]
-            save(path, rows)
-            print(f"{name}: done in {row['seconds']:.0f} s", flush=True)
-        rows.sort(key=lambda row: (row["prompt"], row["batch"]))
-        print(write_page(rows, arguments.output))
+    points = [(way, row["case"], ratio(row["ways"], way, full, rate)) for row in rows for way in row["ways"]]
+    shown = [
+        (way, f"batch {c['batch']}, prompt {c['prompt']}", r) for way, c, r in points if way != full and r
+    ]
+    return values, plot(shown, "tokens/s over full depth's", 1.0)
 
 
 if __name__ == "__main__":
-    main()
+    main("decoding")

@@ -3,158 +3,161 @@
 
     python scripts/benchmarks/training_overhead.py                           # all cases
     python scripts/benchmarks/training_overhead.py --cases pp4-minimal       # one
-    python scripts/benchmarks/training_overhead.py --quick --output smoke    # a smoke test
 
-One model per case, stepped with exits and without in turn, through Megatron's own schedule: the same weights,
-the same batches. `minimal` exits are a norm and a projection of their own, `mlp` exits have an MLP before
-them. Starts a process per pipeline stage: gloo on a CPU, NCCL with a GPU per stage otherwise; cases that need
-more GPUs than there are get left out. Results go to OUTPUT/training_overhead.json case by case; started
-again, the script does those that are missing (all with --again), then writes OUTPUT/training_overhead.md and
-.png.
+One model per case, stepped with exits and without in turn, through Megatron's own schedule: the same weights, the same
+batches. `minimal` exits are a norm and a projection of their own, `mlp` exits have an MLP before them. Starts a process
+per pipeline stage: gloo on a CPU, NCCL with a GPU per stage otherwise; cases that need more GPUs are left out.
 """
 
-import argparse
-import json
+import gc
 import os
-import time
-from dataclasses import asdict
-from pathlib import Path
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from overhead_report import write_page
-from overhead_stage import EXITS, PLAIN, Found, Job, measure
-from pipeline_costs import Size, predict
-from rank_processes import RankError, run_ranks
-
-from nemo_ee.evaluation import provenance
-from nemo_ee.files.output import write_text
-from nemo_ee.runtime.script import user_errors
+from harness import main, run_ranks, seconds
+from report import Column, columns, plot, ratio, table
 
 CASES = {f"pp{p}-{head}": (p, head == "mlp") for p in (1, 2, 4) for head in ("minimal", "mlp")}
-SMALL = dict(layers=4, hidden=64, heads=4, vocabulary=512, sequence=32, exits=(1, 2))
+OPTIONS = {
+    "cases": (list(CASES), ""),
+    "steps": (8, "timed steps of either kind; one more warms up"),
+    "precision": ("32", "of weights and activations", "32", "bf16"),
+    "layers": (12, ""),
+    "hidden": (512, ""),
+    "vocabulary": (8192, ""),
+    "sequence": (256, "tokens"),
+    "exits": ([3, 6], "layers"),
+    "micro_batch": (1, "sequences of a micro-batch"),
+    "micro_batches": (8, "of a step"),
+}
+AXES, NEMO, PLAIN, EXITS = ("cases",), False, "without exits", "with exits"
+CHUNK_TOKENS, MIB = 1024, 2**20
+"""Tokens whose logits an exit holds at one time: the default of `model.early_exit.training`."""
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--cases", default=",".join(CASES), help=f"of {', '.join(CASES)}")
-    parser.add_argument("--steps", type=int, default=8, help="timed steps of either kind; one more warms up")
-    parser.add_argument("--micro-batch", type=int, default=1, help="sequences of a micro-batch")
-    parser.add_argument("--micro-batches", type=int, default=8, help="of a step")
-    parser.add_argument("--precision", choices=("32", "bf16"), help="default: bf16 on a GPU, else 32")
-    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds of a case")
-    parser.add_argument("--again", action="store_true", help="measure cases that have results, too")
-    parser.add_argument("--quick", action="store_true", help="a smoke test: a tiny model, two steps")
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), help="directory")
-    arguments = parser.parse_args()
-    if arguments.quick:
-        arguments.steps, arguments.micro_batches = 2, 4
-    unknown = set(arguments.cases.split(",")) - set(CASES)
-    if unknown:
-        parser.error(f"--cases: {', '.join(sorted(unknown))}: unknown; use {', '.join(CASES)}")
-    return arguments
+def cases(arguments: Namespace) -> list[dict]:
+    """Those that there are GPUs for, if there are any."""
+    if unknown := set(arguments.cases) - set(CASES):
+        raise SystemExit(f"error: --cases: {', '.join(sorted(unknown))}: unknown; use {', '.join(CASES)}")
+    gpus = torch.cuda.device_count()
+    return [{"case": name} for name in CASES if name in arguments.cases and not 0 < gpus < CASES[name][0]]
 
 
-def run_case(name: str, arguments: argparse.Namespace) -> dict:
-    """Measures one case; returns its row of the results."""
-    stages, mlp = CASES[name]
-    gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
-    size = Size(
-        micro_batch=arguments.micro_batch,
-        micro_batches=arguments.micro_batches,
-        **(SMALL if arguments.quick else {}),
-    )
-    threads = 1 if arguments.quick else max(1, cores // stages)
-    bf16 = (arguments.precision or ("bf16" if gpus else "32")) == "bf16"
-    job = Job(size, stages, mlp, arguments.steps, threads, bf16)
-    workers = stages if gpus else cores // threads
-    backend, begin = "nccl" if gpus else "gloo", time.monotonic()
-    ranks: list[Found] = run_ranks(measure, stages, job, backend=backend, timeout=arguments.timeout)
-    return {
-        "name": name,
-        "settings": settings(arguments),
-        "stages": stages,
-        "mlp": mlp,
-        "size": asdict(size),
-        "bf16": bf16,
-        "threads": threads,
-        "workers": workers,
-        "prediction": asdict(predict(size, stages, mlp, workers)),
-        "schedule": {kind: slowest([rank.schedule[kind] for rank in ranks]) for kind in (PLAIN, EXITS)},
-        "step": {kind: slowest([rank.step[kind] for rank in ranks]) for kind in (PLAIN, EXITS)},
-        "memory": [
-            {
-                PLAIN: rank.peak[PLAIN],
-                EXITS: rank.peak[EXITS],
-                "exit_gradients": rank.exit_gradients,
-                "exits_here": rank.exits,
-            }
-            for rank in ranks
-        ],
-        "losses": {key: value for rank in ranks for key, value in rank.losses.items()},
-        "seconds": time.monotonic() - begin,
-        "command": provenance.command(),
-        "commit": provenance.commit(),
-        "device": provenance.device() if gpus else provenance.device().rpartition(", ")[0],
-        "load": provenance.load_average(),
-        "date": provenance.date(),
-    }
+def flops_ratio(size: Namespace, mlp: bool) -> float:
+    """FLOPs of matrix products and attention with exits over those without; a backward pass has twice a forward's."""
+    layer = 24 * size.hidden**2 + 2 * size.sequence * size.hidden
+    projection = 2 * size.hidden * size.vocabulary
+    head = projection + (16 * size.hidden**2 if mlp else 0)
+    return 1 + len(size.exits) * head / (size.layers * layer + projection)
 
 
-def slowest(ranks: list[list[float]]) -> list[float]:
-    """Seconds of every step, which begins on all stages at one time and ends with the last one."""
-    return [max(each) for each in zip(*ranks, strict=True)]
+def measure(case: Mapping, arguments: Namespace) -> dict:
+    """Measures one case; a step begins on all stages at one time and ends with the last one."""
+    stages, mlp = CASES[case["case"]]
+    threads = 1 if torch.cuda.is_available() else max(1, len(os.sched_getaffinity(0)) // stages)
+    ranks, ways = run_ranks(measure_stage, stages, arguments, stages, mlp, threads), {}
+    for kind in (PLAIN, EXITS):
+        for part in ("schedule", "step"):
+            times = zip(*(rank["times"][kind, part] for rank in ranks), strict=True)
+            ways.setdefault(kind, {})[part] = [max(each) for each in times]
+    ways[EXITS] |= {"FLOPs": flops_ratio(arguments, mlp), "processes": f"{stages} x {threads}"}
+    memory = {f"stage {number}": rank["memory"] for number, rank in enumerate(ranks)}
+    losses = {name: loss for rank in ranks for name, loss in rank["losses"].items()}
+    return {"ways": ways, "memory": memory, "losses": {"": losses}}
 
 
-def settings(arguments: argparse.Namespace) -> list:
-    """What results must have in common to stand in one table."""
-    kind = arguments.precision or ("bf16" if torch.cuda.is_available() else "32")
-    return [arguments.quick, arguments.micro_batch, arguments.micro_batches, kind]
+def measure_stage(size: Namespace, stages: int, mlp: bool, threads: int) -> dict:
+    """Steps the same weights with and without exits, in turn, in every rank of a pipeline. Returns times of the
+    schedule, and with the optimizer's step, in seconds; memory, MiB; losses, nats per token."""
+    from tests.support.memory_peak import memory_peak
+    from tests.support.training_stage import training_stage
+
+    torch.set_num_threads(threads)
+    gpt, losses, times = training_stage(size, stages, mlp), {}, {}
+    memory: dict[str, Any] = {"exits": ", ".join(map(str, gpt.exit_layers)) or "none"}
+
+    def start() -> None:
+        gpt.zero_grad(set_to_none=True)
+        gc.collect()
+        torch.distributed.barrier()
+
+    for kind in (PLAIN, EXITS):  # also the warm-up
+        start()
+        memory[kind], found = memory_peak(lambda: run(gpt, size, kind, 0))  # noqa: B023
+        losses |= {f"final, {kind}" if name == "final" else name: value for name, value in found.items()}
+    exits = list(gpt.exits.parameters())
+    gradients = sum(each.numel() * each.element_size() for each in exits) / MIB
+    memory |= {"gradients": gradients, "beyond": memory[EXITS] - memory[PLAIN] - gradients}
+    backbone = [p for n, p in gpt.named_parameters() if not n.startswith("exits.")]
+    fused, parts = torch.cuda.is_available(), filter(None, (backbone, exits))
+    optimizers = [torch.optim.AdamW(part, lr=1e-4, fused=fused) for part in parts]
+    for pair in range(size.steps + 1):
+        for kind in (PLAIN, EXITS) if pair % 2 == 0 else (EXITS, PLAIN):
+            start()
+            schedule = seconds(lambda: run(gpt, size, kind, pair))  # noqa: B023
+            used = optimizers[: 1 if kind == PLAIN else 2]
+            step = schedule + seconds(lambda: [each.step() for each in used])  # noqa: B023
+            for part, took in (("schedule", schedule), ("step", step)) if pair else ():
+                times.setdefault((kind, part), []).append(took)
+    return {"times": times, "memory": memory, "losses": losses}
 
 
-def load(path: Path, arguments: argparse.Namespace) -> list[dict]:
-    """The results so far.
+def run(gpt: Any, size: Namespace, kind: str, seed: int) -> dict[str, float]:
+    """Forward and backward passes of a global batch of random tokens; nats per token, also of this stage's exits."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    Raises:
-        SystemExit: they were measured with other settings.
-    """
-    rows = json.loads(path.read_text()) if path.exists() else []
-    if any(row["settings"] != settings(arguments) for row in rows):
-        raise SystemExit(
-            f"error: {path}: has results of other settings; choose another --output, or remove it"
-        )
-    return rows
+    from nemo_ee.config import TuningConfig
+    from nemo_ee.megatron.deferred_loss import ExitTargets
+
+    device, found = next(gpt.parameters()).device, {}
+    shape = (size.micro_batches, size.micro_batch, size.sequence + 1)
+    ids = torch.randint(size.vocabulary, shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    objective = TuningConfig(ce_weight=1, kl_weight=0, argmax_weight=0, loss_chunk_tokens=CHUNK_TOKENS)
+    weights = {n: n / size.layers for n in size.exits}
+
+    def record(result: Any) -> None:
+        for n, stats in result.stats.items():
+            found.setdefault(f"exit {n}", []).append(stats[0] / result.tokens)
+
+    def loss(losses: torch.Tensor) -> tuple:
+        mean = losses.float().mean()
+        return mean, {"loss": mean.detach().clone()}
+
+    def forward_step(batches: Iterator, model: Any) -> tuple:
+        tokens = next(batches)
+        inputs, labels, targets = tokens[:, :-1], tokens[:, 1:].contiguous(), None
+        positions = torch.arange(inputs.shape[1], device=device).expand_as(inputs)
+        if kind == EXITS:
+            mask, scale = torch.ones(labels.shape, device=device), 1.0 / size.micro_batches
+            targets = ExitTargets(labels, mask, weights, objective, lambda: scale, record)
+        return model(inputs, positions, None, labels=labels, exit_targets=targets), loss
+
+    how = {"seq_length": size.sequence, "micro_batch_size": size.micro_batch, "model": gpt}
+    how |= {"forward_step_func": forward_step, "data_iterator": iter(ids)}
+    if final := get_forward_backward_func()(num_microbatches=size.micro_batches, **how):
+        found["final"] = [each["loss"] for each in final]
+    return {name: float(sum(values) / len(values)) for name, values in found.items()}
 
 
-def save(path: Path, rows: list[dict]) -> None:
-    write_text(path, json.dumps(rows, indent=1) + "\n")
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    path = arguments.output / "training_overhead.json"
-    with user_errors(nemo=False):
-        rows, failed = load(path, arguments), []
-        for name in arguments.cases.split(","):
-            if any(row["name"] == name for row in rows) and not arguments.again:
-                print(f"{name}: has results already", flush=True)
-                continue
-            if 0 < torch.cuda.device_count() < CASES[name][0]:
-                print(f"{name}: left out, it needs {CASES[name][0]} GPUs", flush=True)
-                continue
-            try:
-                row = run_case(name, arguments)
-            except RankError as error:
-                print(f"{name}: failed\n{error}", flush=True)
-                failed.append(name)
-                continue
-            rows = [each for each in rows if each["name"] != name] + [row]
-            save(path, rows)
-            print(f"{name}: done in {row['seconds']:.0f} s", flush=True)
-        if rows:
-            print(write_page(sorted(rows, key=lambda row: list(CASES).index(row["name"])), arguments.output))
-        if failed:
-            raise SystemExit(f"failed: {', '.join(failed)}")
+def page(rows: Sequence[dict]) -> tuple[dict, Any]:
+    """What the template needs, and the plot."""
+    size, times = rows[0]["settings"], [Column("processes x threads", "processes")]
+    for name, key in (("passes", "schedule"), ("step", "step")):
+        times += [Column(f"{name}, s", key), Column(f"{name}, ratio", key, 3, PLAIN)]
+    times.append(Column("FLOPs, ratio", "FLOPs", 3))
+    memory = columns({"exits": 0, PLAIN: 1, EXITS: 1, "gradients": 1, "beyond": 1})
+    losses = columns(dict.fromkeys(sorted({name for row in rows for name in row["losses"][""]}), 4))
+    tokens, points = min(size["micro_batch"] * size["sequence"], CHUNK_TOKENS), []
+    for name, ways in ((row["case"]["case"], row["ways"]) for row in rows):
+        flops = dict.fromkeys(("value", "low", "high"), ways[EXITS]["FLOPs"])
+        points += [(name, "measured", ratio(ways, EXITS, PLAIN, "schedule")), (name, "FLOPs", flops)]
+    values = {"logits": 4 * tokens * size["vocabulary"] / MIB, "times": table(rows, times)}
+    values["memory"] = table(rows, memory, "memory", way="stage")
+    values["losses"] = table(rows, losses, "losses", way=None)
+    return values, plot(points, "passes with exits over passes without", 1.0)
 
 
 if __name__ == "__main__":
-    main()
+    main("training_overhead")

@@ -10,19 +10,20 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
+import decoding_ways
 import hugging_face
 import random_model
 import tiny
 import torch
 from decoding_roofline import Bandwidth, cache_bytes, weight_bytes
-from decoding_ways import SAMPLING, Clock, HuggingFace, Tokens, lengths, marked
+from decoding_ways import SAMPLING, Clock, HuggingFace, Tokens
 from result import Result
 from tokens import check_graphs, counted_replays, warnings_about_graphs
 
 from nemo_ee.inference.drafting import DraftingPolicy, Round
 from nemo_ee.inference.generate import generating
+from nemo_ee.inference.pass_costs import pass_costs
 from nemo_ee.report.statistics import spread
 
 if TYPE_CHECKING:
@@ -105,8 +106,8 @@ class AlwaysDrafting(DraftingPolicy):
         return Round(exits[0], DRAFTS) if exits else None
 
 
-class Ours:
-    """`model.generate`, with weights that were prepared with CUDA graphs or without.
+class Ours(decoding_ways.Ours):
+    """Our decoder on weights that were prepared with CUDA graphs or without.
 
     Args:
         model: a `MegatronGPTEarlyExitModel`.
@@ -116,23 +117,20 @@ class Ours:
     """
 
     def __init__(self, model: Any, decoding: Any, early_exit: dict | bool, drafting: bool = False):
-        self._model, self._decoding, self._early_exit = model, decoding, early_exit
-        self._policy = AlwaysDrafting if drafting else DraftingPolicy
-        self.exits: list[dict] = []
+        with generating(model):
+            policy = AlwaysDrafting(pass_costs(decoding, model.early_exit.layers)) if drafting else None
+        super().__init__(model, lambda: decoding, early_exit, drafting=policy)
+        self._prepared = decoding
         self.eager: float | None = None
 
     def __call__(self, prompts: Tokens, count: int, clock: Clock) -> Tokens:
-        self._model._decoding_model = self._decoding  # prepared once, though another way ran in between
-        passes = None if self._decoding.captured is None else self._decoding.captured.passes
+        passes = None if self._prepared.captured is None else self._prepared.captured.passes
         before = (0, 0) if passes is None else (passes.replayed, passes.eager)
-        inputs = torch.tensor(prompts), torch.tensor([len(prompt) for prompt in prompts])
-        with marked(clock), patch("nemo_ee.inference.session.DraftingPolicy", self._policy):
-            output = self._model.generate(inputs, lengths(count), SAMPLING, early_exit=self._early_exit)
-        self.exits = output["early_exit"]
+        texts = super().__call__(prompts, count, clock)
         if passes is not None:
             replayed, eager = passes.replayed - before[0], passes.eager - before[1]
             self.eager = eager / max(1, replayed + eager)
-        return [ids[len(prompt) :] for ids, prompt in zip(output["token_ids"], prompts, strict=True)]
+        return texts
 
 
 def check(settings: "Settings", result: Result) -> None:
@@ -155,7 +153,8 @@ def chosen_thresholds(model: Any, prompts: Tokens, count: int) -> dict[int, floa
     for n in model.early_exit.layers:
         inputs = torch.tensor(prompts), torch.tensor([len(prompt) for prompt in prompts])
         forced = {"exits": [n], "threshold": 0.0}
-        output = model.generate(inputs, lengths(count), SAMPLING, early_exit=forced)["early_exit"]
+        lengths = {"max_length": count, "min_length": count}
+        output = model.generate(inputs, lengths, SAMPLING, early_exit=forced)["early_exit"]
         left = [pair for row in output for pair in zip(row["exit_layers"], row["confidences"], strict=True)]
         here = [confidence for layer, confidence in left if layer == n]
         thresholds[n] = min(torch.tensor(here).quantile(1 - SHARE).item(), 0.99)
@@ -240,16 +239,16 @@ def repeat(
             speed.rates.append(batch * (effort.new - clock.first_tokens) / (seconds - clock.first))
             speed.replays = replays["replays"] / effort.new
             if isinstance(generate, Ours):
-                speed.left, speed.eager = shares(speed, generate.exits), generate.eager
+                speed.left, speed.eager = shares(speed, generate.sequences), generate.eager
     return texts
 
 
-def shares(speed: Speed, rows: Sequence[dict]) -> dict[str, float]:
+def shares(speed: Speed, sequences: Sequence[Any]) -> dict[str, float]:
     """See `Speed.left`."""
     if speed.way in (LOSSLESS, DRAFTING):
-        drafts = sum(row["drafts"] for row in rows)
-        return {"accepted": sum(row["accepted"] for row in rows) / drafts} if drafts else {}
-    layers = Counter(layer for row in rows for layer in row["exit_layers"])
+        drafts = sum(each.statistics.drafts for each in sequences)
+        return {"accepted": sum(each.statistics.accepted for each in sequences) / drafts} if drafts else {}
+    layers = Counter(layer for each in sequences for layer in each.exit_layers)
     return {str(n): count / layers.total() for n, count in sorted(layers.items())}
 
 

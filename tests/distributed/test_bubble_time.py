@@ -3,16 +3,11 @@
 
 import itertools
 import statistics
-import sys
-from pathlib import Path
 
 import pytest
 
 from nemo_ee.core.bubbles import plan_step
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts" / "benchmarks"))  # of ranks as well
-
-from slept_stages import durations, run_alternately  # noqa: E402
+from tests.support.slept_stages import durations, run_alternately
 
 STAGES, MICRO_BATCHES, RATIO, UNIT, STEPS = 4, 8, 2.0, 0.05, 5
 OF = (STAGES, MICRO_BATCHES, RATIO, (True,) * STAGES)

@@ -52,27 +52,35 @@ def run(directory: Path, script: str, *arguments: str) -> str:
     return done.stdout
 
 
+def rows_of(directory: Path, subject: str) -> list[dict]:
+    return [json.loads(line) for line in (directory / "out" / f"{subject}.jsonl").read_text().splitlines()]
+
+
+SMALL = ("--prompts", "8", "--new-tokens", "6", "--thresholds", "0.1")
+
+
 def test_all_ways_side_by_side(workspace):
-    run(workspace, "decoding.py", "--hf", "hf", "--quick")
-    (row,) = json.loads((workspace / "out/decoding.json").read_text())
-    kinds = {way["kind"] for way in row["ways"]}
-    assert {"full depth", "early exit", "lossless", "int8", "NeMo", "Hugging Face"} <= kinds
-    assert all(call["seconds"] > 0 for way in row["ways"] for call in way["calls"])
+    small = (*SMALL[:-1], "0", "--batches", "1", "--repeats", "2", "--samplings", "greedy,top-p 0.9")
+    run(workspace, "decoding.py", "--hf", "hf", *small)
+    (row,) = rows_of(workspace, "decoding")
+    ways = row["ways"]
+    assert {"full depth", "early exit, 0", "lossless, 0", "int8", "NeMo", "Hugging Face"} <= set(ways)
+    assert {"full depth, top-p 0.9", "Hugging Face, top-p 0.9"} <= set(ways)
+    assert all(len(way["tokens/s"]) == 2 and min(way["tokens/s"]) > 0 for way in ways.values())
+    for name in ("full depth", "lossless, 0", "NeMo", "Hugging Face"):
+        assert ways[name]["agreement"] == 1.0 and ways[name]["left"] == 0, name
+    assert ways["early exit, 0"]["agreement"] < 1, "exits of random weights are seldom right"
     page = (workspace / "out/decoding.md").read_text()
-    assert "| full depth x Hugging Face, batch 1, prompt 8 |" in page and str(workspace) not in page
+    assert "### Batch 1, prompt 8" in page and "| Hugging Face |" in page and str(workspace) not in page
     assert (workspace / "out/decoding.png").stat().st_size > 10_000
 
 
-def test_lossless_in_pairs_goes_on_where_it_was_stopped(workspace):
-    small = ("--batches", "1,2", "--prompts", "8", "--pairs", "3", "--seconds", "0", "--new-tokens", "6")
-    printed = run(workspace, "lossless_pairs.py", *small, "--thresholds", "0.1")
+def test_lossless_in_pairs(workspace):
+    small = (*SMALL, "--batches", "1,2", "--pairs", "3", "--seconds", "0")
+    printed = run(workspace, "lossless_pairs.py", *small)
     assert "batch 2, prompt 8, threshold 0.1: …" in printed
-    cases = json.loads((workspace / "out/lossless_pairs.json").read_text())
-    assert [case["equal"] for case in cases] == [3, 3]
-    for case in cases:  # exits of random weights are seldom right
-        assert case["forecast"]["speed"] >= 1 and 0 <= case["forecast"]["right"] < 0.5
-    assert all(len(times) == 3 for case in cases for times in case["decoding_seconds"].values())
-    printed = run(workspace, "lossless_pairs.py", *small, "--thresholds", "0.1,0.2")
-    assert "threshold 0.1: …" not in printed and "threshold 0.2: …" in printed
+    rows = rows_of(workspace, "lossless_pairs")
+    assert [row["ways"]["lossless"]["equal"] for row in rows] == ["3 of 3"] * 2
+    assert all(len(way["tokens/s"]) == 3 for row in rows for way in row["ways"].values())
     page = (workspace / "out/lossless_pairs.md").read_text()
-    assert page.count("| 3 of 3 |") == 4 and (workspace / "out/lossless_pairs.png").stat().st_size > 10_000
+    assert page.startswith("# Lossless against full depth in pairs") and page.count("| 3 of 3 |") == 2

@@ -192,35 +192,52 @@ def test_it_runs_in_one_process(workspace, monkeypatch):
     assert not (workspace / "refused").exists()
 
 
-def test_recipes_benchmark_resumes(workspace):
-    arguments = ["--model", "base.nemo", "--train", "train", "--validation", "validation", "--quick"]
-    arguments += ["--layers", "2,4", "--sequences", "8", "--output", "recipes", "--set", *RECIPE]
-    first = run_script(workspace, "benchmarks/exit_recipes.py", *arguments)
-    assert first.returncode == 0, first.stderr[-2000:]
-    rows = {row["name"]: row for row in json.loads((workspace / "recipes/exit_recipes.json").read_text())}
-    costs = rows.pop("costs")
-    assert [cost["projection"] for cost in costs["costs"]] == ["full (tied)"], "others exceed the vocabulary"
-    ridge, copy = rows.values()
-    assert ridge["fitted_tokens"] == 96 and copy["fitted_tokens"] == 0
-    for row in rows.values():
-        assert [quality["layer"] for quality in row["end"]] == [2, 4]
-        assert row["start"] != row["end"] and row["end"][0]["tokens"] == 8 * 24
-        assert f"| {row['name']} |" in (workspace / "recipes/exit_recipes.md").read_text()
-    kept = [row for row in [*rows.values(), costs] if row is not copy]
-    (workspace / "recipes/exit_recipes.json").write_text(json.dumps(kept))
-    again = run_script(workspace, "benchmarks/exit_recipes.py", *arguments)
-    assert again.returncode == 0, again.stderr[-2000:]
-    assert f"{ridge['name']}: done already" in again.stdout
-    redone = {row["name"]: row for row in json.loads((workspace / "recipes/exit_recipes.json").read_text())}
-    assert redone[copy["name"]]["end"] == copy["end"], "a recipe does not depend on the ones before it"
+def test_recipes_benchmark(workspace):
+    recipe = "objective: CE, confidence-weighted"
+    arguments = ["--model", "base.nemo", "--train", "train", "--validation", "validation", "--only", recipe]
+    arguments += [
+        "--layers",
+        "2,4",
+        "--sequences",
+        "8",
+        "--output",
+        "recipes",
+        "--set",
+        *RECIPE,
+        "trainer.max_steps=2",
+    ]
+    done = run_script(workspace, "benchmarks/exit_recipes.py", *arguments, "model.optim.sched.warmup_steps=1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    (row,) = [
+        json.loads(line) for line in (workspace / "recipes/exit_recipes.jsonl").read_text().splitlines()
+    ]
+    assert row["case"] == {"recipe": recipe}
+    assert row["about case"]["fitted"] == 96 and row["about case"]["held_out"] == 8 * 24
+    found = row["ways"][""]
+    assert all(
+        f"exit {n}, {what}" in found for n in (2, 4) for what in ("no steps", "tuned", "strict", "loss")
+    )
+    page = (workspace / "recipes/exit_recipes.md").read_text()
+    assert f"| {recipe} |" in page and str(workspace) not in page
 
 
 def test_tuning_step_benchmark(workspace):
-    arguments = ["--model", "base.nemo", "--text", "train", "--layers", "2,4", "--steps", "2", "--output"]
-    done = run_script(workspace, "benchmarks/tuning_step.py", *arguments, "step.md", "--set", *RECIPE)
+    arguments = [
+        "--model",
+        "base.nemo",
+        "--text",
+        "train",
+        "--layers",
+        "2,4",
+        "--steps",
+        "2",
+        "--output",
+        "step",
+    ]
+    done = run_script(workspace, "benchmarks/tuning_step.py", *arguments, "--set", *RECIPE)
     assert done.returncode == 0, done.stderr[-2000:]
-    rows = [line.split(" | ") for line in (workspace / "step.md").read_text().splitlines() if "depth" in line]
-    page = (workspace / "step.md").read_text()
-    truncated = next(line for line in page.splitlines() if "up to the last exit" in line)
-    assert truncated.split(" | ")[1] == "4" and [row[1] for row in rows if row[0][2:4] == "KL"] == ["8"]
-    assert str(workspace) not in page
+    rows = [json.loads(line) for line in (workspace / "step/tuning_step.jsonl").read_text().splitlines()]
+    assert [row["ways"][""]["layers"] for row in rows] == [4, 8, 8]
+    assert all(len(row["ways"][""]["step / parts"]) == 2 for row in rows)
+    page = (workspace / "step/tuning_step.md").read_text()
+    assert "| CE, backbone up to the last exit | 4 |" in page and str(workspace) not in page

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 
+from tests.support.memory_peak import memory_peak
 from tests.support.tiny_gpt import tiny_model, tiny_model_config
 
 SEQUENCE, BATCH, VOCABULARY, CHUNK = 256, 4, 16384, 128
@@ -66,16 +67,7 @@ class _Step:
 
     def peak(self, observe: bool, gradients: bool) -> float:
         """MiB."""
-        from torch.profiler import ProfilerActivity, profile
-
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
-            self.run(observe, gradients)
-        events = recorded.profiler.kineto_results.events()
-        highest = now = 0
-        for _, change in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
-            now += change
-            highest = max(highest, now)
-        return highest / MIB
+        return memory_peak(lambda: self.run(observe, gradients))[0]
 
 
 @pytest.mark.parametrize(("head", "dtype"), [("tied", torch.float32), ("untied", torch.bfloat16)])

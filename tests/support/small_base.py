@@ -1,12 +1,23 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """A small random base and random text, for benchmarks that must run anywhere."""
 
+import atexit
+import functools
 import multiprocessing
 from pathlib import Path
 
 import numpy as np
 
+from nemo_ee.files.scratch import ScratchFolder
 from nemo_ee.runtime import stand_ins
+
+
+@functools.cache
+def small_files() -> tuple[str, str]:
+    """A small base and text, in a folder that lives with this process."""
+    folder = ScratchFolder("small_base")
+    atexit.register(folder.close)
+    return str(write_small_base(folder.path)), str(write_small_text(folder.path))
 
 
 def write_small_base(directory: Path) -> Path:
