@@ -12,11 +12,11 @@ FROM ${BASE_IMAGE}
 ENV PIP_CONSTRAINT=
 
 WORKDIR /opt/nemo_ee
-COPY scripts/requirements-container.txt scripts/
+COPY scripts/requirements/requirements-container.txt scripts/requirements/
 
 # What is installed keeps its version: pip adds what is missing, or fails.
 RUN python -m pip list --format freeze --disable-pip-version-check >container_packages.txt && \
-    python -m pip install --no-cache-dir -c container_packages.txt -r scripts/requirements-container.txt
+    python -m pip install --no-cache-dir -c container_packages.txt -r scripts/requirements/requirements-container.txt
 
 COPY . .
 RUN python -m pip install --no-cache-dir --no-deps --no-build-isolation -e .

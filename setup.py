@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "nemo_ee" / "__init__.py").read_text(), re.M).group(1)
 
 # Lower bounds are the oldest releases expected to work, upper bounds the first known or likely to break. What was
-# tested is pinned in scripts/constraints.txt (Python 3.11) and constraints-3.12.txt, bounds of torch and megatron-core.
+# tested is pinned in scripts/requirements/: constraints.txt (Python 3.11), constraints-3.12.txt (and the oldest torch).
 STACK = [
     "torch>=2.7,<2.14",
     "nemo-toolkit[lightning,common-only]==2.4.1",  # the last release with MegatronGPTModel and its generation

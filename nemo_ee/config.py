@@ -184,7 +184,7 @@ class InferenceConfig:
         threshold: leave at an exit whose confidence is strictly above it. One number, or one per exit layer.
             1.0 never exits.
         exits: the exit layers in use; null means all.
-        confidence: the rule by which exits are sure, one of `nemo_ee.megatron.confidence_rules`.
+        confidence: the rule by which exits are sure, one of `nemo_ee.decoding.confidence_rules`.
     """
 
     threshold: float | tuple[float, ...] = 0.8

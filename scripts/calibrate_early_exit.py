@@ -29,7 +29,7 @@ def main(cfg: DictConfig) -> None:
 
         from nemo_ee.calibration.calibrate import calibrate
         from nemo_ee.calibration.markdown import summary
-        from nemo_ee.models.trainer_builder import EarlyExitTrainerBuilder
+        from nemo_ee.models.runs.trainer_builder import EarlyExitTrainerBuilder
 
         settings = OmegaConf.create({"trainer": trainer, "model": {"precision": trainer["precision"]}})
         report, written = calibrate(config, EarlyExitTrainerBuilder(settings).create_trainer())

@@ -14,7 +14,7 @@ from nemo_ee.runtime.script import script, user_errors
 def main(cfg: DictConfig) -> None:
     """Reads the configuration, converts, and says where the result lies."""
     with user_errors(cfg):
-        from nemo_ee.checkpoint.convert import convert_to_nemo
+        from nemo_ee.checkpoint.conversion.convert import convert_to_nemo
 
         with claim(str(cfg.output_path)):
             path = convert_to_nemo(cfg.input_name_or_path, cfg.output_path, str(cfg.precision), cfg.overwrite)

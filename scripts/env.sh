@@ -11,9 +11,9 @@
 #   NEMO_EE_TORCH_INDEX  an index to take torch from, e.g. https://download.pytorch.org/whl/cpu, which spares a machine
 #                        without a GPU the download of CUDA libraries.
 #
-# What is installed is scripts/requirements.txt, at the versions of scripts/constraints.txt, or of constraints-3.12.txt.
+# What is installed is scripts/requirements/requirements.txt, at the versions of constraints.txt beside it, or of constraints-3.12.txt.
 # A second run finds it installed and needs no network. In a NeMo container the environment is laid over the container's
-# own packages, and only nemo_ee and what is missing of scripts/requirements-container.txt are installed.
+# own packages, and only nemo_ee and what is missing of scripts/requirements/requirements-container.txt are installed.
 
 _nemo_ee_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" # models and tokenizers are local files; never wait for a server
@@ -86,7 +86,7 @@ _nemo_ee_pip() { # what is installed, then pip's arguments
 }
 
 _nemo_ee_wanted() { # a word that changes with anything that decides what is installed
-    (cd "$_nemo_ee_root" && cat scripts/requirements*.txt scripts/constraints*.txt setup.py scripts/env.sh && pwd) | sha256sum | cut -d' ' -f1
+    (cd "$_nemo_ee_root" && cat scripts/requirements/*.txt setup.py scripts/env.sh && pwd) | sha256sum | cut -d' ' -f1
 }
 
 # Creates the environment with the Python and venv options given. It is marked as ours before anything is in it, and the
@@ -113,7 +113,7 @@ if sys.prefix != sys.base_prefix:
     print(*{f"import site; site.addsitedir({sysconfig.get_path(kind)!r})" for kind in ("purelib", "platlib")}, sep="\n")' \
         >"$("$NEMO_EE_VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/container.pth" || return 1
     "$NEMO_EE_VENV/bin/python" -m pip list --format freeze --disable-pip-version-check 2>/dev/null >"$installed"
-    if ! _nemo_ee_pip "what nemo_ee needs beyond NeMo" -c "$installed" -r "$_nemo_ee_root/scripts/requirements-container.txt"; then
+    if ! _nemo_ee_pip "what nemo_ee needs beyond NeMo" -c "$installed" -r "$_nemo_ee_root/scripts/requirements/requirements-container.txt"; then
         echo "Going on without: only GGUF files and the server need these packages."
     fi
 }
@@ -129,9 +129,9 @@ _nemo_ee_install() {
         if ! "$NEMO_EE_VENV/bin/python" -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             _nemo_ee_make_venv "$python" || return 1
         fi
-        pins="$scripts/constraints.txt"
+        pins="$scripts/requirements/constraints.txt"
         if [ "$(_nemo_ee_version "$NEMO_EE_VENV/bin/python")" = 3.12 ]; then
-            pins="$scripts/constraints-3.12.txt"
+            pins="$scripts/requirements/constraints-3.12.txt"
             if ! command -v c++ >/dev/null; then
                 echo "error: megatron-core 0.13.0, which belongs to Python 3.12, comes as source: install a C++ compiler (g++) and Python's headers, or use Python 3.11" >&2
                 return 1
@@ -139,7 +139,7 @@ _nemo_ee_install() {
         fi
         _nemo_ee_pip "build tools" -c "$pins" setuptools wheel || return 1
         _nemo_ee_pip "torch" ${NEMO_EE_TORCH_INDEX:+--index-url "$NEMO_EE_TORCH_INDEX"} "$(grep '^torch==' "$pins")" || return 1
-        _nemo_ee_pip "NeMo, megatron-core and what they need" -c "$pins" -r "$scripts/requirements.txt" || return 1
+        _nemo_ee_pip "NeMo, megatron-core and what they need" -c "$pins" -r "$scripts/requirements/requirements.txt" || return 1
     fi
     _nemo_ee_pip "nemo_ee" --no-deps --no-build-isolation -e "$_nemo_ee_root" || return 1
     _nemo_ee_wanted >"$NEMO_EE_VENV/nemo_ee_installed"

@@ -21,7 +21,7 @@ def main(cfg: DictConfig) -> None:
         config = EvaluationConfig.from_dict({**values, "precision": trainer["precision"]})
 
         from nemo_ee.evaluation.evaluate import evaluate
-        from nemo_ee.models.trainer_builder import EarlyExitTrainerBuilder
+        from nemo_ee.models.runs.trainer_builder import EarlyExitTrainerBuilder
 
         settings = OmegaConf.create({"trainer": trainer, "model": {"precision": trainer["precision"]}})
         for path in evaluate(config, EarlyExitTrainerBuilder(settings).create_trainer()):

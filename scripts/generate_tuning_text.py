@@ -21,7 +21,7 @@ def main(cfg: DictConfig) -> None:
         trainer = values.pop("trainer")
         config = TuningTextConfig.from_dict({**values, "precision": trainer["precision"]})
 
-        from nemo_ee.models.trainer_builder import EarlyExitTrainerBuilder
+        from nemo_ee.models.runs.trainer_builder import EarlyExitTrainerBuilder
         from nemo_ee.tuning_text.generate import generate_tuning_text
 
         model = {"precision": config.precision, "megatron_amp_O2": config.megatron_amp_O2}

@@ -14,14 +14,14 @@ from nemo_ee.runtime.script import script, user_errors
 def main(cfg: DictConfig) -> None:
     """Restores, generates, prints, and writes the output file."""
     with user_errors(cfg):
-        from nemo_ee.inference.settings import GenerateConfig
+        from nemo_ee.running.settings import GenerateConfig
 
         values = OmegaConf.to_container(cfg, resolve=True)
         trainer = values.pop("trainer")
         config = GenerateConfig.from_dict({**values, "precision": trainer["precision"]})
 
-        from nemo_ee.inference.run import run
-        from nemo_ee.models.trainer_builder import EarlyExitTrainerBuilder
+        from nemo_ee.models.runs.trainer_builder import EarlyExitTrainerBuilder
+        from nemo_ee.running.generate import run
 
         model = {"precision": config.precision, "megatron_amp_O2": config.megatron_amp_O2}
         settings = OmegaConf.create({"trainer": trainer, "model": model})

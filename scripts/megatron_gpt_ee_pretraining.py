@@ -10,7 +10,7 @@ On a GPU cluster start it with torchrun or srun; without a GPU, `trainer.devices
 
 from omegaconf import DictConfig
 
-from nemo_ee.models.command_line import check_command_line
+from nemo_ee.models.checks.command_line import check_command_line
 from nemo_ee.runtime.script import script, user_errors
 
 
@@ -19,9 +19,9 @@ def main(cfg: DictConfig) -> None:
     """Builds or restores the model, trains it and saves it with its exits."""
     in_a_file = cfg.model.restore_from_path or cfg.model.tokenizer.model  # a .nemo, or SentencePiece's
     with user_errors(cfg, optional=["model.tokenizer.type"] if in_a_file else []):
-        from nemo_ee.models.experiment import experiment, fit
         from nemo_ee.models.megatron_gpt_ee_pretraining_model import MegatronGPTEEPretrainingModel
-        from nemo_ee.models.trainer_builder import EarlyExitTrainerBuilder
+        from nemo_ee.models.runs.experiment import experiment, fit
+        from nemo_ee.models.runs.trainer_builder import EarlyExitTrainerBuilder
 
         trainer = EarlyExitTrainerBuilder(cfg).create_trainer()
         with experiment(trainer, cfg.exp_manager):

@@ -23,7 +23,7 @@ def main(cfg: DictConfig) -> None:
         trainer = values.pop("trainer")
         config = ServerConfig.from_dict({**values, "precision": trainer["precision"]})
 
-        from nemo_ee.models.trainer_builder import EarlyExitTrainerBuilder
+        from nemo_ee.models.runs.trainer_builder import EarlyExitTrainerBuilder
 
         try:
             from nemo_ee.server.serve import serve

@@ -10,7 +10,7 @@ On a GPU cluster start it with torchrun or srun; without a GPU, `trainer.devices
 
 from omegaconf import DictConfig
 
-from nemo_ee.models.command_line import check_command_line
+from nemo_ee.models.checks.command_line import check_command_line
 from nemo_ee.runtime.script import script, user_errors
 
 
@@ -18,9 +18,9 @@ from nemo_ee.runtime.script import script, user_errors
 def main(cfg: DictConfig) -> None:
     """Restores the base, adds exits, tunes them and saves them alone."""
     with user_errors(cfg):
-        from nemo_ee.models.experiment import experiment, fit
         from nemo_ee.models.megatron_gpt_ee_tuning_model import MegatronGPTEETuningModel
-        from nemo_ee.models.trainer_builder import EarlyExitTrainerBuilder
+        from nemo_ee.models.runs.experiment import experiment, fit
+        from nemo_ee.models.runs.trainer_builder import EarlyExitTrainerBuilder
 
         trainer = EarlyExitTrainerBuilder(cfg).create_trainer()
         with experiment(trainer, cfg.exp_manager):

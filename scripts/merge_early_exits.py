@@ -14,7 +14,7 @@ from nemo_ee.runtime.script import script, user_errors
 def main(cfg: DictConfig) -> None:
     """Merges and says where the result lies."""
     with user_errors(cfg):
-        from nemo_ee.checkpoint.adapter import merge
+        from nemo_ee.checkpoint.exits.adapter import merge
 
         with claim(str(cfg.output_path)):
             path = merge(cfg.gpt_model_file, cfg.adapter_file, cfg.output_path, overwrite=cfg.overwrite)

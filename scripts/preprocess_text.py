@@ -10,8 +10,8 @@ Every setting is explained in conf/preprocess_text.yaml; override it on the comm
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ee.data.preprocess import preprocess
-from nemo_ee.data.preprocess_config import PreprocessConfig
+from nemo_ee.preprocessing.preprocess import preprocess
+from nemo_ee.preprocessing.preprocess_config import PreprocessConfig
 from nemo_ee.runtime.script import script, user_errors
 
 

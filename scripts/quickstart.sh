@@ -33,7 +33,7 @@ while [ $# -gt 0 ]; do
 done
 [[ "$minutes" =~ ^[1-9][0-9]*$ ]] || { echo "error: --minutes $minutes: must be a whole number of at least 1" >&2; exit 2; }
 layers=${layers// /}
-source scripts/stages.sh
+source scripts/quickstart/stages.sh
 begin "$work" "--minutes $minutes --layers $layers"
 
 stage "1/9 Python environment"
@@ -81,7 +81,7 @@ closed="$work/closed_form/checkpoints/closed_form.nemo"
         model.validate_at_start=false
 }
 [ -s "$work/steps" ] || { # a step on 3 chats takes 1.25 x as long as one on articles (docs/benchmarks/text_recipes.md)
-    python scripts/quickstart_steps.py "$work/closed_form" "$(printf '%d.%02d' $((minutes * 56 / 100)) $((minutes * 56 % 100)))" \
+    python scripts/quickstart/quickstart_steps.py "$work/closed_form" "$(printf '%d.%02d' $((minutes * 56 / 100)) $((minutes * 56 % 100)))" \
         >"$work/steps.new"
     mv "$work/steps.new" "$work/steps"
 }

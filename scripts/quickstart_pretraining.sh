@@ -32,7 +32,7 @@ while [ $# -gt 0 ]; do
     esac
 done
 [[ "$minutes" =~ ^[1-9][0-9]*$ ]] || { echo "error: --minutes $minutes: must be a whole number of at least 1" >&2; exit 2; }
-source scripts/stages.sh
+source scripts/quickstart/stages.sh
 begin "$work" "--minutes $minutes"
 
 stage "1/9 Python environment"
@@ -72,7 +72,7 @@ stage "5/9 the time of a step, with exits and without"
         exp_manager.create_checkpoint_callback=false)
     train timing_exits "${timing[@]}"
     train timing_plain "${timing[@]}" "$plain"
-    python scripts/quickstart_steps.py "$work/timing_exits" "$work/timing_plain" "$minutes" >"$work/steps.new"
+    python scripts/quickstart/quickstart_steps.py "$work/timing_exits" "$work/timing_plain" "$minutes" >"$work/steps.new"
     mv "$work/steps.new" "$work/steps"
 }
 checks=8 # validations

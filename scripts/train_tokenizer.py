@@ -9,7 +9,7 @@ model.tokenizer.type of pre-training. Every setting is explained in conf/train_t
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ee.data.tokenizer_training import TokenizerTrainingConfig, train_tokenizer
+from nemo_ee.preprocessing.tokenizer_training import TokenizerTrainingConfig, train_tokenizer
 from nemo_ee.runtime.script import script, user_errors
 
 

@@ -65,12 +65,10 @@ def pretend_gpus():
 @pytest.fixture
 def warnings_about_graphs(caplog):
     """Gives the messages so far that say why decoding runs without graphs."""
-    from nemo.utils import logging
+    from nemo_ee.decoding.cuda.segment_graphs import warn_of_eager
 
-    logging.once_logged.clear()
-    logging._logger.addHandler(caplog.handler)
-    yield lambda: [r.getMessage() for r in caplog.records if "CUDA graphs" in r.getMessage()]
-    logging._logger.removeHandler(caplog.handler)
+    warn_of_eager.cache_clear()
+    return lambda: [r.getMessage() for r in caplog.records if "CUDA graphs" in r.getMessage()]
 
 
 @pytest.fixture(autouse=True)

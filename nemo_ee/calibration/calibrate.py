@@ -10,17 +10,15 @@ import torch
 from tqdm import tqdm
 
 from nemo_ee.calibration.documents import Documents, read_documents
+from nemo_ee.calibration.exit_decisions import TokenScores
 from nemo_ee.calibration.markdown import guarantee, no_guarantee
 from nemo_ee.calibration.reliability import measure_reliability
+from nemo_ee.calibration.risk_control import documents_needed, log_wealth
 from nemo_ee.calibration.schema import CalibrationReport, PathRecord, TextSplit
 from nemo_ee.calibration.scoring import score_documents, score_with
 from nemo_ee.calibration.settings import CalibrationConfig
 from nemo_ee.calibration.store import ThresholdStore, check_folder
-from nemo_ee.calibration.write import REPORT, write_report
-from nemo_ee.checkpoint import adapter, archive
-from nemo_ee.core.exit_decisions import TokenScores
-from nemo_ee.core.risk_control import documents_needed, log_wealth
-from nemo_ee.core.threshold_choice import (
+from nemo_ee.calibration.threshold_choice import (
     Choice,
     PathPoint,
     Requirement,
@@ -29,14 +27,17 @@ from nemo_ee.core.threshold_choice import (
     plan,
     split_documents,
 )
+from nemo_ee.calibration.write import REPORT, write_report
+from nemo_ee.checkpoint import archive
+from nemo_ee.checkpoint.exits import adapter
 from nemo_ee.data.checks import check_indexed_dataset
 from nemo_ee.errors import CheckpointError, ConfigError, DataError, Fault
-from nemo_ee.evaluation import provenance
 from nemo_ee.evaluation.evaluate import ANY_VOCABULARY, restore
 from nemo_ee.evaluation.settings import EvaluationConfig, HeldOutConfig
 from nemo_ee.evaluation.teacher_forced import CONFIDENCE_RULE
 from nemo_ee.files.output import claim
-from nemo_ee.models.checks import read_early_exit
+from nemo_ee.models.checks.model_checks import read_early_exit
+from nemo_ee.report import provenance
 from nemo_ee.report.schema import Metadata
 from nemo_ee.report.statistics import bootstrap_mean
 

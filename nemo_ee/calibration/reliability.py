@@ -3,8 +3,8 @@
 
 import numpy as np
 
+from nemo_ee.calibration.exit_decisions import TokenScores
 from nemo_ee.calibration.schema import ExitReliability, ReliabilityBin
-from nemo_ee.core.exit_decisions import TokenScores
 from nemo_ee.report.statistics import bootstrap_mean
 
 

@@ -13,7 +13,7 @@ from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.checkpoint import archive, collective, keys, model_config, sizes, targets, tokenizer
-from nemo_ee.checkpoint.base import BaseCheckpoint
+from nemo_ee.checkpoint.conversion.base import BaseCheckpoint
 from nemo_ee.checkpoint.legacy import read_legacy_weights
 from nemo_ee.checkpoint.load import check_values, has_fp8_state, load_weights, save_weights
 from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint

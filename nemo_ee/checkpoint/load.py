@@ -12,12 +12,12 @@ from nemo.utils.callbacks.dist_ckpt_io import DistributedCheckpointIO
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_ee.checkpoint import collective
-from nemo_ee.checkpoint.exit_tensors import check_token_ids
+from nemo_ee.checkpoint.exits.exit_tensors import check_token_ids
 from nemo_ee.checkpoint.fit import fit_to_checkpoint, unclaimed
 from nemo_ee.checkpoint.keys import exit_layers, is_exit, is_extra_state
 from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint, handed_over
-from nemo_ee.core.finite import not_finite
 from nemo_ee.errors import CheckpointError
+from nemo_ee.modeling.finite import not_finite
 from nemo_ee.runtime.children import writing_checkpoint
 
 _NEMO_PREFIX = "model."

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from nemo_ee.evaluation import provenance
 from nemo_ee.files.output import write_text, write_with
+from nemo_ee.report import provenance
 from nemo_ee.report.pretraining import compare, read_run, to_markdown
 from nemo_ee.report.pretraining_plots import PLOTS
 

@@ -10,25 +10,26 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nemo_ee.checkpoint import adapter, archive
+from nemo_ee.checkpoint import archive
+from nemo_ee.checkpoint.exits import adapter
 from nemo_ee.config import EarlyExitConfig
 from nemo_ee.data.checks import check_indexed_dataset
 from nemo_ee.errors import CheckpointError, ConfigError, Fault
-from nemo_ee.evaluation import provenance
 from nemo_ee.evaluation.held_out import held_out_sequences, measure_quality
 from nemo_ee.evaluation.settings import EvaluationConfig, SweepConfig
 from nemo_ee.evaluation.sweep import Sweep, document_prompts
 from nemo_ee.evaluation.teacher_forced import TextScores, score_text
 from nemo_ee.files.output import claim
-from nemo_ee.inference.generate import generating
-from nemo_ee.inference.prompt_file import Turns, read_prompt_file
-from nemo_ee.inference.prompts import tokenize_prompts
-from nemo_ee.inference.restore import restore_model
-from nemo_ee.models.checks import read_early_exit
+from nemo_ee.generation.generate import generating
+from nemo_ee.generation.prompts import tokenize_prompts
+from nemo_ee.models.checks.model_checks import read_early_exit
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
+from nemo_ee.report import provenance
 from nemo_ee.report.schema import Metadata, Report
 from nemo_ee.report.tuning_curve import read_tuning_curve
 from nemo_ee.report.write import REPORT, write_report
+from nemo_ee.running.prompt_file import Turns, read_prompt_file
+from nemo_ee.running.restore import restore_model
 
 ANY_VOCABULARY = 1 << 31
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from nemo_ee.config import HeadConfig
-from nemo_ee.core.confidence import confidence, is_sure, summarise_rows
-from nemo_ee.megatron.gpt import EarlyExitGPTModel, StageStates
-from nemo_ee.megatron.projection import ExitProjection
-from nemo_ee.megatron.vocab_parallel import (
+from nemo_ee.decoding.confidence import confidence, is_sure, summarise_rows
+from nemo_ee.modeling.gpt import EarlyExitGPTModel, StageStates
+from nemo_ee.modeling.projection import ExitProjection
+from nemo_ee.modeling.vocab_parallel import (
     chunk_tokens,
     log_sum_over_ranks,
     max_over_ranks,

@@ -15,8 +15,8 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from omegaconf import open_dict
 from torch import Tensor
 
-from nemo_ee.core.bubbles import Pass, Plan, plan_step
-from nemo_ee.megatron.bubble_schedule import Event, Links, forward_backward_by_plan, take_batches
+from nemo_ee.training.bubble_schedule import Event, Links, forward_backward_by_plan, take_batches
+from nemo_ee.training.bubbles import Pass, Plan, plan_step
 
 
 class BubbleFillingMixin:

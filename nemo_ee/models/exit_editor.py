@@ -13,8 +13,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from nemo_ee.checkpoint import archive, run_keys
 from nemo_ee.checkpoint.keys import EXITS_PREFIX
 from nemo_ee.errors import ConfigError, Fault
-from nemo_ee.megatron import exit_init
-from nemo_ee.models.checks import from_checkpoint
+from nemo_ee.modeling.first_weights import exit_init
+from nemo_ee.models.checks.model_checks import from_checkpoint
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
 
 

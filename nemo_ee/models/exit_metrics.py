@@ -7,7 +7,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from nemo_ee.megatron.exit_loss import ExitLossResult
+from nemo_ee.training.exit_loss import ExitLossResult
 
 
 @dataclass(frozen=True)

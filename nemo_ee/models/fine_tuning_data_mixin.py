@@ -12,8 +12,8 @@ from nemo.utils import logging
 from torch.utils.data import DataLoader, default_collate
 
 from nemo_ee.checkpoint.collective import on_rank_zero
-from nemo_ee.data.chat_template import ChatTemplate, TurnTemplate
-from nemo_ee.data.fine_tuning import (
+from nemo_ee.data.chats.chat_template import ChatTemplate, TurnTemplate
+from nemo_ee.data.chats.fine_tuning import (
     FineTuningData,
     MarkedChatDataset,
     PromptDataset,
@@ -22,8 +22,8 @@ from nemo_ee.data.fine_tuning import (
     survey,
 )
 from nemo_ee.data.token_rules import known_id
-from nemo_ee.inference.prompts import chat_tokens
-from nemo_ee.models.fine_tuning_checks import check_lines, file_names, is_fine_tuning, require
+from nemo_ee.generation.prompts import chat_tokens
+from nemo_ee.models.checks.fine_tuning_checks import check_lines, file_names, is_fine_tuning, require
 from nemo_ee.runtime.children import end_with_parent
 
 

@@ -11,8 +11,8 @@ from omegaconf import DictConfig
 from nemo_ee.checkpoint import collective
 from nemo_ee.checkpoint.keys import exit_layer
 from nemo_ee.data.token_counts import ENOUGH_TOKENS, token_counts
-from nemo_ee.megatron import exit_init
-from nemo_ee.models.checks import read_early_exit
+from nemo_ee.modeling.first_weights import exit_init
+from nemo_ee.models.checks.model_checks import read_early_exit
 
 
 class FirstWeightsMixin:

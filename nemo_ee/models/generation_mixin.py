@@ -15,14 +15,14 @@ from nemo.collections.nlp.modules.common.text_generation_utils import (
 from nemo.utils import logging
 from nemo.utils.nemo_logging import LogMode
 
+from nemo_ee.decoding.cpu.lean_weights import WEIGHT_KINDS
+from nemo_ee.decoding.cuda.captured_decoding import captured_decoding
+from nemo_ee.decoding.decoding_model import DecodingModel
+from nemo_ee.decoding.pipeline.channel import PipelineGroups
 from nemo_ee.errors import ConfigError, Fault
-from nemo_ee.inference.captured_decoding import captured_decoding
-from nemo_ee.inference.generate import check_model_can_generate, generate, generating, position_limit
-from nemo_ee.inference.pipeline_channel import PipelineGroups
-from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
-from nemo_ee.inference.text import TextTokenizer
-from nemo_ee.megatron.decoding_model import DecodingModel
-from nemo_ee.megatron.lean_weights import WEIGHT_KINDS
+from nemo_ee.generation.generate import check_model_can_generate, generate, generating, position_limit
+from nemo_ee.generation.strategy import EarlyExitTextGenerationStrategy
+from nemo_ee.generation.text import TextTokenizer
 from nemo_ee.schema import one_of
 
 USUAL_LENGTH = 2048
@@ -64,13 +64,13 @@ class GenerationMixin:
 
         Args:
             inputs: a list of texts; a pair of tensors, token ids [B, S] and lengths [B]; or chats (see
-                `nemo_ee.inference.prompts.tokenize_prompts`).
+                `nemo_ee.generation.prompts.tokenize_prompts`).
             length_params: `max_length` and `min_length`, counted in generated tokens.
-            sampling_params: NeMo's, any subset (see `nemo_ee.inference.request.SamplingOptions`).
+            sampling_params: NeMo's, any subset (see `nemo_ee.decoding.request.SamplingOptions`).
             strategy: generate with NeMo's loop and this strategy, e.g.
                 `EarlyExitTextGenerationStrategy(model)`, or `GPTModelTextGenerationStrategy(model)` for full
                 depth on any pipeline.
-            early_exit: any of the fields of `nemo_ee.inference.request.ExitOptions`: `threshold` (a number, or
+            early_exit: any of the fields of `nemo_ee.decoding.request.ExitOptions`: `threshold` (a number, or
                 one per exit in use), `exits` (layers in use), `max_pending`, `lossless`, `confidence`,
                 `kv_policy`; False for full depth. Defaults are those of `model.early_exit.inference`. The same
                 mapping may come as `sampling_params["early_exit"]`.
@@ -141,7 +141,7 @@ class GenerationMixin:
                 feature, at a small loss of quality (CPU). Decoding waits for weights to be read, so that half
                 and a quarter of float32's bytes are faster.
             cuda_graphs: on a GPU, launch what is repeated as CUDA graphs (see
-                `nemo_ee.inference.segment_graphs`); no effect elsewhere.
+                `nemo_ee.decoding.cuda.segment_graphs`); no effect elsewhere.
             rows: sequences that decode together, at most. Graphs hold the addresses of their caches, so caches of
                 `rows` x `max_length` positions are reserved here, where graphs are used. Larger calls get caches of
                 their own and decode without graphs, after a warning. No effect without graphs.

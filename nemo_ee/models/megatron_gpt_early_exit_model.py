@@ -16,14 +16,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch.nn.functional import gelu
 
 from nemo_ee.checkpoint import targets
-from nemo_ee.checkpoint.adapter_mixin import EarlyExitAdapterMixin
 from nemo_ee.checkpoint.connector import start_distributed
+from nemo_ee.checkpoint.exits.adapter_mixin import EarlyExitAdapterMixin
 from nemo_ee.checkpoint.keys import exit_layer, is_exit
 from nemo_ee.data.token_rules import name_special_pieces, named_templates
 from nemo_ee.errors import CheckpointError, ConfigError, Fault, OutputError
-from nemo_ee.megatron.activations import tanh_gelu
-from nemo_ee.megatron.gpt import EarlyExitGPTModel
-from nemo_ee.models.checks import (
+from nemo_ee.modeling.activations import tanh_gelu
+from nemo_ee.modeling.gpt import EarlyExitGPTModel
+from nemo_ee.models.checks.model_checks import (
     adapt_to_machine,
     check_model,
     fuses_gelu,

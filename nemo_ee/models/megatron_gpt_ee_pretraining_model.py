@@ -17,25 +17,25 @@ from torch import Tensor
 
 from nemo_ee.checkpoint import archive, run_keys
 from nemo_ee.config import TuningConfig
-from nemo_ee.core.bubbles import COOLDOWN, FULL
-from nemo_ee.core.loss_schedule import layer_dropout_rate, loss_weights
 from nemo_ee.errors import ConfigError, Fault
-from nemo_ee.megatron.bubble_schedule import Links
-from nemo_ee.megatron.deferred_loss import ExitTargets
-from nemo_ee.megatron.layer_dropout import LayerDropout
-from nemo_ee.megatron.parameter_gathering import finish_gathering, gather_all
-from nemo_ee.megatron.query_key_norms import sum_query_key_norms
-from nemo_ee.megatron.tied_weight import tie_output_weights
+from nemo_ee.modeling.layer_dropout import LayerDropout
+from nemo_ee.modeling.query_key_norms import sum_query_key_norms
+from nemo_ee.modeling.tied_weight import tie_output_weights
 from nemo_ee.models.bubble_filling_mixin import BubbleFillingMixin
-from nemo_ee.models.checks import check_model, check_pretraining, read_early_exit
+from nemo_ee.models.checks.model_checks import check_model, check_pretraining, read_early_exit
 from nemo_ee.models.exit_metrics import validation_values
-from nemo_ee.models.finite_loss import require_finite
 from nemo_ee.models.first_weights_mixin import FirstWeightsMixin
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
 from nemo_ee.models.rampup_batch_size_mixin import RampupBatchSizeMixin
+from nemo_ee.models.runs.finite_loss import require_finite
 from nemo_ee.models.training_data_mixin import TrainingDataMixin
 from nemo_ee.models.training_metrics import TrainingMetrics
 from nemo_ee.models.weight_decay import decays_vectors, parameter_groups
+from nemo_ee.training.bubble_schedule import Links
+from nemo_ee.training.bubbles import COOLDOWN, FULL
+from nemo_ee.training.deferred_loss import ExitTargets
+from nemo_ee.training.loss_schedule import layer_dropout_rate, loss_weights
+from nemo_ee.training.parameter_gathering import finish_gathering, gather_all
 
 
 class MegatronGPTEEPretrainingModel(
@@ -44,7 +44,7 @@ class MegatronGPTEEPretrainingModel(
     """`MegatronGPTModel` whose exits are trained together with it, through Megatron's own schedules.
 
     The objective is L_final + sum over exits of w_i(t) L_i, each L the mean cross-entropy per token of a
-    micro-batch; w_i(t) is `nemo_ee.core.loss_schedule.loss_weights`.
+    micro-batch; w_i(t) is `nemo_ee.training.loss_schedule.loss_weights`.
 
     Args:
         cfg: as `MegatronGPTEarlyExitModel`; `early_exit` is required.
@@ -276,7 +276,7 @@ class MegatronGPTEEPretrainingModel(
 
     def gradient_scale(self, kind: str) -> Tensor | float:
         """Megatron's factor of a micro-batch's loss, 1 / number of micro-batches and the loss scale; with
-        fills in the step, also their share (see `nemo_ee.core.bubbles`)."""
+        fills in the step, also their share (see `nemo_ee.training.bubbles`)."""
         scale = 1.0 / get_num_microbatches()
         if self.links is not None:
             scale *= self.plan.loss_scale(kind, parallel_state.get_pipeline_model_parallel_rank())

@@ -15,21 +15,22 @@ from torch import Tensor
 from nemo_ee.checkpoint.keys import is_exit
 from nemo_ee.config import HeadConfig
 from nemo_ee.errors import CheckpointError
-from nemo_ee.megatron import exit_init
-from nemo_ee.megatron.fit_quality import HeldOutFit
-from nemo_ee.megatron.gpt import StageStates
-from nemo_ee.megatron.heads import trainable_parameters
-from nemo_ee.megatron.projection import ExitProjection
-from nemo_ee.megatron.query_key_norms import sum_query_key_norms
-from nemo_ee.megatron.tuning_step import MicroBatch, exit_step, run_backbone
-from nemo_ee.models.checks import check_model, check_tuning, read_early_exit
+from nemo_ee.modeling.first_weights import exit_init
+from nemo_ee.modeling.first_weights.fit_quality import HeldOutFit
+from nemo_ee.modeling.gpt import StageStates
+from nemo_ee.modeling.heads import trainable_parameters
+from nemo_ee.modeling.micro_batch import MicroBatch
+from nemo_ee.modeling.projection import ExitProjection
+from nemo_ee.modeling.query_key_norms import sum_query_key_norms
+from nemo_ee.models.checks.model_checks import check_model, check_tuning, read_early_exit
 from nemo_ee.models.exit_metrics import ExitMetrics, validation_values
 from nemo_ee.models.fine_tuning_data_mixin import FineTuningDataMixin
-from nemo_ee.models.finite_loss import require_finite
 from nemo_ee.models.first_weights_mixin import FirstWeightsMixin
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
+from nemo_ee.models.runs.finite_loss import require_finite
 from nemo_ee.models.training_data_mixin import TrainingDataMixin
 from nemo_ee.models.weight_decay import parameter_groups
+from nemo_ee.training.tuning_step import exit_step, run_backbone
 
 BASE_KEY = "nemo_ee_base"
 """In a checkpoint written while tuning: name and content hash of its base."""
@@ -337,5 +338,5 @@ class MegatronGPTEETuningModel(
             )
 
     def save_to(self, save_path: str) -> None:
-        """Saves the exits alone, naming their base; see `nemo_ee.checkpoint.adapter`."""
+        """Saves the exits alone, naming their base; see `nemo_ee.checkpoint.exits.adapter`."""
         self.save_adapters(save_path)

@@ -13,11 +13,11 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from nemo_ee.config import HeadConfig, TuningConfig
-from nemo_ee.megatron.exit_loss import ExitLossResult, Teacher, exit_losses
-from nemo_ee.megatron.gpt import EarlyExitGPTModel
-from nemo_ee.megatron.projection import ExitProjection
-from nemo_ee.megatron.token_layout import by_position, whole_tokens
+from nemo_ee.modeling.gpt import EarlyExitGPTModel
+from nemo_ee.modeling.projection import ExitProjection
+from nemo_ee.modeling.token_layout import by_position, whole_tokens
 from nemo_ee.models.exit_metrics import ExitMeans, ExitMetrics
+from nemo_ee.training.exit_loss import ExitLossResult, Teacher, exit_losses
 
 
 class TrainingMetrics(ExitMetrics):

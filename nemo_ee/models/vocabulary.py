@@ -4,9 +4,9 @@
 from nemo.utils.app_state import AppState
 from omegaconf import DictConfig
 
-from nemo_ee.checkpoint.llama import ROWS, vocabulary_divisor
+from nemo_ee.checkpoint.conversion.llama import ROWS, vocabulary_divisor
 from nemo_ee.errors import ConfigError, Fault
-from nemo_ee.inference.text import TextTokenizer
+from nemo_ee.generation.text import TextTokenizer
 
 
 def used_rows(cfg: DictConfig, tokenizer: TextTokenizer, padded: int) -> int:

@@ -11,12 +11,12 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, Response
 from starlette.exceptions import HTTPException
 
-from nemo_ee.server.api_key import RequiresKey
-from nemo_ee.server.errors import ApiError, ClientGone
-from nemo_ee.server.hosts import AllowedHosts
-from nemo_ee.server.json_response import AsciiResponse
+from nemo_ee.server.answers.errors import ApiError, ClientGone
+from nemo_ee.server.answers.json_response import AsciiResponse
 from nemo_ee.server.openapi.document import describe
-from nemo_ee.server.protocol import ChatRequest, CompletionRequest
+from nemo_ee.server.requests.api_key import RequiresKey
+from nemo_ee.server.requests.hosts import AllowedHosts
+from nemo_ee.server.requests.protocol import ChatRequest, CompletionRequest
 from nemo_ee.server.service import Service
 
 PAGE = resources.files("nemo_ee.server") / "page.html"

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from nemo_ee.inference.sequence import Sequence as Generated
-from nemo_ee.server.delta import Delta
-from nemo_ee.server.errors import ApiError
+from nemo_ee.decoding.sequence import Sequence as Generated
+from nemo_ee.server.answers.delta import Delta
+from nemo_ee.server.answers.errors import ApiError
 from nemo_ee.server.job import Job
 from nemo_ee.server.metrics import Metrics
 from nemo_ee.server.probe import NotFiniteError, check_finite
@@ -28,7 +28,7 @@ logger = logging.getLogger("nemo_ee.server")
 
 
 class Session(Protocol):
-    """What the engine needs of `nemo_ee.inference.session.DecodingSession`."""
+    """What the engine needs of `nemo_ee.decoding.session.DecodingSession`."""
 
     @property
     def free(self) -> int: ...

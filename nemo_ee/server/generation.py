@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+from nemo_ee.server.answers.errors import ApiError, ClientGone
+from nemo_ee.server.answers.reply import Reply
 from nemo_ee.server.engine import Engine
-from nemo_ee.server.errors import ApiError, ClientGone
 from nemo_ee.server.job import Job
 from nemo_ee.server.metrics import Metrics
-from nemo_ee.server.plan import Plan
-from nemo_ee.server.reply import Reply
+from nemo_ee.server.requests.plan import Plan
 
 SENDING_SECONDS = 10.0
 """How much longer than its request's time an answer may take to be sent."""

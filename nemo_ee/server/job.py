@@ -5,9 +5,9 @@ import math
 import time
 from dataclasses import dataclass, field
 
-from nemo_ee.server.delta import Delta
-from nemo_ee.server.plan import Choice
-from nemo_ee.server.reply import Reply
+from nemo_ee.server.answers.delta import Delta
+from nemo_ee.server.answers.reply import Reply
+from nemo_ee.server.requests.plan import Choice
 
 
 @dataclass(eq=False)

@@ -4,9 +4,9 @@
 import math
 from typing import Protocol
 
+from nemo_ee.decoding.request import GenerationRequest
+from nemo_ee.decoding.sequence import Sequence
 from nemo_ee.errors import GenerationError
-from nemo_ee.inference.request import GenerationRequest
-from nemo_ee.inference.sequence import Sequence
 
 PROMPT = [0]
 LIMIT = 2

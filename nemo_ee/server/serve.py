@@ -13,15 +13,16 @@ from typing import Any
 import uvicorn
 from nemo.utils import logging
 
-from nemo_ee.checkpoint import adapter, archive
+from nemo_ee.checkpoint import archive
+from nemo_ee.checkpoint.exits import adapter
 from nemo_ee.config import EarlyExitConfig
+from nemo_ee.decoding.request import GenerationRequest, parse_request
+from nemo_ee.decoding.session import DecodingSession
 from nemo_ee.errors import ConfigError, Fault, GenerationError
-from nemo_ee.inference.generate import generating, position_limit
-from nemo_ee.inference.request import GenerationRequest, parse_request
-from nemo_ee.inference.run import restore
-from nemo_ee.inference.session import DecodingSession
-from nemo_ee.inference.settings import GenerateConfig
-from nemo_ee.models.checks import read_early_exit
+from nemo_ee.generation.generate import generating, position_limit
+from nemo_ee.models.checks.model_checks import read_early_exit
+from nemo_ee.running.generate import restore
+from nemo_ee.running.settings import GenerateConfig
 from nemo_ee.server.app import create_app
 from nemo_ee.server.connections.connection import Connection
 from nemo_ee.server.connections.lobby import Lobby

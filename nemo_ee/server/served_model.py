@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from nemo_ee.config import EarlyExitConfig
+from nemo_ee.decoding.request import GenerationRequest
 from nemo_ee.errors import GenerationError
-from nemo_ee.inference.prompts import chat_tokens
-from nemo_ee.inference.request import GenerationRequest
-from nemo_ee.inference.stopping import end_tokens
-from nemo_ee.inference.text import TextTokenizer
-from nemo_ee.server.errors import ApiError
+from nemo_ee.generation.prompts import chat_tokens
+from nemo_ee.generation.stopping import end_tokens
+from nemo_ee.generation.text import TextTokenizer
+from nemo_ee.server.answers.errors import ApiError
 
 
 class SharedTokenizer:
@@ -57,7 +57,7 @@ class SharedTokenizer:
             return self._decoder.decode(ids)
 
     def end_tokens(self, strings: Sequence[str]) -> tuple[frozenset[int], list[str]]:
-        """See `nemo_ee.inference.stopping.end_tokens`."""
+        """See `nemo_ee.generation.stopping.end_tokens`."""
         with self._encoding:
             return end_tokens(self._encoder, strings)
 

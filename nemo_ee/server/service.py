@@ -10,18 +10,18 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import Response
 
-from nemo_ee.server.answer import Answer, ChatAnswer
-from nemo_ee.server.body import read_body
-from nemo_ee.server.delta import Delta
+from nemo_ee.server.answers.answer import Answer, ChatAnswer
+from nemo_ee.server.answers.delta import Delta
+from nemo_ee.server.answers.errors import ApiError
+from nemo_ee.server.answers.event_stream import EventStream
+from nemo_ee.server.answers.json_response import AsciiResponse
+from nemo_ee.server.answers.reply import Reply
 from nemo_ee.server.engine import Engine
-from nemo_ee.server.errors import ApiError
-from nemo_ee.server.event_stream import EventStream
 from nemo_ee.server.generation import counted, generation, outcome_of
-from nemo_ee.server.json_response import AsciiResponse
 from nemo_ee.server.metrics import Metrics
-from nemo_ee.server.plan import Plan, make_plan
-from nemo_ee.server.protocol import AnyRequest, ChatRequest, parse
-from nemo_ee.server.reply import Reply
+from nemo_ee.server.requests.body import read_body
+from nemo_ee.server.requests.plan import Plan, make_plan
+from nemo_ee.server.requests.protocol import AnyRequest, ChatRequest, parse
 from nemo_ee.server.served_model import ServedModel
 from nemo_ee.server.settings import ServerConfig
 

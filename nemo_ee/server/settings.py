@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nemo_ee.decoding.cpu.lean_weights import WEIGHT_KINDS
+from nemo_ee.decoding.request import ExitOptions
 from nemo_ee.errors import Fault
-from nemo_ee.inference.request import ExitOptions
-from nemo_ee.megatron.lean_weights import WEIGHT_KINDS
 from nemo_ee.schema import one_of, read_settings
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
@@ -50,7 +50,7 @@ class ServerConfig:
             and this machine's name where there is none.
         early_exit: when tokens may leave, for requests that do not say; confidence and kv_policy are those of
             all requests.
-        weights: how decoding holds weights, see `nemo_ee.megatron.lean_weights`.
+        weights: how decoding holds weights, see `nemo_ee.decoding.cpu.lean_weights`.
         add_BOS: put the tokenizer's BOS before each prompt that is a text, or not; null for the model's rule.
         slots: sequences that decode together.
         max_prompt_tokens: of one prompt.

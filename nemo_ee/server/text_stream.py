@@ -3,7 +3,7 @@
 
 from collections.abc import Callable, Sequence
 
-from nemo_ee.inference.detokenizer import Detokenizer
+from nemo_ee.generation.detokenizer import Detokenizer
 from nemo_ee.server.stop_strings import StopStrings
 
 

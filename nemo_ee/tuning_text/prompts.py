@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 
-from nemo_ee.data.fetch import KNOWN_FILES, fetch_package_file
 from nemo_ee.errors import ConfigError, DataError, Fault
-from nemo_ee.inference.prompt_file import Turns, question, read_prompt_file
+from nemo_ee.preprocessing.fetch import KNOWN_FILES, fetch_package_file
+from nemo_ee.running.prompt_file import Turns, question, read_prompt_file
 from nemo_ee.tuning_text.settings import PromptsConfig
 
 FILE_KEY, EXCLUDE_KEY = "prompts.file", "prompts.exclude_file"

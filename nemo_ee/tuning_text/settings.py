@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from nemo_ee.decoding.cpu.lean_weights import WEIGHT_KINDS
 from nemo_ee.errors import Fault
-from nemo_ee.megatron.lean_weights import WEIGHT_KINDS
 from nemo_ee.schema import one_of, read_settings
 
 SOURCES = ("gsm8k", "boolq", "wikipedia")

@@ -13,15 +13,15 @@ from nemo.collections.nlp.modules.common.text_generation_strategy import GPTMode
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, StoppingCriteria
 
+from nemo_ee.decoding.decoding_model import DecodingModel
+from nemo_ee.decoding.request import NEVER, parse_request
+from nemo_ee.decoding.sequence import Sequence
+from nemo_ee.decoding.session import DecodingSession
 from nemo_ee.errors import CheckpointError, GenerationError
-from nemo_ee.inference.generate import generating, position_limit
-from nemo_ee.inference.request import NEVER, parse_request
-from nemo_ee.inference.run import restore as restore_run
-from nemo_ee.inference.sequence import Sequence
-from nemo_ee.inference.session import DecodingSession
-from nemo_ee.inference.settings import GenerateConfig
-from nemo_ee.megatron.decoding_model import DecodingModel
-from nemo_ee.models.trainer_builder import EarlyExitTrainerBuilder
+from nemo_ee.generation.generate import generating, position_limit
+from nemo_ee.models.runs.trainer_builder import EarlyExitTrainerBuilder
+from nemo_ee.running.generate import restore as restore_run
+from nemo_ee.running.settings import GenerateConfig
 
 Tokens = list[list[int]]
 FULL, EXITS, LOSSLESS, NEMO, HUGGING_FACE = "full depth", "early exit", "lossless", "NeMo", "Hugging Face"
@@ -33,7 +33,7 @@ KINDS: dict[str, tuple[str, dict | None]] = {
     LOSSLESS: ("native", {"lossless": True}),
     f"{LOSSLESS}, bf16": ("bf16", {"lossless": True}),
 }
-"""Our ways -> weights (see `nemo_ee.megatron.lean_weights`), and their exits' options besides a threshold."""
+"""Our ways -> weights (see `nemo_ee.decoding.cpu.lean_weights`), and their exits' options besides a threshold."""
 SAMPLING = {"use_greedy": True, "add_BOS": False, "end_strings": ["<|endoftext|>"]}
 TOP_P = {**SAMPLING, "use_greedy": False, "temperature": 1.0, "top_k": 0, "top_p": 0.9}
 SAMPLINGS = {"greedy": SAMPLING, "top-p 0.9": TOP_P}

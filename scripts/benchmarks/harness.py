@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from nemo_ee.evaluation import provenance
 from nemo_ee.files.output import write_text
+from nemo_ee.report import provenance
 from nemo_ee.runtime import stand_ins
 from nemo_ee.runtime.script import user_errors
 

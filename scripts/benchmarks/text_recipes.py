@@ -103,8 +103,8 @@ def write_answers(name: str, arguments: Namespace, prompts: int) -> dict:
     """Lets the model answer; returns what that took and gave."""
     from omegaconf import OmegaConf
 
-    from nemo_ee.inference.prompt_file import read_prompt_file
-    from nemo_ee.models.trainer_builder import EarlyExitTrainerBuilder
+    from nemo_ee.models.runs.trainer_builder import EarlyExitTrainerBuilder
+    from nemo_ee.running.prompt_file import read_prompt_file
     from nemo_ee.tuning_text.generate import generate_tuning_text
     from nemo_ee.tuning_text.prompts import keys_of, read_prompts
     from nemo_ee.tuning_text.settings import TuningTextConfig
@@ -163,8 +163,8 @@ def measure_exits(name: str, arguments: Namespace) -> dict:
     from nemo_ee.evaluation.held_out import quality_of
     from nemo_ee.evaluation.settings import SweepConfig
     from nemo_ee.evaluation.sweep import GeneratedText, Sweep
-    from nemo_ee.inference.prompt_file import read_prompt_file
-    from nemo_ee.inference.prompts import tokenize_prompts
+    from nemo_ee.generation.prompts import tokenize_prompts
+    from nemo_ee.running.prompt_file import read_prompt_file
 
     model = restore(
         arguments.model, f"{arguments.work}/{name.replace('measured', 'tuned')}.nemo", "32", 0

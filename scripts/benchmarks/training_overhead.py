@@ -109,7 +109,7 @@ def run(gpt: Any, size: Namespace, kind: str, seed: int) -> dict[str, float]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from nemo_ee.config import TuningConfig
-    from nemo_ee.megatron.deferred_loss import ExitTargets
+    from nemo_ee.training.deferred_loss import ExitTargets
 
     device, found = next(gpt.parameters()).device, {}
     shape = (size.micro_batches, size.micro_batch, size.sequence + 1)

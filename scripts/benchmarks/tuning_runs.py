@@ -36,7 +36,7 @@ def tuning(model: str, layers: str, changes: Iterable[str], train: str = "", val
 def fit(cfg: Any, *callbacks: Any) -> Any:
     """A run of tuning; returns the model."""
     from nemo_ee.models.megatron_gpt_ee_tuning_model import MegatronGPTEETuningModel
-    from nemo_ee.models.trainer_builder import EarlyExitTrainerBuilder
+    from nemo_ee.models.runs.trainer_builder import EarlyExitTrainerBuilder
 
     trainer = EarlyExitTrainerBuilder(cfg).create_trainer(list(callbacks))
     model = MegatronGPTEETuningModel.restore_base(cfg, trainer)
@@ -48,7 +48,7 @@ def held_out_quality(model: Any, prefix: str, sequences: int, length: int) -> li
     """`ExitQuality` of each exit on held-out text, as plain values with intervals."""
     from nemo_ee.evaluation.held_out import held_out_sequences, measure_quality
     from nemo_ee.evaluation.teacher_forced import score_text
-    from nemo_ee.inference.generate import generating
+    from nemo_ee.generation.generate import generating
 
     def score(tokens: Any, labels: Any) -> Any:
         with generating(model):

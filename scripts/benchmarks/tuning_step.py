@@ -46,7 +46,7 @@ def measure(case: Mapping, arguments: Namespace) -> dict:
     from lightning.pytorch.callbacks import Callback
     from torch.utils.data import default_collate
 
-    from nemo_ee.megatron.tuning_step import exit_step
+    from nemo_ee.training.tuning_step import exit_step
     from tests.support.small_base import small_files
 
     times: dict[str, Any] = {key: [] for key in ("step, ms", "backbone, ms", "exits, ms", "step / parts")}

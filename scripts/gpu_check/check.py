@@ -166,7 +166,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         print(
-            f"error: {sys.executable} lacks {', '.join(missing)}: see scripts/requirements.txt",
+            f"error: {sys.executable} lacks {', '.join(missing)}: see scripts/requirements/requirements.txt",
             file=sys.stderr,
         )
         return 2

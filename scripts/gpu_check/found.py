@@ -14,7 +14,7 @@ import torch
 from result import Result
 
 import nemo_ee
-from nemo_ee.evaluation import provenance
+from nemo_ee.report import provenance
 
 if TYPE_CHECKING:
     from part import Settings

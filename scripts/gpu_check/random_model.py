@@ -15,7 +15,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import LlamaConfig
 
-from nemo_ee.checkpoint import llama
+from nemo_ee.checkpoint.conversion import llama
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
 
 BRANCH = 0.1

@@ -21,9 +21,9 @@ from decoding_ways import SAMPLING, Clock, HuggingFace, Tokens
 from result import Result
 from tokens import check_graphs, counted_replays, warnings_about_graphs
 
-from nemo_ee.inference.drafting import DraftingPolicy, Round
-from nemo_ee.inference.generate import generating
-from nemo_ee.inference.pass_costs import pass_costs
+from nemo_ee.decoding.drafts.drafting import DraftingPolicy, Round
+from nemo_ee.decoding.drafts.pass_costs import pass_costs
+from nemo_ee.generation.generate import generating
 from nemo_ee.report.statistics import spread
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from nemo_ee.models.trainer_builder import EarlyExitTrainerBuilder
+from nemo_ee.models.runs.trainer_builder import EarlyExitTrainerBuilder
 from tests.support.tiny_gpt import fill, tiny_model_config
 
 

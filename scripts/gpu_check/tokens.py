@@ -171,7 +171,7 @@ def counted_replays() -> Iterator[Counter]:
 @contextlib.contextmanager
 def warnings_about_graphs() -> Iterator[list[str]]:
     """Collects what decoding warns of inside, also what was already warned of in this process."""
-    from nemo.utils import logging as nemo_logging
+    from nemo_ee.decoding.cuda.segment_graphs import warn_of_eager
 
     messages: list[str] = []
 
@@ -181,9 +181,9 @@ def warnings_about_graphs() -> Iterator[list[str]]:
                 messages.append(record.getMessage())
 
     collector = Collector()
-    nemo_logging.once_logged.clear()
-    nemo_logging._logger.addHandler(collector)
+    warn_of_eager.cache_clear()
+    logging.getLogger("nemo_ee").addHandler(collector)
     try:
         yield messages
     finally:
-        nemo_logging._logger.removeHandler(collector)
+        logging.getLogger("nemo_ee").removeHandler(collector)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from nemo_ee.checkpoint import adapter, archive
+from nemo_ee.checkpoint import archive
 from nemo_ee.checkpoint.content_hash import backbone_content_hash
+from nemo_ee.checkpoint.exits import adapter
 from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint
 from nemo_ee.errors import CheckpointError
 from tests.support import tiny_llama
@@ -24,7 +25,7 @@ EXITS = {
 
 
 def write_base(source: str, path: str) -> None:
-    from nemo_ee.checkpoint.convert import convert_to_nemo
+    from nemo_ee.checkpoint.conversion.convert import convert_to_nemo
 
     convert_to_nemo(source, path)
 
@@ -287,7 +288,7 @@ def restore_refused(base: str, poor_base: str, poor_exits: str) -> tuple[str, st
 
 def check_all_heads(folder: str) -> list[str]:
     """Writes a base with exits of every kind; which kinds `check_exits` knows the tensors of."""
-    from nemo_ee.checkpoint.exit_tensors import check_exits
+    from nemo_ee.checkpoint.exits.exit_tensors import check_exits
     from nemo_ee.checkpoint.keys import is_exit
     from nemo_ee.checkpoint.load import save_weights
     from tests.support.tiny_gpt import GPT3, HEADS, tiny_model, tiny_model_config

@@ -21,7 +21,7 @@ MOMENTS = ("os.replace", "tarfile.TarFile.add")
 
 
 def write_inputs(folder: str) -> None:
-    from nemo_ee.checkpoint.adapter import merge
+    from nemo_ee.checkpoint.exits.adapter import merge
 
     model = model_with_exits(folder)
     model.save_adapters(f"{folder}/exits.nemo")
@@ -46,8 +46,8 @@ def model_with_exits(folder: str):
 def writer(kind: str, folder: str):
     """What writes a checkpoint to the path that it is given; all that it reads has been read or lies in `folder`."""
     from nemo_ee.calibration.store import ThresholdStore
-    from nemo_ee.checkpoint.adapter import merge
-    from nemo_ee.checkpoint.convert import convert_to_nemo
+    from nemo_ee.checkpoint.conversion.convert import convert_to_nemo
+    from nemo_ee.checkpoint.exits.adapter import merge
     from nemo_ee.models.exit_editor import edit_exits
     from tests.support.tiny_gpt import tiny_trainer
 

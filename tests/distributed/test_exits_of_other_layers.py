@@ -7,8 +7,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from nemo_ee.checkpoint import adapter
 from nemo_ee.checkpoint.content_hash import backbone_content_hash
+from nemo_ee.checkpoint.exits import adapter
 from tests.distributed.test_continuing import configuration
 from tests.support import tiny_llama
 from tests.support.tuning import (
@@ -27,7 +27,7 @@ OTHER_HEAD = {**HEAD, "mlp": False}
 
 
 def write_base(source: str, base: str) -> None:
-    from nemo_ee.checkpoint.convert import convert_to_nemo
+    from nemo_ee.checkpoint.conversion.convert import convert_to_nemo
 
     convert_to_nemo(source, base)
 

@@ -23,7 +23,7 @@ NEMO = dict(
 
 def generate(tp, head, sequence_parallel=False):
     """Greedy, sampled, log-probability and NeMo-loop outputs of this rank; only the first has prompts."""
-    from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
+    from nemo_ee.generation.strategy import EarlyExitTextGenerationStrategy
     from tests.support.drafting import drafting_eagerly
     from tests.support.tiny_gpt import tiny_model, tiny_model_config
 
@@ -115,7 +115,7 @@ def refused_with_what_does_not_pickle(tp):
 def refused_in_nemos_loop(tp, inputs):
     """The error of this rank in NeMo's loop, which tokenizes on the first one alone."""
     from nemo_ee.errors import GenerationError
-    from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
+    from nemo_ee.generation.strategy import EarlyExitTextGenerationStrategy
     from tests.support.tiny_gpt import tiny_model, tiny_model_config
 
     model = tiny_model(tiny_model_config(tp=tp), tp)
@@ -130,7 +130,7 @@ def pipeline(pp):
     from nemo.collections.nlp.modules.common.text_generation_strategy import GPTModelTextGenerationStrategy
 
     from nemo_ee.errors import GenerationError
-    from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
+    from nemo_ee.generation.strategy import EarlyExitTextGenerationStrategy
     from tests.support.tiny_gpt import tiny_model, tiny_model_config
 
     config = tiny_model_config(head=HEADS["MLP, untied"], pp=pp, share_embeddings_and_output_weights=False)

@@ -24,7 +24,7 @@ SLURM = dict(
 
 
 def build(devices: int = 1, **trainer):
-    from nemo_ee.models.trainer_builder import EarlyExitTrainerBuilder
+    from nemo_ee.models.runs.trainer_builder import EarlyExitTrainerBuilder
 
     settings = dict(devices=devices, precision=32, logger=False, enable_checkpointing=False, **trainer)
     cfg = OmegaConf.create(dict(model=dict(mcore_gpt=True), trainer=settings))

@@ -13,7 +13,7 @@ def generated(tp, backbone, of_te):
     """Token ids and exits of this rank."""
     import torch
 
-    from nemo_ee.megatron.lean_layer import LeanLayer
+    from nemo_ee.decoding.layers.lean_layer import LeanLayer
     from tests.support.tiny_gpt import tiny_model, tiny_model_config
     from tests.support.transformer_engine import tiny_te_model, transformer_engine
 

@@ -100,8 +100,8 @@ def pretrain(base: dict[str, Any], text: dict, words: list[str]) -> dict[str, An
 
 
 def generate(path: str, base: dict[str, Any]) -> dict[str, Any]:
-    from nemo_ee.inference import run
-    from nemo_ee.inference.settings import GenerateConfig
+    from nemo_ee.running import generate as run
+    from nemo_ee.running.settings import GenerateConfig
     from tests.support.tiny_nemo import tiny_trainer
 
     config = GenerateConfig(gpt_model_file=path, prompts=("",))
@@ -124,7 +124,7 @@ def edit(base: dict[str, Any], out: str) -> dict[str, Any]:
 
 
 def merge(base: dict[str, Any], exits: str, out: str) -> dict[str, Any]:
-    from nemo_ee.checkpoint import adapter
+    from nemo_ee.checkpoint.exits import adapter
 
     adapter.merge(base["path"], exits, out)
     return generate(out, base)

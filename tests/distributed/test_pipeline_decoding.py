@@ -102,7 +102,7 @@ def broken_stages(pp):
     """What this stage is told when each of the stages in turn fails, and the tokens generated after that."""
     from unittest.mock import patch
 
-    from nemo_ee.inference.pipeline_stage import Stage
+    from nemo_ee.decoding.pipeline.stage import Stage
     from tests.support.tiny_gpt import tiny_model, tiny_model_config
 
     model, messages, run = tiny_model(tiny_model_config(exits=EXITS, pp=pp), pp), [], Stage.run
@@ -131,7 +131,7 @@ def test_a_stage_that_fails_is_told_of_everywhere_and_does_not_end_the_model(wor
 
 def many_answers():
     """Answers of one stage that the first takes only when all are sent; the number that it finds."""
-    from nemo_ee.inference.pipeline_channel import PipelineGroups, Receiver, Sender
+    from nemo_ee.decoding.pipeline.channel import PipelineGroups, Receiver, Sender
     from tests.support.distributed import initialize_model_parallel
 
     initialize_model_parallel(pp=2)

@@ -23,8 +23,8 @@ by what the others do meanwhile. Waiting for all stages would be 4 and 2 times t
 
 def token_times(unit):
     """Way -> seconds at which this rank's sequence got each token; empty behind the first stage."""
-    from nemo_ee.inference.pipeline_stage import Stage
-    from nemo_ee.inference.sequence import Sequence
+    from nemo_ee.decoding.pipeline.stage import Stage
+    from nemo_ee.decoding.sequence import Sequence
     from tests.support.tiny_gpt import tiny_model, tiny_model_config
 
     config = tiny_model_config(

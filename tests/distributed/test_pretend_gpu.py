@@ -142,7 +142,7 @@ def test_exits_of_a_checkpoint_are_edited(pretend_gpus, tmp_path):
 
 def converted(source: str, output: str) -> str:
     from nemo_ee.checkpoint.content_hash import backbone_content_hash
-    from nemo_ee.checkpoint.convert import convert_to_nemo
+    from nemo_ee.checkpoint.conversion.convert import convert_to_nemo
 
     return backbone_content_hash(convert_to_nemo(source, output))
 

@@ -66,7 +66,7 @@ def run(
     from lightning.pytorch.callbacks import Callback
     from omegaconf import OmegaConf
 
-    from nemo_ee.models.experiment import fit, start_experiment
+    from nemo_ee.models.runs.experiment import fit, start_experiment
 
     class End(Callback):
         def on_train_batch_start(self, trainer, *_):

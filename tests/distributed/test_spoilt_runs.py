@@ -38,8 +38,8 @@ def attempt(
     from omegaconf import OmegaConf
 
     from nemo_ee import errors
-    from nemo_ee.models.experiment import experiment as running
-    from nemo_ee.models.experiment import fit
+    from nemo_ee.models.runs.experiment import experiment as running
+    from nemo_ee.models.runs.experiment import fit
 
     def spoil(trainer) -> None:
         if trainer.global_rank == trainer.world_size - 1:

@@ -43,7 +43,7 @@ def restored(base: str, adapter: str | None, prefixes: dict, trainer):
 
 
 def write_base(source: str, base: str) -> None:
-    from nemo_ee.checkpoint.convert import convert_to_nemo
+    from nemo_ee.checkpoint.conversion.convert import convert_to_nemo
 
     convert_to_nemo(source, base)
 

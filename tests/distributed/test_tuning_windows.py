@@ -16,8 +16,8 @@ HEAD = dict(mlp=False, norm=True, linear=True, projection="shortlist", shortlist
 def step(stages: int, windows: list[int]) -> dict[int, tuple]:
     """One global batch with each size of windows: gradients, sums, and the most states alive at one time."""
     from nemo_ee.config import HeadConfig
-    from nemo_ee.megatron import tuning_step
-    from nemo_ee.megatron.projection import ExitProjection
+    from nemo_ee.modeling.projection import ExitProjection
+    from nemo_ee.training import tuning_step
 
     uneven = dict(num_layers_in_first_pipeline_stage=2) if stages == 3 else {}
     model = tiny_model(

@@ -93,7 +93,7 @@ def workspace(tmp_path_factory, workers) -> Path:
 
 
 def write_base(folder: str) -> None:
-    from nemo_ee.checkpoint.convert import convert_to_nemo
+    from nemo_ee.checkpoint.conversion.convert import convert_to_nemo
 
     convert_to_nemo(f"{folder}/hf", f"{folder}/base.nemo")
 

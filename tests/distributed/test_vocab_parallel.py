@@ -45,7 +45,7 @@ def projection_of(head: HeadConfig):
     """One exit's projection, with the same rows at every TP."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from nemo_ee.megatron.projection import ExitProjection
+    from nemo_ee.modeling.projection import ExitProjection
 
     config = TransformerConfig(num_layers=1, hidden_size=HIDDEN, num_attention_heads=1)
     config.use_cpu_initialization, config.params_dtype = True, torch.float64
@@ -68,8 +68,8 @@ def all_losses(tp: int) -> dict:
     """Per case: statistics, most probable tokens, whole gradients, and the number of all-reduces."""
     from megatron.core import parallel_state
 
-    from nemo_ee.megatron.exit_loss import ExitInput, Teacher, exit_losses
-    from nemo_ee.megatron.vocab_parallel import gather_columns
+    from nemo_ee.modeling.vocab_parallel import gather_columns
+    from nemo_ee.training.exit_loss import ExitInput, Teacher, exit_losses
 
     initialize_model_parallel(tp=tp)
     found = {}
@@ -127,7 +127,7 @@ def test_a_sharded_vocabulary_changes_nothing(tp, workers):
 
 def predictions(tp: int) -> tuple:
     """Tokens and confidences of sharded logits, and the number of all-reduces."""
-    from nemo_ee.megatron.prediction import Prediction, Rows
+    from nemo_ee.decoding.prediction import Prediction, Rows
 
     initialize_model_parallel(tp=tp)
     projection = projection_of(HEADS["untied"])

@@ -18,7 +18,7 @@ def write_inputs(directory):
     import numpy as np
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    from nemo_ee.checkpoint.adapter import merge
+    from nemo_ee.checkpoint.exits.adapter import merge
     from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel as Model
     from tests.support.tiny_gpt import VOCABULARY, fill, tiny_model, tiny_model_config, tiny_trainer
 
@@ -74,7 +74,7 @@ def calibrate_merged(directory, overrides):
     from nemo_ee.calibration.calibrate import calibrate
     from nemo_ee.calibration.settings import CalibrationConfig
     from nemo_ee.checkpoint.content_hash import backbone_content_hash
-    from nemo_ee.models.trainer_builder import EarlyExitTrainerBuilder
+    from nemo_ee.models.runs.trainer_builder import EarlyExitTrainerBuilder
 
     os.chdir(directory)
     given = [

@@ -33,7 +33,7 @@ VARIANTS = {
 
 
 def convert(source: str, path: str, **settings) -> None:
-    from nemo_ee.checkpoint.convert import convert_to_nemo
+    from nemo_ee.checkpoint.conversion.convert import convert_to_nemo
 
     convert_to_nemo(source, path, **settings)
 
@@ -111,7 +111,7 @@ def test_saving_again_changes_no_weight_and_keeps_the_tokenizer(workers, tmp_pat
 def plain_nemo_logits(path: str) -> list:
     """NeMo's own class reads the file through the connector; so does ours."""
     from nemo_ee.checkpoint.connector import EarlyExitSaveRestoreConnector
-    from nemo_ee.models.checks import adapt_to_machine
+    from nemo_ee.models.checks.model_checks import adapt_to_machine
     from tests.support.tiny_nemo import LocalSpecGPT, tiny_trainer
 
     config = archive.read_config(path)

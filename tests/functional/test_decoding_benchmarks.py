@@ -19,7 +19,7 @@ def write_inputs(directory: str) -> None:
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    from nemo_ee.checkpoint.convert import convert_to_nemo
+    from nemo_ee.checkpoint.conversion.convert import convert_to_nemo
     from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel as Model
     from tests.support.tiny_gpt import tiny_trainer
 

@@ -34,7 +34,7 @@ def instructions() -> list[tuple[str, str]]:
 
 def test_it_follows_the_rules_of_hadolint():
     hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    assert hadolint, "comes with scripts/requirements.txt"
+    assert hadolint, "comes with scripts/requirements/requirements.txt"
     done = subprocess.run(
         [hadolint, "--failure-threshold", "warning", ROOT / "Dockerfile"], capture_output=True, text=True
     )

@@ -84,9 +84,9 @@ def machine(tmp_path) -> Machine:
 @pytest.mark.parametrize(
     "given, version, pins",
     [
-        ("python3.12", "3.12", "constraints-3.12.txt"),
-        ("python3.11", "3.11", "constraints.txt"),
-        (None, "3.11", "constraints.txt"),
+        ("python3.12", "3.12", "requirements/constraints-3.12.txt"),
+        ("python3.11", "3.11", "requirements/constraints.txt"),
+        (None, "3.11", "requirements/constraints.txt"),
     ],
 )
 def test_the_python_that_is_given_decides_what_is_installed(given, version, pins, machine):
@@ -100,7 +100,9 @@ def test_the_python_that_is_given_decides_what_is_installed(given, version, pins
     listed = (ROOT / "scripts" / pins).read_text().splitlines()
     (pinned,) = (line for line in listed if line.startswith("torch=="))
     assert torch.endswith(f" {pinned}"), "first, and so from its own index where one is given"
-    assert rest.endswith(f"-c {machine.root}/scripts/{pins} -r {machine.root}/scripts/requirements.txt")
+    assert rest.endswith(
+        f"-c {machine.root}/scripts/{pins} -r {machine.root}/scripts/requirements/requirements.txt"
+    )
     assert f"-c {machine.root}/scripts/{pins}" in tools and "--no-deps" in ours
     before = machine.calls.read_text()
     assert "ready" in machine.source(**environment).stdout and machine.calls.read_text() == before
@@ -154,8 +156,10 @@ def test_in_a_container_only_what_is_missing_is_installed_gpu_or_not(missing, ma
     calls = machine.calls.read_text()
     over = missing in ("no", "network")
     assert ("--system-site-packages" in calls) == over
-    assert ("torch==" in calls) == (not over) and ("requirements.txt" in calls) == (not over)
-    assert ("-r " + str(machine.root / "scripts" / "requirements-container.txt") in calls) == over
+    assert ("torch==" in calls) == (not over) and ("requirements/requirements.txt" in calls) == (not over)
+    assert (
+        "-r " + str(machine.root / "scripts" / "requirements/requirements-container.txt") in calls
+    ) == over
     if over:
         kept = machine.root / ".venv" / "container_packages.txt"
         assert f"-c {kept} " in calls and kept.read_text() == "torch==2.8.0a0+5228986c39.nv25.5\n"

@@ -34,7 +34,7 @@ def write_inputs(directory):
     import numpy as np
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    from nemo_ee.checkpoint.adapter import merge
+    from nemo_ee.checkpoint.exits.adapter import merge
     from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel as Model
     from tests.support.tiny_gpt import VOCABULARY, fill, tiny_model, tiny_model_config, tiny_trainer
 
@@ -70,7 +70,7 @@ def evaluate_twice(directory, overrides):
 
     from nemo_ee.evaluation.evaluate import evaluate
     from nemo_ee.evaluation.settings import EvaluationConfig
-    from nemo_ee.models.trainer_builder import EarlyExitTrainerBuilder
+    from nemo_ee.models.runs.trainer_builder import EarlyExitTrainerBuilder
 
     os.chdir(directory)
     for more in (

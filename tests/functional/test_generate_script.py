@@ -57,9 +57,9 @@ def in_process(directory, overrides):
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from nemo_ee.inference.run import run as generate
-    from nemo_ee.inference.settings import GenerateConfig
-    from nemo_ee.models.trainer_builder import EarlyExitTrainerBuilder
+    from nemo_ee.models.runs.trainer_builder import EarlyExitTrainerBuilder
+    from nemo_ee.running.generate import run as generate
+    from nemo_ee.running.settings import GenerateConfig
 
     os.chdir(directory)
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):

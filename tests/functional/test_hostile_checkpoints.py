@@ -62,13 +62,14 @@ def ways_in(base: str, exits: str) -> dict[str, tuple[Callable[[str], Any], str]
     from omegaconf import OmegaConf
 
     from nemo_ee.calibration.store import ThresholdStore
-    from nemo_ee.checkpoint import adapter, tokenizer
+    from nemo_ee.checkpoint import tokenizer
     from nemo_ee.checkpoint.connector import EarlyExitSaveRestoreConnector
-    from nemo_ee.data.tokenizer import TokenizerConfig, tokenizer_files
-    from nemo_ee.inference.restore import restore_model
+    from nemo_ee.checkpoint.exits import adapter
     from nemo_ee.models.exit_editor import edit_exits
     from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel as Model
     from nemo_ee.models.megatron_gpt_ee_tuning_model import MegatronGPTEETuningModel
+    from nemo_ee.preprocessing.tokenizer import TokenizerConfig, tokenizer_files
+    from nemo_ee.running.restore import restore_model
     from tests.support.tiny_nemo import tiny_trainer
 
     run = OmegaConf.create({"model": {"early_exit": {"layers": [1]}}, "trainer": {"precision": 32}})
@@ -178,8 +179,9 @@ def refusals(folder: str) -> dict[str, tuple[str, str, list[str]]]:
 
 def broken_tokenizers() -> dict[str, tuple[str, str, list[str]]]:
     """The same for a tokenizer's file that is none, inside a checkpoint that is fine otherwise."""
-    from nemo_ee.checkpoint import adapter, archive
-    from nemo_ee.data.tokenizer import TokenizerConfig, load_tokenizer, tokenizer_files
+    from nemo_ee.checkpoint import archive
+    from nemo_ee.checkpoint.exits import adapter
+    from nemo_ee.preprocessing.tokenizer import TokenizerConfig, load_tokenizer, tokenizer_files
 
     def preprocess(path: str) -> None:
         with tokenizer_files(TokenizerConfig(nemo=path)) as description:
@@ -238,7 +240,7 @@ def test_activations_are_those_that_nemo_knows():
 class TestHuggingFaceFolders:
     def test_no_code_of_theirs_runs(self, tmp_path, monkeypatch):
         """Nor is anybody asked whether it may."""
-        from nemo_ee.checkpoint.convert import convert_to_nemo
+        from nemo_ee.checkpoint.conversion.convert import convert_to_nemo
 
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody is asked"))
@@ -275,7 +277,7 @@ class TestHuggingFaceFolders:
         ],
     )
     def test_sizes_that_are_none(self, tmp_path, changes, words):
-        from nemo_ee.checkpoint.convert import convert_to_nemo
+        from nemo_ee.checkpoint.conversion.convert import convert_to_nemo
 
         source = tiny_llama.write(tmp_path / "hf")
         text = json.loads((source / "config.json").read_text())
@@ -286,7 +288,7 @@ class TestHuggingFaceFolders:
         assert os.listdir(tmp_path) == ["hf"]
 
     def test_files_too_large_for_a_tokenizer(self, tmp_path):
-        from nemo_ee.checkpoint.convert import convert_to_nemo
+        from nemo_ee.checkpoint.conversion.convert import convert_to_nemo
 
         source = tiny_llama.write(tmp_path / "hf")
         with open(source / "tokenizer_config.json", "r+b") as file:
@@ -295,7 +297,7 @@ class TestHuggingFaceFolders:
             convert_to_nemo(source, tmp_path / "m.nemo")
 
     def test_an_adapter_is_no_model(self, tmp_path):
-        from nemo_ee.checkpoint.convert import convert_to_nemo
+        from nemo_ee.checkpoint.conversion.convert import convert_to_nemo
 
         source = tiny_llama.write(tmp_path / "hf")
         (source / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
@@ -305,7 +307,7 @@ class TestHuggingFaceFolders:
     @pytest.mark.parametrize("name", ["../{}", "/etc/{}", 3, ""])
     def test_weights_elsewhere_are_not_read(self, tmp_path, name):
         """An index that names a file of another folder, where it lies and would load."""
-        from nemo_ee.checkpoint.convert import convert_to_nemo
+        from nemo_ee.checkpoint.conversion.convert import convert_to_nemo
 
         source = tiny_llama.write(tmp_path / "hf")
         weights = source / "model.safetensors"

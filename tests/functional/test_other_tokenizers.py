@@ -53,7 +53,7 @@ def qwen(tmp_path_factory):
 class TestSeveralEndsOfText:
     def ways(self, model):
         """And what Hugging Face is told: NeMo's loop chooses no id behind as many as the tokenizer has tokens."""
-        from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
+        from nemo_ee.generation.strategy import EarlyExitTextGenerationStrategy
 
         yield dict(early_exit=False), {}
         yield dict(early_exit=dict(lossless=True, threshold=0.0)), {}
@@ -101,7 +101,7 @@ def llama31(tmp_path_factory):
 
 class TestLlama31FromGguf:
     def test_texts_and_chats_are_hugging_faces(self, llama31):
-        from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
+        from nemo_ee.generation.strategy import EarlyExitTextGenerationStrategy
 
         published, model = llama31
         assert len(model.text_tokenizer.eos_ids) == 3
@@ -146,8 +146,8 @@ def tuned_texts(base, chats, prompts):
         Exit code; whether texts in full depth and lossless ones are alike; token ids and sentences; whether the merged
         checkpoint, its exits taken off, has the base's content hash.
     """
-    from nemo_ee.checkpoint import adapter
     from nemo_ee.checkpoint.content_hash import backbone_content_hash
+    from nemo_ee.checkpoint.exits import adapter
     from nemo_ee.models.exit_editor import edit_exits
     from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
     from tests.functional.test_tuning_script import call_script
@@ -289,7 +289,7 @@ class TestBosByTheTokenizersRule:
     @torch.no_grad()
     @pytest.mark.parametrize("nemos_loop", [False, True])
     def test_log_probabilities_are_hugging_faces(self, mistral, nemos_loop):
-        from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
+        from nemo_ee.generation.strategy import EarlyExitTextGenerationStrategy
 
         published, model = mistral
         way = dict(strategy=EarlyExitTextGenerationStrategy(model, exits=[])) if nemos_loop else {}
@@ -316,8 +316,8 @@ class TestBosByTheTokenizersRule:
     def test_documents_begin_as_prompts_do(self, mistral, tmp_path):
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-        from nemo_ee.data.preprocess import preprocess
-        from nemo_ee.data.preprocess_config import PreprocessConfig
+        from nemo_ee.preprocessing.preprocess import preprocess
+        from nemo_ee.preprocessing.preprocess_config import PreprocessConfig
 
         published, _ = mistral
         lines = [*PROMPTS, "<s>the dog"]
@@ -367,7 +367,7 @@ class TestSentencePiece:
             GPTModelTextGenerationStrategy,
         )
 
-        from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
+        from nemo_ee.generation.strategy import EarlyExitTextGenerationStrategy
 
         assert model.text_tokenizer.eos_ids == (2,)
         ids = self.prompt_ids(model, prompt)
@@ -402,8 +402,8 @@ class TestSentencePiece:
     def test_documents_of_its_checkpoint_end_with_its_eos(self, model, tmp_path):
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-        from nemo_ee.data.preprocess import preprocess
-        from nemo_ee.data.preprocess_config import PreprocessConfig
+        from nemo_ee.preprocessing.preprocess import preprocess
+        from nemo_ee.preprocessing.preprocess_config import PreprocessConfig
 
         (tmp_path / "in.txt").write_text("\n".join(PROMPTS))
         values = dict(

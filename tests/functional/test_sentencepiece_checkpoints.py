@@ -46,7 +46,8 @@ def through_everything(folder: str, legacy: bool | None) -> dict[str, tuple]:
     """Checkpoint -> ids of a text, size, mode, name of the packed file; each is deleted before the next is written."""
     from omegaconf import OmegaConf
 
-    from nemo_ee.checkpoint import adapter, archive
+    from nemo_ee.checkpoint import archive
+    from nemo_ee.checkpoint.exits import adapter
     from nemo_ee.checkpoint.tokenizer import tokenizer_from_nemo
     from nemo_ee.models.exit_editor import edit_exits
     from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel

@@ -89,7 +89,9 @@ def test_quickstart_tunes_on_answers_and_asks_other_questions_in_its_report(tmp_
     for file in ("wikipedia-intros.json", "boolq-questions.jsonl", "gsm8k-questions.jsonl"):
         (fetched,) = [call for call in calls if f"--output {sources}/{file}" in call]
         assert f" {file.partition('.')[0]} " in fetched
-    assert any("quickstart_steps.py" in call and call.endswith(" 8.40") for call in calls), "of 10.5 minutes"
+    assert any("quickstart/quickstart_steps.py" in call and call.endswith(" 8.40") for call in calls), (
+        "of 10.5 minutes"
+    )
     runs = [call for call in calls if "ee_tuning.py" in call]
     closed, tuned = runs
     assert "wikipedia_train]" in closed and "chat=true" not in closed

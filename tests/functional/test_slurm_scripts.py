@@ -83,7 +83,7 @@ def cluster(tmp_path) -> Cluster:
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="PyPI has shellcheck for x86_64 only")
 def test_shell_scripts_follow_the_rules_of_shellcheck():
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    assert shellcheck, "comes with scripts/requirements.txt"
+    assert shellcheck, "comes with scripts/requirements/requirements.txt"
     scripts = [*ROOT.glob("scripts/*.sh"), *FOLDER.glob("*.sub"), *ROOT.glob(".ci/*")]
     assert {path.stem for path in scripts} > {*WRITTEN, "env", "test", "quickstart"}
     done = subprocess.run([shellcheck, "-x", *scripts], cwd=ROOT, capture_output=True, text=True)

@@ -30,8 +30,8 @@ def write_all(folder: str) -> torch.Tensor:
     """A converted checkpoint, and what became of it; Hugging Face's logits."""
     from transformers import AutoModelForCausalLM
 
-    from nemo_ee.checkpoint import adapter
-    from nemo_ee.checkpoint.convert import convert_to_nemo
+    from nemo_ee.checkpoint.conversion.convert import convert_to_nemo
+    from nemo_ee.checkpoint.exits import adapter
     from nemo_ee.models.exit_editor import edit_exits
     from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
     from tests.support.tiny_nemo import tiny_trainer

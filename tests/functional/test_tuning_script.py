@@ -27,7 +27,7 @@ STEPS, EVERY = 24, 4
 
 
 def write_base(source: str, path: str) -> None:
-    from nemo_ee.checkpoint.convert import convert_to_nemo
+    from nemo_ee.checkpoint.conversion.convert import convert_to_nemo
 
     convert_to_nemo(source, path)
 

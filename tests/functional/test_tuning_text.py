@@ -67,7 +67,7 @@ def generate(directory, prefix, *overrides, dies_in_block=None):
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from nemo_ee.models.trainer_builder import EarlyExitTrainerBuilder
+    from nemo_ee.models.runs.trainer_builder import EarlyExitTrainerBuilder
     from nemo_ee.tuning_text.answer_files import AnswerFiles
     from nemo_ee.tuning_text.generate import generate_tuning_text
     from nemo_ee.tuning_text.settings import TuningTextConfig
@@ -259,8 +259,8 @@ def test_nemo_reads_the_file(workspace, workers):
 
 def read_for_tuning(directory):
     """(prompt and answer as tuning reads them, the part that is learnt, finish_reason) of each line."""
-    from nemo_ee.data.chat_template import ChatTemplate
-    from nemo_ee.data.fine_tuning import TemplateChatDataset
+    from nemo_ee.data.chats.chat_template import ChatTemplate
+    from nemo_ee.data.chats.fine_tuning import TemplateChatDataset
     from tests.support.tiny_gpt import tokenizer as tiny_tokenizer
 
     tokenizer = tiny_tokenizer()

@@ -34,7 +34,7 @@ def continuations(kind: str, folder: str) -> tuple[list, list, int, str]:
     from nemo.utils import logging
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from nemo_ee.checkpoint.convert import convert_to_nemo
+    from nemo_ee.checkpoint.conversion.convert import convert_to_nemo
     from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
     from tests.support.tiny_nemo import tiny_trainer
 
@@ -82,7 +82,7 @@ def rows_of_a_new_model(folder: str) -> tuple:
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
     from omegaconf import OmegaConf
 
-    from nemo_ee.inference.text import TextTokenizer
+    from nemo_ee.generation.text import TextTokenizer
     from nemo_ee.models.vocabulary import used_rows
 
     tokenizer = AutoTokenizer(str(write("far gap", Path(folder, "hf"))))

@@ -29,7 +29,7 @@ def config():
 @pytest.mark.parametrize("queries", [KEYS, 3, 1])
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
 def test_against_the_plainest_softmax(config, dtype, queries, padded):
-    from nemo_ee.megatron.attention import TorchAttention
+    from nemo_ee.modeling.attention import TorchAttention
 
     torch.manual_seed(queries)
     shapes = ((queries, HEADS), (KEYS, GROUPS), (KEYS, GROUPS))

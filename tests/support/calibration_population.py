@@ -6,7 +6,7 @@ As the population is known, so is the agreement of any thresholds on further doc
 
 import numpy as np
 
-from nemo_ee.core.exit_decisions import TokenScores
+from nemo_ee.calibration.exit_decisions import TokenScores
 
 LAYERS, NUM_LAYERS, LARGEST = (10, 20), 30, 40
 

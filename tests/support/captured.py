@@ -13,8 +13,8 @@ STEPS = 36
 
 def model_of(gpt, tape=None, rows=3, max_length=64, attention=None):
     """What decodes; with a tape all passes are captured, as `prepare_decoding` has it on a GPU."""
-    from nemo_ee.inference.captured_decoding import CapturedDecoding
-    from nemo_ee.megatron.decoding_model import DecodingModel
+    from nemo_ee.decoding.cuda.captured_decoding import CapturedDecoding
+    from nemo_ee.decoding.decoding_model import DecodingModel
 
     with torch.inference_mode():
         model = DecodingModel(gpt)
@@ -25,7 +25,7 @@ def model_of(gpt, tape=None, rows=3, max_length=64, attention=None):
 
 
 def make_decoder(model, rows, max_length, exits=EXITS, **options):
-    from nemo_ee.inference.decoder import EarlyExitDecoder
+    from nemo_ee.decoding.decoder import EarlyExitDecoder
 
     return EarlyExitDecoder(model, list(exits), rows, max_length, **options)
 
@@ -64,8 +64,8 @@ def expect_same_caches(found, expected):
 
 def sequences_for(draw, exits, lossless):
     """Two to eight requests that differ in everything that may differ within a session."""
-    from nemo_ee.inference.request import GenerationRequest, SamplingOptions
-    from nemo_ee.inference.sequence import Sequence
+    from nemo_ee.decoding.request import GenerationRequest, SamplingOptions
+    from nemo_ee.decoding.sequence import Sequence
 
     out = []
     for _ in range(draw.randint(2, 8)):
@@ -86,7 +86,7 @@ def sequences_for(draw, exits, lossless):
 
 def random_session(model, seed):
     """Texts, exit layers and confidences of a session's requests, which come as rows become free."""
-    from nemo_ee.inference.session import DecodingSession
+    from nemo_ee.decoding.session import DecodingSession
 
     draw = random.Random(seed)
     exits = sorted(draw.sample([1, 2, 3], draw.randint(1, 3)))

@@ -4,7 +4,7 @@
 import random
 from unittest.mock import patch
 
-from nemo_ee.inference.drafting import DraftingPolicy, Round
+from nemo_ee.decoding.drafts.drafting import DraftingPolicy, Round
 
 
 class EagerDrafts(DraftingPolicy):
@@ -24,4 +24,4 @@ class EagerDrafts(DraftingPolicy):
 
 def drafting_eagerly():
     """A context in which sessions draft so by themselves."""
-    return patch("nemo_ee.inference.session.DraftingPolicy", EagerDrafts)
+    return patch("nemo_ee.decoding.session.DraftingPolicy", EagerDrafts)

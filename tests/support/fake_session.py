@@ -28,7 +28,7 @@ def confidence_of(prompt: list[int], position: int) -> float:
 
 
 class FakeSession:
-    """Has the methods of `nemo_ee.inference.session.DecodingSession`, and notes how they are called.
+    """Has the methods of `nemo_ee.decoding.session.DecodingSession`, and notes how they are called.
 
     Args:
         slots: sequences at a time.

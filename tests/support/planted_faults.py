@@ -14,7 +14,7 @@ from typing import Any
 from tests.support import pretend_gpu
 
 VARIABLE = "NEMO_EE_TEST_FAULT"
-WHERE = "nemo_ee.megatron.lean_head"
+WHERE = "nemo_ee.decoding.layers.lean_head"
 WRONG_DEVICE, WRONG_TOKEN, WAIT = "a tensor on the wrong device", "a wrong token", "a wait in a graph"
 FAULTS = (WRONG_DEVICE, WRONG_TOKEN, WAIT)
 
@@ -30,7 +30,7 @@ def plant(fault: str) -> None:
     """Plants a fault in this process; the CPU's own results stay right."""
     import torch
 
-    from nemo_ee.megatron.lean_head import LeanOutput
+    from nemo_ee.decoding.layers.lean_head import LeanOutput
 
     predict = LeanOutput.predict
 

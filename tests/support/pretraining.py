@@ -115,7 +115,7 @@ def pretrain_one(
     model.exits_initialised = not case.initialise
     model.keep_gradients, model.counts = whole_gradients, case.micro_batches
     if case.own_schedule:
-        from nemo_ee.megatron.bubble_schedule import Links
+        from nemo_ee.training.bubble_schedule import Links
 
         model.links = Links()
     scale = 1.0 if plain else case.loss_scale

@@ -53,7 +53,7 @@ class Published:
 
 
 def convert(folder, path):
-    from nemo_ee.checkpoint.convert import convert_to_nemo
+    from nemo_ee.checkpoint.conversion.convert import convert_to_nemo
 
     convert_to_nemo(str(folder), str(path))
     return path

@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from nemo_ee.server.unsupported import HARMLESS, UNSUPPORTED
+from nemo_ee.server.requests.unsupported import HARMLESS, UNSUPPORTED
 from tests.support.fake_session import EXIT_LAYERS
 from tests.support.server import LIMITS
 from tests.support.tiny_gpt import VOCABULARY

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from nemo_ee.config import parse_early_exit
-from nemo_ee.inference.text import TextTokenizer
+from nemo_ee.generation.text import TextTokenizer
 from nemo_ee.server.engine import Engine
 from nemo_ee.server.metrics import Metrics
 from nemo_ee.server.serve import Server, usual_request

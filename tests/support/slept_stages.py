@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_ee.core.bubbles import Pass, Plan
+from nemo_ee.training.bubbles import Pass, Plan
 
 SEQUENCE, BATCH, HIDDEN = 4, 1, 8
 """Shape of the messages between stages: small, so that sending them takes next to nothing."""
@@ -87,7 +87,7 @@ def run_alternately(plans: dict[str, Plan], unit: float, ratio: float, steps: in
     """
     from megatron.core import parallel_state
 
-    from nemo_ee.megatron.bubble_schedule import Links, forward_backward_by_plan
+    from nemo_ee.training.bubble_schedule import Links, forward_backward_by_plan
 
     stages = torch.distributed.get_world_size()
     parallel_state.initialize_model_parallel(pipeline_model_parallel_size=stages)

@@ -37,7 +37,7 @@ def _write_base(directory: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from nemo_ee.checkpoint.convert import convert_to_nemo
+    from nemo_ee.checkpoint.conversion.convert import convert_to_nemo
 
     words = {"<eos>": 0, **{f"w{index}": index for index in range(1, 16384)}}
     core = Tokenizer(models.WordLevel(words, unk_token="<eos>"))

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from nemo_ee.megatron.cuda_capture import CapturedPass, Pass
+from nemo_ee.decoding.cuda.cuda_capture import CapturedPass, Pass
 
 NOT_CAPTURED = (
     "_local_scalar_dense",

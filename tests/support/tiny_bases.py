@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from nemo_ee.checkpoint.llama import interleave_qkv
+from nemo_ee.checkpoint.conversion.llama import interleave_qkv
 from tests.support import tiny_llama
 
 VOCABULARY, POSITIONS, LAYERS, HIDDEN, HEADS = 101, 32, 4, 32, 4
@@ -83,7 +83,7 @@ def write(family: str, folder: Path) -> Path:
 def to_nemo(family: str, source: str, path: str) -> None:
     """Writes the NeMo checkpoint; run it in a rank of its own."""
     if family in ("Qwen2", "Llama 3.1"):
-        from nemo_ee.checkpoint.convert import convert_to_nemo
+        from nemo_ee.checkpoint.conversion.convert import convert_to_nemo
 
         convert_to_nemo(source, path)
         return

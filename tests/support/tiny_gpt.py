@@ -142,7 +142,7 @@ def tiny_trainer(world_size: int = 1, precision: Any = 32, **settings: Any) -> A
     """A trainer that writes nothing; on the CPU over gloo unless there are GPUs."""
     from lightning.pytorch import Trainer
 
-    from nemo_ee.models.trainer_builder import EarlyExitDDPStrategy
+    from nemo_ee.models.runs.trainer_builder import EarlyExitDDPStrategy
 
     gpu = torch.cuda.is_available()
     defaults = dict(
@@ -227,7 +227,7 @@ def fill(model: Any) -> None:
 
 def values(key: str, shape: list[int], gpt: Any, module: Any) -> torch.Tensor:
     """The whole parameter of that name, in float64."""
-    from nemo_ee.megatron.projection import ExitProjection
+    from nemo_ee.modeling.projection import ExitProjection
 
     rows, used = shape[0], shape[0]
     scale = shape[-1] ** -0.5

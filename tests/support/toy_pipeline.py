@@ -1,7 +1,7 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """A pipeline of tiny stages in one process, which runs many random global batches at once.
 
-It simulates what `nemo_ee.megatron.bubble_schedule` and the exits' deferred losses do on a real one: stages keep
+It simulates what `nemo_ee.training.bubble_schedule` and the exits' deferred losses do on a real one: stages keep
 their own graphs, pass detached states forward and gradients back in the order of a `Plan`, add their losses'
 gradients as these pass, and stop where the plan lets a fill stop. Every global batch has a copy of the parameters,
 so one run gives one gradient per global batch.
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_ee.core.bubbles import Plan
+from nemo_ee.training.bubbles import Plan
 
 WIDTH, TARGETS = 3, 2
 Gradients = dict[tuple[str, int], Tensor]

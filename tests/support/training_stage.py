@@ -23,7 +23,7 @@ def training_stage(size: Namespace, stages: int, mlp: bool) -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from nemo_ee.config import EarlyExitConfig, HeadConfig
-    from nemo_ee.megatron.gpt import EarlyExitGPTModel
+    from nemo_ee.modeling.gpt import EarlyExitGPTModel
 
     parallel_state.initialize_model_parallel(pipeline_model_parallel_size=stages)
     gpu, seed = torch.cuda.is_available(), 1234 + torch.distributed.get_rank()

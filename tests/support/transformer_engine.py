@@ -22,8 +22,8 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from nemo_ee.megatron.gpt import EarlyExitGPTModel
-from nemo_ee.megatron.specs import FUSED_NORM_NAMES
+from nemo_ee.modeling.gpt import EarlyExitGPTModel
+from nemo_ee.modeling.specs import FUSED_NORM_NAMES
 
 VERSION = "2.5.0"
 REBUILT = (

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.nn.functional import gelu
 
-from nemo_ee.kernels.mlp import GELU, SILU, TANH_GELU
-from nemo_ee.megatron.activations import tanh_gelu
-from nemo_ee.megatron.decoding_model import DecodingModel
+from nemo_ee.decoding.cpu.kernels.mlp import GELU, SILU, TANH_GELU
+from nemo_ee.decoding.decoding_model import DecodingModel
+from nemo_ee.modeling.activations import tanh_gelu
 from tests.support.tiny_gpt import tiny_model, tiny_model_config
 
 CASES = {

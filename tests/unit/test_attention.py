@@ -73,7 +73,7 @@ def visible_keys(queries, keys, mask_type, mask):
 @pytest.mark.parametrize("groups", [4, 2, 1])
 @pytest.mark.parametrize("case", CASES)
 def test_against_naive_softmax(config, case, groups):
-    from nemo_ee.megatron.attention import TorchAttention
+    from nemo_ee.modeling.attention import TorchAttention
 
     queries, keys, mask_type, mask = CASES[case]
     torch.manual_seed(len(case))
@@ -96,7 +96,7 @@ def test_against_naive_softmax(config, case, groups):
 
 
 def test_layer_decides_where_the_call_does_not(config):
-    from nemo_ee.megatron.attention import TorchAttention
+    from nemo_ee.modeling.attention import TorchAttention
 
     torch.manual_seed(0)
     q, k, v = (torch.randn(4, BATCH, HEADS, SIZE) for _ in range(3))
@@ -107,7 +107,7 @@ def test_layer_decides_where_the_call_does_not(config):
 
 
 def test_softmax_scale(config):
-    from nemo_ee.megatron.attention import TorchAttention
+    from nemo_ee.modeling.attention import TorchAttention
 
     torch.manual_seed(0)
     q, k, v = (torch.randn(4, BATCH, HEADS, SIZE, dtype=torch.float64) for _ in range(3))
@@ -117,7 +117,7 @@ def test_softmax_scale(config):
 
 
 def test_what_needs_transformer_engine_is_refused(config):
-    from nemo_ee.megatron.attention import TorchAttention
+    from nemo_ee.modeling.attention import TorchAttention
 
     q = torch.randn(2, BATCH, HEADS, SIZE)
     attention = TorchAttention(config, 1, AttnMaskType.causal)

@@ -3,8 +3,8 @@
 
 import pytest
 
-from nemo_ee.models import batch_checks
-from nemo_ee.models.checks import check_model, check_pretraining, check_tuning
+from nemo_ee.models.checks import batch_checks
+from nemo_ee.models.checks.model_checks import check_model, check_pretraining, check_tuning
 from tests.unit.test_model_checks import PRETRAINING, config, faults_of
 
 RAMP_UP = "model.rampup_batch_size"
@@ -84,7 +84,7 @@ def test_pretraining_reads_no_fine_tuning_data():
 
 
 def test_attention_that_reads_no_mask_is_refused(monkeypatch):
-    monkeypatch.setattr("nemo_ee.megatron.specs.have_transformer_engine", lambda: True)
+    monkeypatch.setattr("nemo_ee.modeling.specs.have_transformer_engine", lambda: True)
     faults = list(batch_checks.document_faults(config(**APART, transformer_engine=True)))
     assert [fault.key for fault in faults] == ["model.data.reset_attention_mask"]
     assert "++model.transformer_engine=false" in faults[0].remedy

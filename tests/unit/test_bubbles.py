@@ -6,7 +6,15 @@ from fractions import Fraction
 
 import pytest
 
-from nemo_ee.core.bubbles import COOLDOWN, FULL, WARMUP, cooldown_fills, most_fills, plan_step, warmup_fills
+from nemo_ee.training.bubbles import (
+    COOLDOWN,
+    FULL,
+    WARMUP,
+    cooldown_fills,
+    most_fills,
+    plan_step,
+    warmup_fills,
+)
 
 SIZES = [(p, m) for p in (2, 3, 4, 5, 8, 12) for m in sorted({1, 2, p - 1, p, p + 1, 3 * p}) if m >= 1]
 RATIOS = (0.5, 1.0, 2.0, 2.5, 3.0)

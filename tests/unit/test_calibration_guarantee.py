@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from nemo_ee.core import risk_control
-from nemo_ee.core.exit_decisions import TokenScores
-from nemo_ee.core.threshold_choice import Requirement, certify, plan, split_documents
+from nemo_ee.calibration import risk_control
+from nemo_ee.calibration.exit_decisions import TokenScores
+from nemo_ee.calibration.threshold_choice import Requirement, certify, plan, split_documents
 from tests.support.calibration_population import LARGEST, draw, population
 
 TARGET, DELTA = 0.85, 0.1

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_ee.core.exit_decisions import TokenScores, first_exits
-from nemo_ee.core.threshold_choice import Requirement, certify, plan
-from nemo_ee.core.threshold_path import threshold_levels, threshold_path
+from nemo_ee.calibration.exit_decisions import TokenScores, first_exits
+from nemo_ee.calibration.threshold_choice import Requirement, certify, plan
+from nemo_ee.calibration.threshold_path import threshold_levels, threshold_path
 from nemo_ee.evaluation.teacher_forced import ExitScores, TextScores
 from tests.support.calibration_population import LARGEST, population
 

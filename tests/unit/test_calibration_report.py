@@ -16,14 +16,14 @@ from PIL import Image
 
 from nemo_ee.calibration.calibrate import check_enough, exits_in_use, make_report
 from nemo_ee.calibration.documents import Documents, read_documents
+from nemo_ee.calibration.exit_decisions import TokenScores
 from nemo_ee.calibration.markdown import summary
 from nemo_ee.calibration.reliability import measure_reliability
 from nemo_ee.calibration.scoring import score_documents
 from nemo_ee.calibration.settings import CalibrationConfig, CalibrationTextConfig
+from nemo_ee.calibration.threshold_choice import Requirement, certify, plan
 from nemo_ee.calibration.write import write_report
 from nemo_ee.checkpoint.archive import CONFIG_NAME
-from nemo_ee.core.exit_decisions import TokenScores
-from nemo_ee.core.threshold_choice import Requirement, certify, plan
 from nemo_ee.errors import ConfigError, DataError
 from nemo_ee.evaluation.teacher_forced import ExitScores, TextScores
 from tests.support.calibration_population import LARGEST, population

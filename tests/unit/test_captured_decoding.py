@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from nemo_ee.megatron.cpu_kernels import SWITCH
+from nemo_ee.decoding.cpu.cpu_kernels import SWITCH
 from tests.support.captured import PROMPTS, decode, expect_same, make_decoder, model_of, random_session
 from tests.support.tape import TapeCapture
 from tests.support.tiny_gpt import HEADS, tiny_model, tiny_model_config
@@ -104,9 +104,9 @@ def test_a_call_that_needs_more_than_is_prepared_decodes_eagerly(
 @pytest.mark.parametrize("tape", [TapeCapture, lambda: None], ids=["captured", "eager"])
 def test_what_is_no_number_stays_with_the_sequence_that_made_it(tape):
     """Rows are taken over, by new sequences and by those that move: 0 times NaN is NaN."""
-    from nemo_ee.inference.request import GenerationRequest
-    from nemo_ee.inference.sequence import Sequence
-    from nemo_ee.inference.session import DecodingSession
+    from nemo_ee.decoding.request import GenerationRequest
+    from nemo_ee.decoding.sequence import Sequence
+    from nemo_ee.decoding.session import DecodingSession
 
     config = tiny_model_config(
         exits=[1, 2, 3],
@@ -159,8 +159,8 @@ def test_memory_is_free_when_the_model_is_released(one):
 
 
 def test_prepared_models_generate_with_captured_passes(monkeypatch):
+    from nemo_ee.decoding.cuda import captured_decoding
     from nemo_ee.errors import ConfigError
-    from nemo_ee.inference import captured_decoding
 
     model = tiny_model(tiny_model_config(num_layers=4, exits=[1, 2, 3]), dtype=torch.float64)
     ids = torch.tensor([[7, 8, 9, 20], [41, 5, 0, 0]]), torch.tensor([4, 2])
@@ -194,9 +194,9 @@ def test_prepared_models_generate_with_captured_passes(monkeypatch):
 
 def test_what_was_lent_comes_back_after_a_failure(monkeypatch):
     """However long the error is kept, with all that its frames hold."""
-    from nemo_ee.inference import captured_decoding
-    from nemo_ee.inference.decoder import EarlyExitDecoder
-    from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
+    from nemo_ee.decoding.cuda import captured_decoding
+    from nemo_ee.decoding.decoder import EarlyExitDecoder
+    from nemo_ee.generation.strategy import EarlyExitTextGenerationStrategy
 
     def interrupted(*_, **__):
         raise RuntimeError("no memory is left")
@@ -223,8 +223,8 @@ def test_what_was_lent_comes_back_after_a_failure(monkeypatch):
 
 
 def test_a_server_captures_before_the_first_request(monkeypatch):
-    from nemo_ee.inference import captured_decoding
-    from nemo_ee.inference.request import parse_request
+    from nemo_ee.decoding.cuda import captured_decoding
+    from nemo_ee.decoding.request import parse_request
     from nemo_ee.server.serve import decoding_session
 
     model, tape = (
@@ -247,7 +247,7 @@ def test_a_server_captures_before_the_first_request(monkeypatch):
 
 
 def test_caches_that_do_not_fit_are_named_and_decoding_is_eager(one, monkeypatch, warnings_about_graphs):
-    from nemo_ee.inference import captured_decoding
+    from nemo_ee.decoding.cuda import captured_decoding
 
     def too_much(*_):
         raise torch.OutOfMemoryError("tried to allocate 3 TiB")

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from nemo_ee.data import chat_rendering
-from nemo_ee.data.chat_rendering import RenderingError, prompt_ids, render, render_marked
+from nemo_ee.data.chats import chat_rendering
+from nemo_ee.data.chats.chat_rendering import RenderingError, prompt_ids, render, render_marked
 from tests.support import chat_templates as shapes
 from tests.support import hostile_nemo
 from tests.support.script import ROOT
@@ -196,7 +196,7 @@ class TestTheProcess:
         """Also where another process, forked from the parent, has its standard input open."""
         code = (
             "import os, signal, sys, time\n"
-            "from nemo_ee.data.chat_rendering import _process\n"
+            "from nemo_ee.data.chats.chat_rendering import _process\n"
             '_process.ask(\'{"template": "", "values": {}, "size": 0}\')\n'
             "print(_process._child.pid, flush=True)\n"
             "if os.fork() == 0:\n    os.close(1)\n    os.close(2)\n    time.sleep(8)\n    os._exit(0)\n"

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from nemo_ee.data.chat_template import ChatTemplate, TurnTemplate, messages_of
+from nemo_ee.data.chats.chat_template import ChatTemplate, TurnTemplate, messages_of
 from tests.support import chat_templates as shapes
 
 TURNS = [
@@ -189,7 +189,7 @@ class TestNemosTemplates:
             return [ord(letter) for letter in text]
 
     def tokens(self, messages, learnt, template=TEMPLATE):
-        from nemo_ee.inference.prompts import chat_tokens  # and NeMo
+        from nemo_ee.generation.prompts import chat_tokens  # and NeMo
 
         return TurnTemplate(partial(chat_tokens, self.Letters(template))).tokens(messages, learnt)
 

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from nemo_ee.checkpoint import llama
+from nemo_ee.checkpoint.conversion import llama
 from nemo_ee.errors import CheckpointError
 from tests.support import tiny_llama
 

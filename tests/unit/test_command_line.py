@@ -10,8 +10,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from nemo_ee.errors import ConfigError
-from nemo_ee.models import key_names
-from nemo_ee.models.command_line import check_command_line
+from nemo_ee.models.checks import key_names
+from nemo_ee.models.checks.command_line import check_command_line
 from tests.support import nemo_confs
 from tests.support.script import ROOT
 
@@ -73,7 +73,7 @@ def test_a_key_of_nemos_is_listed_or_refused_by_name(key):
 
 
 def rule_faults(script: str, word: str) -> dict[str, Any]:
-    from nemo_ee.models.key_rules import key_faults
+    from nemo_ee.models.checks.key_rules import key_faults
 
     given = ["model.early_exit.layers=[2]", "model.data.data_prefix=[a]", word]
     with initialize_config_dir(f"{ROOT}/conf", version_base=None):
@@ -187,7 +187,7 @@ def test_what_a_run_does_without_can_be_taken_away():
 
 
 def test_another_strategy_and_a_metric_of_another_script():
-    from nemo_ee.models.key_rules import CHECKPOINTS, TRAINER, key_faults
+    from nemo_ee.models.checks.key_rules import CHECKPOINTS, TRAINER, key_faults
 
     (fault,) = key_faults(OmegaConf.create({"strategy": "ddp"}), TRAINER, "trainer")
     assert fault.remedy == "leave it out"

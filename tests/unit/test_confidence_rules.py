@@ -14,15 +14,15 @@ BUILT_IN = ["max_probability", "entropy", "margin", "similarity", "patience"]
 
 
 def evidence(logits, emittable=None, **more):
-    from nemo_ee.megatron.confidence_rules import ExitEvidence
-    from nemo_ee.megatron.prediction import Prediction, Rows
+    from nemo_ee.decoding.confidence_rules import ExitEvidence
+    from nemo_ee.decoding.prediction import Prediction, Rows
 
     rows = Rows(0, logits.shape[1], logits.shape[1] if emittable is None else emittable)
     return ExitEvidence(Prediction.from_logits(logits, rows), torch.zeros(len(logits), 4), **more)
 
 
 def confidence(name, given):
-    from nemo_ee.megatron.confidence_rules import CONFIDENCE_RULES
+    from nemo_ee.decoding.confidence_rules import CONFIDENCE_RULES
 
     return CONFIDENCE_RULES[name].confidence(given)
 
@@ -57,7 +57,7 @@ def test_margin_counts_an_outcome_that_cannot_be_emitted():
 
 
 def test_similarity_is_0_without_an_exit_before():
-    from nemo_ee.megatron.confidence_rules import ExitEvidence
+    from nemo_ee.decoding.confidence_rules import ExitEvidence
 
     now = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
     before = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 3.0]])
@@ -65,7 +65,7 @@ def test_similarity_is_0_without_an_exit_before():
 
 
 def test_a_name_is_registered_once():
-    from nemo_ee.megatron.confidence_rules import register_confidence_rule
+    from nemo_ee.decoding.confidence_rules import register_confidence_rule
 
     with pytest.raises(ValueError, match="entropy"):
         register_confidence_rule("entropy")(lambda given: given.agreeing)
@@ -131,7 +131,7 @@ def test_patience_leaves_where_exits_in_a_row_agree(gpt):
 )
 def test_no_rule_is_sure_of_what_is_no_number(name, logits):
     """Some do not look at logits, and without any the entropy would be 0."""
-    from nemo_ee.megatron.confidence_rules import CONFIDENCE_RULES
+    from nemo_ee.decoding.confidence_rules import CONFIDENCE_RULES
 
     more = dict(previous_hidden=torch.ones(2, 4), agreeing=torch.tensor([3, 3]))
     given = evidence(torch.tensor([logits, [9.0, 0.0, 0.0, 0.0]]), **more)

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf, open_dict
 
 from nemo_ee.checkpoint import archive
 from nemo_ee.errors import ConfigError
-from nemo_ee.models.checks import check_model, check_pretraining, check_tuning
+from nemo_ee.models.checks.model_checks import check_model, check_pretraining, check_tuning
 from nemo_ee.models.megatron_gpt_ee_pretraining_model import MegatronGPTEEPretrainingModel as Pretraining
 from nemo_ee.models.megatron_gpt_ee_pretraining_model import _checkpoint_to_start_from
 from nemo_ee.models.megatron_gpt_ee_tuning_model import MegatronGPTEETuningModel as Tuning

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_ee.core.confidence import confidence, summarise_rows
-from nemo_ee.kernels.compiled import compiled
-from nemo_ee.kernels.exponential import exponential
-from nemo_ee.kernels.readout import Head
-from nemo_ee.megatron.cpu_kernels import KERNEL_TOKENS, SWITCH, kernel_linear, run_head
-from nemo_ee.megatron.decoding_model import DecodingModel
-from nemo_ee.megatron.packed_tokens import PackedTokens
-from nemo_ee.megatron.segment import Segment
+from nemo_ee.decoding.confidence import confidence, summarise_rows
+from nemo_ee.decoding.cpu.cpu_kernels import KERNEL_TOKENS, SWITCH, kernel_linear, run_head
+from nemo_ee.decoding.cpu.kernels.compiled import compiled
+from nemo_ee.decoding.cpu.kernels.exponential import exponential
+from nemo_ee.decoding.cpu.kernels.readout import Head
+from nemo_ee.decoding.decoding_model import DecodingModel
+from nemo_ee.decoding.layers.packed_tokens import PackedTokens
+from nemo_ee.decoding.layers.segment import Segment
 from tests.support.tiny_gpt import GPT3, tiny_model, tiny_model_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -200,7 +200,7 @@ def test_the_exponential_is_float32s():
 def test_compiled_kernels_are_read_from_the_cache_and_run(tmp_path):
     code = """
 import numpy as np
-from nemo_ee.kernels.products import product
+from nemo_ee.decoding.cpu.kernels.products import product
 none, out = np.empty(0), np.empty((1, 20))
 product(np.ones((20, 3)), none, none, np.ones((1, 3)), out, 2)
 assert (out == 3).all()
@@ -220,7 +220,7 @@ def test_a_package_that_cannot_be_written_to_still_computes(tmp_path):
 from numba.core import caching
 caching.CacheImpl._locator_classes = []
 import numpy as np
-from nemo_ee.kernels.products import product
+from nemo_ee.decoding.cpu.kernels.products import product
 none, out = np.empty(0), np.empty((1, 20))
 product(np.ones((20, 3)), none, none, np.ones((1, 3)), out, 2)
 assert (out == 3).all()
@@ -231,7 +231,7 @@ assert (out == 3).all()
 def test_kernels_leave_the_number_of_threads_alone():
     code = """
 import torch
-from nemo_ee.megatron.cpu_kernels import kernel_linear, run_product
+from nemo_ee.decoding.cpu.cpu_kernels import kernel_linear, run_product
 one = torch.ones(1, 3)
 run_product(kernel_linear(torch.ones(20, 3), None, None, torch.float32), one)
 print(torch.get_num_threads())
@@ -248,11 +248,11 @@ def test_a_cached_kernel_is_compiled_again_when_one_that_it_calls_changes(tmp_pa
     kernels.mkdir(parents=True)
     for package in (kernels.parent, kernels):
         (package / "__init__.py").touch()
-    shutil.copy(ROOT / "nemo_ee/kernels/compiled.py", kernels)
-    head = "from nemo_ee.kernels.compiled import compiled\n"
-    outer = "from nemo_ee.kernels.inner import f\n\n@compiled(parallel=True)\ndef g(x):\n    return f(x)\n"
+    shutil.copy(ROOT / "nemo_ee/decoding/cpu/kernels/compiled.py", kernels)
+    head = "from nemo_ee.decoding.cpu.kernels.compiled import compiled\n"
+    outer = "from nemo_ee.decoding.cpu.kernels.inner import f\n\n@compiled(parallel=True)\ndef g(x):\n    return f(x)\n"
     (kernels / "outer.py").write_text(head + outer)
-    code = "from nemo_ee.kernels.outer import g; print(g(3), sum(g.stats.cache_hits.values()))"
+    code = "from nemo_ee.decoding.cpu.kernels.outer import g; print(g(3), sum(g.stats.cache_hits.values()))"
     printed = []
     for change in ("x + 1", "x + 1", "x + 20"):
         (kernels / "inner.py").write_text(f"{head}\n@compiled\ndef f(x):\n    return {change}\n")

@@ -9,9 +9,9 @@ import subprocess
 
 import pytest
 
-from nemo_ee.data.documents import find_input_files, iter_documents
 from nemo_ee.data.split import assign_splits
 from nemo_ee.errors import DataError
+from nemo_ee.preprocessing.documents import find_input_files, iter_documents
 
 TEXT = "first line\nsecond line\n\n  \nnew paragraph\n"
 

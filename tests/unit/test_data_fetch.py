@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_ee.data import fetch
-from nemo_ee.data.fetch import KNOWN_FILES, PackageFile, fetch_package_file
 from nemo_ee.errors import DataError
+from nemo_ee.preprocessing import fetch
+from nemo_ee.preprocessing.fetch import KNOWN_FILES, PackageFile, fetch_package_file
 
 CONTENT = b"hello"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from nemo_ee.data import encoding
-from nemo_ee.data.preprocess import preprocess
-from nemo_ee.data.preprocess_config import PreprocessConfig
-from nemo_ee.data.tokenizer_training import TokenizerTrainingConfig, train_tokenizer
 from nemo_ee.errors import DataError, OutputError
+from nemo_ee.preprocessing import encoding
+from nemo_ee.preprocessing.preprocess import preprocess
+from nemo_ee.preprocessing.preprocess_config import PreprocessConfig
+from nemo_ee.preprocessing.tokenizer_training import TokenizerTrainingConfig, train_tokenizer
 from tests.support.full_disk import file_limit
 from tests.support.other_process import other_process
 from tests.support.tiny_tokenizer import save_tiny_tokenizer

@@ -10,11 +10,11 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoTokenizer
 
 from nemo_ee.checkpoint import archive
-from nemo_ee.data import encoding
-from nemo_ee.data.preprocess import preprocess
-from nemo_ee.data.preprocess_config import PreprocessConfig
 from nemo_ee.data.staged_datasets import StagedDatasets, staged_datasets
 from nemo_ee.errors import CheckpointError, ConfigError, DataError, OutputError
+from nemo_ee.preprocessing import encoding
+from nemo_ee.preprocessing.preprocess import preprocess
+from nemo_ee.preprocessing.preprocess_config import PreprocessConfig
 from tests.support.tiny_tokenizer import save_tiny_tokenizer
 
 TEXTS = [f"the cat {number} sat on mat {number * number}" for number in range(60)]

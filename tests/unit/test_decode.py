@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from nemo_ee.megatron.cpu_kernels import SWITCH
+from nemo_ee.decoding.cpu.cpu_kernels import SWITCH
 from tests.support.tiny_gpt import GPT3, HEADS, tiny_model, tiny_model_config
 from tests.support.uncached import generate_uncached
 
@@ -16,8 +16,8 @@ STEPS = 36
 
 def make_decoder(gpt, exits, rows, max_length, **options):
     """A decoder that cuts at the exits that may be taken."""
-    from nemo_ee.inference.decoder import EarlyExitDecoder
-    from nemo_ee.megatron.decoding_model import DecodingModel
+    from nemo_ee.decoding.decoder import EarlyExitDecoder
+    from nemo_ee.decoding.decoding_model import DecodingModel
 
     used = [n for n, threshold in sorted(exits.items()) if threshold < 1.0]
     return EarlyExitDecoder(DecodingModel(gpt), used, rows, max_length, **options)
@@ -246,7 +246,7 @@ def test_backbones(changes):
 
 def test_runs_are_neighbours_with_as_many_tokens():
     """And of lengths that differ little, as all are padded to the longest; prompts run with prompts."""
-    from nemo_ee.megatron.packed_tokens import PADDING, Run
+    from nemo_ee.decoding.layers.packed_tokens import PADDING, Run
 
     def runs(rows, starts, counts):
         return [(run.row, len(run.starts), run.count, run.length) for run in Run.of(rows, starts, counts)]

@@ -27,9 +27,9 @@ def config_of(backbone, **overrides):
 
 def confidences(model, exits):
     """[steps][sequences] of forced tokens."""
-    from nemo_ee.inference.decoder import EarlyExitDecoder
-    from nemo_ee.inference.generate import generating
-    from nemo_ee.megatron.decoding_model import DecodingModel
+    from nemo_ee.decoding.decoder import EarlyExitDecoder
+    from nemo_ee.decoding.decoding_model import DecodingModel
+    from nemo_ee.generation.generate import generating
 
     with generating(model):
         decoder = EarlyExitDecoder(DecodingModel(model.gpt), list(exits), len(PROMPTS), 40)

@@ -15,7 +15,7 @@ class Head(torch.nn.Module):
     """An exit whose state is the hidden state itself."""
 
     def __init__(self, config, vocabulary: int):
-        from nemo_ee.megatron.projection import ExitProjection
+        from nemo_ee.modeling.projection import ExitProjection
 
         super().__init__()
         self.config, self.layer = config, LAYER
@@ -33,7 +33,8 @@ def transformer_config():
 
 def test_validation_sums_are_wide_under_autocast(transformer_config):
     """The state has the compute dtype, as when training; all from there on is float32."""
-    from nemo_ee.megatron.deferred_loss import ExitSurroundings, ExitTargets, apply_exit
+    from nemo_ee.modeling.heads import ExitSurroundings
+    from nemo_ee.training.deferred_loss import ExitTargets, apply_exit
 
     torch.manual_seed(0)
     vocabulary, width = 128, transformer_config.hidden_size

@@ -12,7 +12,7 @@ import yaml
 from tests.support.script import ROOT
 
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [README, *sorted(page for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "templates")]
 TROUBLES = ROOT / "docs" / "troubleshooting.md"
 OLD_NAMES = {"docs/moved.md"}
 """Pages that name what is no more."""
@@ -72,7 +72,7 @@ def sources() -> str:
     files = [
         *(ROOT / "nemo_ee").rglob("*.py"),
         *(ROOT / "scripts").rglob("*.py"),
-        *(ROOT / "scripts").glob("*.sh"),
+        *(ROOT / "scripts").rglob("*.sh"),
     ]
     return re.sub(r"[\"']\s*\n\s*f?[\"']", "", "\n".join(file.read_text() for file in files))
 

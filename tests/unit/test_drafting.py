@@ -7,8 +7,16 @@ import random
 import pytest
 import torch
 
-from nemo_ee.inference.drafting import CREDIT, LOSS, SAVED, DraftingPolicy, Outcome, Round, expected_rate
-from nemo_ee.inference.pass_costs import DRAFT_HEAD, GROWTH, PassCosts, pass_costs
+from nemo_ee.decoding.drafts.drafting import (
+    CREDIT,
+    LOSS,
+    SAVED,
+    DraftingPolicy,
+    Outcome,
+    Round,
+    expected_rate,
+)
+from nemo_ee.decoding.drafts.pass_costs import DRAFT_HEAD, GROWTH, PassCosts, pass_costs
 
 COSTS = PassCosts(to_exit=(1.0, 2.0), head=(0.2, 0.2), full=4.0, growth=GROWTH["gpu"])
 
@@ -151,7 +159,7 @@ def test_growth_interpolates():
 
 
 def test_costs_are_bytes_of_weights():
-    from nemo_ee.megatron.decoding_model import DecodingModel
+    from nemo_ee.decoding.decoding_model import DecodingModel
     from tests.support.tiny_gpt import HEADS, tiny_model, tiny_model_config
 
     config = tiny_model_config(

@@ -4,7 +4,7 @@
 import torch
 from omegaconf import OmegaConf
 
-from nemo_ee.megatron.specs import have_transformer_engine
+from nemo_ee.modeling.specs import have_transformer_engine
 from tests.support.tiny_gpt import HEADS, tiny_model, tiny_model_config
 
 

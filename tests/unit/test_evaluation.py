@@ -9,8 +9,9 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from nemo_ee.errors import ConfigError, DataError
-from nemo_ee.evaluation import held_out, provenance, settings, sweep
+from nemo_ee.evaluation import held_out, settings, sweep
 from nemo_ee.evaluation.teacher_forced import ExitScores, TextScores, score_text
+from nemo_ee.report import provenance
 from tests.support.tiny_gpt import HEADS, VOCABULARY, tiny_model, tiny_model_config
 from tests.support.uncached import generate_uncached
 

@@ -119,7 +119,7 @@ def shortlist():
 
 
 def test_rows_and_tokens(shortlist):
-    from nemo_ee.megatron.projection import BUCKET
+    from nemo_ee.modeling.projection import BUCKET
 
     assert shortlist.num_rows == 4 and shortlist.columns == 5 and shortlist.num_kept == 4
     assert shortlist.rows_of(torch.tensor([[7, 8], [90, 200]])).tolist() == [[0, 1], [2, 3]]

@@ -24,7 +24,7 @@ def build(head: dict, exits=(3, 8), **overrides):
 
 
 def micro_batches() -> list:
-    from nemo_ee.megatron.tuning_step import MicroBatch
+    from nemo_ee.modeling.micro_batch import MicroBatch
 
     generator = torch.Generator().manual_seed(3)
     made = []
@@ -50,8 +50,8 @@ def collect(gpt) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
 
 
 def fit(gpt) -> None:
-    from nemo_ee.megatron.exit_init import RidgeInitialiser
-    from nemo_ee.megatron.tuning_step import run_backbone
+    from nemo_ee.modeling.first_weights.exit_init import RidgeInitialiser
+    from nemo_ee.training.tuning_step import run_backbone
 
     for head in gpt.exits.values():
         head.reset_for_fit()
@@ -111,8 +111,8 @@ def test_closed_form_is_the_least_squares_solution(block, mlp, biases):
 
 
 def test_one_exit_at_a_time_is_fitted_as_all_together():
-    from nemo_ee.megatron.exit_init import RidgeInitialiser, ridge_passes
-    from nemo_ee.megatron.tuning_step import run_backbone
+    from nemo_ee.modeling.first_weights.exit_init import RidgeInitialiser, ridge_passes
+    from nemo_ee.training.tuning_step import run_backbone
 
     fits = []
     for most in (2**34, 2 * 8 * 161 * (161 + 64), 1):  # 64 + 96 features and the constant, 64 targets
@@ -132,9 +132,9 @@ def test_one_exit_at_a_time_is_fitted_as_all_together():
 
 
 def test_held_out_r2_is_that_of_the_least_squares_prediction():
-    from nemo_ee.megatron.exit_init import RidgeInitialiser
-    from nemo_ee.megatron.fit_quality import HeldOutFit
-    from nemo_ee.megatron.tuning_step import run_backbone
+    from nemo_ee.modeling.first_weights.exit_init import RidgeInitialiser
+    from nemo_ee.modeling.first_weights.fit_quality import HeldOutFit
+    from nemo_ee.training.tuning_step import run_backbone
 
     gpt = build(dict(mlp=True, linear=True, projection="tied"))
     hidden, final = collect(gpt)
@@ -163,7 +163,7 @@ def test_held_out_r2_is_that_of_the_least_squares_prediction():
 
 
 def test_the_bucket_fits_the_other_tokens_log_mass():
-    from nemo_ee.megatron.exit_init import initialise_projections
+    from nemo_ee.modeling.first_weights.exit_init import initialise_projections
 
     gpt = build(dict(mlp=False, linear=True, projection="shortlist", shortlist_size=50))
     shortlist = torch.arange(0, 200, 4)
@@ -183,7 +183,7 @@ def test_the_bucket_fits_the_other_tokens_log_mass():
 
 def test_a_shortlist_of_the_whole_vocabulary():
     """Its bucket stands for nothing: it must be all but impossible, and finite."""
-    from nemo_ee.megatron.exit_init import initialise_projections
+    from nemo_ee.modeling.first_weights.exit_init import initialise_projections
 
     gpt = build(dict(mlp=False, linear=True, projection="shortlist", shortlist_size=VOCABULARY))
     initialise_projections(gpt, torch.arange(VOCABULARY), None)
@@ -195,7 +195,7 @@ def test_a_shortlist_of_the_whole_vocabulary():
 
 
 def test_projections_copy_the_output_weight_or_are_noise():
-    from nemo_ee.megatron.exit_init import initialise_projections, initialise_randomly
+    from nemo_ee.modeling.first_weights.exit_init import initialise_projections, initialise_randomly
 
     gpt = build(dict(linear=True, projection="untied"))
     initialise_projections(gpt, None, None)
@@ -218,7 +218,7 @@ def test_projections_copy_the_output_weight_or_are_noise():
 
 
 def write_base(source: str, path: str) -> None:
-    from nemo_ee.checkpoint.convert import convert_to_nemo
+    from nemo_ee.checkpoint.conversion.convert import convert_to_nemo
 
     convert_to_nemo(source, path)
 

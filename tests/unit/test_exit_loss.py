@@ -50,8 +50,8 @@ class Problem:
 
 
 def problem(transformer_config, head: HeadConfig, seed: int = 0) -> Problem:
-    from nemo_ee.megatron.exit_loss import ExitInput, Teacher
-    from nemo_ee.megatron.projection import ExitProjection
+    from nemo_ee.modeling.projection import ExitProjection
+    from nemo_ee.training.exit_loss import ExitInput, Teacher
 
     torch.manual_seed(seed)
 
@@ -132,7 +132,7 @@ def reference(given: Problem, objective: TuningConfig) -> Reference:
 
 
 def compute(given: Problem, objective: TuningConfig, scale=SCALE, teacher: bool = True):
-    from nemo_ee.megatron.exit_loss import exit_losses
+    from nemo_ee.training.exit_loss import exit_losses
 
     return exit_losses(
         given.exits,
@@ -274,7 +274,8 @@ def test_no_chunk_waits_for_the_device_or_casts_weights_again(transformer_config
 
 
 def test_chunks_by_bytes(transformer_config, monkeypatch):
-    from nemo_ee.megatron import exit_loss, vocab_parallel
+    from nemo_ee.modeling import vocab_parallel
+    from nemo_ee.training import exit_loss
 
     monkeypatch.setattr(vocab_parallel, "CHUNK_BYTES", 4 * PADDED * 6 + 3)
     taken, whole = [], exit_loss._Distribution
@@ -294,7 +295,7 @@ def test_chunks_by_bytes(transformer_config, monkeypatch):
 def test_statistics_of_narrow_weights_are_those_of_the_weights_widened(
     transformer_config, projection, monkeypatch
 ):
-    from nemo_ee.megatron import projection as projections
+    from nemo_ee.modeling import projection as projections
 
     monkeypatch.setattr(projections, "WIDENED_BYTES", HIDDEN * 8 * 4 + 1)  # four rows at a time
     given = problem(transformer_config, PROJECTIONS[projection])

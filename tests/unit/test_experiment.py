@@ -11,9 +11,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from nemo_ee.errors import DataError, OutputError
-from nemo_ee.models import experiment as module
-from nemo_ee.models.experiment import remove_superseded, remove_unfinished
-from nemo_ee.models.run_checkpoint import RunCheckpoint
+from nemo_ee.models.runs import experiment as module
+from nemo_ee.models.runs.experiment import remove_superseded, remove_unfinished
+from nemo_ee.models.runs.run_checkpoint import RunCheckpoint
 
 
 def torn(folder: Path, count: int) -> None:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from nemo_ee.data.json_lines import JsonLines
+from nemo_ee.data.chats.json_lines import JsonLines
 from nemo_ee.errors import ConfigError, DataError
-from nemo_ee.models.checks import check_tuning
-from nemo_ee.models.fine_tuning_checks import check_lines
+from nemo_ee.models.checks.fine_tuning_checks import check_lines
+from nemo_ee.models.checks.model_checks import check_tuning
 from tests.support import chats
 from tests.support.tiny_gpt import tiny_model_config, tokenizer, tokenizer_folder
 
@@ -31,7 +31,7 @@ def write(path: Path, *lines: object) -> str:
 
 
 def prompts(path: str, tokens, **changes):
-    from nemo_ee.data.fine_tuning import PromptDataset
+    from nemo_ee.data.chats.fine_tuning import PromptDataset
 
     settings = dict(max_seq_length=chats.LONGEST, label_key="output", truncation_field="input")
     settings |= dict(prompt_template="{input} {output}", get_attention_mask_from_fusion=True)
@@ -39,8 +39,8 @@ def prompts(path: str, tokens, **changes):
 
 
 def template_chats(path: str, tokens, **changes):
-    from nemo_ee.data.chat_template import ChatTemplate
-    from nemo_ee.data.fine_tuning import TemplateChatDataset
+    from nemo_ee.data.chats.chat_template import ChatTemplate
+    from nemo_ee.data.chats.fine_tuning import TemplateChatDataset
 
     settings = dict(max_seq_length=chats.LONGEST, get_attention_mask_from_fusion=True)
     template = ChatTemplate(tokens.tokenizer, [tokens.eos_id])
@@ -68,7 +68,7 @@ def test_samples_are_the_lines_padded_with_nothing(kind, all_tokens, tokens, tmp
 
 def test_what_nemos_own_dataset_makes_of_prompts(tokens, tmp_path):
     """Against GPTSFTDataset itself, with its own reader of files."""
-    from nemo_ee.data.fine_tuning import GPTSFTDataset
+    from nemo_ee.data.chats.fine_tuning import GPTSFTDataset
 
     path = chats.write_prompts(tmp_path / "lines.jsonl")
     settings = dict(label_key="output", truncation_field="input", prompt_template="{input} {output}")
@@ -88,7 +88,7 @@ def test_prompts_begin_as_texts_do(template, given, tmp_path):
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
     from tokenizers.processors import TemplateProcessing
 
-    from nemo_ee.inference.text import TextTokenizer
+    from nemo_ee.generation.text import TextTokenizer
     from nemo_ee.models.fine_tuning_data_mixin import FineTuningDataMixin
 
     theirs = tokenizer()
@@ -111,7 +111,7 @@ def test_prompts_begin_as_texts_do(template, given, tmp_path):
 
 def test_nemos_marks_of_turns(tokens, tmp_path):
     """NeMo's chats: from the name on an answer is learnt, to the mark of the next turn."""
-    from nemo_ee.data.fine_tuning import MarkedChatDataset
+    from nemo_ee.data.chats.fine_tuning import MarkedChatDataset
 
     marks = dict(system_turn_start=" w0 ", turn_start=" w1 ", label_start=" w2 ")
     marks |= dict(end_of_turn=" w3 ", end_of_name=" w4 ")
@@ -130,7 +130,7 @@ def test_nemos_marks_of_turns(tokens, tmp_path):
 
 
 def test_order_of_lines(tokens, tmp_path):
-    from nemo_ee.data.fine_tuning import FineTuningData
+    from nemo_ee.data.chats.fine_tuning import FineTuningData
 
     files = [prompts(chats.write_prompts(tmp_path / f"{n}", n), tokens) for n in (5, 9)]
     short, long = (FineTuningData(files[:1], size, shuffle=True) for size in (7, 23))
@@ -150,7 +150,7 @@ def test_order_of_lines(tokens, tmp_path):
 
 
 def test_survey_and_shortlist(tokens, tmp_path):
-    from nemo_ee.data.fine_tuning import FineTuningData, survey
+    from nemo_ee.data.chats.fine_tuning import FineTuningData, survey
 
     path = chats.write_chats(tmp_path / "chats.jsonl")
     found = survey(FineTuningData([template_chats(path, tokens)]), chats.VOCABULARY)
@@ -233,7 +233,7 @@ def test_bad_lines(case, tmp_path):
     ],
 )
 def test_answers_that_are_cut_away(lines, message, tokens, tmp_path):
-    from nemo_ee.data.fine_tuning import FineTuningData, survey
+    from nemo_ee.data.chats.fine_tuning import FineTuningData, survey
 
     data = template_chats(write(tmp_path / "long.jsonl", *lines), tokens)
     with pytest.raises(DataError, match=message):
@@ -349,7 +349,7 @@ def test_files_that_are_none(tmp_path):
 @pytest.mark.parametrize("reason", ["stop", "length"])
 def test_marked_answers_that_were_cut(reason, tokens, tmp_path):
     """Where generation was stopped, the model is not taught to end."""
-    from nemo_ee.data.fine_tuning import MarkedChatDataset
+    from nemo_ee.data.chats.fine_tuning import MarkedChatDataset
 
     marks = dict(system_turn_start=" w0 ", turn_start=" w1 ", label_start=" w2 ")
     marks |= dict(end_of_turn=" w3 ", end_of_name=" w4 ")

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nemo_ee.megatron import flash_attention
-from nemo_ee.megatron.cached_attention import MaskedAttention
-from nemo_ee.megatron.cpu_kernels import SWITCH
-from nemo_ee.megatron.flash_attention import (
+from nemo_ee.decoding.cpu.cpu_kernels import SWITCH
+from nemo_ee.decoding.cuda import flash_attention
+from nemo_ee.decoding.cuda.flash_attention import (
     MASKED,
     KeyValueCacheAttention,
     VariableLengthAttention,
     chosen_attention,
     first_that_agrees,
 )
-from nemo_ee.megatron.packed_tokens import PositionTable
-from nemo_ee.megatron.static_tokens import StaticTokens
+from nemo_ee.decoding.cuda.static_tokens import StaticTokens
+from nemo_ee.decoding.layers.cached_attention import MaskedAttention
+from nemo_ee.decoding.layers.packed_tokens import PositionTable
 from tests.support.captured import PROMPTS, decode, expect_same, expect_same_caches, model_of
 from tests.support.tape import TapeCapture
 from tests.support.tiny_gpt import HEADS, tiny_model, tiny_model_config
@@ -263,8 +263,8 @@ def attended(attention, query, cache, table, index):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_installed_calls_on_a_gpu(dtype):
     """Each agrees with the masked reference, replayed in a graph as well, after rows and positions have changed."""
-    from nemo_ee.megatron.cuda_capture import CudaCapture
-    from nemo_ee.megatron.flash_attention import candidates
+    from nemo_ee.decoding.cuda.cuda_capture import CudaCapture
+    from nemo_ee.decoding.cuda.flash_attention import candidates
 
     device, found = torch.device("cuda"), list(candidates())
     assert found, "torch 2.13 has one"

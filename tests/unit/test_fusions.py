@@ -13,8 +13,8 @@ from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.transformer_config import TransformerConfig
 from omegaconf import OmegaConf
 
-from nemo_ee.megatron.fusions import FUSIONS
-from nemo_ee.models.checks import adapt_to_machine
+from nemo_ee.modeling.fusions import FUSIONS
+from nemo_ee.models.checks.model_checks import adapt_to_machine
 
 ALL_FUSIONS = dict.fromkeys([*FUSIONS, "transformer_engine"], True)
 FUSED_BY_A_COMPILER = {"bias_activation_fusion", "bias_dropout_add_fusion"}

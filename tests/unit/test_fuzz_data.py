@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nemo_ee.data.chat_template import messages_of
-from nemo_ee.data.documents import iter_documents
+from nemo_ee.data.chats.chat_template import messages_of
+from nemo_ee.data.chats.json_lines import JsonLines
 from nemo_ee.data.index_file import open_indexed_file
-from nemo_ee.data.json_lines import JsonLines
 from nemo_ee.errors import ConfigError, DataError
-from nemo_ee.inference.prompt_file import PROMPT_KEYS, read_prompt_file, read_texts
+from nemo_ee.preprocessing.documents import iter_documents
+from nemo_ee.running.prompt_file import PROMPT_KEYS, read_prompt_file, read_texts
 from tests.support import hostile_data
 from tests.support.fuzz import EXAMPLES, fuzz, refusal_of
 from tests.support.text_examples import datasets, texts, whole_files

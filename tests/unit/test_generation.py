@@ -85,7 +85,7 @@ def test_off_is_full_depth_greedy(model, off):
 def test_nemos_loop_gives_the_same_tokens(which, request):
     from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 
-    from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
+    from nemo_ee.generation.strategy import EarlyExitTextGenerationStrategy
 
     model = request.getfixturevalue(which)
     ours = model.generate(TEXTS, lengths(14), GREEDY, early_exit=EARLY)
@@ -107,7 +107,7 @@ def test_nemos_loop_gives_the_same_tokens(which, request):
 
 
 def test_nemos_loop_with_token_tensors(model):
-    from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
+    from nemo_ee.generation.strategy import EarlyExitTextGenerationStrategy
 
     ids = [model.tokenizer.text_to_ids(text) for text in TEXTS]
     padded = torch.tensor([row + [0] * (17 - len(row)) for row in ids])
@@ -129,7 +129,7 @@ def test_nemos_own_strategy_still_works(model):
 
 
 def test_nemos_loop_stops_at_end_strings_and_notes_no_exits_beyond(model):
-    from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
+    from nemo_ee.generation.strategy import EarlyExitTextGenerationStrategy
 
     ours = model.generate(TEXTS, lengths(14), GREEDY, early_exit=EARLY)
     word = ours["tokens"][1][7 + 4]  # the second prompt ends with its fifth token, or before
@@ -208,7 +208,7 @@ def test_sampling_follows_the_exits_distribution(shortlist_model):
 
 
 def test_repetition_penalty_makes_seen_tokens_rarer():
-    from nemo_ee.inference.sampling import penalise
+    from nemo_ee.decoding.sampling import penalise
 
     logits = torch.tensor([[2.0, -1.0, 0.5, -3.0]])
     assert penalise(logits, [[0, 1, 1]], 2.0).tolist() == [[1.0, -2.0, 0.5, -3.0]]
@@ -316,7 +316,7 @@ def test_parameters_that_are_refused(model, length, sampling, early, key):
 
 def test_thresholds_belong_to_their_confidence_rule():
     from nemo_ee.config import parse_early_exit
-    from nemo_ee.inference.request import parse_request
+    from nemo_ee.decoding.request import parse_request
 
     config = parse_early_exit(dict(layers=[10, 20], inference=dict(threshold=0.7)), 30)
 
@@ -335,7 +335,7 @@ def test_thresholds_belong_to_their_confidence_rule():
 
 def test_default_thresholds_belong_to_their_exits():
     from nemo_ee.config import parse_early_exit
-    from nemo_ee.inference.request import parse_request
+    from nemo_ee.decoding.request import parse_request
 
     inference = dict(exits=[10, 20], threshold=[0.7, 0.9])
     config = parse_early_exit(dict(layers=[10, 20, 25], inference=inference), 30)
@@ -352,7 +352,7 @@ def test_default_thresholds_belong_to_their_exits():
 def test_parameters_may_come_from_omegaconf(model):
     from omegaconf import OmegaConf
 
-    from nemo_ee.inference.request import parse_request
+    from nemo_ee.decoding.request import parse_request
 
     sampling = OmegaConf.create(dict(end_strings=["a"], top_k=None, early_exit=dict(exits=[2])))
     request = parse_request(OmegaConf.create(dict(max_length=5)), sampling, None, model.early_exit)
@@ -386,8 +386,8 @@ def test_every_fault_is_reported_at_once(model):
 def test_chat_without_a_template_is_refused():
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 
-    from nemo_ee.inference.prompts import tokenize_prompts
-    from nemo_ee.inference.text import TextTokenizer
+    from nemo_ee.generation.prompts import tokenize_prompts
+    from nemo_ee.generation.text import TextTokenizer
 
     bare = TextTokenizer(AutoTokenizer(tokenizer_folder(chat=False)))
     with pytest.raises(GenerationError, match="no chat template"):
@@ -395,7 +395,7 @@ def test_chat_without_a_template_is_refused():
 
 
 def test_strategy_refuses_bad_options(model):
-    from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
+    from nemo_ee.generation.strategy import EarlyExitTextGenerationStrategy
 
     with pytest.raises(ConfigError, match="early_exit.threshold=2"):
         EarlyExitTextGenerationStrategy(model, threshold=2)
@@ -425,7 +425,7 @@ def test_mixed_precision_generates_in_both_loops(o2):
     Its eight bits move one confidence by 2 % in the median, by up to 16 % over 150 prompts, and by other amounts
     with every release of torch: only of many prompts together is there something to hold.
     """
-    from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
+    from nemo_ee.generation.strategy import EarlyExitTextGenerationStrategy
 
     head = HEADS["block, MLP, linear, untied"]
     single = tiny_model(tiny_model_config(head=head))

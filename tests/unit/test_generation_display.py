@@ -6,9 +6,9 @@ import json
 import pytest
 
 from nemo_ee.errors import ConfigError
-from nemo_ee.inference.display import RESET, marked, summary, token_pieces
-from nemo_ee.inference.settings import GenerateConfig
-from nemo_ee.inference.text import TextTokenizer
+from nemo_ee.generation.text import TextTokenizer
+from nemo_ee.running.display import RESET, marked, summary, token_pieces
+from nemo_ee.running.settings import GenerateConfig
 from tests.support.tiny_tokenizer import EOS, save_tiny_tokenizer
 
 
@@ -49,7 +49,7 @@ def test_summary_shares():
 
 
 def test_end_strings(tokenizer):
-    from nemo_ee.inference.stopping import StopRule
+    from nemo_ee.generation.stopping import StopRule
 
     ids = tokenizer.encode
     stop = StopRule(tokenizer, ["<|endoftext|>", "the dog", EOS])
@@ -120,8 +120,8 @@ def test_prompts_files_keep_unicode_line_separators_and_drop_a_byte_order_mark(t
 
 def test_faults_have_the_keys_of_the_yaml():
     from nemo_ee.config import parse_early_exit
-    from nemo_ee.inference.request import parse_request
-    from nemo_ee.inference.settings import in_own_keys
+    from nemo_ee.decoding.request import parse_request
+    from nemo_ee.running.settings import in_own_keys
 
     inference = dict(temperature=0, tokens_to_generate=-1, min_tokens_to_generate=-2, top_k=-3)
     config = settings(prompts=["x"], inference=inference, early_exit=dict(exits=[3]))
@@ -132,7 +132,7 @@ def test_faults_have_the_keys_of_the_yaml():
 
 
 def test_a_directory_or_a_seed_that_cannot_be_used_is_refused_at_once(tmp_path):
-    from nemo_ee.inference.run import check
+    from nemo_ee.running.generate import check
 
     with pytest.raises(ConfigError, match="output_file=.*: is a directory"):
         check(settings(prompts=["x"], output_file=str(tmp_path)), 1)

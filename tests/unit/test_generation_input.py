@@ -16,7 +16,7 @@ GREEDY = dict(use_greedy=True, add_BOS=False)
 def words():
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 
-    from nemo_ee.inference.text import TextTokenizer
+    from nemo_ee.generation.text import TextTokenizer
 
     return TextTokenizer(AutoTokenizer(tokenizer_folder()))
 
@@ -25,7 +25,7 @@ def words():
 def bytes_tokenizer(tmp_path_factory):
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 
-    from nemo_ee.inference.text import TextTokenizer
+    from nemo_ee.generation.text import TextTokenizer
 
     return TextTokenizer(
         AutoTokenizer(str(save_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"), eos=False)))
@@ -58,7 +58,7 @@ IDS = torch.tensor([[7, 8, 9], [10, 11, 0]])
     ],
 )
 def test_inputs_that_are_refused(inputs, message):
-    from nemo_ee.inference.prompts import tokenize_prompts
+    from nemo_ee.generation.prompts import tokenize_prompts
 
     with pytest.raises(GenerationError, match=message):
         tokenize_prompts(inputs, words(), False, 64)
@@ -66,8 +66,8 @@ def test_inputs_that_are_refused(inputs, message):
 
 @pytest.mark.parametrize("bos", [None, -1])
 def test_a_tokenizer_without_bos_is_refused(bos):
-    from nemo_ee.inference.prompts import tokenize_prompts
-    from nemo_ee.inference.text import TextTokenizer
+    from nemo_ee.generation.prompts import tokenize_prompts
+    from nemo_ee.generation.text import TextTokenizer
 
     class Tokenizer:
         bos_id, vocab_size = bos, 10
@@ -91,7 +91,7 @@ def test_a_tokenizer_without_bos_is_refused(bos):
     ],
 )
 def test_parameters_that_are_refused(model, length, sampling, key):
-    from nemo_ee.inference.request import parse_request
+    from nemo_ee.decoding.request import parse_request
 
     with pytest.raises(ConfigError, match=key):
         parse_request(length, sampling, None, model.early_exit)
@@ -99,7 +99,7 @@ def test_parameters_that_are_refused(model, length, sampling, key):
 
 @pytest.mark.parametrize("rule", ["similarity", "patience"])
 def test_lossless_decoding_refuses_rules_that_compare_exits(model, rule):
-    from nemo_ee.inference.request import parse_request
+    from nemo_ee.decoding.request import parse_request
 
     options = {"lossless": True, "confidence": rule, "threshold": 0.5}
     with pytest.raises(ConfigError, match=f"confidence='?{rule}.*asks one exit per token.*max_probability"):
@@ -107,7 +107,7 @@ def test_lossless_decoding_refuses_rules_that_compare_exits(model, rule):
 
 
 def test_lossless_requests_draft_above_a_threshold_of_their_own(model):
-    from nemo_ee.inference.request import DRAFTS_ABOVE, parse_request
+    from nemo_ee.decoding.request import DRAFTS_ABOVE, parse_request
 
     def thresholds(**options):
         return set(parse_request(None, None, options, model.early_exit).exits.values())
@@ -121,8 +121,8 @@ def test_lossless_requests_draft_above_a_threshold_of_their_own(model):
 
 
 def test_the_lowest_temperature_is_greedy():
-    from nemo_ee.inference.request import LOWEST_TEMPERATURE, SamplingOptions
-    from nemo_ee.inference.sampling import token_distribution
+    from nemo_ee.decoding.request import LOWEST_TEMPERATURE, SamplingOptions
+    from nemo_ee.decoding.sampling import token_distribution
 
     logits = torch.tensor([[300.0, 299.0, -300.0, float("-inf")]])
     options = SamplingOptions(use_greedy=False, temperature=LOWEST_TEMPERATURE)
@@ -133,7 +133,7 @@ def test_the_lowest_temperature_is_greedy():
 def test_top_k_and_top_p_are_nemos(top_k, top_p):
     from nemo.collections.nlp.modules.common.text_generation_utils import top_k_logits
 
-    from nemo_ee.inference.sampling import keep_most_probable
+    from nemo_ee.decoding.sampling import keep_most_probable
 
     logits = 3 * torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
     logits[:, 30:] = float("-inf")
@@ -146,9 +146,9 @@ def test_top_k_and_top_p_are_nemos(top_k, top_p):
 
 def test_a_rejected_draft_is_replaced_by_a_possible_token():
     """Where both distributions differ by rounding alone nothing is left of p - q to draw from."""
-    from nemo_ee.inference.sequence import Draft
-    from nemo_ee.inference.verification import Acceptance
-    from nemo_ee.megatron.transfer import to_host
+    from nemo_ee.decoding.drafts.verification import Acceptance
+    from nemo_ee.decoding.sequence import Draft
+    from nemo_ee.decoding.transfer import to_host
 
     class Highest(random.Random):
         def random(self):
@@ -161,8 +161,8 @@ def test_a_rejected_draft_is_replaced_by_a_possible_token():
 
 
 def test_predictions_of_several_exits_join_in_the_widest_dtype():
-    from nemo_ee.inference.step import Part, Step
-    from nemo_ee.megatron.prediction import Prediction, Rows
+    from nemo_ee.decoding.prediction import Prediction, Rows
+    from nemo_ee.decoding.step import Part, Step
 
     step, rows = Step.unanswered(2), Rows(0, 2, 2)
     for i, dtype in ((1, torch.bfloat16), (0, torch.float32)):
@@ -174,10 +174,10 @@ def test_predictions_of_several_exits_join_in_the_widest_dtype():
 
 
 def test_without_eos_nothing_is_forbidden_and_the_end_string_is_text(bytes_tokenizer):
-    from nemo_ee.inference.choosing import Place
-    from nemo_ee.inference.request import GenerationRequest
-    from nemo_ee.inference.sequence import Sequence
-    from nemo_ee.inference.stopping import StopRule
+    from nemo_ee.decoding.choosing import Place
+    from nemo_ee.decoding.request import GenerationRequest
+    from nemo_ee.decoding.sequence import Sequence
+    from nemo_ee.generation.stopping import StopRule
 
     assert bytes_tokenizer.nemo.eos_id is None
     stop = StopRule(bytes_tokenizer, ["<|endoftext|>"])
@@ -187,7 +187,7 @@ def test_without_eos_nothing_is_forbidden_and_the_end_string_is_text(bytes_token
 
 
 def test_an_end_string_that_is_one_token_also_ends_within_others(bytes_tokenizer):
-    from nemo_ee.inference.stopping import StopRule
+    from nemo_ee.generation.stopping import StopRule
 
     ids, stop = bytes_tokenizer.encode, StopRule(bytes_tokenizer, ["the"])
     (alone,) = ids("the")
@@ -200,8 +200,8 @@ def test_an_end_string_out_of_vocabulary_does_not_end_at_every_unknown_token(tmp
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
     from tokenizers.pre_tokenizers import Whitespace
 
-    from nemo_ee.inference.stopping import StopRule
-    from nemo_ee.inference.text import TextTokenizer
+    from nemo_ee.generation.stopping import StopRule
+    from nemo_ee.generation.text import TextTokenizer
     from tests.support import tiny_gpt
 
     words = tiny_gpt.tokenizer()
@@ -213,7 +213,7 @@ def test_an_end_string_out_of_vocabulary_does_not_end_at_every_unknown_token(tmp
 
 
 def test_pieces_are_decoded_in_short_windows(bytes_tokenizer):
-    from nemo_ee.inference.display import token_pieces
+    from nemo_ee.running.display import token_pieces
 
     longest, original = 0, bytes_tokenizer.decode
 
@@ -233,7 +233,7 @@ def test_pieces_are_decoded_in_short_windows(bytes_tokenizer):
 
 
 def test_broken_bytes_do_not_hold_back_what_follows(bytes_tokenizer):
-    from nemo_ee.inference.display import token_pieces
+    from nemo_ee.running.display import token_pieces
 
     broken = bytes_tokenizer.encode("😀")[:1] * 6
     pieces = token_pieces(broken + bytes_tokenizer.encode(" the cat"), bytes_tokenizer)
@@ -241,8 +241,8 @@ def test_broken_bytes_do_not_hold_back_what_follows(bytes_tokenizer):
 
 
 def test_added_tokens_with_characters_that_stand_for_no_byte():
-    from nemo_ee.inference.output import token_texts
-    from nemo_ee.inference.text import TextTokenizer
+    from nemo_ee.generation.output import token_texts
+    from nemo_ee.generation.text import TextTokenizer
 
     class Inner:
         byte_decoder = {"Ġ": 32, "a": 97, "Ã": 195, "©": 169}
@@ -273,7 +273,7 @@ class TestNemosLoop:
     LENGTHS = dict(max_length=4, min_length=0)
 
     def strategy(self, model):
-        from nemo_ee.inference.strategy import EarlyExitTextGenerationStrategy
+        from nemo_ee.generation.strategy import EarlyExitTextGenerationStrategy
 
         return EarlyExitTextGenerationStrategy(model)
 

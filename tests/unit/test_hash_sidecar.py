@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_ee.checkpoint import archive, base, hash_sidecar
-from nemo_ee.checkpoint.base import BaseCheckpoint
+from nemo_ee.checkpoint import archive, hash_sidecar
 from nemo_ee.checkpoint.content_hash import backbone_content_hash
+from nemo_ee.checkpoint.conversion import base
+from nemo_ee.checkpoint.conversion.base import BaseCheckpoint
 from nemo_ee.errors import CheckpointError, OutputError
 from tests.unit.test_checkpoint_content_hash import write_torch_dist
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from nemo_ee.data import text_file
-from nemo_ee.data.chat_template import messages_of
+from nemo_ee.data.chats.chat_template import messages_of
+from nemo_ee.data.chats.json_lines import JsonLines
 from nemo_ee.data.checks import check_indexed_dataset
-from nemo_ee.data.documents import find_input_files, iter_documents
-from nemo_ee.data.json_lines import JsonLines
-from nemo_ee.data.survey import Rules, kept_documents, survey_documents
 from nemo_ee.errors import ConfigError, DataError, printable
-from nemo_ee.inference.prompt_file import read_prompt_file, read_texts
+from nemo_ee.preprocessing.documents import find_input_files, iter_documents
+from nemo_ee.preprocessing.survey import Rules, kept_documents, survey_documents
+from nemo_ee.running.prompt_file import read_prompt_file, read_texts
 from tests.support import hostile_data
 from tests.support.other_process import other_process
 
@@ -103,7 +103,7 @@ def test_long_documents_are_refused_in_every_form(tmp_path):
 def test_a_process_that_meets_a_long_line_stays_small(tmp_path):
     code = """
     import resource, sys
-    from nemo_ee.data.survey import Rules, survey_documents
+    from nemo_ee.preprocessing.survey import Rules, survey_documents
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         survey_documents([sys.argv[1]], Rules("file", "text"), True)
@@ -218,7 +218,7 @@ def test_a_file_that_shrinks_while_lines_are_read_is_an_error_and_no_signal(tmp_
 
 
 def test_lines_are_found_across_blocks_and_in_other_processes(tmp_path, monkeypatch):
-    from nemo_ee.data import json_lines
+    from nemo_ee.data.chats import json_lines
 
     path = tmp_path / "a.jsonl"
     rng = np.random.default_rng(1)
@@ -236,7 +236,7 @@ def test_lines_are_found_across_blocks_and_in_other_processes(tmp_path, monkeypa
 
 
 def test_a_text_that_is_too_long_for_its_kind_names_the_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr("nemo_ee.data.json_lines.LONGEST_LINE", 30)
+    monkeypatch.setattr("nemo_ee.data.chats.json_lines.LONGEST_LINE", 30)
     path = tmp_path / "a.jsonl"
     path.write_bytes(hostile_data.HONEST + b'{"a": "' + b"b" * 30 + b'"}\n')
     with pytest.raises(DataError, match="line 2 has 39 bytes, more than 30"):

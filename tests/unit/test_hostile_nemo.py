@@ -310,7 +310,7 @@ def test_a_checkpoint_without_weights_is_named(tmp_path):
 
 @pytest.mark.parametrize("key", ["num_layers", "hidden_size", "tokenizer"])
 def test_exits_that_do_not_say_of_which_model_they_are(tmp_path, key):
-    from nemo_ee.checkpoint.adapter import read_adapter_config
+    from nemo_ee.checkpoint.exits.adapter import read_adapter_config
 
     config = dict.fromkeys(model_config.NEEDED, 4) | {"tokenizer": {}, "early_exit": {"layers": [1]}}
     config["base"] = {"name": "b.nemo", "content_hash": "0", "vocab_size": 100}

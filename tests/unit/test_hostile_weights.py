@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from nemo_ee.checkpoint import gguf
-from nemo_ee.checkpoint.exit_tensors import check_token_ids
+from nemo_ee.checkpoint.exits.exit_tensors import check_token_ids
 from nemo_ee.checkpoint.gguf import header
 from nemo_ee.checkpoint.legacy import read_legacy_weights
 from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint, handed_over, layout, zip_records
-from nemo_ee.core.finite import not_finite
 from nemo_ee.errors import CheckpointError
+from nemo_ee.modeling.finite import not_finite
 from tests.support import hostile_weights, tiny_gguf
 
 MOST_SECONDS, MOST_MEMORY = 1.0, 100 * 2**20
@@ -251,7 +251,7 @@ def test_large_numbers_are_numbers():
 
 
 def test_weights_to_convert_that_are_no_numbers_are_named(tmp_path):
-    from nemo_ee.checkpoint.convert import convert_to_nemo
+    from nemo_ee.checkpoint.conversion.convert import convert_to_nemo
     from tests.support import tiny_llama
 
     network = tiny_llama.model(tiny_gguf.config(num_hidden_layers=1))

@@ -7,9 +7,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from nemo_ee.errors import ConfigError
-from nemo_ee.models import key_rules
-from nemo_ee.models.checks import check_model, check_pretraining, check_tuning
-from nemo_ee.models.key_rules import ANY_MODEL, CUSTOMIZATION, PRETRAINING, TUNING, KeyRule
+from nemo_ee.models.checks import key_rules
+from nemo_ee.models.checks.key_rules import ANY_MODEL, CUSTOMIZATION, PRETRAINING, TUNING, KeyRule
+from nemo_ee.models.checks.model_checks import check_model, check_pretraining, check_tuning
 from tests.support.script import ROOT
 
 GIVEN = {

@@ -3,7 +3,7 @@
 
 import torch
 
-from nemo_ee.megatron.layer_dropout import LayerDropout, before_backward
+from nemo_ee.modeling.layer_dropout import LayerDropout, before_backward
 
 
 def test_samples_skip_at_the_rate_and_reproducibly():

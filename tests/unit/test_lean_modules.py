@@ -39,8 +39,8 @@ def gpt(request):
 
 def greedy(gpt, prompts, steps=16):
     """Tokens and exits of a batch; and the decoding model."""
-    from nemo_ee.inference.decoder import EarlyExitDecoder
-    from nemo_ee.megatron.decoding_model import DecodingModel
+    from nemo_ee.decoding.decoder import EarlyExitDecoder
+    from nemo_ee.decoding.decoding_model import DecodingModel
 
     with torch.inference_mode():
         model = DecodingModel(gpt)
@@ -60,8 +60,8 @@ def all_layers(model):
 def test_layers_of_transformer_engine_are_read_and_decode_as_they_compute(gpt):
     from megatron.core.extensions import transformer_engine as te
 
-    from nemo_ee.megatron.lean_layer import LeanLayer
-    from nemo_ee.megatron.lean_weights import LeanNorm
+    from nemo_ee.decoding.cpu.lean_weights import LeanNorm
+    from nemo_ee.decoding.layers.lean_layer import LeanLayer
 
     layer = gpt.decoder.layers[0]
     assert type(layer.self_attention.linear_qkv) is te.TELayerNormColumnParallelLinear
@@ -76,7 +76,7 @@ def test_layers_of_transformer_engine_are_read_and_decode_as_they_compute(gpt):
 
 
 def test_each_half_of_a_layer_is_what_its_modules_compute(gpt):
-    from nemo_ee.megatron.lean_layer import LeanLayer, ModuleLayer
+    from nemo_ee.decoding.layers.lean_layer import LeanLayer, ModuleLayer
 
     generator = torch.Generator().manual_seed(0)
     for layer in (gpt.decoder.layers[2], gpt.exits["2"].block):
@@ -100,7 +100,7 @@ def test_the_same_weights_in_modules_of_torch_give_the_same_tokens(backbone):
 @pytest.mark.parametrize("zero_centred", [False, True])
 @pytest.mark.parametrize("normalization", ["rmsnorm", "layernorm"])
 def test_norms_in_bfloat16_round_where_the_kernels_round(normalization, zero_centred):
-    from nemo_ee.megatron.lean_modules import norm_before, read_norm
+    from nemo_ee.decoding.layers.lean_modules import norm_before, read_norm
 
     model = tiny_te_model(
         tiny_model_config(normalization=normalization, layernorm_zero_centered_gamma=zero_centred)
@@ -134,8 +134,8 @@ def test_norms_in_bfloat16_round_where_the_kernels_round(normalization, zero_cen
 
 
 def test_layers_in_fp8_run_through_their_modules():
-    from nemo_ee.megatron.decoding_model import DecodingModel
-    from nemo_ee.megatron.lean_layer import LeanLayer, ModuleLayer
+    from nemo_ee.decoding.decoding_model import DecodingModel
+    from nemo_ee.decoding.layers.lean_layer import LeanLayer, ModuleLayer
 
     gpt = tiny_te_model(config_of("GPT-3")).gpt
     gpt.decoder.layers[2].mlp.linear_fc2.primary_weights_in_fp8 = True
@@ -155,7 +155,7 @@ def test_layers_in_fp8_run_through_their_modules():
 
 @pytest.mark.parametrize("weights", ["bf16", "int8"])
 def test_other_kinds_of_weights_are_made_of_transformer_engines(weights):
-    from nemo_ee.megatron.decoding_model import DecodingModel
+    from nemo_ee.decoding.decoding_model import DecodingModel
 
     config = config_of("RMSNorm, gated, grouped queries")
     of_te, of_torch = (DecodingModel(make(config).gpt, weights) for make in (tiny_te_model, tiny_model))
@@ -165,8 +165,8 @@ def test_other_kinds_of_weights_are_made_of_transformer_engines(weights):
 
 
 def test_graphs_are_captured_for_transformer_engine(monkeypatch):
-    from nemo_ee.inference import segment_graphs
-    from nemo_ee.megatron.decoding_model import DecodingModel
+    from nemo_ee.decoding.cuda import segment_graphs
+    from nemo_ee.decoding.decoding_model import DecodingModel
 
     model = DecodingModel(tiny_te_model(config_of("GPT-3")).gpt)
     monkeypatch.setattr(segment_graphs, "CudaCapture", lambda device: f"graphs on {device}")

@@ -4,9 +4,9 @@
 import pytest
 import torch
 
-from nemo_ee.megatron.cpu_kernels import SWITCH
-from nemo_ee.megatron.lean_head import LeanHead
-from nemo_ee.megatron.lean_weights import INT8_TOKENS, DenseLinear, Int8Linear, lean_linear
+from nemo_ee.decoding.cpu.cpu_kernels import SWITCH
+from nemo_ee.decoding.cpu.lean_weights import INT8_TOKENS, DenseLinear, Int8Linear, lean_linear
+from nemo_ee.decoding.layers.lean_head import LeanHead
 from tests.support.drafting import drafting_eagerly
 from tests.support.tiny_gpt import HEADS, tiny_model, tiny_model_config
 from tests.unit.test_decode import PROMPTS
@@ -27,7 +27,7 @@ def kernels(request, monkeypatch):
 
 @pytest.fixture(params=[True, False], ids=["oneDNN", "MKL"])
 def one_dnn(request, monkeypatch):
-    monkeypatch.setattr("nemo_ee.megatron.lean_weights.one_dnn_is_faster", lambda: request.param)
+    monkeypatch.setattr("nemo_ee.decoding.cpu.lean_weights.one_dnn_is_faster", lambda: request.param)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])

@@ -4,7 +4,7 @@
 import pytest
 
 from nemo_ee.config import LayerDropoutConfig, TrainingConfig
-from nemo_ee.core.loss_schedule import layer_dropout_rate, loss_weights
+from nemo_ee.training.loss_schedule import layer_dropout_rate, loss_weights
 
 LAYERS = (2, 4, 6)
 

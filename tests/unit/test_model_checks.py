@@ -5,7 +5,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from nemo_ee.errors import ConfigError
-from nemo_ee.models.checks import (
+from nemo_ee.models.checks.model_checks import (
     check_model,
     check_pretraining,
     check_tuning,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nemo_ee.models.key_names import RULES
+from nemo_ee.models.checks.key_names import RULES
 from tests.unit.test_key_rules import faults
 
 FULL_BUBBLES = [

@@ -114,7 +114,7 @@ def test_a_run_that_has_not_ended_is_refused(runs):
 
 def test_steps_of_all_runs_fit_the_minutes(runs, capsys):
     """Nine tenths of 10 minutes, at 0.75 s per step of either run."""
-    main = runpy.run_path(str(ROOT / "scripts" / "quickstart_steps.py"))["main"]
+    main = runpy.run_path(str(ROOT / "scripts" / "quickstart/quickstart_steps.py"))["main"]
     main(str(runs[0]), "10")
     main(*map(str, runs), "10")
     main(str(runs[0]), "0")

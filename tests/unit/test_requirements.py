@@ -10,7 +10,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
-PINS = {"3.11": "constraints.txt", "3.12": "constraints-3.12.txt"}
+PINS = {"3.11": "requirements/constraints.txt", "3.12": "requirements/constraints-3.12.txt"}
 """The list of each Python that is tested."""
 
 
@@ -44,7 +44,7 @@ def test_what_is_declared_admits_what_was_tested(python, declared):
     for name, requirement in wanted.items():
         ((pin,),) = [pins[name].specifier]
         assert pin.operator == "==" and requirement.specifier.contains(pin.version), name
-    direct = read("requirements.txt")
+    direct = read("requirements/requirements.txt")
     assert set(wanted) - set(direct) <= {"numba"}, "comes with NeMo"
     for name, requirement in direct.items():
         assert name in pins and not requirement.specifier, "its version stands in one place for each Python"
@@ -61,7 +61,7 @@ def test_a_container_is_given_all_that_neither_it_nor_nemo_declares(declared):
     extras = declared["extras_require"]
     stack = "torch nemo-toolkit megatron-core lightning hydra-core omegaconf numpy transformers".split()
     wanted = of(declared["install_requires"] + extras["server"])
-    given = read("requirements-container.txt")
+    given = read("requirements/requirements-container.txt")
     assert {name: str(each) for name, each in wanted.items() if name not in stack} == {
         name: str(each) for name, each in given.items()
     }

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_ee.core.ridge import RidgeAccumulator
+from nemo_ee.modeling.first_weights.ridge import RidgeAccumulator
 
 ROWS, FEATURES, TARGETS = 60, 7, 3
 

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nemo_ee.megatron import cached_attention
-from nemo_ee.megatron.cpu_kernels import SWITCH
+from nemo_ee.decoding.cpu.cpu_kernels import SWITCH
+from nemo_ee.decoding.layers import cached_attention
 from tests.support.captured import (
     PROMPTS,
     decode,
@@ -130,7 +130,7 @@ def test_exits_cause_next_to_no_eager_passes(small, rows):
 
 
 def test_longer_passes_than_captured_ones_run_eagerly(one, monkeypatch):
-    from nemo_ee.inference import segment_graphs
+    from nemo_ee.decoding.cuda import segment_graphs
 
     monkeypatch.setattr(segment_graphs, "MOST_TOKENS", 4)
     monkeypatch.setattr(segment_graphs, "TOKENS_PER_ROW", 1)
@@ -213,9 +213,9 @@ def test_a_prediction_outlives_the_next_passes(one):
 
 
 def test_what_stands_in_the_way_of_graphs_is_said_once(one, monkeypatch, warnings_about_graphs):
-    from nemo_ee.inference import segment_graphs
-    from nemo_ee.megatron.decoding_model import DecodingModel
-    from nemo_ee.megatron.lean_layer import ModuleLayer
+    from nemo_ee.decoding.cuda import segment_graphs
+    from nemo_ee.decoding.decoding_model import DecodingModel
+    from nemo_ee.decoding.layers.lean_layer import ModuleLayer
 
     model = DecodingModel(one)
     assert segment_graphs.capture_for(model) is None and warnings_about_graphs() == [], (
@@ -237,7 +237,7 @@ def test_what_stands_in_the_way_of_graphs_is_said_once(one, monkeypatch, warning
 @pytest.mark.gpu  # CUDA graphs themselves
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-3)], ids=str)
 def test_cuda_graphs_on_a_gpu(dtype, tolerance, warnings_about_graphs):
-    from nemo_ee.megatron.cuda_capture import CudaCapture
+    from nemo_ee.decoding.cuda.cuda_capture import CudaCapture
 
     head = HEADS["block, MLP, linear, untied"]
     config = tiny_model_config(head=head, share_embeddings_and_output_weights=False)

@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from nemo_ee.errors import ConfigError
-from nemo_ee.server.api_key import OPEN_PATHS
+from nemo_ee.server.requests.api_key import OPEN_PATHS
 from nemo_ee.server.settings import KEY_VARIABLE, ServerConfig
 from tests.support.fake_session import FakeSession
 from tests.support.server import fake_service, listening, server_config

@@ -8,16 +8,16 @@ from dataclasses import replace
 
 import pytest
 
-from nemo_ee.inference.detokenizer import UNFINISHED
-from nemo_ee.inference.request import GenerationRequest
-from nemo_ee.inference.sequence import Sequence
-from nemo_ee.server.delta import Delta
+from nemo_ee.decoding.request import GenerationRequest
+from nemo_ee.decoding.sequence import Sequence
+from nemo_ee.generation.detokenizer import UNFINISHED
+from nemo_ee.server.answers.delta import Delta
+from nemo_ee.server.answers.errors import ApiError
 from nemo_ee.server.engine import MAX_FAILURES, Engine
-from nemo_ee.server.errors import ApiError
 from nemo_ee.server.job import Job
 from nemo_ee.server.metrics import Metrics
-from nemo_ee.server.plan import Choice, EndTokens
 from nemo_ee.server.probe import PROMPT as PROBE
+from nemo_ee.server.requests.plan import Choice, EndTokens
 from nemo_ee.server.text_stream import TextStream
 from tests.support.fake_session import FakeSession, confidence_of, layer_of, token_of
 from tests.support.server import until

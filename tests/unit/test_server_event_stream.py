@@ -6,13 +6,13 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from nemo_ee.inference.sequence import SequenceStatistics
-from nemo_ee.server.answer import Answer
-from nemo_ee.server.delta import Delta
-from nemo_ee.server.errors import ApiError
-from nemo_ee.server.event_stream import EventStream
-from nemo_ee.server.plan import Plan
-from nemo_ee.server.reply import Reply
+from nemo_ee.decoding.sequence import SequenceStatistics
+from nemo_ee.server.answers.answer import Answer
+from nemo_ee.server.answers.delta import Delta
+from nemo_ee.server.answers.errors import ApiError
+from nemo_ee.server.answers.event_stream import EventStream
+from nemo_ee.server.answers.reply import Reply
+from nemo_ee.server.requests.plan import Plan
 
 
 def test_a_stream_whose_time_is_up_while_the_engine_is_busy_ends_with_an_error():
@@ -36,7 +36,7 @@ def test_a_stream_whose_time_is_up_while_the_engine_is_busy_ends_with_an_error()
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_reader_that_takes_no_end_is_given_up(monkeypatch, fails):
     """Its request would otherwise go on for as long as the client likes."""
-    monkeypatch.setattr("nemo_ee.server.event_stream.SENDING_SECONDS", 0.05)
+    monkeypatch.setattr("nemo_ee.server.answers.event_stream.SENDING_SECONDS", 0.05)
 
     @asynccontextmanager
     async def generation():

@@ -169,7 +169,7 @@ def test_streams_end_with_an_event_when_an_answer_cannot_be_written(monkeypatch)
         raise ValueError("Out of range float values are not JSON compliant")
 
     with client(FakeSession()) as http:
-        monkeypatch.setattr("nemo_ee.server.answer.Answer.chunk", unwritable)
+        monkeypatch.setattr("nemo_ee.server.answers.answer.Answer.chunk", unwritable)
         assert json.loads(events(post(http, GOOD, stream=True))[-1])["error"]["code"] == "internal_error"
 
 

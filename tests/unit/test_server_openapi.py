@@ -7,9 +7,9 @@ import httpx
 import jsonschema_rs
 import pytest
 
-from nemo_ee.server.api_key import OPEN_PATHS
 from nemo_ee.server.app import create_app
 from nemo_ee.server.openapi.document import describe
+from nemo_ee.server.requests.api_key import OPEN_PATHS
 from nemo_ee.server.settings import KEY_VARIABLE
 from tests.support.fake_session import FakeSession
 from tests.support.server import LIMITS, fake_service, listening, served_model, server_config

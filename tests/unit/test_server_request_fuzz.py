@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import jsonschema_rs
 import pytest
 
-from nemo_ee.server.errors import LONGEST_MESSAGE, ApiError
-from nemo_ee.server.json_response import to_json
+from nemo_ee.server.answers.errors import LONGEST_MESSAGE, ApiError
+from nemo_ee.server.answers.json_response import to_json
 from nemo_ee.server.openapi.document import describe
-from nemo_ee.server.plan import Plan
-from nemo_ee.server.protocol import ChatRequest, CompletionRequest
+from nemo_ee.server.requests.plan import Plan
+from nemo_ee.server.requests.protocol import ChatRequest, CompletionRequest
 from nemo_ee.server.service import Service
 from tests.support.fuzz import EXAMPLES, MANY, fuzz
 from tests.support.request_fuzz import bodies, nearly_right_requests, right_requests

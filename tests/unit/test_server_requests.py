@@ -9,10 +9,10 @@ from nemo.collections.common.tokenizers.chat_template_mixin import tokenize_with
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from tokenizers.pre_tokenizers import Whitespace
 
-from nemo_ee.inference.text import TextTokenizer
-from nemo_ee.server.errors import ApiError
-from nemo_ee.server.plan import make_plan
-from nemo_ee.server.protocol import ChatRequest, CompletionRequest, parse
+from nemo_ee.generation.text import TextTokenizer
+from nemo_ee.server.answers.errors import ApiError
+from nemo_ee.server.requests.plan import make_plan
+from nemo_ee.server.requests.protocol import ChatRequest, CompletionRequest, parse
 from nemo_ee.server.served_model import SharedTokenizer
 from tests.support import tiny_gpt
 from tests.support.server import served_model, server_config, tiny_tokenizer

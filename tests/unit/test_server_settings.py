@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
+from nemo_ee.decoding.request import ExitOptions
 from nemo_ee.errors import ConfigError
-from nemo_ee.inference.request import ExitOptions
-from nemo_ee.inference.text import TextTokenizer
+from nemo_ee.generation.text import TextTokenizer
 from nemo_ee.server.serve import check_address, create_service
 from nemo_ee.server.settings import ServerConfig, is_loopback
 from tests.support.server import server_config

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from nemo_ee.inference.detokenizer import LONGEST_HELD, UNFINISHED, Detokenizer
+from nemo_ee.generation.detokenizer import LONGEST_HELD, UNFINISHED, Detokenizer
 from nemo_ee.server.stop_strings import StopStrings
 from nemo_ee.server.text_stream import TextStream
 from tests.support.server import tiny_tokenizer as word_tokenizer

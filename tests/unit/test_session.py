@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from nemo_ee.inference.sequence import Draft
+from nemo_ee.decoding.sequence import Draft
 from tests.support.drafting import EagerDrafts
 from tests.support.tiny_gpt import HEADS, tiny_model, tiny_model_config
 from tests.support.uncached import generate_uncached
@@ -27,8 +27,8 @@ def gpt():
 
 
 def sequence(prompt, exits, lossless=False, limit=STEPS, seed=0, stop=lambda tokens: False, **sampling):
-    from nemo_ee.inference.request import GenerationRequest, SamplingOptions
-    from nemo_ee.inference.sequence import Sequence
+    from nemo_ee.decoding.request import GenerationRequest, SamplingOptions
+    from nemo_ee.decoding.sequence import Sequence
 
     options = SamplingOptions(use_greedy=not sampling, **sampling)
     request = GenerationRequest(max_length=limit, sampling=options, exits=exits, lossless=lossless)
@@ -43,9 +43,9 @@ def full_text(gpt, prompt, steps=STEPS):
 
 def new_session(gpt, slots, layers=LAYERS, **options):
     """Lossless sequences draft whether it pays or not."""
-    from nemo_ee.inference.pass_costs import pass_costs
-    from nemo_ee.inference.session import DecodingSession
-    from nemo_ee.megatron.decoding_model import DecodingModel
+    from nemo_ee.decoding.decoding_model import DecodingModel
+    from nemo_ee.decoding.drafts.pass_costs import pass_costs
+    from nemo_ee.decoding.session import DecodingSession
 
     model = DecodingModel(gpt)
     drafting = EagerDrafts(pass_costs(model, layers))
@@ -126,9 +126,11 @@ def test_random_prompts_thresholds_and_exits(gpt, trial, monkeypatch):
     of ragged packs in one call, in one per run of neighbours, or in one per sequence."""
     rng = random.Random(trial)
     if trial % 3 == 1:
-        monkeypatch.setattr("nemo_ee.megatron.packed_tokens.PackedTokens._padding", lambda packed: math.inf)
+        monkeypatch.setattr(
+            "nemo_ee.decoding.layers.packed_tokens.PackedTokens._padding", lambda packed: math.inf
+        )
     if trial % 3 == 2:
-        monkeypatch.setattr("nemo_ee.megatron.packed_tokens.PADDING", -1)
+        monkeypatch.setattr("nemo_ee.decoding.layers.packed_tokens.PADDING", -1)
     batch = rng.randint(2, 6)
     prompts = [[rng.randrange(1, 200) for _ in range(rng.randint(1, 20))] for _ in range(batch)]
 
@@ -270,15 +272,15 @@ def test_sampled_tokens_depend_on_the_seed_alone(gpt):
 
 def judged(drafts, distributions, rng, ahead):
     """How many drafts are accepted, and the token behind them."""
-    from nemo_ee.inference.verification import Acceptance
-    from nemo_ee.megatron.transfer import to_host
+    from nemo_ee.decoding.drafts.verification import Acceptance
+    from nemo_ee.decoding.transfer import to_host
 
     acceptance = Acceptance(drafts, distributions, rng, ahead)
     return acceptance.outcome(*to_host(*acceptance.readings()))
 
 
 def test_tokens_drawn_ahead_are_those_drawn_when_they_are_needed():
-    from nemo_ee.inference.sequence import Draft
+    from nemo_ee.decoding.sequence import Draft
 
     generator, found = torch.Generator().manual_seed(1), set()
     for seed in range(200):
@@ -299,8 +301,8 @@ def test_accepting_keeps_the_distribution(ahead):
     """Empirical frequencies of the first token against the full model's, chi-square at 1e-6."""
     from scipy.stats import chi2
 
-    from nemo_ee.inference.sampling import draw
-    from nemo_ee.inference.sequence import Draft
+    from nemo_ee.decoding.sampling import draw
+    from nemo_ee.decoding.sequence import Draft
 
     generator, rng, size, trials = torch.Generator().manual_seed(5), random.Random(11), 7, 20_000
     p, q = (torch.rand(2, size, generator=generator, dtype=torch.float64) ** 3).unbind()

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from nemo_ee.errors import ConfigError
-from nemo_ee.inference.detokenizer import Detokenizer
+from nemo_ee.generation.detokenizer import Detokenizer
 from tests.support import tiny_chats, tiny_llama
 
 TEXTS = ["the cat", "", " the", "a é漢😀 b", "<s>the cat", "the <tool_call> cat", "zzz  two"]
@@ -18,7 +18,7 @@ TEXTS = ["the cat", "", " the", "a é漢😀 b", "<s>the cat", "the <tool_call> 
 def ours(folder, **settings):
     from nemo.collections.nlp.modules.common.tokenizer_utils import get_nmt_tokenizer
 
-    from nemo_ee.inference.text import TextTokenizer
+    from nemo_ee.generation.text import TextTokenizer
 
     return TextTokenizer(get_nmt_tokenizer("huggingface", str(folder), use_fast=True), settings)
 
@@ -49,7 +49,7 @@ MAKERS = {
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_texts_begin_as_the_tokenizer_says(kind, tmp_path):
-    from nemo_ee.data.tokenizer import TokenizerConfig, load_tokenizer
+    from nemo_ee.preprocessing.tokenizer import TokenizerConfig, load_tokenizer
 
     MAKERS[kind](tmp_path).save_pretrained(tmp_path)
     theirs, mine = AutoTokenizer.from_pretrained(tmp_path), ours(tmp_path)
@@ -103,7 +103,7 @@ def test_an_added_token_with_characters_that_stand_for_no_byte(tmp_path):
     """Slow byte-level tokenizers raise KeyError for it in `convert_tokens_to_string`, which NeMo calls."""
     from transformers import GPT2Tokenizer
 
-    from nemo_ee.inference.text import TextTokenizer
+    from nemo_ee.generation.text import TextTokenizer
 
     fast = tiny_chats.qwen_tokenizer(tools=False)
     core = json.loads(fast.backend_tokenizer.to_str())["model"]
@@ -123,7 +123,7 @@ def test_an_added_token_with_characters_that_stand_for_no_byte(tmp_path):
 
 
 def test_what_ends_texts(tmp_path):
-    from nemo_ee.inference.stopping import StopRule, end_tokens
+    from nemo_ee.generation.stopping import StopRule, end_tokens
 
     qwen = tiny_chats.qwen_tokenizer()
     qwen.save_pretrained(tmp_path)
@@ -158,7 +158,7 @@ def test_what_ends_texts(tmp_path):
     ],
 )
 def test_settings_that_break_a_rule(settings, message):
-    from nemo_ee.inference.text import TextTokenizer
+    from nemo_ee.generation.text import TextTokenizer
 
     with pytest.raises(ConfigError, match=message):
         TextTokenizer(SimpleNamespace(bos_id=None, eos_id=0), settings)
@@ -174,7 +174,7 @@ class TestSentencePiece:
         from nemo.collections.common.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
         from nemo_ee.data.token_rules import name_special_pieces
-        from nemo_ee.inference.text import TextTokenizer
+        from nemo_ee.generation.text import TextTokenizer
 
         nemo = SentencePieceTokenizer(str(file), special_tokens=special_tokens, legacy=legacy)
         name_special_pieces(nemo)
@@ -224,7 +224,7 @@ class TestSentencePiece:
         assert listed.eos_ids == (2,) and listed.special_id("<extra_id_1>") == pieces
 
     def test_preprocessing_loads_it_as_nemo_does(self, file):
-        from nemo_ee.data.tokenizer import TokenizerConfig, load_tokenizer
+        from nemo_ee.preprocessing.tokenizer import TokenizerConfig, load_tokenizer
 
         plain = dict(library="sentencepiece", model=str(file))
         for settings in ({}, dict(sentencepiece_legacy=False), dict(sentencepiece_legacy=True)):
@@ -237,8 +237,8 @@ class TestSentencePiece:
 
 
 def test_preprocessing_names_what_is_wrong(tmp_path):
-    from nemo_ee.data.preprocess_config import PreprocessConfig
-    from nemo_ee.data.tokenizer import TokenizerConfig, load_tokenizer
+    from nemo_ee.preprocessing.preprocess_config import PreprocessConfig
+    from nemo_ee.preprocessing.tokenizer import TokenizerConfig, load_tokenizer
 
     tiny_chats.qwen_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(
@@ -254,7 +254,7 @@ class TestChatTemplates:
     TURNS = [{"role": "user", "content": "the cat"}]
 
     def check(self, folder, theirs):
-        from nemo_ee.inference.prompts import chat_tokens
+        from nemo_ee.generation.prompts import chat_tokens
 
         expected = theirs.apply_chat_template(self.TURNS, add_generation_prompt=True)
         assert expected == chat_tokens(ours(folder).nemo, self.TURNS)

@@ -8,12 +8,12 @@ import pytest
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
-from nemo_ee.data.preprocess import preprocess
-from nemo_ee.data.preprocess_config import PreprocessConfig
 from nemo_ee.data.split import assign_splits
-from nemo_ee.data.tokenizer import HuggingFaceTokenizer, TokenizerConfig
-from nemo_ee.data.tokenizer_training import TokenizerTrainingConfig, train_tokenizer
 from nemo_ee.errors import ConfigError, DataError
+from nemo_ee.preprocessing.preprocess import preprocess
+from nemo_ee.preprocessing.preprocess_config import PreprocessConfig
+from nemo_ee.preprocessing.tokenizer import HuggingFaceTokenizer, TokenizerConfig
+from nemo_ee.preprocessing.tokenizer_training import TokenizerTrainingConfig, train_tokenizer
 
 SPLIT = {"train": 0.75, "validation": 0.25, "test": 0.0}
 COUNT = 40

@@ -5,7 +5,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from nemo_ee.models import trainer_builder
+from nemo_ee.models.runs import trainer_builder
 from tests.support.tiny_gpt import tiny_model, tiny_model_config
 
 FAULTY = {

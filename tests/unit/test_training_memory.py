@@ -47,7 +47,7 @@ class _Step:
 
     def run(self, observe: bool, gradients: bool) -> None:
         from nemo_ee.config import TuningConfig
-        from nemo_ee.megatron.deferred_loss import ExitTargets
+        from nemo_ee.training.deferred_loss import ExitTargets
 
         self.metrics.start(torch.device("cpu"), observe)
         targets = ExitTargets(

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_ee.data.fetch import KNOWN_FILES, PackageFile
 from nemo_ee.errors import ConfigError, DataError
-from nemo_ee.inference.prompt_file import read_prompt_file
+from nemo_ee.preprocessing.fetch import KNOWN_FILES, PackageFile
+from nemo_ee.running.prompt_file import read_prompt_file
 from nemo_ee.tuning_text.prompts import TASKS, TOPICS, key_of, read_prompts
 from nemo_ee.tuning_text.settings import PromptsConfig, TuningTextConfig
 

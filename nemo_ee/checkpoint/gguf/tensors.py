@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from nemo_ee.checkpoint.conversion.llama import head_size
 from nemo_ee.checkpoint.gguf import model, rope
 from nemo_ee.checkpoint.gguf.keys import REMEDY
-from nemo_ee.checkpoint.llama import head_size
 from nemo_ee.errors import CheckpointError
 
 _TOP = {

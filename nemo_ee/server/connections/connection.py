@@ -11,9 +11,9 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from nemo_ee.server.answers.errors import ApiError
+from nemo_ee.server.answers.json_response import to_json
 from nemo_ee.server.connections.lobby import Lobby, Waiting
-from nemo_ee.server.errors import ApiError
-from nemo_ee.server.json_response import to_json
 
 
 class Connection(H11Protocol):

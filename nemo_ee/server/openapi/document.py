@@ -6,9 +6,9 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 import nemo_ee
-from nemo_ee.server.api_key import OPEN_PATHS
 from nemo_ee.server.openapi.answers import ANSWERS
 from nemo_ee.server.openapi.requests import REFERENCE, request_schemas
+from nemo_ee.server.requests.api_key import OPEN_PATHS
 from nemo_ee.server.served_model import ServedModel
 from nemo_ee.server.settings import ServerConfig
 

@@ -9,12 +9,12 @@ import copy
 import dataclasses
 from typing import Any
 
-from nemo_ee.inference.request import ExitOptions
-from nemo_ee.server.plan import CHARACTERS_PER_TOKEN
-from nemo_ee.server.protocol import MAX_EXIT_FIELDS, ChatRequest, CompletionRequest, GenerationFields
+from nemo_ee.decoding.request import ExitOptions
+from nemo_ee.server.requests.plan import CHARACTERS_PER_TOKEN
+from nemo_ee.server.requests.protocol import MAX_EXIT_FIELDS, ChatRequest, CompletionRequest, GenerationFields
+from nemo_ee.server.requests.unsupported import HARMLESS, UNSUPPORTED
 from nemo_ee.server.served_model import ServedModel
 from nemo_ee.server.settings import ServerConfig
-from nemo_ee.server.unsupported import HARMLESS, UNSUPPORTED
 
 Schema = dict[str, Any]
 REFERENCE = "#/components/schemas/{model}"

@@ -119,9 +119,9 @@ def decoding_waits(heads: list[str], graphs: bool) -> dict[str, dict[str, Decodi
 
 @contextmanager
 def _watched() -> Iterator[Decoding]:
-    from nemo_ee.inference.decoder import EarlyExitDecoder
-    from nemo_ee.inference.exit_point import ExitPoint
-    from nemo_ee.inference.session import DecodingSession
+    from nemo_ee.decoding.decoder import EarlyExitDecoder
+    from nemo_ee.decoding.exit_point import ExitPoint
+    from nemo_ee.decoding.session import DecodingSession
 
     seen = Decoding()
 
@@ -173,9 +173,9 @@ def training_waits(
 
 def closed_form_waits(head: dict) -> list[Wait]:
     """What waits while the closed form, and then its quality on other text, read micro-batches."""
-    from nemo_ee.megatron.exit_init import RidgeInitialiser, initialise_projections
-    from nemo_ee.megatron.fit_quality import HeldOutFit
-    from nemo_ee.megatron.tuning_step import run_backbone
+    from nemo_ee.modeling.first_weights.exit_init import RidgeInitialiser, initialise_projections
+    from nemo_ee.modeling.first_weights.fit_quality import HeldOutFit
+    from nemo_ee.training.tuning_step import run_backbone
 
     gpt = test_exit_init.build(head)
     initialise_projections(gpt, torch.arange(0, 200, 4), None)
@@ -228,9 +228,9 @@ def served(directory: str) -> dict[str, tuple[list[str], list[list[int]]]]:
     import httpx
     from omegaconf import OmegaConf
 
-    from nemo_ee.inference.run import restore
-    from nemo_ee.inference.settings import GenerateConfig
-    from nemo_ee.models.trainer_builder import EarlyExitTrainerBuilder
+    from nemo_ee.models.runs.trainer_builder import EarlyExitTrainerBuilder
+    from nemo_ee.running.generate import restore
+    from nemo_ee.running.settings import GenerateConfig
     from nemo_ee.server.serve import create_service
     from tests.support.server import listening, server_config
 

@@ -1,0 +1,183 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""A model as decoding reads it: functions of its weights, taken once and shared by any number of decoders."""
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from torch import Tensor
+
+from nemo_ee.decoding.cpu.cpu_kernels import KERNEL_TOKENS, run_head, runs_kernels
+from nemo_ee.decoding.cuda.flash_attention import MASKED, chosen_attention
+from nemo_ee.decoding.layers.cached_attention import CachedAttention
+from nemo_ee.decoding.layers.cached_layers import CachedLayer
+from nemo_ee.decoding.layers.lean_head import LeanHead, LeanOutput, Readout
+from nemo_ee.decoding.layers.lean_layer import layer_mathematics
+from nemo_ee.decoding.layers.packed_tokens import PackedTokens, PositionTable
+from nemo_ee.decoding.layers.segment import Segment
+from nemo_ee.modeling.gpt import EarlyExitGPTModel
+
+_COMPILED: set[tuple[str, torch.dtype]] = set()
+
+
+class DecodingModel:
+    """The layers, heads and output of a model on one pipeline stage or of one stage of several.
+
+    Weights of another dtype than the computation's, and 8-bit ones, are copies made here; a model that is
+    trained further needs a new one. Build it under `generating`, which sets autocast.
+
+    Args:
+        gpt: in eval mode, sequence parallelism off.
+        weights: see `nemo_ee.decoding.cpu.lean_weights.WEIGHT_KINDS`.
+        draft_heads: exits draft with 8-bit copies of their weights where our CPU kernels compute; worth making
+            for more than one call.
+
+    Attributes:
+        weights: as given.
+        captured: caches and captured passes that its decoders may borrow; None where all passes run eagerly.
+        layers: global 1-based layer number -> mathematics, ascending.
+        heads: exit layer -> head, all of this stage.
+        output: the final exit; None on stages before the last.
+        dtype: of the backbone's computation.
+        device: of its weights.
+        hidden: [0, H], an empty example of a hidden state.
+        attention: on cached keys, of all layers and blocks.
+        refused_attention: why it is not another.
+    """
+
+    def __init__(
+        self,
+        gpt: EarlyExitGPTModel,
+        weights: str = "native",
+        draft_heads: bool = True,
+    ):
+        self.gpt, self.weights = gpt, weights
+        self.captured: Any = (
+            None  # a `nemo_ee.decoding.cuda.captured_decoding.CapturedDecoding`, of an outer ring
+        )
+        self._copies_heads = draft_heads and weights != "int8"
+        some = gpt.decoder.layers[0].self_attention.linear_proj.weight
+        self.device, self.dtype = some.device, compute_dtype(some)
+        output_weight = gpt.output_weight()
+        self.layers = {
+            layer.layer_number: layer_mathematics(layer, self.dtype, weights) for layer in gpt.decoder.layers
+        }
+        self.heads: dict[int, LeanHead] = {}
+        self._draft_heads: dict[int, LeanHead] = {}
+        self.blocks = {}
+        for n in gpt.exit_layers:
+            head = gpt.exits[str(n)]
+            assert output_weight is not None, "a stage with exits has an output weight or a copy of it"
+            dtype = compute_dtype(next(head.parameters(), output_weight))
+            self.heads[n] = LeanHead(head, output_weight, dtype, weights)
+            if head.block is not None:
+                self.blocks[n] = layer_mathematics(head.block, dtype, weights)
+        self.output = LeanOutput(gpt, self.dtype, weights) if gpt.post_process else None
+        self.final_layer = gpt.config.num_layers
+        self.hidden = torch.empty(0, gpt.config.hidden_size, dtype=self._hidden_dtype(), device=self.device)
+        self.attention, self.refused_attention = self._choose_attention()
+        self._compile_kernels()
+        self._embedding = None
+        plain = parallel_state.get_tensor_model_parallel_world_size() == 1
+        wide = gpt.config.fp32_residual_connection
+        # NeMo makes a subclass of embeddings that it scales.
+        known = gpt.pre_process and type(gpt.embedding) is LanguageModelEmbedding
+        if known and plain and not wide and not gpt.embedding.add_position_embedding:
+            self._embedding = gpt.embedding.word_embeddings.weight.detach()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all layers are here: on one pipeline stage."""
+        return bool(self.gpt.pre_process and self.gpt.post_process)
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """[T] token ids and positions -> [T, H]. Collectives: an all-reduce of [T, H] where TP > 1."""
+        if self._embedding is not None:
+            return self._embedding[tokens]
+        return self.gpt.embedding(input_ids=tokens[None], position_ids=positions[None])[:, 0]
+
+    def table(self, max_length: int) -> PositionTable:
+        """Positions for decoders of that length."""
+        return PositionTable.of(self.gpt, max_length, self.dtype, self.device)
+
+    def cached_layers(self, rows: int, max_length: int) -> dict[int, CachedLayer]:
+        """The layers with caches of their own."""
+        return {n: self._cached_layer(n, rows, max_length) for n in self.layers}
+
+    def cached_block(self, n: int, rows: int, max_length: int) -> Segment | None:
+        """The block of the exit on layer n with a cache of its own, if that exit has one."""
+        if n not in self.blocks:
+            return None
+        block = self.gpt.exits[str(n)].block
+        dtype = self.heads[n].dtype
+        return Segment(
+            [CachedLayer(block, self.blocks[n], rows, max_length, dtype, self.device, self.attention)]
+        )
+
+    def draft_head(self, n: int) -> LeanHead:
+        """The head of the exit on layer n for drafts that the full model verifies; an 8-bit copy is made in the
+        first call."""
+        if n not in self._draft_heads:
+            head = self.heads[n]
+            if self._copies_heads and runs_kernels(self.device, head.dtype):
+                output_weight = self.gpt.output_weight()
+                assert output_weight is not None, "as for the head itself"
+                head = LeanHead(self.gpt.exits[str(n)], output_weight, head.dtype, "int8")
+            self._draft_heads[n] = head
+        return self._draft_heads[n]
+
+    def prepare_drafts(self) -> None:
+        """Makes all of `draft_head`, and compiles their kernels, so that no request waits for that."""
+        for n in self.heads:
+            self._run_head_kernels(self.draft_head(n))
+
+    def layer_bytes(self, n: int) -> int:
+        """Of weights that a pass through layer n reads."""
+        return self.layers[n].bytes
+
+    def _choose_attention(self) -> tuple[CachedAttention, tuple[str, ...]]:
+        if any(self.heads[n].dtype != self.dtype for n in self.blocks):
+            return MASKED, ()
+        attention = self.gpt.decoder.layers[0].self_attention
+        groups = attention.num_query_groups_per_partition
+        repeats = attention.num_attention_heads_per_partition // groups
+        size = attention.hidden_size_per_attention_head
+        return chosen_attention(self.device, self.dtype, groups, repeats, size)
+
+    def _cached_layer(self, n: int, rows: int, max_length: int) -> CachedLayer:
+        module = self.gpt.decoder.layers[n - min(self.layers)]
+        return CachedLayer(module, self.layers[n], rows, max_length, self.dtype, self.device, self.attention)
+
+    def _compile_kernels(self) -> None:
+        """Once per process, and before a request is waiting."""
+        kind = self.weights, self.dtype
+        if kind in _COMPILED or not runs_kernels(self.device, self.dtype):
+            return
+        layer = self._cached_layer(min(self.layers), 1, KERNEL_TOKENS)
+        whole = layer.mathematics.kernels
+        for limit, _ in whole:
+            x = self.hidden.new_zeros(limit, self.hidden.shape[-1])
+            Segment([layer])(x, PackedTokens(self.table(limit), [0], [0], [limit]))
+        if self.output is not None:
+            self._run_head_kernels(self.output)
+            for limit, _ in [] if whole else self.output.kernels:  # layers take their products one by one
+                self.output.projection(self.hidden.new_zeros(limit, self.hidden.shape[-1], dtype=self.dtype))
+        _COMPILED.add(kind)
+
+    def _run_head_kernels(self, readout: Readout) -> None:
+        for limit, kernel in readout.kernels:
+            x = self.hidden.new_zeros(limit, self.hidden.shape[-1], dtype=readout.dtype)
+            run_head(kernel, readout.rows.emittable, x)
+
+    def _hidden_dtype(self) -> torch.dtype:
+        if self.gpt.config.fp32_residual_connection:
+            return torch.float32
+        weight = self.gpt.decoder.layers[0].self_attention.linear_proj.weight
+        return weight.dtype
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """What a matrix product with this weight returns: autocast's dtype where autocast is on, else its own."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype

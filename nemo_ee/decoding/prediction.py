@@ -1,0 +1,101 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Next-token predictions from rows of logits sharded over the tensor-parallel group.
+
+Suffixes: N tokens, R rows of this rank, V vocabulary, Vp vocabulary padded to a multiple of TP.
+"""
+
+from dataclasses import dataclass
+
+from megatron.core import parallel_state
+from torch import Tensor
+
+from nemo_ee.decoding.confidence import RowSummary, confidence, summarise_rows
+from nemo_ee.decoding.transfer import to_device
+from nemo_ee.modeling.gpt import EarlyExitGPTModel
+from nemo_ee.modeling.projection import ExitProjection
+from nemo_ee.modeling.vocab_parallel import gather_columns, log_sum_over_ranks, max_over_ranks
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What this rank's columns of logits stand for; columns after these rows hold a shortlist's bucket.
+
+    Attributes:
+        first: index of this rank's first row.
+        count: rows on this rank, the same on all ranks.
+        emittable: how many of them stand for a token of their own; the others are padding.
+        tokens: [k] the tokens of the emittable rows of all ranks, ascending; None if row i is token i.
+    """
+
+    first: int
+    count: int
+    emittable: int
+    tokens: Tensor | None = None
+
+    @classmethod
+    def of_exit(cls, projection: ExitProjection) -> "Rows":
+        """The rows of an exit's projection."""
+        tokens = projection.token_ids if projection.kind == "shortlist" else None
+        return cls(projection.first_row, projection.rows_per_rank, projection.emittable_rows(), tokens)
+
+    @classmethod
+    def of_output_layer(cls, gpt: EarlyExitGPTModel) -> "Rows":
+        """The rows of the final exit: the vocabulary in order."""
+        count = len(gpt.output_weight())
+        first = count * parallel_state.get_tensor_model_parallel_rank()
+        return cls(first, count, max(0, min(count, gpt.true_vocab_size - first)))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one exit says about N tokens; the same on all tensor-parallel ranks but for `logits`.
+
+    Attributes:
+        rows: what the logits stand for.
+        logits: [N, R] of this rank, padding at -inf.
+        tokens: [N] the most probable emittable token.
+        confidence: [N] its probability, in float32 or wider.
+    """
+
+    rows: Rows
+    logits: Tensor
+    tokens: Tensor
+    confidence: Tensor
+
+    @classmethod
+    def from_logits(cls, logits: Tensor, rows: Rows) -> "Prediction":
+        """Collectives: see `from_summary`."""
+        return cls.from_summary(logits, summarise_rows(logits, rows.emittable), rows)
+
+    @classmethod
+    def from_summary(cls, logits: Tensor, summary: RowSummary, rows: Rows) -> "Prediction":
+        """Collectives: where TP > 1, three all-reduces of [N] over the tensor-parallel group."""
+        best, row, top = max_over_ranks(summary.best, summary.row + rows.first, summary.log_sum)
+        normaliser = log_sum_over_ranks(summary.log_sum, top)
+        tokens = row if rows.tokens is None else rows.tokens[row]
+        return cls(rows, logits, tokens, confidence(best, normaliser))
+
+    def select(self, indices: list[int]) -> "Prediction":
+        """The prediction for some of the tokens."""
+        if len(indices) == len(self.tokens):
+            return self
+        index = to_device(indices, self.tokens.device)
+        return Prediction(self.rows, self.logits[index], self.tokens[index], self.confidence[index])
+
+    def vocabulary_shard(self, shard_size: int) -> Tensor:
+        """Logits [N, Vp/TP] of this rank's share of the vocabulary; -inf for what cannot be emitted.
+
+        Args:
+            shard_size: Vp/TP.
+
+        Collectives: for a shortlist at TP > 1, one all-gather of [N, R].
+        """
+        rows = self.rows
+        if rows.tokens is None:
+            return self.logits
+        gathered = gather_columns(self.logits[:, : rows.count])[:, : len(rows.tokens)]
+        first = shard_size * parallel_state.get_tensor_model_parallel_rank()
+        whole = shard_size * parallel_state.get_tensor_model_parallel_world_size()
+        logits = gathered.new_full((len(gathered), whole), float("-inf"))
+        logits[:, rows.tokens] = gathered
+        return logits[:, first : first + shard_size]

@@ -1,0 +1,118 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""One prompt and what is generated after it."""
+
+import random
+from collections.abc import Callable
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from nemo_ee.decoding.request import GenerationRequest
+
+
+@dataclass
+class SequenceStatistics:
+    """What a sequence cost.
+
+    Attributes:
+        layers_run: passes of one token through one layer, the prompt's included.
+        drafts: tokens that exits proposed in lossless decoding.
+        accepted: of them, those that the full model agreed with.
+    """
+
+    layers_run: int = 0
+    drafts: int = 0
+    accepted: int = 0
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A token that an exit proposes, until the full model has verified it.
+
+    Attributes:
+        token: its id.
+        exit_layer: of the exit.
+        confidence: of the exit.
+        distribution: [V] that it was drawn from; None for greedy decoding.
+    """
+
+    token: int
+    exit_layer: int
+    confidence: float
+    distribution: Tensor | None
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request in progress; `tokens` and the lists beside it grow with every token that is final.
+
+    Attributes:
+        prompt: token ids, at least one.
+        request: lengths, sampling, exits.
+        stop: whether generated tokens end the sequence.
+        eos: tokens that are not chosen before `min_length` tokens.
+        limit: tokens to generate, at most.
+        seed: of its own random numbers, so that its tokens do not depend on its neighbours.
+        tokens: generated token ids, with the EOS or end string that ended them.
+        exit_layers: the exit of each generated token; `num_layers` for the final one.
+        confidences: of that exit.
+        logprobs: log-probability (nats) of each generated token by that exit, only on request (`all_probs`);
+            in lossless decoding by the final exit.
+        full_logprobs: [V] each, likewise.
+        drafts: of lossless decoding, not yet verified.
+        finish_reason: "stop" or "length"; None while it goes on.
+        statistics: what it cost so far.
+    """
+
+    prompt: list[int]
+    request: GenerationRequest
+    stop: Callable[[Tokens[int]], bool]
+    eos: tuple[int, ...]
+    limit: int
+    seed: int = 0
+    tokens: list[int] = field(default_factory=list)
+    exit_layers: list[int] = field(default_factory=list)
+    confidences: list[float] = field(default_factory=list)
+    logprobs: list[Tensor] = field(default_factory=list)
+    full_logprobs: list[Tensor] = field(default_factory=list)
+    drafts: list[Draft] = field(default_factory=list)
+    finish_reason: str | None = None
+    statistics: SequenceStatistics = field(default_factory=SequenceStatistics)
+
+    def random(self, purpose: str) -> random.Random:
+        """Random numbers for a purpose at the place of the next token (or draft).
+
+        A function of the seed, the place and the purpose alone, so that any process can draw a token. A draft's place
+        counts from the tokens that it was drawn behind: what a discarded one was drawn with is not used again.
+        """
+        return random.Random(f"{self.seed}/{len(self.tokens)}/{len(self.drafts)}/{purpose}")
+
+    def twin(self) -> "Sequence":
+        """The same request, not begun, for another process that only chooses tokens; it never ends by itself."""
+        return Sequence(self.prompt, self.request, _never, self.eos, self.limit, self.seed)
+
+    @property
+    def last_token(self) -> int:
+        """The one to feed next."""
+        return self.drafts[-1].token if self.drafts else self.tokens[-1]
+
+    def commit(self, token: int, exit_layer: int, confidence: float) -> bool:
+        """Adds a final token; returns whether the sequence goes on behind it."""
+        self.tokens.append(token)
+        self.exit_layers.append(exit_layer)
+        self.confidences.append(confidence)
+        if self.stop(self.tokens):
+            self.finish_reason = "stop"
+        elif len(self.tokens) >= self.limit:
+            self.finish_reason = "length"
+        return self.finish_reason is None
+
+    def ends_with_drafts(self) -> bool:
+        """Whether the drafts, if they are right, end the sequence."""
+        tokens = self.tokens + [draft.token for draft in self.drafts]
+        return len(tokens) >= self.limit or self.stop(tokens)
+
+
+def _never(_tokens: Tokens[int]) -> bool:
+    return False

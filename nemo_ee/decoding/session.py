@@ -1,0 +1,220 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""A batch of sequences that decode together; they come and go between steps."""
+
+from collections.abc import Sequence as Several
+
+from nemo_ee.decoding.choosing import Choices, Chooser, Place
+from nemo_ee.decoding.decoder import EarlyExitDecoder
+from nemo_ee.decoding.decoding_model import DecodingModel
+from nemo_ee.decoding.drafts.drafting import DraftingPolicy
+from nemo_ee.decoding.drafts.lossless import LosslessRounds
+from nemo_ee.decoding.drafts.pass_costs import pass_costs
+from nemo_ee.decoding.drafts.verification import Acceptance, agreeing_prefix
+from nemo_ee.decoding.request import NEVER
+from nemo_ee.decoding.sequence import Draft, Sequence
+from nemo_ee.decoding.step import Step
+from nemo_ee.decoding.transfer import to_device, to_host
+
+
+class DecodingSession:
+    """Continues sequences, each right behind its own end and with exits of its own.
+
+    Prompts run through all layers and the first token of each comes from the final exit. A sequence's greedy
+    tokens do not depend on its neighbours; sampled ones neither, as each draws from its own seed, unless it is
+    lossless: how many drafts a round has, and so which random number is for what, depends on all in it. All
+    tensor-parallel ranks make the same calls and get the same tokens. Use it under `generating`, from one
+    thread, and as a context manager, so that what the model lends it is given back in time.
+
+    Args:
+        model: the whole model, on one pipeline stage.
+        exit_layers: exits that any sequence may use, ascending.
+        slots: sequences at a time.
+        max_length: positions per sequence: prompt and generated tokens but the last.
+        kv_policy: see `EarlyExitDecoder`; lossless sequences need catch_up.
+        confidence: see `EarlyExitDecoder`.
+        drafting: of lossless sequences; None for one that knows what the model's passes cost.
+
+    Attributes:
+        running: the sequences, in the order of the decoder's rows.
+    """
+
+    def __init__(
+        self,
+        model: DecodingModel,
+        exit_layers: Several[int],
+        slots: int,
+        max_length: int,
+        kv_policy: str = "catch_up",
+        confidence: str = "max_probability",
+        drafting: DraftingPolicy | None = None,
+    ):
+        self.slots, self.max_length = slots, max_length
+        self.running: list[Sequence] = []
+        self._model, self._layers = model, list(exit_layers)
+        self._chooser = Chooser(model.gpt)
+        self._decoder = EarlyExitDecoder(model, exit_layers, slots, max_length, kv_policy, confidence)
+        policy = drafting or DraftingPolicy(pass_costs(model, exit_layers))
+        self._rounds = LosslessRounds(policy, exit_layers)
+
+    def __enter__(self) -> "DecodingSession":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._decoder.close()
+
+    @property
+    def free(self) -> int:
+        """Sequences that can be added."""
+        return self.slots - len(self.running)
+
+    def add(self, sequences: Several[Sequence]) -> list[Sequence]:
+        """Feeds prompts and chooses their first tokens.
+
+        Args:
+            sequences: at most `free`, each of a limit of at least 1 that fits `max_length`.
+
+        Returns:
+            Those that are finished; they are not in the session.
+        """
+        assert len(sequences) <= self.free, "no free slot"
+        assert all(len(s.prompt) + s.limit - 1 <= self.max_length for s in sequences), "too long"
+        self.running += sequences
+        step = self._decoder.prefill([s.prompt for s in sequences])
+        self._take(step, list(sequences), [False] * len(sequences))
+        return self._retire()
+
+    def step(self) -> list[Sequence]:
+        """Decodes: every sequence gets a token, but for lossless ones whose drafts are not verified yet.
+
+        Returns:
+            Those that are finished; they have left the session.
+        """
+        rounds = self._rounds
+        rounds.begin([s for s in self.running if _drafts(s)])
+        rows = [row for row, s in enumerate(self.running) if s not in rounds.waiting]
+        if rows:
+            self._feed(rows)
+        if rounds.round is not None and rounds.members == rounds.waiting:
+            self._verify([s for s in self.running if s in rounds.members])
+        return self._retire()
+
+    def _feed(self, rows: list[int]) -> None:
+        """One token of each of some sequences, through the layers or no deeper than the round's exit."""
+        rounds, going = self._rounds, [self.running[row] for row in rows]
+        held = [s in rounds.members for s in going]
+        thresholds = [rounds.thresholds(s) if _drafts(s) else self._thresholds(s) for s in going]
+        waits_at = None if rounds.round is None else rounds.round.exit_index
+        step = self._decoder.step(
+            to_device([s.last_token for s in going], self._model.device),
+            thresholds,
+            rows,
+            max_pending=[None if h else s.request.max_pending for s, h in zip(going, held, strict=True)],
+            hold=[waits_at if h else None for h in held],
+        )
+        if any(held):
+            drafts = sum(held[i] for i in step.answered)
+            rounds.note_pass([t for t, h in zip(thresholds, held, strict=True) if h], drafts)
+        self._take(step, going, held)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Ends a sequence before its time."""
+        sequence.finish_reason = sequence.finish_reason or "cancelled"
+        self._retire()
+
+    def _thresholds(self, sequence: Sequence) -> list[float]:
+        """Of all exits, for a token that the first sure one answers."""
+        return [sequence.request.threshold(n) for n in self._layers]
+
+    def _take(self, step: Step, sequences: list[Sequence], held: list[bool]) -> None:
+        """Gives a step's answers to its sequences: as final tokens, or as drafts where they are held."""
+        known = set(step.answered)
+        self._rounds.waiting.update(s for i, s in enumerate(sequences) if i not in known)
+        answered = [sequences[i] for i in step.answered]
+        if not answered:
+            return
+        tokens, found = self._chooser.of_step(step, answered)
+        for n, (i, sequence, token) in enumerate(zip(step.answered, answered, tokens, strict=True)):
+            layer, confidence = step.exit_layers[i], step.confidences[i]
+            if not held[i]:
+                self._commit(sequence, token, layer, confidence, found, n)
+                continue
+            drawn_from = None
+            if not sequence.request.sampling.use_greedy:
+                assert found.distributions is not None, "this sequence samples"
+                drawn_from = found.distributions[n]
+            sequence.drafts.append(Draft(token, layer, confidence, drawn_from))
+            if sequence.ends_with_drafts():
+                self._rounds.waiting.add(sequence)
+
+    def _verify(self, sequences: list[Sequence]) -> None:
+        """Ends a round: the full model accepts drafts, and says what comes behind them. Waits for the device once."""
+        rows = [self.running.index(s) for s in sequences]
+        prediction, counts = self._decoder.flush(rows)
+        places = [Place.after(s, j) for s, n in zip(sequences, counts, strict=True) for j in range(n)]
+        found = self._chooser.of_prediction(prediction, places)
+        spans = found.distributions
+        judges: dict[Sequence, Acceptance] = {}
+        ahead = self._model.device.type != "cpu"
+        first = 0
+        for sequence, count in zip(sequences, counts, strict=True):
+            if not sequence.request.sampling.use_greedy:
+                assert spans is not None, "this sequence samples"
+                span, random = spans[first : first + count], sequence.random("verify")
+                judges[sequence] = Acceptance(sequence.drafts, span, random, ahead)
+            first += count
+        chosen = prediction.tokens if found.greedy is None else found.greedy
+        readings = [tensor for judge in judges.values() for tensor in judge.readings()]
+        confidences, chosen_tokens, *values = to_host(prediction.confidence, chosen, *readings)
+        first = 0
+        for sequence, row, count in zip(sequences, rows, counts, strict=True):
+            drafts, greedy = sequence.drafts, chosen_tokens[first : first + count]
+            sequence.drafts = []
+            following: int | None
+            if sequence in judges:
+                chances, behind, *values = values
+                good, following = judges[sequence].outcome(chances, behind)
+            else:
+                good = agreeing_prefix(drafts, greedy)
+                following = greedy[good] if good < count else None
+            self._decoder.roll_back(row, self._decoder.lengths[row] - count + good + 1)
+            before = len(sequence.tokens)
+            for n, draft in enumerate(drafts[:good]):
+                if not self._commit(
+                    sequence, draft.token, draft.exit_layer, draft.confidence, found, first + n
+                ):
+                    break
+            if sequence.finish_reason is None and following is not None:
+                n = first + good
+                self._commit(sequence, following, self._model.final_layer, confidences[n], found, n)
+            self._rounds.note_verified(len(sequence.tokens) - before, good, good < len(drafts))
+            sequence.statistics.drafts += len(drafts)
+            sequence.statistics.accepted += good
+            first += count
+        self._rounds.end(sum(counts), len(sequences))
+
+    def _commit(
+        self, sequence: Sequence, token: int, layer: int, confidence: float, found: Choices, n: int
+    ) -> bool:
+        """Adds a final token, chosen from the n-th prediction; returns whether the sequence goes on."""
+        if sequence.request.sampling.all_probs:
+            assert found.log_probs is not None, "this sequence wants them"
+            sequence.logprobs.append(found.log_probs[n, token])
+            sequence.full_logprobs.append(found.log_probs[n])
+        return sequence.commit(token, layer, confidence)
+
+    def _retire(self) -> list[Sequence]:
+        """Drops finished sequences and their rows; returns them."""
+        for sequence, layers in zip(self.running, self._decoder.layers_run, strict=True):
+            sequence.statistics.layers_run = layers
+        rows = [row for row, s in enumerate(self.running) if s.finish_reason is not None]
+        if not rows:
+            return []
+        finished = [self.running[row] for row in rows]
+        self._rounds.waiting.difference_update(finished)
+        self.running = [self.running[row] for row in self._decoder.drop(rows)]
+        return finished
+
+
+def _drafts(sequence: Sequence) -> bool:
+    """Whether exits only draft for this sequence."""
+    return sequence.request.lossless and min(sequence.request.exits.values(), default=NEVER) < NEVER

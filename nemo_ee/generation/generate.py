@@ -1,0 +1,277 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""One call from prompts to NeMo's output, on all ranks of a model."""
+
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from typing import Any, TypeVar
+
+import torch
+from megatron.core import parallel_state
+from nemo.utils import logging
+
+from nemo_ee.decoding.confidence_rules import CONFIDENCE_RULES
+from nemo_ee.decoding.decoder import EarlyExitDecoder
+from nemo_ee.decoding.decoding_model import DecodingModel
+from nemo_ee.decoding.pipeline.channel import PipelineGroups, StageGone
+from nemo_ee.decoding.pipeline.session import PipelineSession, serve
+from nemo_ee.decoding.request import NEVER, GenerationRequest, parse_request
+from nemo_ee.decoding.sequence import Sequence
+from nemo_ee.decoding.session import DecodingSession
+from nemo_ee.errors import GenerationError
+from nemo_ee.generation.output import to_output, to_prompt_logprobs
+from nemo_ee.generation.prompts import tokenize_prompts
+from nemo_ee.generation.stopping import StopRule
+from nemo_ee.modeling.sequence_parallel import sequence_parallel_off
+from nemo_ee.modeling.vocab_parallel import gather_columns
+
+T = TypeVar("T")
+
+
+def generate(
+    model: Any,
+    inputs: Any,
+    length_params: Mapping | None = None,
+    sampling_params: Mapping | None = None,
+    early_exit: Mapping | bool | None = None,
+    generator: torch.Generator | None = None,
+) -> dict[str, Any]:
+    """Generates with early exits; see `GenerationMixin.generate`.
+
+    Every rank of the model calls it; the prompts and parameters of the first one count.
+
+    Args:
+        model: a `MegatronGPTEarlyExitModel`.
+        inputs: see `tokenize_prompts`.
+        length_params: see `parse_request`.
+        sampling_params: see `parse_request`.
+        early_exit: see `parse_request`.
+        generator: source of randomness for sampling; None takes torch's default on the first rank. Greedy
+            decoding draws nothing from it.
+
+    Raises:
+        ConfigError: parameters that break a rule.
+        GenerationError: a model or prompts that cannot be served.
+    """
+    check_model_can_generate(model)
+    tokenizer, limit = model.text_tokenizer, position_limit(model.cfg)
+
+    def read() -> tuple[GenerationRequest, list[list[int]], list[int], list[str] | None]:
+        request = parse_request(length_params, sampling_params, early_exit, model.early_exit)
+        sampling = request.sampling
+        prompts = tokenize_prompts(inputs, tokenizer, sampling.add_BOS, limit)
+        drawn = [0] * len(prompts) if sampling.use_greedy else seeds(len(prompts), generator)
+        return request, prompts, drawn, list(inputs) if isinstance(inputs[0], str) else None
+
+    request, prompts, drawn, texts = on_first_rank(read)
+    with generating(model):
+        check_pipeline_can(request)
+        if request.sampling.compute_logprob:
+            return _prompt_logprobs(model, prompts, texts)
+        if max(map(len, prompts)) + request.max_length > limit + 1:
+            logging.warning(
+                f"length_params.max_length={request.max_length}: cut at the model's {limit} positions"
+            )
+        stop = StopRule(tokenizer, request.sampling.end_strings)
+        results = [
+            Sequence(prompt, request, stop, stop.eos, min(request.max_length, limit + 1 - len(prompt)), seed)
+            for prompt, seed in zip(prompts, drawn, strict=True)
+        ]
+        if request.max_length > 0:
+            if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+                continue_sequences(model.decoding_model(), results)
+            else:
+                continue_over_stages(model.pipeline_groups(), model.decoding_model(), results)
+    return to_output(results, tokenizer)
+
+
+def continue_sequences(model: DecodingModel, sequences: list[Sequence]) -> None:
+    """Generates until all are finished; they are one batch.
+
+    Args:
+        model: the whole model.
+        sequences: not begun, of the same request.
+    """
+    request, (exits, longest) = sequences[0].request, _extent(sequences)
+    size = len(sequences), longest
+    with DecodingSession(model, exits, *size, request.kv_policy, request.confidence) as session:
+        session.add(sequences)
+        while session.running:
+            session.step()
+
+
+def continue_over_stages(groups: PipelineGroups, model: DecodingModel, sequences: list[Sequence]) -> None:
+    """`continue_sequences` over a pipeline; all its ranks call it, and their sequences are alike afterwards.
+
+    Args:
+        groups: of the pipeline.
+        model: this stage.
+        sequences: not begun, of the same request.
+
+    Raises:
+        RuntimeError: a stage has failed; on every rank.
+    """
+    exits, longest = _extent(sequences)
+    size = exits, len(sequences), longest, sequences[0].request.confidence
+    names = ("tokens", "exit_layers", "confidences", "finish_reason", "statistics")
+    failure: Exception | None = None
+    try:
+        if parallel_state.is_pipeline_first_stage():
+            with PipelineSession(groups, model, *size) as session:
+                session.add(sequences)
+                while session.running:
+                    session.step()
+        else:
+            serve(groups, model, *size)
+    except StageGone:
+        raise
+    except Exception as error:  # of any stage; the first one knows of it, and tells all
+        failure = error
+
+    def results() -> list[list[Any]]:
+        if failure is not None:
+            raise failure
+        return [[getattr(s, name) for name in names] for s in sequences]
+
+    found = on_first_rank(results)
+    for sequence, values in zip(sequences, found, strict=True):
+        for name, value in zip(names, values, strict=True):
+            setattr(sequence, name, value)
+
+
+def _extent(sequences: list[Sequence]) -> tuple[list[int], int]:
+    """The exits that can be taken, and the positions that are needed."""
+    exits = [n for n, threshold in sorted(sequences[0].request.exits.items()) if threshold < NEVER]
+    return exits, max(len(s.prompt) + s.limit - 1 for s in sequences)
+
+
+def seeds(count: int, generator: torch.Generator | None) -> list[int]:
+    """A seed for each sequence's own random numbers.
+
+    Args:
+        count: sequences.
+        generator: on any device; None takes torch's default.
+    """
+    device = "cpu" if generator is None else generator.device
+    return torch.randint(2**62, (count,), generator=generator, device=device).tolist()
+
+
+def _prompt_logprobs(model: Any, prompts: list[list[int]], texts: list[str] | None) -> dict[str, Any]:
+    size = len(prompts), max(map(len, prompts))
+    with closing(EarlyExitDecoder(model.decoding_model(), [], *size)) as decoder:
+        step = decoder.prefill(prompts, all_positions=True)
+    shard = step.vocabulary_shard(len(model.gpt.output_weight()))
+    logits = gather_columns(shard)[:, : model.gpt.true_vocab_size]
+    log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    rows = log_probs.split([len(prompt) for prompt in prompts])
+    return to_prompt_logprobs(prompts, rows, model.text_tokenizer, texts)
+
+
+def check_model_can_generate(model: Any) -> None:
+    """Raises GenerationError for a virtual pipeline, or a backbone without its final exit."""
+    if model.cfg.get("virtual_pipeline_model_parallel_size") is not None:
+        raise GenerationError(
+            "model.virtual_pipeline_model_parallel_size: decoding needs each stage's layers in a row; restore the "
+            "checkpoint with virtual_pipeline_model_parallel_size=null"
+        )
+    if model.gpt.truncated:
+        raise GenerationError(
+            "the model lacks the layers above its last exit; restore it as MegatronGPTEarlyExitModel"
+        )
+
+
+def check_one_stage(model: Any) -> None:
+    """Raises GenerationError for a pipeline of several stages."""
+    stages = model.cfg.get("pipeline_model_parallel_size", 1)
+    if stages > 1:
+        raise GenerationError(
+            f"model.pipeline_model_parallel_size={stages}: NeMo's loop with early exits needs all layers on one "
+            "stage; call model.generate without a strategy, or restore with pipeline_model_parallel_size=1"
+        )
+
+
+def check_pipeline_can(request: GenerationRequest) -> None:
+    """Raises GenerationError for what several pipeline stages cannot do.
+
+    Raises:
+        GenerationError: naming the parameter and the alternative.
+    """
+    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        return
+    rule = CONFIDENCE_RULES[request.confidence]
+    refused = {
+        "early_exit.lossless=true": request.lossless,
+        f"early_exit.max_pending={request.max_pending}": request.max_pending is not None,
+        f"early_exit.kv_policy={request.kv_policy}": request.kv_policy != "catch_up",
+        f"early_exit.confidence={request.confidence}": rule.looks_back,
+        "sampling_params.all_probs=true": request.sampling.all_probs,
+        "sampling_params.compute_logprob=true": request.sampling.compute_logprob,
+    }
+    names = [name for name, given in refused.items() if given]
+    if names:
+        raise GenerationError(
+            f"{', '.join(names)}: not over several pipeline stages; leave it out, or restore the model with "
+            "pipeline_model_parallel_size=1 (and a larger tensor_model_parallel_size)"
+        )
+
+
+def position_limit(cfg: Any) -> int:
+    """Positions of the model: the length of learned embeddings, or what rotary ones were trained for."""
+    if cfg.get("position_embedding_type", "learned_absolute") == "learned_absolute":
+        return cfg.encoder_seq_length
+    return max(cfg.encoder_seq_length, cfg.get("max_position_embeddings") or 0)
+
+
+@contextmanager
+def generating(model: Any, no_gradients: Callable = torch.inference_mode) -> Iterator[None]:
+    """Eval mode, no gradients, no sequence parallelism, autocast as in NeMo's forward; restored on leaving.
+
+    Args:
+        model: a `MegatronGPTEarlyExitModel`.
+        no_gradients: `torch.no_grad` where results are changed in place outside.
+    """
+    gpt = model.gpt
+    training = [module for module in gpt.modules() if module.training]
+    gpt.eval()
+    config = gpt.config
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(no_gradients())
+            stack.enter_context(sequence_parallel_off(gpt))
+            if config.enable_autocast:
+                device = next(gpt.parameters()).device.type
+                stack.enter_context(torch.autocast(device, dtype=config.autocast_dtype))
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def on_first_rank(read: Callable[[], T]) -> T:
+    """Calls `read` on the model's first rank; all its ranks get the result, or raise its error.
+
+    Collectives: where tensor- or pipeline-parallel sizes exceed 1, a broadcast over both groups' product.
+    """
+    group = parallel_state.get_model_parallel_group()
+    if group.size() == 1:
+        return read()
+    outcome: list[Any] = [None, None]
+    source = parallel_state.get_model_parallel_src_rank()
+    if torch.distributed.get_rank() == source:
+        try:
+            outcome[0] = read()
+        except Exception as error:
+            outcome[1] = _as_sent(error)
+    torch.distributed.broadcast_object_list(outcome, source, group=group)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def _as_sent(error: Exception) -> Exception:
+    """The error, or its text where it holds what does not pickle: the other ranks wait for one or the other."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # of whatever the error holds
+        return GenerationError(f"{type(error).__name__}: {error}")
+    return error

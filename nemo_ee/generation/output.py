@@ -1,0 +1,97 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Generated tokens as NeMo's `OutputType`, with the exits that they came from."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_ee.decoding.sequence import Sequence as Generated
+from nemo_ee.generation.text import TextTokenizer
+
+SPECIAL_TOKENS = ("pad_token", "eos_token", "bos_token", "cls_token", "unk_token", "sep_token", "mask_token")
+
+
+def to_output(results: Sequence[Generated], tokenizer: TextTokenizer) -> dict[str, Any]:
+    """NeMo's dictionary for generated text.
+
+    `sentences`, `tokens`, `token_ids` and `offsets` cover prompt and continuation, each sentence up to its
+    own end. `logprob` and `full_logprob` are None, or per sentence [n] and [n, V] for the n generated tokens.
+    `early_exit` has per sentence the `exit_layers` and `confidences` of the n generated tokens, and the fields
+    of `SequenceStatistics`.
+    """
+    ids = [result.prompt + result.tokens for result in results]
+    output = text_fields(ids, tokenizer)
+    with_probs = any(result.logprobs for result in results)
+    output["logprob"] = [torch.stack(r.logprobs) for r in results] if with_probs else None
+    output["full_logprob"] = [torch.stack(r.full_logprobs) for r in results] if with_probs else None
+    output["early_exit"] = [
+        {"exit_layers": result.exit_layers, "confidences": result.confidences, **vars(result.statistics)}
+        for result in results
+    ]
+    return output
+
+
+def to_prompt_logprobs(
+    prompts: Sequence[list[int]],
+    log_probs: Sequence[Tensor],
+    tokenizer: TextTokenizer,
+    texts: list[str] | None = None,
+) -> dict[str, Any]:
+    """NeMo's dictionary for `compute_logprob`: the prompts alone, of n tokens each, with their
+    log-probabilities.
+
+    Args:
+        prompts: token ids.
+        log_probs: [n, V] per prompt; row i predicts token i + 1.
+        tokenizer: the model's.
+        texts: the prompts as they were given, for `sentences`; None decodes them.
+
+    Returns:
+        `logprob`, per prompt [n]: entry i is that of token i + 1, the last one that of the most probable
+        token after the prompt (as in NeMo 2.4.1); `full_logprob`, the `log_probs`.
+    """
+    output = text_fields(list(prompts), tokenizer)
+    output["logprob"] = [
+        rows.gather(1, torch.tensor([*prompt[1:], int(rows[-1].argmax())], device=rows.device)[:, None])[:, 0]
+        for prompt, rows in zip(prompts, log_probs, strict=True)
+    ]
+    output["full_logprob"] = list(log_probs)
+    if texts is not None:
+        output["sentences"] = texts
+    return output
+
+
+def text_fields(ids: list[list[int]], tokenizer: TextTokenizer) -> dict[str, Any]:
+    """`sentences`, `tokens`, `token_ids` and `offsets` (where each token starts, in characters).
+
+    Special tokens have their names in `tokens`, as in NeMo, and no text in `sentences`.
+    """
+    named = {getattr(tokenizer.nemo, name, None) for name in SPECIAL_TOKENS} - {None}
+    tokens = [token_texts(sequence, tokenizer) for sequence in ids]
+    offsets = []
+    for sequence, words in zip(ids, tokens, strict=True):
+        starts = [0]
+        for token, word in zip(sequence[:-1], words, strict=False):
+            starts.append(starts[-1] + (0 if word in named or token in tokenizer.special else len(word)))
+        offsets.append(starts)
+    sentences = [tokenizer.decode(sequence) for sequence in ids]
+    return {"sentences": sentences, "tokens": tokens, "token_ids": ids, "offsets": offsets}
+
+
+def token_texts(ids: Sequence[int], tokenizer: TextTokenizer) -> list[str]:
+    """Each token's own text as the tokenizer stores it; bytes are decoded where the tokenizer tells how.
+
+    Added tokens are not stored as bytes and may have characters that stand for none, e.g. spaces.
+    """
+    words = [tokenizer.name(token) for token in ids]
+    decoder = getattr(getattr(tokenizer.nemo, "tokenizer", None), "byte_decoder", None)
+    if decoder is None:
+        return words
+    return [
+        bytes(decoder[c] for c in word).decode("utf-8", errors="replace")
+        if all(c in decoder for c in word)
+        else word
+        for word in words
+    ]

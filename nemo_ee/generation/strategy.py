@@ -1,0 +1,267 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Early exits inside NeMo's own generation loop, as a text generation strategy."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from nemo.collections.nlp.modules.common.text_generation_strategy import GPTModelTextGenerationStrategy
+from nemo.utils import logging
+from nemo.utils.nemo_logging import LogMode
+from torch import Tensor
+
+from nemo_ee.decoding.decoder import EarlyExitDecoder
+from nemo_ee.decoding.request import NEVER, parse_exits
+from nemo_ee.decoding.step import Step
+from nemo_ee.errors import ConfigError, Fault, GenerationError
+from nemo_ee.generation.generate import (
+    check_model_can_generate,
+    check_one_stage,
+    generating,
+    on_first_rank,
+    position_limit,
+)
+from nemo_ee.generation.prompts import tokenize_prompts
+from nemo_ee.generation.stopping import StopRule
+
+
+class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
+    """For `model.generate(inputs, length_params, sampling_params, strategy=…)` of an early-exit model.
+
+    NeMo's loop starts at the end of the shortest prompt and feeds the rest of longer ones token by token;
+    those tokens, like the prompts themselves, go through all layers. It generates until the longest prompt
+    has `max_length` tokens more, so shorter prompts get more than that. End strings count in generated text
+    only.
+
+    The output has `early_exit`: per sentence the `exit_layers` and `confidences` of the tokens generated up
+    to its end; `num_layers` stands for the final exit.
+
+    Args:
+        model: a `MegatronGPTEarlyExitModel` on one pipeline stage.
+        threshold: as `early_exit.threshold` of `model.generate`.
+        exits: exit layers in use; None for the model's default.
+        max_pending: see `EarlyExitDecoder.step`.
+        confidence: the rule by which exits are sure; None for the model's default.
+
+    Raises:
+        ConfigError: options that break a rule.
+        GenerationError: a model that cannot be served.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        threshold: float | list[float] | None = None,
+        exits: list[int] | None = None,
+        max_pending: int | None = None,
+        confidence: str | None = None,
+    ):
+        check_model_can_generate(model)
+        check_one_stage(model)
+        faults: list[Fault] = []
+        options = {
+            "threshold": threshold,
+            "exits": exits,
+            "max_pending": max_pending,
+            "confidence": confidence,
+        }
+        thresholds, others = parse_exits(options, model.early_exit, faults)
+        if faults:
+            raise ConfigError(*faults)
+        self.exits = {n: value for n, value in thresholds.items() if value < NEVER}
+        self.max_pending = others.max_pending
+        self.confidence = others.confidence or model.early_exit.inference.confidence
+        super().__init__(model)
+        self.prompt_logits = True
+        self.decoder: EarlyExitDecoder | None = None
+        self._prompt_lengths: list[int] | None = None
+        self._stop: StopRule | None = None
+        self._stop_strings: list[str] = []
+        self._min_length = 0
+
+    def prepare(self, inputs: Any, length_params: Mapping, sampling_params: Mapping) -> tuple[Tensor, Tensor]:
+        """Tells what NeMo's loop does not: prompts' lengths, the least length, and whether it reads the logits of
+        prompt tokens. `model.generate` calls it on all ranks; without it prompts must be texts.
+
+        Args:
+            inputs: see `tokenize_prompts`.
+            length_params: all of NeMo's.
+            sampling_params: all of NeMo's; `add_BOS` may be None, for the model's rule.
+
+        Returns:
+            What to hand to NeMo's loop: tensors are taken as they are, and all else becomes token ids
+            [B, longest prompt + max_length] and lengths [B]. (With `compute_logprob` that loop cuts texts to their
+            length without BOS.)
+
+        Raises:
+            ConfigError: log-probabilities that NeMo's loop does not give.
+            GenerationError: see `tokenize_prompts`; on every rank, where NeMo's loop would raise it on the first
+                and leave the others waiting.
+        """
+        self.prompt_logits = bool(sampling_params["compute_logprob"])
+        if sampling_params["all_probs"] and not self.prompt_logits:
+            rule = "NeMo's loop has no probabilities of generated tokens"
+            raise ConfigError(
+                Fault("sampling_params.all_probs", True, rule, "call model.generate without a strategy")
+            )
+        self._min_length = length_params["min_length"]
+        self.model.start_distributed()
+        prompts = on_first_rank(lambda: self._tokenize(inputs, sampling_params["add_BOS"]))
+        self._prompt_lengths = [len(prompt) for prompt in prompts]
+        if isinstance(inputs, tuple) and isinstance(inputs[0], Tensor):
+            return inputs
+        return self._padded(prompts, 1 if self.prompt_logits else length_params["max_length"])
+
+    def _tokenize(self, inputs: Any, add_bos: bool | None) -> list[list[int]]:
+        return tokenize_prompts(inputs, self.model.text_tokenizer, add_bos, position_limit(self.model.cfg))
+
+    def tokenize_batch(self, sentences: Any, max_len: int, add_BOS: bool) -> tuple[Tensor, Tensor]:
+        """Token ids [B, longest prompt + max_len], clipped and padded with EOS, and lengths [B].
+
+        Raises:
+            GenerationError: see `tokenize_prompts`.
+        """
+        prompts = self._tokenize(sentences, add_BOS)
+        self._prompt_lengths = [len(prompt) for prompt in prompts]
+        return self._padded(prompts, max_len)
+
+    def _padded(self, prompts: list[list[int]], max_len: int) -> tuple[Tensor, Tensor]:
+        lengths = [len(prompt) for prompt in prompts]
+        padding = (*self.model.text_tokenizer.eos_ids, 0)[0]
+        width, device = self.clip_max_len(max(lengths) + max_len), self.model.gpt.output_weight().device
+        padded = [prompt + [padding] * (width - len(prompt)) for prompt in prompts]
+        return torch.tensor(padded, device=device), torch.tensor(lengths, device=device)
+
+    def clip_max_len(self, maxlen: int) -> int:
+        """At most one token more than the model has positions; warns of less than was asked for."""
+        limit = position_limit(self.model.cfg)
+        if maxlen > limit + 1:
+            logging.warning(
+                f"length_params.max_length: cut at the model's {limit} positions", mode=LogMode.ONCE
+            )
+        return min(maxlen, limit + 1)
+
+    def init_batch(self, context_tokens: Tensor, context_length: int, compute_attention_mask: bool) -> None:
+        """Starts a batch. Collectives: at TP > 1 a broadcast of the prompts' lengths [B]."""
+        batch, known = len(context_tokens), self._prompt_lengths
+        lengths = torch.tensor(
+            known if known and len(known) == batch else [0] * batch, device=context_tokens.device
+        )
+        if parallel_state.get_tensor_model_parallel_world_size() > 1:
+            source = parallel_state.get_tensor_model_parallel_src_rank()
+            torch.distributed.broadcast(
+                lengths, source, group=parallel_state.get_tensor_model_parallel_group()
+            )
+        self.lengths = lengths.tolist()
+        if not all(self.lengths):
+            raise GenerationError(
+                "prompts given as tensors have unknown lengths here; call model.generate(…, strategy=…)"
+            )
+        self.done = [False] * batch
+        self.exit_layers: list[list[int]] = [[] for _ in range(batch)]
+        self.confidences: list[list[float]] = [[] for _ in range(batch)]
+        self.forget()
+
+    def prepare_batch_at_step(
+        self,
+        tokens: Tensor,
+        maxlen: int,
+        micro_batch_size: int,
+        step: int,
+        context_length: int,
+        compute_attention_mask: bool = True,
+    ) -> tuple[list[Any], list[int]]:
+        """What `forward_step` needs: the text so far, its length, and the length to reserve.
+
+        Raises:
+            GenerationError: prompts given as a tensor without room for what is generated.
+        """
+        if tokens.shape[1] < maxlen:
+            raise GenerationError(
+                f"inputs: token ids of shape {list(tokens.shape)}; NeMo's loop writes into them and needs "
+                f"{maxlen} columns here: pad them, or call model.generate without a strategy"
+            )
+        shape = [1, micro_batch_size, self.model.cfg.hidden_size]
+        return [tokens, context_length, maxlen], shape
+
+    def forward_step(self, batch: list[Any], tensor_shape: list[int]) -> list[dict[str, Tensor]]:
+        """Feeds the new tokens and returns logits [B, S, Vp/TP], S = 1 or all the prompts' first tokens.
+
+        Logits of tokens that the exit cannot emit are -inf, and those of tokens that end texts while one is too short;
+        of the latter NeMo's loop knows a single one.
+        """
+        tokens, length, maxlen = batch
+        gpt, first = self.model.gpt, self.decoder is None
+        shard = len(gpt.output_weight())
+        with generating(self.model, torch.no_grad):
+            if self.decoder is None:
+                self.decoder = EarlyExitDecoder(
+                    self.model.decoding_model(),
+                    list(self.exits),
+                    len(tokens),
+                    maxlen,
+                    confidence=self.confidence,
+                )
+                rows = list(range(len(tokens)))
+                step = self.decoder.prefill(tokens[:, :length].tolist(), all_positions=self.prompt_logits)
+                logits = step.vocabulary_shard(shard).view(len(tokens), -1, shard)
+            else:
+                rows = [b for b, done in enumerate(self.done) if not done]
+                never, usual = [1.0] * len(self.exits), list(self.exits.values())
+                thresholds = [usual if length > self.lengths[b] else never for b in rows]
+                limits = [self.max_pending] * len(rows)
+                step = self.decoder.step(tokens[rows, length - 1], thresholds, rows, limits)
+                logits = step.vocabulary_shard(shard)[:, None]
+        if len(rows) < len(tokens):
+            whole = logits.new_zeros(len(tokens), 1, shard)
+            whole[rows] = logits
+            logits = whole
+        short = [b for b in rows if length - self.lengths[b] < self._min_length and not self.prompt_logits]
+        offset = shard * parallel_state.get_tensor_model_parallel_rank()
+        here = [token - offset for token in self.model.text_tokenizer.eos_ids if 0 <= token - offset < shard]
+        for b in short if here else ():
+            logits[b, -1, here] = float("-inf")
+        self._note(step, rows, length, last=length if first and self.prompt_logits else 1)
+        return [{"logits": logits}]
+
+    def _note(self, step: Step, rows: list[int], length: int, last: int) -> None:
+        """Remembers the exits of the tokens about to be chosen; each of `rows` has `last` predictions."""
+        for i, b in enumerate(rows):
+            if length >= self.lengths[b]:
+                self.exit_layers[b].append(step.exit_layers[(i + 1) * last - 1])
+                self.confidences[b].append(step.confidences[(i + 1) * last - 1])
+
+    def end_of_generation_condition(
+        self, tokens: Tensor, prev: Tensor, eod_id: int, end_strings: list[str]
+    ) -> Tensor:
+        """Which sequences have ended, [B] bool; those are not computed further."""
+        if self._stop is None or self._stop_strings != end_strings:
+            self._stop, self._stop_strings = (
+                StopRule(self.model.text_tokenizer, end_strings),
+                list(end_strings),
+            )
+        ended = []
+        for b, row in enumerate(tokens.tolist()):
+            generated = row[self.lengths[b] :]
+            self.done[b] = self.done[b] or (bool(generated) and self._stop(generated))
+            ended.append(self.done[b])
+        return torch.tensor(ended, device=prev.device)
+
+    def post_generation_process(self, output: dict[str, Any]) -> dict[str, Any]:
+        """Adds `early_exit`, writes `sentences` as we decode them, and forgets the batch."""
+        decode = self.model.text_tokenizer.decode
+        output["sentences"] = [decode(ids) for ids in output["token_ids"]]
+        output["early_exit"] = [
+            {"exit_layers": layers, "confidences": values}
+            for layers, values in zip(self.exit_layers, self.confidences, strict=True)
+        ]
+        self.forget()
+        self._prompt_lengths, self.prompt_logits, self._min_length = None, True, 0
+        return output
+
+    def forget(self) -> None:
+        """Gives back what a batch has borrowed of the model, however it ended; `model.generate` calls it."""
+        if self.decoder is not None:
+            self.decoder.close()
+        self.decoder = None

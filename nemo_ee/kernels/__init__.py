@@ -1,1 +1,0 @@
-# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.

@@ -1,0 +1,98 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Tokenizing a stream of documents with several processes, with bounded memory, in order."""
+
+import math
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain
+
+from nemo_ee.errors import DataError
+from nemo_ee.preprocessing.tokenizer import DocumentTokenizer, TokenizerConfig, load_tokenizer
+from nemo_ee.runtime.children import end_with_parent
+
+DOCUMENTS_PER_TASK = 64
+CHARACTERS_PER_TASK = 1_000_000
+TASKS_IN_FLIGHT = 64
+"""Bounds the documents in memory to 4096, and to 64 million characters, however large the corpus."""
+CHARACTERS_PER_WORKER = 8_000_000
+"""No process is started for less: importing the tokenizer library takes as long as tokenizing this much."""
+
+
+def encode_all(
+    texts: Iterator[str],
+    tokenizer: DocumentTokenizer,
+    config: TokenizerConfig,
+    workers: int | None,
+    characters: int,
+) -> Iterator[list[int]]:
+    """Token ids of each text, in order.
+
+    Args:
+        texts: the documents.
+        tokenizer: for one process.
+        config: of the tokenizer, for several.
+        workers: processes at most; None for one per CPU.
+        characters: of all documents.
+
+    Raises:
+        DataError: a process was killed.
+    """
+    workers = max(1, min(workers or os.cpu_count() or 1, math.ceil(characters / CHARACTERS_PER_WORKER)))
+    if workers == 1:
+        yield from map(tokenizer.encode, texts)
+        return
+    # "spawn": forking a process in which torch or a tokenizer has threads can deadlock.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(config,)) as pool:
+        try:
+            for tasks in _blocks(_tasks(texts)):
+                yield from chain.from_iterable(pool.map(_encode_in_worker, tasks))
+        except BrokenProcessPool as error:
+            raise DataError(
+                "workers: a process that tokenizes was killed, most likely for want of memory; "
+                f"set workers={max(1, workers // 2)}"
+            ) from error
+
+
+def _tasks(texts: Iterator[str]) -> Iterator[list[str]]:
+    task: list[str] = []
+    size = 0
+    for text in texts:
+        task.append(text)
+        size += len(text)
+        if len(task) == DOCUMENTS_PER_TASK or size >= CHARACTERS_PER_TASK:
+            yield task
+            task, size = [], 0
+    if task:
+        yield task
+
+
+def _blocks(tasks: Iterator[list[str]]) -> Iterator[list[list[str]]]:
+    block: list[list[str]] = []
+    size = 0
+    for task in tasks:
+        block.append(task)
+        size += sum(map(len, task))
+        if len(block) == TASKS_IN_FLIGHT or size >= TASKS_IN_FLIGHT * CHARACTERS_PER_TASK:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
+_worker_tokenizer: DocumentTokenizer | None = None
+
+
+def _start_worker(config: TokenizerConfig) -> None:
+    global _worker_tokenizer
+    end_with_parent()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker_tokenizer = load_tokenizer(config)
+
+
+def _encode_in_worker(texts: list[str]) -> list[list[int]]:
+    assert _worker_tokenizer is not None
+    return [_worker_tokenizer.encode(text) for text in texts]

@@ -1,0 +1,156 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""The settings of a generation run, read once from `conf/megatron_gpt_ee_generate.yaml` and its overrides."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from nemo_ee.decoding.cpu.lean_weights import WEIGHT_KINDS
+from nemo_ee.decoding.request import ExitOptions
+from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.running.prompt_file import read_texts
+from nemo_ee.schema import one_of, read_settings
+
+OWN_NAMES = {
+    "max_length": "tokens_to_generate",
+    "min_length": "min_tokens_to_generate",
+    "use_greedy": "greedy",
+}
+"""What NeMo's YAML calls parameters that have another name in `generate`."""
+COLOURS = ("auto", "always", "never")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """NeMo's inference keys.
+
+    Attributes:
+        greedy: take the most probable token; otherwise sample.
+        top_k: sample among the k most probable tokens; 0 for all.
+        top_p: sample among the most probable tokens that together have this probability.
+        temperature: divides logits before sampling.
+        add_BOS: put the tokenizer's BOS before each prompt, or not; null for the model's rule.
+        tokens_to_generate: per prompt, at most.
+        min_tokens_to_generate: before a text may end.
+        repetition_penalty: above 1 makes tokens that the text has already rarer.
+        end_strings: generation ends behind one of these; `<|endoftext|>` stands for EOS.
+    """
+
+    greedy: bool = True
+    top_k: int = 0
+    top_p: float = 1.0
+    temperature: float = 1.0
+    add_BOS: bool | None = None
+    tokens_to_generate: int = 64
+    min_tokens_to_generate: int = 0
+    repetition_penalty: float = 1.0
+    end_strings: tuple[str, ...] = ("<|endoftext|>",)
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """A generation run.
+
+    Attributes:
+        gpt_model_file: the base, or a model merged with its exits, a `.nemo`.
+        adapter_file: the exits alone; null if they are part of the model.
+        prompts: texts; null with `prompts_file`.
+        prompts_file: a `.jsonl` file with a `prompt`, `text` or `question` per line, or a text file with a
+            prompt per line.
+        chat: wrap every prompt in the tokenizer's chat template, as a question of the user.
+        inference: how tokens are chosen.
+        early_exit: when they may leave.
+        batch_size: prompts at a time.
+        seed: of sampling.
+        output_file: a JSONL file to write, one line per prompt; null for none.
+        color: mark exits by colour: `always`, `never`, or `auto` (in a terminal).
+        weights: how decoding holds them: `native`, `bf16` or `int8`, see `prepare_decoding`.
+        tensor_model_parallel_size: processes that share each layer.
+        pipeline_model_parallel_size: stages of layers; trainer.devices is the product of both sizes.
+        megatron_amp_O2: keep weights in the trainer's precision rather than in float32.
+        precision: of the computation: 32, bf16 or 16.
+    """
+
+    gpt_model_file: str
+    adapter_file: str | None = None
+    prompts: tuple[str, ...] | None = None
+    prompts_file: str | None = None
+    chat: bool = False
+    inference: SamplingConfig = field(default_factory=SamplingConfig)
+    early_exit: ExitOptions = field(default_factory=ExitOptions)
+    batch_size: int = 8
+    seed: int = 1234
+    output_file: str | None = None
+    color: str = "auto"
+    weights: str = "native"
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    megatron_amp_O2: bool = False
+    precision: str | int = 32
+
+    @classmethod
+    def from_dict(cls, values: Mapping) -> "GenerateConfig":
+        """Checks plain values (as from YAML) and builds the configuration.
+
+        Raises:
+            ConfigError: listing every unknown key, missing value and value that breaks its rule.
+        """
+        return read_settings(cls, values, _faults)
+
+    def read_prompts(self) -> list[str]:
+        """The prompts' texts.
+
+        Raises:
+            ConfigError: see `read_texts`.
+        """
+        if self.prompts is not None:
+            return list(self.prompts)
+        assert self.prompts_file is not None, "checked on construction"
+        return read_texts(self.prompts_file, "prompts_file")
+
+    def generate_arguments(self) -> dict[str, Any]:
+        """`length_params`, `sampling_params` and `early_exit` of `model.generate`."""
+        options = self.inference
+        lengths = {"max_length": options.tokens_to_generate, "min_length": options.min_tokens_to_generate}
+        names = ("top_k", "top_p", "temperature", "add_BOS", "repetition_penalty", "end_strings")
+        sampling = {"use_greedy": options.greedy, **{name: getattr(options, name) for name in names}}
+        exits = dict(vars(self.early_exit))
+        return {"length_params": lengths, "sampling_params": sampling, "early_exit": exits}
+
+
+def in_own_keys(error: ConfigError) -> ConfigError:
+    """What `parse_request` found in `generate_arguments`, under the keys that the user wrote."""
+    return ConfigError(*(replace(fault, key=_own_key(fault.key)) for fault in error.faults))
+
+
+def _own_key(key: str) -> str:
+    section, _, name = key.partition(".")
+    if section not in ("length_params", "sampling_params"):
+        return key
+    return f"inference.{OWN_NAMES.get(name, name)}"
+
+
+def _faults(config: GenerateConfig) -> list[Fault]:
+    faults = []
+    if (config.prompts is None) == (config.prompts_file is None):
+        rule = "exactly one of prompts and prompts_file must be given"
+        faults.append(Fault("prompts", config.prompts, rule, "set one, leave the other null"))
+    elif config.prompts is not None and not config.prompts:
+        faults.append(
+            Fault("prompts", [], "at least one prompt is needed", "write e.g. prompts=['Once upon a time']")
+        )
+    if config.color not in COLOURS:
+        faults.append(Fault("color", config.color, f"not one of {', '.join(COLOURS)}", "use auto"))
+    if config.weights not in WEIGHT_KINDS:
+        faults.append(one_of("weights", config.weights, WEIGHT_KINDS))
+    if not -(2**63) <= config.seed < 2**63:
+        faults.append(Fault("seed", config.seed, "must fit in 64 bits", "use e.g. 1234"))
+    if config.chat and config.inference.add_BOS is not None:
+        rule = "with chat=true the tokenizer's template says where BOS stands"
+        faults.append(
+            Fault("inference.add_BOS", config.inference.add_BOS, rule, "set inference.add_BOS=null")
+        )
+    for name in ("batch_size", "tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        if getattr(config, name) < 1:
+            faults.append(Fault(name, getattr(config, name), "must be positive", "use 1 or more"))
+    return faults
