@@ -57,7 +57,7 @@ def ranks(folder: Path, world: int, faulty: int | None = None) -> list:
     distributed.start_server()
     port = free_port()
     started = [
-        distributed._context.Process(target=rank_main, args=(folder, r, world, port, r == faulty))
+        distributed.context.Process(target=rank_main, args=(folder, r, world, port, r == faulty))
         for r in range(world)
     ]
     for process in started:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from nemo_ee.checkpoint import archive
 from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint
 from tests.support import tiny_llama
 from tests.support.distributed import DEFAULT_TIMEOUT
+from tests.support.script import ForkedScript, fork_script
 from tests.support.tuning import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,7 +85,11 @@ def start(folder: Path, given: list[str]) -> subprocess.Popen:
     )
 
 
-def succeed(folder: Path, given: list[str]) -> str:
+def fork(folder: Path, given: list[str]) -> ForkedScript:
+    return fork_script(folder, SCRIPT.name, *given)
+
+
+def succeed(folder: Path, given: list[str], start: Callable = fork) -> str:
     process = start(folder, given)
     output, _ = process.communicate(timeout=DEFAULT_TIMEOUT)
     assert process.returncode == 0, output[-3000:]
@@ -112,7 +118,7 @@ def restored(base: str, exits: str) -> tuple[list[int], bool, dict[str, torch.Te
 def uninterrupted(workspace) -> Path:
     """The exits of a run of STEPS steps, from the command line."""
     run = workspace / "whole"
-    succeed(workspace, long_run(workspace, run))
+    succeed(workspace, long_run(workspace, run), start)
     return run / "checkpoints" / NAME
 
 
@@ -221,7 +227,7 @@ def test_resuming_on_another_base_is_refused(workspace, uninterrupted, tmp_path)
     given = long_run(workspace, tmp_path / "run")
     other = tmp_path / "other.nemo"
     changed_base(workspace / "base.nemo", other)
-    process = start(workspace, [*given, f"model.restore_from_path={other}"])
+    process = fork(workspace, [*given, f"model.restore_from_path={other}"])
     output, _ = process.communicate(timeout=DEFAULT_TIMEOUT)
     assert process.returncode == 1 and "Traceback" not in output, output[-3000:]
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]

@@ -59,8 +59,8 @@ DEFAULT_TIMEOUT = float(os.environ.get("NEMO_EE_TEST_TIMEOUT", 600))
 
 LOG_TAIL_CHARACTERS = 4000
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.support.preload"])
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["tests.support.preload"])
 
 
 class WorkerError(RuntimeError):
@@ -106,7 +106,7 @@ def run_distributed(
         job = _Job(Path(folder), world_size, free_port())
         (job.folder / "call").write_bytes(pickle.dumps((fn, args, kwargs)))
         (job.folder / "work").mkdir()
-        processes = [_context.Process(target=_rank_main, args=(job, rank)) for rank in range(world_size)]
+        processes = [context.Process(target=_rank_main, args=(job, rank)) for rank in range(world_size)]
         try:
             for process in processes:
                 process.start()

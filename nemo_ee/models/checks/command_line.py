@@ -21,7 +21,7 @@ OF_NEMOS_BUILDER = ("cluster_type",)
 """Keys beside the sections that NeMo's trainer builder reads."""
 OPTIONAL = ("model.optim.sched", "model.data.validation_ds", "model.early_exit", "model.seed")
 """Sections and keys that a run does without where they are taken away."""
-CONF = Path(__file__).parents[2] / "conf"
+CONF = Path(__file__).parents[3] / "conf"
 
 
 def check_command_line(name: str, words: Sequence[str] | None = None) -> None:
