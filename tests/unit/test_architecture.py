@@ -1,0 +1,56 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""docs/architecture.md says where things are decided; files and functions that it names there exist."""
+
+import ast
+import re
+
+from tests.support.script import ROOT
+
+PAGE = ROOT / "docs" / "architecture.md"
+FILE = re.compile(r"`([\w/]+\.py)`")
+FUNCTION = re.compile(r"`([\w.]+)`")
+
+
+def section(title: str) -> list[list[str]]:
+    """Rows of the table below a heading, without its head."""
+    text = PAGE.read_text().partition(f"## {title}\n")[2].partition("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows[2:]]
+
+
+def functions(files: list[str]) -> set[str]:
+    """Functions of modules, and methods as `Class.method`."""
+    found = set()
+    for file in files:
+        for node in ast.parse((ROOT / "nemo_ee" / file).read_text()).body:
+            if isinstance(node, ast.FunctionDef):
+                found.add(node.name)
+            elif isinstance(node, ast.ClassDef):
+                found |= {
+                    f"{node.name}.{each.name}" for each in node.body if isinstance(each, ast.FunctionDef)
+                }
+    return found
+
+
+def test_where_it_is_decided():
+    rows = section("Where is it decided")
+    assert len(rows) >= 10
+    for question, place, names in rows:
+        files = FILE.findall(place)
+        assert files and question.endswith("?"), question
+        assert set(FUNCTION.findall(names)) - functions(files) == set(), question
+        assert FUNCTION.findall(names), question
+
+
+def test_rooms_are_those_of_the_package():
+    said = set(re.findall(r"`(\w+)(?:/|\.py)`", "\n".join(row[0] for row in rooms())))
+    package = {
+        path.name.removesuffix(".py") for path in (ROOT / "nemo_ee").iterdir() if path.name[0] not in "_."
+    }
+    assert said == package
+
+
+def rooms() -> list[list[str]]:
+    """Of the page's first table."""
+    lines = PAGE.read_text().partition("| room |")[2].splitlines()[2:]
+    return [line.strip("|").split("|") for line in lines[: lines.index("")]]
