@@ -10,7 +10,6 @@ from nemo_ee.decoding.drafts.drafting import DraftingPolicy
 from nemo_ee.decoding.drafts.lossless import LosslessRounds
 from nemo_ee.decoding.drafts.pass_costs import pass_costs
 from nemo_ee.decoding.drafts.verification import Acceptance, agreeing_prefix
-from nemo_ee.decoding.request import NEVER
 from nemo_ee.decoding.sequence import Draft, Sequence
 from nemo_ee.decoding.step import Step
 from nemo_ee.decoding.transfer import to_device, to_host
@@ -217,4 +216,4 @@ class DecodingSession:
 
 def _drafts(sequence: Sequence) -> bool:
     """Whether exits only draft for this sequence."""
-    return sequence.request.lossless and min(sequence.request.exits.values(), default=NEVER) < NEVER
+    return sequence.request.lossless and bool(sequence.request.asked)

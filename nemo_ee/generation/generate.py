@@ -15,7 +15,7 @@ from nemo_ee.decoding.decoder import EarlyExitDecoder
 from nemo_ee.decoding.decoding_model import DecodingModel
 from nemo_ee.decoding.pipeline.channel import PipelineGroups, StageGone
 from nemo_ee.decoding.pipeline.session import PipelineSession, serve
-from nemo_ee.decoding.request import NEVER, GenerationRequest, parse_request
+from nemo_ee.decoding.request import GenerationRequest, parse_request
 from nemo_ee.decoding.sequence import Sequence
 from nemo_ee.decoding.session import DecodingSession
 from nemo_ee.errors import GenerationError
@@ -141,8 +141,7 @@ def continue_over_stages(groups: PipelineGroups, model: DecodingModel, sequences
 
 def _extent(sequences: list[Sequence]) -> tuple[list[int], int]:
     """The exits that can be taken, and the positions that are needed."""
-    exits = [n for n, threshold in sorted(sequences[0].request.exits.items()) if threshold < NEVER]
-    return exits, max(len(s.prompt) + s.limit - 1 for s in sequences)
+    return sequences[0].request.asked, max(len(s.prompt) + s.limit - 1 for s in sequences)
 
 
 def seeds(count: int, generator: torch.Generator | None) -> list[int]:

@@ -12,7 +12,8 @@ from nemo.utils.nemo_logging import LogMode
 from torch import Tensor
 
 from nemo_ee.decoding.decoder import EarlyExitDecoder
-from nemo_ee.decoding.request import NEVER, parse_exits
+from nemo_ee.decoding.leaving import NEVER, is_asked
+from nemo_ee.decoding.request import parse_exits
 from nemo_ee.decoding.step import Step
 from nemo_ee.errors import ConfigError, Fault, GenerationError
 from nemo_ee.generation.generate import (
@@ -69,7 +70,7 @@ class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
         thresholds, others = parse_exits(options, model.early_exit, faults)
         if faults:
             raise ConfigError(*faults)
-        self.exits = {n: value for n, value in thresholds.items() if value < NEVER}
+        self.exits = {n: value for n, value in thresholds.items() if is_asked(value)}
         self.max_pending = others.max_pending
         self.confidence = others.confidence or model.early_exit.inference.confidence
         super().__init__(model)
@@ -208,7 +209,7 @@ class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
                 logits = step.vocabulary_shard(shard).view(len(tokens), -1, shard)
             else:
                 rows = [b for b, done in enumerate(self.done) if not done]
-                never, usual = [1.0] * len(self.exits), list(self.exits.values())
+                never, usual = [NEVER] * len(self.exits), list(self.exits.values())
                 thresholds = [usual if length > self.lengths[b] else never for b in rows]
                 limits = [self.max_pending] * len(rows)
                 step = self.decoder.step(tokens[rows, length - 1], thresholds, rows, limits)

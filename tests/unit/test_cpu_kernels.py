@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_ee.decoding.confidence import confidence, summarise_rows
 from nemo_ee.decoding.cpu.cpu_kernels import KERNEL_TOKENS, SWITCH, kernel_linear, run_head
 from nemo_ee.decoding.cpu.kernels.compiled import compiled
 from nemo_ee.decoding.cpu.kernels.exponential import exponential
@@ -19,6 +18,7 @@ from nemo_ee.decoding.cpu.kernels.readout import Head
 from nemo_ee.decoding.decoding_model import DecodingModel
 from nemo_ee.decoding.layers.packed_tokens import PackedTokens
 from nemo_ee.decoding.layers.segment import Segment
+from nemo_ee.modeling.row_summary import confidence, summarise_rows
 from tests.support.tiny_gpt import GPT3, tiny_model, tiny_model_config
 
 ROOT = Path(__file__).resolve().parents[2]

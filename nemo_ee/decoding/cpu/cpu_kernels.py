@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_ee.decoding.confidence import RowSummary
 from nemo_ee.decoding.cpu.kernels.compiled import team
 from nemo_ee.decoding.cpu.kernels.layer import Layer, addresses, kept_at, run_layers, shape_of
 from nemo_ee.decoding.cpu.kernels.norm import Norm
 from nemo_ee.decoding.cpu.kernels.products import Linear, product
 from nemo_ee.decoding.cpu.kernels.readout import Head, read_out
+from nemo_ee.modeling.row_summary import RowSummary
 
 KERNEL_TOKENS = 24
 """Passes of at most so many tokens go through the kernels; for more, MKL's blocked products are faster."""

@@ -4,7 +4,7 @@
 from collections.abc import Sequence as Several
 
 from nemo_ee.decoding.drafts.drafting import DraftingPolicy, Outcome, Round
-from nemo_ee.decoding.request import NEVER
+from nemo_ee.decoding.leaving import NEVER, is_asked
 from nemo_ee.decoding.sequence import Sequence
 
 
@@ -42,7 +42,9 @@ class LosslessRounds:
         self.abandon()
         if not lossless:
             return
-        asked = [k for k in range(len(self._layers)) if any(self._threshold(s, k) < NEVER for s in lossless)]
+        asked = [
+            k for k in range(len(self._layers)) if any(is_asked(self._threshold(s, k)) for s in lossless)
+        ]
         self.round, self._outcome = self._policy.next(len(lossless), asked), Outcome()
         if self.round is None:
             self._policy.observe_full_depth(len(lossless))
@@ -66,7 +68,7 @@ class LosslessRounds:
         """Counts a pass to the round's exit, of sequences with these thresholds, and the drafts that it gave."""
         assert self.round is not None, "a round goes on"
         costs, k = self._policy.costs, self.round.exit_index
-        asked = sum(row[k] < NEVER for row in thresholds)
+        asked = sum(is_asked(row[k]) for row in thresholds)
         self._outcome.cost += costs.shallow(k, len(thresholds)) + (costs.asked(k, asked) if asked else 0.0)
         self._outcome.asked += asked
         self._outcome.drafts += drafts

@@ -13,7 +13,7 @@ from nemo_ee.decoding.confidence_rules import CONFIDENCE_RULES, ExitEvidence
 from nemo_ee.decoding.decoding_model import DecodingModel
 from nemo_ee.decoding.layers.packed_tokens import PackedTokens
 from nemo_ee.decoding.layers.segment import Segment
-from nemo_ee.decoding.request import NEVER
+from nemo_ee.decoding.leaving import is_asked, leaves
 from nemo_ee.decoding.sequence import Sequence
 from nemo_ee.decoding.step import Part, Step
 from nemo_ee.decoding.transfer import to_device, to_host
@@ -154,7 +154,7 @@ class Stage:
             j
             for j, i in enumerate(order)
             if tokens.undecided[i]
-            and (n is None or tokens.may_exit[i] and self._threshold(tokens, i, n) < NEVER)
+            and (n is None or tokens.may_exit[i] and is_asked(self._threshold(tokens, i, n)))
         ]
         if not asked:
             return []
@@ -165,7 +165,7 @@ class Stage:
         else:
             prediction = self.model.heads[n].predict(inside[index])
             sure, best = to_host(self.rule.sureness(ExitEvidence(prediction, x[index])), prediction.tokens)
-            out = [m for m, j in enumerate(asked) if sure[m] > self._threshold(tokens, order[j], n)]
+            out = [m for m, j in enumerate(asked) if leaves(sure[m], self._threshold(tokens, order[j], n))]
             if not out:
                 return []
             leaving, step = [asked[m] for m in out], Step.unanswered(len(out))
