@@ -6,13 +6,13 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from nemo_ee.decoding.sequence import SequenceStatistics
+from nemo_ee.decoding.generated_sequence import SequenceStatistics
 from nemo_ee.server.answers.answer import Answer
 from nemo_ee.server.answers.delta import Delta
 from nemo_ee.server.answers.errors import ApiError
 from nemo_ee.server.answers.event_stream import EventStream
 from nemo_ee.server.answers.reply import Reply
-from nemo_ee.server.requests.plan import Plan
+from nemo_ee.server.requests.plan import RequestPlan
 
 
 def test_a_stream_whose_time_is_up_while_the_engine_is_busy_ends_with_an_error():
@@ -28,7 +28,9 @@ def test_a_stream_whose_time_is_up_while_the_engine_is_busy_ends_with_an_error()
     async def send(message):
         sent.append(message)
 
-    stream = EventStream(generation(), Answer("tiny", 8, Plan([[7]], [""], [None])), include_usage=False)
+    stream = EventStream(
+        generation(), Answer("tiny", 8, RequestPlan([[7]], [""], [None])), include_usage=False
+    )
     asyncio.run(asyncio.wait_for(stream({}, None, send), 10))
     assert b'"code":"timeout"' in sent[-1]["body"].replace(b" ", b"") and not sent[-1].get("more_body")
 
@@ -53,7 +55,7 @@ def test_a_reader_that_takes_no_end_is_given_up(monkeypatch, fails):
             await asyncio.Event().wait()
         sent.append(message["type"])
 
-    plan = Plan([[7]], [""], [None])
+    plan = RequestPlan([[7]], [""], [None])
     stream = EventStream(generation(), Answer("tiny", 8, plan), include_usage=False)
     asyncio.run(asyncio.wait_for(stream({}, None, send), 10))
     assert sent == ["http.response.start", "http.response.body"]
