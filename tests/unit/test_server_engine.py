@@ -162,12 +162,14 @@ def test_time_is_up_in_the_queue_and_in_the_session():
         assert session.removed == [first.sequence]
 
 
-def test_stop_strings_end_a_sequence():
+@pytest.mark.parametrize("cut", [0, 1], ids=["whole tokens", "inside a token"])
+def test_stop_strings_end_a_sequence(cut):
     prompt = [7, 8]
     words = [token_of(prompt, i) for i in range(6)]
     session = FakeSession(per_step=3)
     with engine(session) as running:
-        which = job(prompt, limit=20, stop=[decode(words[2:4])])
+        stop = decode(words[2:4])
+        which = job(prompt, limit=20, stop=[stop[: len(stop) - cut]])
         running.submit(which)
         assert running.ended(which) == ["stop"]
         delta = running.whole(which)

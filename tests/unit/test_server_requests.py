@@ -215,9 +215,7 @@ def test_a_plan_has_n_choices_per_prompt_with_seeds_that_do_not_depend_on_other_
 
 def test_sampling_and_exits_reach_the_request():
     exits = dict(threshold=[0.5, 0.9], exits=[2, 4], max_pending=3)
-    request = (
-        plan(completion(temperature=0.5, top_p=0.9, top_k=7, early_exit=exits)).choices[0].request
-    )
+    request = plan(completion(temperature=0.5, top_p=0.9, top_k=7, early_exit=exits)).choices[0].request
     sampling = request.sampling
     assert (sampling.use_greedy, sampling.temperature, sampling.top_p, sampling.top_k) == (False, 0.5, 0.9, 7)
     assert (request.exits, request.max_pending, request.lossless) == ({2: 0.5, 4: 0.9}, 3, False)
