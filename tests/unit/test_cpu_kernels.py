@@ -244,9 +244,9 @@ print(torch.get_num_threads())
 
 
 def test_a_cached_kernel_is_compiled_again_when_one_that_it_calls_changes(tmp_path):
-    kernels = tmp_path / "nemo_ee" / "kernels"
+    kernels = tmp_path / "nemo_ee/decoding/cpu/kernels"
     kernels.mkdir(parents=True)
-    for package in (kernels.parent, kernels):
+    for package in (kernels, *kernels.parents[:3]):
         (package / "__init__.py").touch()
     shutil.copy(ROOT / "nemo_ee/decoding/cpu/kernels/compiled.py", kernels)
     head = "from nemo_ee.decoding.cpu.kernels.compiled import compiled\n"

@@ -1,6 +1,7 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """End strings end a text at the token that completes them, wherever in it, in all ways of decoding."""
 
+import copy
 import random
 
 import pytest
@@ -147,3 +148,20 @@ def test_nemos_loop_ends_there(model):
         assert theirs["token_ids"][b][: prompt + count] == ours["token_ids"][b]
         if count < 14:
             assert theirs["early_exit"][b]["exit_layers"] == ours["early_exit"][b]["exit_layers"]
+
+
+def test_a_tokenizer_with_a_decoder_of_its_own_keeps_it(nemo_tokenizer):
+    from transformers import PreTrainedTokenizerFast
+
+    from nemo_ee.generation.text import TextTokenizer
+
+    class Shouting(PreTrainedTokenizerFast):
+        def _decode(self, *args, **kwargs):
+            return super()._decode(*args, **kwargs).upper()
+
+    core = nemo_tokenizer.tokenizer.backend_tokenizer
+    for kind, expected in ((Shouting, " THE CAT"), (PreTrainedTokenizerFast, " the cat")):
+        nemo = copy.copy(nemo_tokenizer)
+        nemo.tokenizer = kind(tokenizer_object=core, eos_token=EOS)
+        tokenizer = TextTokenizer(nemo)
+        assert tokenizer.decode(tokenizer.encode(" the cat")) == expected

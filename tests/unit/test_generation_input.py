@@ -130,8 +130,9 @@ def test_the_lowest_temperature_is_greedy():
 
 
 @pytest.mark.parametrize("top_k, top_p", [(0, 0.0), (5, 1.0), (0, 0.7), (20, 0.9), (3, 1e-6), (99, 0.5)])
-def test_top_k_and_top_p_are_nemos(top_k, top_p):
+def test_top_k_and_top_p_are_nemos_and_transformers(top_k, top_p):
     from nemo.collections.nlp.modules.common.text_generation_utils import top_k_logits
+    from transformers import TopKLogitsWarper, TopPLogitsWarper
 
     from nemo_ee.decoding.sampling import keep_most_probable
 
@@ -141,6 +142,11 @@ def test_top_k_and_top_p_are_nemos(top_k, top_p):
     given = logits.clone()
     expected = top_k_logits(logits.clone(), top_k=min(top_k, 40), top_p=top_p)
     assert keep_most_probable(logits, top_k, top_p).equal(expected)
+    if top_k > 0:
+        assert keep_most_probable(logits, top_k, 1.0).equal(TopKLogitsWarper(min(top_k, 40))(None, logits))
+    if 0 < top_p < 1:  # of equal ones they may keep others
+        theirs = TopPLogitsWarper(top_p)(None, logits)
+        assert keep_most_probable(logits, 0, top_p).sort().values.equal(theirs.sort().values)
     assert logits.equal(given), "inputs stay as they are"
 
 
