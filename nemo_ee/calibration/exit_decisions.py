@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nemo_ee.decoding.leaving import leaves
+
 
 @dataclass(frozen=True)
 class TokenScores:
@@ -97,7 +99,7 @@ class ExitOutcome:
 
 
 def first_exits(confidences: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
-    """The exit that each token leaves at: the first whose confidence is strictly above its threshold.
+    """The exit that each token leaves at: the first that it leaves by `leaves`.
 
     Args:
         confidences: [E, T].
@@ -107,5 +109,5 @@ def first_exits(confidences: np.ndarray, thresholds: Sequence[float]) -> np.ndar
         [T] positions from 0 to E - 1, and E for the final exit.
     """
     limits = np.asarray(thresholds, dtype=np.float64)[:, None]
-    sure = (confidences > limits) & (limits < 1.0)
+    sure = leaves(confidences, limits)
     return np.where(sure.any(axis=0), sure.argmax(axis=0), len(confidences))

@@ -15,7 +15,8 @@ import numpy as np
 
 from nemo_ee.calibration.exit_decisions import ExitOutcome, TokenScores
 from nemo_ee.calibration.risk_control import choose_bet, fixed_sequence, p_value, upper_bound
-from nemo_ee.calibration.threshold_path import NEVER, threshold_path
+from nemo_ee.calibration.threshold_path import threshold_path
+from nemo_ee.decoding.leaving import NEVER
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,8 @@ cost anything at a later one, so exits are judged by what is left for them.
 import numpy as np
 
 from nemo_ee.calibration.exit_decisions import TokenScores
+from nemo_ee.decoding.leaving import NEVER
 
-NEVER = 1.0
-"""The threshold that lets nothing leave."""
 RESOLUTION = 10_000
 """Thresholds are whole multiples of 1 / RESOLUTION: short to write, and exact when read back."""
 
@@ -66,7 +65,7 @@ def threshold_levels(confidences: np.ndarray, count: int) -> list[float]:
 
 
 def _first_rung(confidences: np.ndarray, ladder: list[float]) -> np.ndarray:
-    """[T] the first of the descending thresholds that lets each token go; their number if none does."""
+    """[T] the first of the descending thresholds that lets each token go (`leaves`); their number if none does."""
     return len(ladder) - np.searchsorted(np.array(ladder[::-1]), confidences, side="left")
 
 

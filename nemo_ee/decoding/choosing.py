@@ -4,17 +4,16 @@
 Suffixes: n predictions, V vocabulary.
 """
 
-from collections.abc import Callable
-from collections.abc import Sequence as Several
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from nemo_ee.decoding.generated_sequence import GeneratedSequence
 from nemo_ee.decoding.prediction import Prediction
 from nemo_ee.decoding.request import SamplingOptions
 from nemo_ee.decoding.sampling import draw, token_distribution
-from nemo_ee.decoding.sequence import Sequence
 from nemo_ee.decoding.step import Step
 from nemo_ee.decoding.transfer import to_device
 from nemo_ee.modeling.gpt import EarlyExitGPTModel
@@ -22,7 +21,7 @@ from nemo_ee.modeling.vocab_parallel import gather_columns
 
 
 @dataclass(frozen=True)
-class Place:
+class TokenSlot:
     """Where a token is to be chosen.
 
     Attributes:
@@ -38,7 +37,7 @@ class Place:
     text: list[int]
 
     @classmethod
-    def after(cls, sequence: Sequence, drafts: int | None = None) -> "Place":
+    def after(cls, sequence: GeneratedSequence, drafts: int | None = None) -> "TokenSlot":
         """Behind a sequence's tokens and some of its drafts; None means all."""
         options, count = sequence.request.sampling, len(sequence.drafts) if drafts is None else drafts
         too_short = bool(sequence.eos) and len(sequence.tokens) + count < sequence.request.min_length
@@ -55,7 +54,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Choices:
+class TokenDistributions:
     """What n predictions say, for their places.
 
     Attributes:
@@ -80,13 +79,15 @@ class Chooser:
         self.shard = gpt.vocab_size // gpt.config.tensor_model_parallel_size
         self.vocabulary = gpt.true_vocab_size
 
-    def of_step(self, step: Step, sequences: Several[Sequence]) -> tuple[list[int], Choices]:
+    def of_step(
+        self, step: Step, sequences: Sequence[GeneratedSequence]
+    ) -> tuple[list[int], TokenDistributions]:
         """For the n sequences that a step answers: the next token of each, the greedy one or one drawn with its own
         number, and what it was chosen from. Waits for the device once at most, for what of the step is not read.
 
         Collectives: see `of_prediction`.
         """
-        places = [Place.after(s) for s in sequences]
+        places = [TokenSlot.after(s) for s in sequences]
         best = step.most_probable() if step.is_read else None
         found = self._choices(places, best, lambda: step.vocabulary_shard(self.shard))
         sampled = [i for i, place in enumerate(places) if not place.options.use_greedy]
@@ -106,7 +107,7 @@ class Chooser:
             return step.most_probable() if best is None else best, found
         return step.read(found.greedy)[0], found
 
-    def of_prediction(self, prediction: Prediction, places: Several[Place]) -> Choices:
+    def of_prediction(self, prediction: Prediction, places: Sequence[TokenSlot]) -> TokenDistributions:
         """For n places.
 
         Collectives: at TP > 1, for anything but plain greedy decoding, an all-gather of [n, Vp/TP].
@@ -115,11 +116,11 @@ class Chooser:
         return self._choices(places, best, lambda: prediction.vocabulary_shard(self.shard))
 
     def _choices(
-        self, places: Several[Place], best: list[int] | None, shard: Callable[[], Tensor]
-    ) -> Choices:
+        self, places: Sequence[TokenSlot], best: list[int] | None, shard: Callable[[], Tensor]
+    ) -> TokenDistributions:
         known = [None] * len(places) if best is None else best
         if not any(place.needs_logits(token) for place, token in zip(places, known, strict=True)):
-            return Choices()
+            return TokenDistributions()
         raw = gather_columns(shard())[:, : self.vocabulary]
         log_probs = None
         if any(place.options.all_probs for place in places):
@@ -130,11 +131,11 @@ class Chooser:
                 allowed[i, token : token + 1] = float("-inf")  # a slice is filled without a wait
         greedy = allowed.argmax(-1) if any(place.options.use_greedy for place in places) else None
         if all(place.options.use_greedy for place in places):
-            return Choices(greedy, None, log_probs)
-        return Choices(greedy, _distributions(places, allowed), log_probs)
+            return TokenDistributions(greedy, None, log_probs)
+        return TokenDistributions(greedy, _distributions(places, allowed), log_probs)
 
 
-def _distributions(places: Several[Place], logits: Tensor) -> Tensor:
+def _distributions(places: Sequence[TokenSlot], logits: Tensor) -> Tensor:
     """[n, V]; places of the same options are computed together."""
     groups: dict[SamplingOptions, list[int]] = {}
     for i, place in enumerate(places):

@@ -21,6 +21,7 @@ from nemo_ee.decoding.cuda.captured_decoding import passes_for
 from nemo_ee.decoding.decoding_model import DecodingModel
 from nemo_ee.decoding.exit_point import ExitPoint, Trail
 from nemo_ee.decoding.layers.packed_tokens import PackedTokens
+from nemo_ee.decoding.leaving import is_asked, leaves
 from nemo_ee.decoding.prediction import Prediction
 from nemo_ee.decoding.step import Part, Step
 from nemo_ee.decoding.transfer import to_device
@@ -190,7 +191,7 @@ class EarlyExitDecoder:
 
         Args:
             tokens: [N].
-            thresholds: [N][exits] leave at a confidence strictly above it; 1.0 does not ask the exit.
+            thresholds: [N][exits] see `leaves`.
             rows: which sequences, ascending; None means all.
             max_pending: [N] no token leaves at an exit where more than this many of its sequence would then be
                 pending; None sets no limit.
@@ -205,7 +206,7 @@ class EarlyExitDecoder:
         here = list(range(len(where)))  # indices into `where` of the sequences that are still going on
         first = 0
         for k, point in enumerate(self.exits):
-            stops = any(thresholds[i][k] < 1.0 or (hold and hold[i] == k) for i in here)
+            stops = any(is_asked(thresholds[i][k]) or (hold and hold[i] == k) for i in here)
             if not stops and self._passes_by(k, [where[i] for i in here], packed):
                 continue
             x = self._run_segments(first, k, x, packed)
@@ -214,7 +215,7 @@ class EarlyExitDecoder:
             asked = [
                 j
                 for j, i in enumerate(here)
-                if thresholds[i][k] < 1.0 and _has_room(self.pending(k, where[i]), limits[i])
+                if is_asked(thresholds[i][k]) and _has_room(self.pending(k, where[i]), limits[i])
             ]
             leaving: list[int] = []
             if asked:
@@ -224,7 +225,7 @@ class EarlyExitDecoder:
                 before = x[last]
                 behind = before if inside is x else inside[last]
                 prediction, sure, best = point.predict(before, behind, indices, trail, drafts)
-                out = [n for n, i in enumerate(indices) if sure[n] > thresholds[i][k]]
+                out = [n for n, i in enumerate(indices) if leaves(sure[n], thresholds[i][k])]
                 leaving = [indices[n] for n in out]
                 if leaving:
                     answer.add(point.layer, Part(leaving, prediction, out), sure, best)

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from megatron.core import parallel_state
 from torch import Tensor
 
-from nemo_ee.decoding.confidence import RowSummary, confidence, summarise_rows
 from nemo_ee.decoding.transfer import to_device
 from nemo_ee.modeling.gpt import EarlyExitGPTModel
 from nemo_ee.modeling.projection import ExitProjection
-from nemo_ee.modeling.vocab_parallel import gather_columns, log_sum_over_ranks, max_over_ranks
+from nemo_ee.modeling.row_summary import RowSummary, summarise_rows
+from nemo_ee.modeling.vocab_parallel import gather_columns
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,10 @@ class Prediction:
 
     @classmethod
     def from_summary(cls, logits: Tensor, summary: RowSummary, rows: Rows) -> "Prediction":
-        """Collectives: where TP > 1, three all-reduces of [N] over the tensor-parallel group."""
-        best, row, top = max_over_ranks(summary.best, summary.row + rows.first, summary.log_sum)
-        normaliser = log_sum_over_ranks(summary.log_sum, top)
-        tokens = row if rows.tokens is None else rows.tokens[row]
-        return cls(rows, logits, tokens, confidence(best, normaliser))
+        """Collectives: see `RowSummary.over_ranks`."""
+        (whole,) = summary.over_ranks(rows.first)
+        tokens = whole.row if rows.tokens is None else rows.tokens[whole.row]
+        return cls(rows, logits, tokens, whole.confidence)
 
     def select(self, indices: list[int]) -> "Prediction":
         """The prediction for some of the tokens."""

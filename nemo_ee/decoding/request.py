@@ -8,11 +8,10 @@ from typing import Any
 from nemo_ee.config import EarlyExitConfig, check_thresholds
 from nemo_ee.decoding.confidence_rules import CONFIDENCE_RULES
 from nemo_ee.decoding.decoder import KV_POLICIES
+from nemo_ee.decoding.leaving import NEVER, is_asked
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.schema import build_config, one_of
 
-NEVER = 1.0
-"""A threshold: the exit is not asked."""
 DRAFTS_ABOVE = 0.4
 """Threshold of lossless requests that give none, by the maximum probability. The model's own say when a token may stay;
 drafts only have to be worth their time (with SmolLM2-135M, 0.2 to 0.5 are equally good)."""
@@ -111,6 +110,11 @@ class GenerationRequest:
     lossless: bool = False
     confidence: str = "max_probability"
     kv_policy: str = "catch_up"
+
+    @property
+    def asked(self) -> list[int]:
+        """Exit layers that may let a token leave, ascending."""
+        return [n for n, threshold in sorted(self.exits.items()) if is_asked(threshold)]
 
     def threshold(self, layer: int) -> float:
         """Of the exit on a layer; `NEVER` for exits that are not used."""

@@ -1,17 +1,16 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """A batch of sequences that decode together; they come and go between steps."""
 
-from collections.abc import Sequence as Several
+from collections.abc import Sequence
 
-from nemo_ee.decoding.choosing import Choices, Chooser, Place
+from nemo_ee.decoding.choosing import Chooser, TokenDistributions, TokenSlot
 from nemo_ee.decoding.decoder import EarlyExitDecoder
 from nemo_ee.decoding.decoding_model import DecodingModel
 from nemo_ee.decoding.drafts.drafting import DraftingPolicy
 from nemo_ee.decoding.drafts.lossless import LosslessRounds
 from nemo_ee.decoding.drafts.pass_costs import pass_costs
 from nemo_ee.decoding.drafts.verification import Acceptance, agreeing_prefix
-from nemo_ee.decoding.request import NEVER
-from nemo_ee.decoding.sequence import Draft, Sequence
+from nemo_ee.decoding.generated_sequence import Draft, GeneratedSequence
 from nemo_ee.decoding.step import Step
 from nemo_ee.decoding.transfer import to_device, to_host
 
@@ -41,7 +40,7 @@ class DecodingSession:
     def __init__(
         self,
         model: DecodingModel,
-        exit_layers: Several[int],
+        exit_layers: Sequence[int],
         slots: int,
         max_length: int,
         kv_policy: str = "catch_up",
@@ -49,7 +48,7 @@ class DecodingSession:
         drafting: DraftingPolicy | None = None,
     ):
         self.slots, self.max_length = slots, max_length
-        self.running: list[Sequence] = []
+        self.running: list[GeneratedSequence] = []
         self._model, self._layers = model, list(exit_layers)
         self._chooser = Chooser(model.gpt)
         self._decoder = EarlyExitDecoder(model, exit_layers, slots, max_length, kv_policy, confidence)
@@ -67,7 +66,7 @@ class DecodingSession:
         """Sequences that can be added."""
         return self.slots - len(self.running)
 
-    def add(self, sequences: Several[Sequence]) -> list[Sequence]:
+    def add(self, sequences: Sequence[GeneratedSequence]) -> list[GeneratedSequence]:
         """Feeds prompts and chooses their first tokens.
 
         Args:
@@ -83,7 +82,7 @@ class DecodingSession:
         self._take(step, list(sequences), [False] * len(sequences))
         return self._retire()
 
-    def step(self) -> list[Sequence]:
+    def step(self) -> list[GeneratedSequence]:
         """Decodes: every sequence gets a token, but for lossless ones whose drafts are not verified yet.
 
         Returns:
@@ -116,16 +115,16 @@ class DecodingSession:
             rounds.note_pass([t for t, h in zip(thresholds, held, strict=True) if h], drafts)
         self._take(step, going, held)
 
-    def remove(self, sequence: Sequence) -> None:
+    def remove(self, sequence: GeneratedSequence) -> None:
         """Ends a sequence before its time."""
         sequence.finish_reason = sequence.finish_reason or "cancelled"
         self._retire()
 
-    def _thresholds(self, sequence: Sequence) -> list[float]:
+    def _thresholds(self, sequence: GeneratedSequence) -> list[float]:
         """Of all exits, for a token that the first sure one answers."""
         return [sequence.request.threshold(n) for n in self._layers]
 
-    def _take(self, step: Step, sequences: list[Sequence], held: list[bool]) -> None:
+    def _take(self, step: Step, sequences: list[GeneratedSequence], held: list[bool]) -> None:
         """Gives a step's answers to its sequences: as final tokens, or as drafts where they are held."""
         known = set(step.answered)
         self._rounds.waiting.update(s for i, s in enumerate(sequences) if i not in known)
@@ -146,14 +145,14 @@ class DecodingSession:
             if sequence.ends_with_drafts():
                 self._rounds.waiting.add(sequence)
 
-    def _verify(self, sequences: list[Sequence]) -> None:
+    def _verify(self, sequences: list[GeneratedSequence]) -> None:
         """Ends a round: the full model accepts drafts, and says what comes behind them. Waits for the device once."""
         rows = [self.running.index(s) for s in sequences]
         prediction, counts = self._decoder.flush(rows)
-        places = [Place.after(s, j) for s, n in zip(sequences, counts, strict=True) for j in range(n)]
+        places = [TokenSlot.after(s, j) for s, n in zip(sequences, counts, strict=True) for j in range(n)]
         found = self._chooser.of_prediction(prediction, places)
         spans = found.distributions
-        judges: dict[Sequence, Acceptance] = {}
+        judges: dict[GeneratedSequence, Acceptance] = {}
         ahead = self._model.device.type != "cpu"
         first = 0
         for sequence, count in zip(sequences, counts, strict=True):
@@ -193,7 +192,13 @@ class DecodingSession:
         self._rounds.end(sum(counts), len(sequences))
 
     def _commit(
-        self, sequence: Sequence, token: int, layer: int, confidence: float, found: Choices, n: int
+        self,
+        sequence: GeneratedSequence,
+        token: int,
+        layer: int,
+        confidence: float,
+        found: TokenDistributions,
+        n: int,
     ) -> bool:
         """Adds a final token, chosen from the n-th prediction; returns whether the sequence goes on."""
         if sequence.request.sampling.all_probs:
@@ -202,7 +207,7 @@ class DecodingSession:
             sequence.full_logprobs.append(found.log_probs[n])
         return sequence.commit(token, layer, confidence)
 
-    def _retire(self) -> list[Sequence]:
+    def _retire(self) -> list[GeneratedSequence]:
         """Drops finished sequences and their rows; returns them."""
         for sequence, layers in zip(self.running, self._decoder.layers_run, strict=True):
             sequence.statistics.layers_run = layers
@@ -215,6 +220,6 @@ class DecodingSession:
         return finished
 
 
-def _drafts(sequence: Sequence) -> bool:
+def _drafts(sequence: GeneratedSequence) -> bool:
     """Whether exits only draft for this sequence."""
-    return sequence.request.lossless and min(sequence.request.exits.values(), default=NEVER) < NEVER
+    return sequence.request.lossless and bool(sequence.request.asked)

@@ -11,15 +11,11 @@ import torch
 from torch import Tensor
 
 from nemo_ee.config import HeadConfig
-from nemo_ee.decoding.confidence import confidence, is_sure, summarise_rows
+from nemo_ee.decoding.leaving import leaves
 from nemo_ee.modeling.gpt import EarlyExitGPTModel, StageStates
 from nemo_ee.modeling.projection import ExitProjection
-from nemo_ee.modeling.vocab_parallel import (
-    chunk_tokens,
-    log_sum_over_ranks,
-    max_over_ranks,
-    reduce_over_ranks,
-)
+from nemo_ee.modeling.row_summary import summarise_rows
+from nemo_ee.modeling.vocab_parallel import chunk_tokens, reduce_over_ranks
 
 CONFIDENCE_RULE = "max_probability"
 """By which text is scored: the probability of an exit's most probable token."""
@@ -61,8 +57,7 @@ class TextScores:
         tokens, layers = self.final.tokens.clone(), torch.zeros_like(self.final.tokens)
         for n in sorted(thresholds, reverse=True):
             exit_ = self.exits[n]
-            values = exit_.confidences.flatten().tolist()
-            sure = torch.tensor(is_sure(values, thresholds[n]), device=tokens.device).view_as(tokens)
+            sure = leaves(exit_.confidences.double(), thresholds[n])
             tokens, layers = torch.where(sure, exit_.tokens, tokens), layers.masked_fill(sure, n)
         return tokens, layers
 
@@ -123,10 +118,8 @@ def _score_tokens(
     """The fields of `ExitScores`, [T] each, from states [T, H]."""
     logits = projection.local_logits(state, weight)
     summary = summarise_rows(logits, projection.emittable_rows())
-    best, row = max_over_ranks(summary.best, summary.row + projection.first_row)
-    highest = reduce_over_ranks(logits.amax(-1), torch.distributed.ReduceOp.MAX)
-    normaliser = log_sum_over_ranks(summary.log_sum)
+    whole, highest = summary.over_ranks(projection.first_row, logits.amax(-1))
     columns, held = projection.held(projection.rows_of(labels))
     label_logits = logits.gather(-1, columns[:, None])[:, 0].where(held, 0.0)
-    losses = normaliser - reduce_over_ranks(label_logits)
-    return projection.tokens_of(row), confidence(best, normaliser), losses, highest > best
+    losses = whole.log_sum - reduce_over_ranks(label_logits)
+    return projection.tokens_of(whole.row), whole.confidence, losses, highest > whole.best

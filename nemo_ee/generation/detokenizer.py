@@ -36,26 +36,26 @@ class Detokenizer:
         The tokens of one character give "" but for its last one; so does a special token.
         """
         self._held.append(token)
-        if not self._decode(self._context + self._held).endswith(UNFINISHED):
-            return self._release(len(self._held))
+        text = self._decode(self._context + self._held)
+        if not text.endswith(UNFINISHED):
+            return self._release(len(self._held), text)
         if len(self._held) <= LONGEST_HELD:
             return []
-        return self._release(
-            len(self._held) - LONGEST_HELD
-        )  # no character is that long: these bytes are broken
+        return self._release(1)  # no character is that long: these bytes are broken
 
     def close(self) -> list[str]:
         """The pieces of the tokens that still wait; an unfinished character shows as U+FFFD."""
         return self._release(len(self._held)) if self._held else []
 
-    def _release(self, count: int) -> list[str]:
+    def _release(self, count: int, text: str | None = None) -> list[str]:
+        """The pieces of the first tokens that wait; `text` is theirs behind the context, where that is known."""
         group, self._held = self._held[:count], self._held[count:]
-        piece = self._decode(self._context + group)[len(self._context_text) :]
+        piece = (self._decode(self._context + group) if text is None else text)[len(self._context_text) :]
         if piece:  # tokens without text would leave the next one at the beginning of a text
             self._context, self._context_text = group, self._decode(group)
         elif (
             not self._context_text
-        ):  # the text begins with what has none, a space that is dropped there or BOS
+        ):  # the text begins with what has none: a space that is dropped there, or BOS
             self._context = (self._context + group)[-LONGEST_CONTEXT:]
         return [""] * (count - 1) + [piece]
 

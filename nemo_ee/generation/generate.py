@@ -13,10 +13,10 @@ from nemo.utils import logging
 from nemo_ee.decoding.confidence_rules import CONFIDENCE_RULES
 from nemo_ee.decoding.decoder import EarlyExitDecoder
 from nemo_ee.decoding.decoding_model import DecodingModel
+from nemo_ee.decoding.generated_sequence import GeneratedSequence
 from nemo_ee.decoding.pipeline.channel import PipelineGroups, StageGone
 from nemo_ee.decoding.pipeline.session import PipelineSession, serve
-from nemo_ee.decoding.request import NEVER, GenerationRequest, parse_request
-from nemo_ee.decoding.sequence import Sequence
+from nemo_ee.decoding.request import GenerationRequest, parse_request
 from nemo_ee.decoding.session import DecodingSession
 from nemo_ee.errors import GenerationError
 from nemo_ee.generation.output import to_output, to_prompt_logprobs
@@ -74,7 +74,7 @@ def generate(
             )
         stop = StopRule(tokenizer, request.sampling.end_strings)
         results = [
-            Sequence(prompt, request, stop, stop.eos, min(request.max_length, limit + 1 - len(prompt)), seed)
+            stop.begin(prompt, request, min(request.max_length, limit + 1 - len(prompt)), seed)
             for prompt, seed in zip(prompts, drawn, strict=True)
         ]
         if request.max_length > 0:
@@ -85,7 +85,7 @@ def generate(
     return to_output(results, tokenizer)
 
 
-def continue_sequences(model: DecodingModel, sequences: list[Sequence]) -> None:
+def continue_sequences(model: DecodingModel, sequences: list[GeneratedSequence]) -> None:
     """Generates until all are finished; they are one batch.
 
     Args:
@@ -100,7 +100,9 @@ def continue_sequences(model: DecodingModel, sequences: list[Sequence]) -> None:
             session.step()
 
 
-def continue_over_stages(groups: PipelineGroups, model: DecodingModel, sequences: list[Sequence]) -> None:
+def continue_over_stages(
+    groups: PipelineGroups, model: DecodingModel, sequences: list[GeneratedSequence]
+) -> None:
     """`continue_sequences` over a pipeline; all its ranks call it, and their sequences are alike afterwards.
 
     Args:
@@ -139,10 +141,9 @@ def continue_over_stages(groups: PipelineGroups, model: DecodingModel, sequences
             setattr(sequence, name, value)
 
 
-def _extent(sequences: list[Sequence]) -> tuple[list[int], int]:
+def _extent(sequences: list[GeneratedSequence]) -> tuple[list[int], int]:
     """The exits that can be taken, and the positions that are needed."""
-    exits = [n for n, threshold in sorted(sequences[0].request.exits.items()) if threshold < NEVER]
-    return exits, max(len(s.prompt) + s.limit - 1 for s in sequences)
+    return sequences[0].request.asked, max(len(s.prompt) + s.limit - 1 for s in sequences)
 
 
 def seeds(count: int, generator: torch.Generator | None) -> list[int]:

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_ee.decoding.sequence import Sequence as Generated
+from nemo_ee.decoding.generated_sequence import GeneratedSequence
 from nemo_ee.generation.text import TextTokenizer
 
 SPECIAL_TOKENS = ("pad_token", "eos_token", "bos_token", "cls_token", "unk_token", "sep_token", "mask_token")
 
 
-def to_output(results: Sequence[Generated], tokenizer: TextTokenizer) -> dict[str, Any]:
+def to_output(results: Sequence[GeneratedSequence], tokenizer: TextTokenizer) -> dict[str, Any]:
     """NeMo's dictionary for generated text.
 
     `sentences`, `tokens`, `token_ids` and `offsets` cover prompt and continuation, each sentence up to its

@@ -1,47 +1,40 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""When a sequence ends: a token that ends texts, or generated text that ends with one of the end strings."""
+"""What ends a sequence: a token that ends texts, or an end string, wherever in a token it is complete."""
 
 from collections.abc import Sequence
 
+from nemo_ee.decoding.generated_sequence import GeneratedSequence
+from nemo_ee.decoding.request import GenerationRequest
 from nemo_ee.generation.text import TextTokenizer
+from nemo_ee.generation.text_stream import TextStream
 
 END_OF_SEQUENCE = "<|endoftext|>"
 """The end string that stands for EOS, whatever the tokenizer calls it (NeMo's convention)."""
-TAIL_TOKENS = 16
-"""Tokens decoded beyond an end string's bytes, for those that decode to nothing."""
 
 
 class StopRule:
-    """Decides whether generated tokens end a sequence.
-
-    End strings that are one special token of the tokenizer are compared by id, as it has no text, others
-    by decoding the tail of what was generated; the prompt never counts.
+    """Begins sequences that end by end strings; the prompt never counts.
 
     Args:
         tokenizer: the model's.
         end_strings: see `SamplingOptions`.
 
     Attributes:
-        eos: tokens that end every text; empty where the model has none.
-        token_ids: tokens that end a sequence, those among them.
+        token_ids: tokens that end a sequence.
         texts: end strings to look for in decoded text.
     """
 
     def __init__(self, tokenizer: TextTokenizer, end_strings: Sequence[str]):
-        self.eos = tokenizer.eos_ids
-        self._decode = tokenizer.decode
-        said = [text for text in end_strings if text != END_OF_SEQUENCE or not self.eos]
+        self._tokenizer = tokenizer
+        said = [text for text in end_strings if text != END_OF_SEQUENCE or not tokenizer.eos_ids]
         self.token_ids, self.texts = end_tokens(tokenizer, said)
-        self._tail = max((len(text.encode()) for text in self.texts), default=0) + TAIL_TOKENS
 
-    def __call__(self, generated: Sequence[int]) -> bool:
-        """Whether a sequence ends after these generated tokens, at least one."""
-        if generated[-1] in self.token_ids:
-            return True
-        if not self.texts:
-            return False
-        text = self._decode(generated[-self._tail :])
-        return any(text.endswith(end) for end in self.texts)
+    def begin(
+        self, prompt: list[int], request: GenerationRequest, limit: int, seed: int = 0
+    ) -> GeneratedSequence:
+        """A sequence that is still to be generated; see there."""
+        text = TextStream(self._tokenizer.decode, prompt, self.texts) if self.texts else None
+        return GeneratedSequence(prompt, request, self.token_ids, self._tokenizer.eos_ids, limit, seed, text)
 
 
 def end_tokens(tokenizer: TextTokenizer, strings: Sequence[str]) -> tuple[frozenset[int], list[str]]:

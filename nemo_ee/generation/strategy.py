@@ -1,6 +1,7 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Early exits inside NeMo's own generation loop, as a text generation strategy."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +13,10 @@ from nemo.utils.nemo_logging import LogMode
 from torch import Tensor
 
 from nemo_ee.decoding.decoder import EarlyExitDecoder
-from nemo_ee.decoding.request import NEVER, parse_exits
-from nemo_ee.decoding.step import Step
+from nemo_ee.decoding.generated_sequence import GeneratedSequence
+from nemo_ee.decoding.leaving import NEVER, is_asked
+from nemo_ee.decoding.request import GenerationRequest, parse_exits
+from nemo_ee.decoding.step import UNANSWERED, Step
 from nemo_ee.errors import ConfigError, Fault, GenerationError
 from nemo_ee.generation.generate import (
     check_model_can_generate,
@@ -69,15 +72,13 @@ class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
         thresholds, others = parse_exits(options, model.early_exit, faults)
         if faults:
             raise ConfigError(*faults)
-        self.exits = {n: value for n, value in thresholds.items() if value < NEVER}
+        self.exits = {n: value for n, value in thresholds.items() if is_asked(value)}
         self.max_pending = others.max_pending
         self.confidence = others.confidence or model.early_exit.inference.confidence
         super().__init__(model)
         self.prompt_logits = True
         self.decoder: EarlyExitDecoder | None = None
         self._prompt_lengths: list[int] | None = None
-        self._stop: StopRule | None = None
-        self._stop_strings: list[str] = []
         self._min_length = 0
 
     def prepare(self, inputs: Any, length_params: Mapping, sampling_params: Mapping) -> tuple[Tensor, Tensor]:
@@ -158,9 +159,10 @@ class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
             raise GenerationError(
                 "prompts given as tensors have unknown lengths here; call model.generate(…, strategy=…)"
             )
-        self.done = [False] * batch
-        self.exit_layers: list[list[int]] = [[] for _ in range(batch)]
-        self.confidences: list[list[float]] = [[] for _ in range(batch)]
+        prompts = zip(context_tokens.tolist(), self.lengths, strict=True)
+        self._prompts = [tokens[:length] for tokens, length in prompts]
+        self.sequences: list[GeneratedSequence] = []
+        self._exits = [(UNANSWERED, 0.0)] * batch
         self.forget()
 
     def prepare_batch_at_step(
@@ -207,8 +209,8 @@ class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
                 step = self.decoder.prefill(tokens[:, :length].tolist(), all_positions=self.prompt_logits)
                 logits = step.vocabulary_shard(shard).view(len(tokens), -1, shard)
             else:
-                rows = [b for b, done in enumerate(self.done) if not done]
-                never, usual = [1.0] * len(self.exits), list(self.exits.values())
+                rows = [b for b, sequence in enumerate(self.sequences) if sequence.finish_reason is None]
+                never, usual = [NEVER] * len(self.exits), list(self.exits.values())
                 thresholds = [usual if length > self.lengths[b] else never for b in rows]
                 limits = [self.max_pending] * len(rows)
                 step = self.decoder.step(tokens[rows, length - 1], thresholds, rows, limits)
@@ -222,39 +224,36 @@ class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
         here = [token - offset for token in self.model.text_tokenizer.eos_ids if 0 <= token - offset < shard]
         for b in short if here else ():
             logits[b, -1, here] = float("-inf")
-        self._note(step, rows, length, last=length if first and self.prompt_logits else 1)
+        self._note(step, rows, last=length if first and self.prompt_logits else 1)
         return [{"logits": logits}]
 
-    def _note(self, step: Step, rows: list[int], length: int, last: int) -> None:
+    def _note(self, step: Step, rows: list[int], last: int) -> None:
         """Remembers the exits of the tokens about to be chosen; each of `rows` has `last` predictions."""
         for i, b in enumerate(rows):
-            if length >= self.lengths[b]:
-                self.exit_layers[b].append(step.exit_layers[(i + 1) * last - 1])
-                self.confidences[b].append(step.confidences[(i + 1) * last - 1])
+            at = (i + 1) * last - 1
+            self._exits[b] = step.exit_layers[at], step.confidences[at]
 
     def end_of_generation_condition(
         self, tokens: Tensor, prev: Tensor, eod_id: int, end_strings: list[str]
     ) -> Tensor:
         """Which sequences have ended, [B] bool; those are not computed further."""
-        if self._stop is None or self._stop_strings != end_strings:
-            self._stop, self._stop_strings = (
-                StopRule(self.model.text_tokenizer, end_strings),
-                list(end_strings),
-            )
-        ended = []
-        for b, row in enumerate(tokens.tolist()):
-            generated = row[self.lengths[b] :]
-            self.done[b] = self.done[b] or (bool(generated) and self._stop(generated))
-            ended.append(self.done[b])
-        return torch.tensor(ended, device=prev.device)
+        self.sequences = self.sequences or self._begun(end_strings)
+        for row, sequence, exit_ in zip(tokens.tolist(), self.sequences, self._exits, strict=True):
+            if len(row) > len(sequence.prompt) and sequence.finish_reason is None:
+                sequence.commit(row[-1], *exit_)
+        return torch.tensor([s.finish_reason is not None for s in self.sequences], device=prev.device)
+
+    def _begun(self, end_strings: list[str]) -> list[GeneratedSequence]:
+        stop, request = StopRule(self.model.text_tokenizer, end_strings), GenerationRequest()
+        return [stop.begin(prompt, request, sys.maxsize) for prompt in self._prompts]
 
     def post_generation_process(self, output: dict[str, Any]) -> dict[str, Any]:
         """Adds `early_exit`, writes `sentences` as we decode them, and forgets the batch."""
         decode = self.model.text_tokenizer.decode
         output["sentences"] = [decode(ids) for ids in output["token_ids"]]
         output["early_exit"] = [
-            {"exit_layers": layers, "confidences": values}
-            for layers, values in zip(self.exit_layers, self.confidences, strict=True)
+            {"exit_layers": sequence.exit_layers, "confidences": sequence.confidences}
+            for sequence in self.sequences or self._begun([])
         ]
         self.forget()
         self._prompt_lengths, self.prompt_logits, self._min_length = None, True, 0

@@ -2,10 +2,12 @@
 """From text to token ids and back, with what a checkpoint says of its texts: how they begin, and what ends them."""
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from nemo.collections.common.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from nemo_ee.data.token_rules import beginning, joined, known_id, special_ids, tokens_before_a_text
 from nemo_ee.errors import ConfigError, Fault, GenerationError
@@ -109,6 +111,8 @@ class TextTokenizer:
         shown = [token for token in ids if token in self._known]
         if isinstance(self.nemo, SentencePieceTokenizer):
             return self.nemo.tokenizer.decode_ids(shown)
+        if _decodes_by_core(type(self.nemo.tokenizer)):  # which takes a tenth of the time
+            return self.nemo.tokenizer.backend_tokenizer.decode(shown, skip_special_tokens=False)
         return self.nemo.tokenizer.decode(
             shown,
             skip_special_tokens=False,  # they are gone, and slow tokenizers would look for them once more
@@ -131,6 +135,13 @@ class TextTokenizer:
             return None
         token = self.nemo.tokens_to_ids([name])[0]
         return token if token in self.special and self.name(token) == name else None
+
+
+@cache
+def _decodes_by_core(kind: type) -> bool:
+    """Whether a tokenizer of transformers leaves decoding to `tokenizers`, and adds nothing of its own."""
+    fast = PreTrainedTokenizerFast
+    return issubclass(kind, fast) and (kind.decode, kind._decode) == (fast.decode, fast._decode)
 
 
 def _check(eos_token_ids: Any, add_bos: Any, bos: int | None) -> None:

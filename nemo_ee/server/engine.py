@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from nemo_ee.decoding.sequence import Sequence as Generated
+from nemo_ee.decoding.generated_sequence import GeneratedSequence
 from nemo_ee.server.answers.delta import Delta
 from nemo_ee.server.answers.errors import ApiError
 from nemo_ee.server.job import Job
@@ -33,11 +33,11 @@ class Session(Protocol):
     @property
     def free(self) -> int: ...
 
-    def add(self, sequences: list[Generated]) -> list[Generated]: ...
+    def add(self, sequences: list[GeneratedSequence]) -> list[GeneratedSequence]: ...
 
-    def step(self) -> list[Generated]: ...
+    def step(self) -> list[GeneratedSequence]: ...
 
-    def remove(self, sequence: Generated) -> None: ...
+    def remove(self, sequence: GeneratedSequence) -> None: ...
 
 
 class Engine:
@@ -72,7 +72,7 @@ class Engine:
         self._cut_at = math.inf
         self._stopping = False
         self._state = "starting"
-        self._running: dict[Generated, Job] = {}
+        self._running: dict[GeneratedSequence, Job] = {}
         self._failures, self._error = 0, None  # type: int, Exception | None
         self._doubtful = False  # a job had predictions that were not finite
         self._job_seconds = 1.0  # how long a job occupies its slot, averaged
@@ -188,8 +188,8 @@ class Engine:
             if not joining and not self._running:
                 continue  # all that waited has left
             if joining:
-                self._running |= {job.choice.sequence: job for job in joining}
-                session.add([job.choice.sequence for job in joining])
+                self._running |= {job.sequence: job for job in joining}
+                session.add([job.sequence for job in joining])
                 self._metrics.prompt(sum(job.prompt_tokens for job in joining))
                 self._collect(session, joining)
             if self._running:
@@ -210,8 +210,8 @@ class Engine:
         now = time.monotonic()
         leaving = [job for job in self._running.values() if self._must_leave(job, now)]
         for job in leaving:
-            session.remove(job.choice.sequence)
-            del self._running[job.choice.sequence]
+            session.remove(job.sequence)
+            del self._running[job.sequence]
         with self._changed:
             unserved = [job for job in self._waiting if self._must_leave(job, now)]
             for job in unserved:
@@ -255,18 +255,15 @@ class Engine:
                     continue
                 events.append((job, delta))
                 if delta.finish_reason is not None:
-                    sequence = job.choice.sequence
-                    del self._running[sequence]
-                    if sequence.finish_reason is None:  # a stop string, which the session does not know
-                        session.remove(sequence)
+                    del self._running[job.sequence]
                 self._measure(job, delta)
         finally:
             self._deliver(events)
 
     def _take_out(self, session: Session, job: Job) -> ApiError:
         """Ends a job whose predictions are not finite; the others go on."""
-        del self._running[job.choice.sequence]
-        session.remove(job.choice.sequence)
+        del self._running[job.sequence]
+        session.remove(job.sequence)
         self._doubtful = True
         self._metrics.not_finite()
         logger.error("predictions for a sequence are NaN or infinite; it is ended")

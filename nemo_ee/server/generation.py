@@ -12,7 +12,7 @@ from nemo_ee.server.answers.reply import Reply
 from nemo_ee.server.engine import Engine
 from nemo_ee.server.job import Job
 from nemo_ee.server.metrics import Metrics
-from nemo_ee.server.requests.plan import Plan
+from nemo_ee.server.requests.plan import RequestPlan
 
 SENDING_SECONDS = 10.0
 """How much longer than its request's time an answer may take to be sent."""
@@ -22,7 +22,7 @@ OUTCOMES = {429: "rejected", 500: "error", 503: "rejected", 504: "timeout"}
 
 @asynccontextmanager
 async def generation(
-    plan: Plan, engine: Engine, timeout_s: float, receive: Callable[[], Awaitable[Any]]
+    plan: RequestPlan, engine: Engine, timeout_s: float, receive: Callable[[], Awaitable[Any]]
 ) -> AsyncIterator[Reply]:
     """Queues a plan's choices, and on leaving takes back those that did not end.
 

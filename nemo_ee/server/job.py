@@ -5,9 +5,9 @@ import math
 import time
 from dataclasses import dataclass, field
 
+from nemo_ee.decoding.generated_sequence import GeneratedSequence
 from nemo_ee.server.answers.delta import Delta
 from nemo_ee.server.answers.reply import Reply
-from nemo_ee.server.requests.plan import Choice
 
 
 @dataclass(eq=False)
@@ -15,7 +15,7 @@ class Job:
     """A sequence that waits or runs, and where its tokens go. The engine's thread alone changes it.
 
     Attributes:
-        choice: its sequence and text.
+        sequence: with its text.
         reply: the request's.
         index: of the choice in the request.
         deadline: of the request, by `time.monotonic`.
@@ -25,7 +25,7 @@ class Job:
         cancelled: nobody waits for it any more; set by the request's coroutine.
     """
 
-    choice: Choice
+    sequence: GeneratedSequence
     reply: Reply
     index: int
     deadline: float
@@ -33,30 +33,22 @@ class Job:
     started: float | None = None
     last_token: float | None = None
     cancelled: bool = False
-    _fed: int = 0
     _settled: int = 0
 
     @property
     def prompt_tokens(self) -> int:
         """Length of its prompt."""
-        return len(self.choice.sequence.prompt)
+        return len(self.sequence.prompt)
 
     @property
     def is_finite(self) -> bool:
         """Whether the model is sure of the sequence's new tokens by a finite number; it is not where logits are NaN."""
-        return all(map(math.isfinite, self.choice.sequence.confidences[self._fed :]))
+        return all(map(math.isfinite, self.sequence.confidences[self._settled :]))
 
     def advance(self) -> Delta | None:
         """What the sequence's new tokens settle; None if that is nothing. Ends with `finish_reason`."""
-        sequence, text = self.choice.sequence, self.choice.text
-        pieces: list[str] = []
-        while self._fed < len(sequence.tokens) and not text.stopped:
-            pieces += text.feed(sequence.tokens[self._fed])
-            self._fed += 1
-        reason = "stop" if text.stopped else sequence.finish_reason
-        if reason is not None and not text.stopped:
-            pieces += text.close()
-            reason = "stop" if text.stopped else reason  # a stop string may come with the last character
+        sequence, reason = self.sequence, self.sequence.finish_reason
+        pieces = sequence.text.pieces[self._settled :]
         if not pieces and reason is None:
             return None
         start, self._settled = self._settled, self._settled + len(pieces)

@@ -4,8 +4,8 @@
 import math
 from typing import Protocol
 
+from nemo_ee.decoding.generated_sequence import GeneratedSequence
 from nemo_ee.decoding.request import GenerationRequest
-from nemo_ee.decoding.sequence import Sequence
 from nemo_ee.errors import GenerationError
 
 PROMPT = [0]
@@ -17,9 +17,9 @@ POSITIONS = len(PROMPT) + LIMIT - 1
 class Decodes(Protocol):
     """What a probe needs of a session."""
 
-    def add(self, sequences: list[Sequence]) -> list[Sequence]: ...
+    def add(self, sequences: list[GeneratedSequence]) -> list[GeneratedSequence]: ...
 
-    def step(self) -> list[Sequence]: ...
+    def step(self) -> list[GeneratedSequence]: ...
 
 
 class NotFiniteError(GenerationError):
@@ -35,7 +35,7 @@ def check_finite(session: Decodes) -> None:
     Raises:
         NotFiniteError: the model is not sure of them by a finite number.
     """
-    probe = Sequence(list(PROMPT), GenerationRequest(), lambda _: False, (), LIMIT)
+    probe = GeneratedSequence(list(PROMPT), GenerationRequest(), frozenset(), (), LIMIT)
     session.add([probe])
     while probe.finish_reason is None:
         session.step()

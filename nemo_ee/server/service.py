@@ -20,7 +20,7 @@ from nemo_ee.server.engine import Engine
 from nemo_ee.server.generation import counted, generation, outcome_of
 from nemo_ee.server.metrics import Metrics
 from nemo_ee.server.requests.body import read_body
-from nemo_ee.server.requests.plan import Plan, make_plan
+from nemo_ee.server.requests.plan import RequestPlan, make_plan
 from nemo_ee.server.requests.protocol import AnyRequest, ChatRequest, parse
 from nemo_ee.server.served_model import ServedModel
 from nemo_ee.server.settings import ServerConfig
@@ -84,7 +84,7 @@ class Service:
             },
         }
 
-    def _read(self, kind: type[AnyRequest], body: bytes) -> tuple[AnyRequest, Plan]:
+    def _read(self, kind: type[AnyRequest], body: bytes) -> tuple[AnyRequest, RequestPlan]:
         try:
             call = parse(kind, body)
             return call, make_plan(call, self.model, self.config)
@@ -92,7 +92,7 @@ class Service:
             raise ApiError(400, "the body is nested too deeply", code="invalid_json") from error
 
     @asynccontextmanager
-    async def _run(self, request: Request, plan: Plan) -> AsyncIterator[Reply]:
+    async def _run(self, request: Request, plan: RequestPlan) -> AsyncIterator[Reply]:
         timeout_s = self.config.request_timeout_s
         async with counted(self.metrics, request.url.path):
             async with generation(plan, self.engine, timeout_s, request.receive) as reply:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from nemo_ee.config import TuningConfig
-from nemo_ee.decoding.confidence import best_row, confidence
 from nemo_ee.modeling.projection import ExitProjection, ProjectionWeights
+from nemo_ee.modeling.row_summary import best_row, confidence
 from nemo_ee.modeling.vocab_parallel import chunk_tokens, max_over_ranks, reduce_over_ranks, sum_over_ranks
 
 

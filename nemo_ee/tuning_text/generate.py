@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from nemo_ee.checkpoint.conversion.base import BaseCheckpoint
 from nemo_ee.config import EarlyExitConfig
+from nemo_ee.decoding.generated_sequence import GeneratedSequence
 from nemo_ee.decoding.request import GenerationRequest, parse_request
-from nemo_ee.decoding.sequence import Sequence
 from nemo_ee.decoding.session import DecodingSession
 from nemo_ee.errors import ConfigError
 from nemo_ee.files.output import claim
@@ -90,7 +90,7 @@ def _generate(config: TuningTextConfig, request: GenerationRequest, trainer: Any
             began = time.perf_counter()
             lengths = [min(request.max_length, limit + 1 - len(ids[i])) for i in chosen]
             answers = [
-                Sequence(ids[i], request, stop, stop.eos, length, _seed(config.seed, i))
+                stop.begin(ids[i], request, length, _seed(config.seed, i))
                 for i, length in zip(chosen, lengths, strict=True)
             ]
             for finished in _answer(model, answers, config.batch_size):
@@ -139,7 +139,7 @@ def _is_time(config: TuningTextConfig, progress: Progress, block: int) -> bool:
     return progress.seconds * (1 + block / progress.prompts) <= 60.0 * config.minutes
 
 
-def _answer(model: Any, answers: list[Sequence], slots: int) -> Iterator[int]:
+def _answer(model: Any, answers: list[GeneratedSequence], slots: int) -> Iterator[int]:
     """Generates until all are finished; yields after each step how many that did."""
     with generating(model):
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
@@ -152,7 +152,7 @@ def _answer(model: Any, answers: list[Sequence], slots: int) -> Iterator[int]:
         longest = max(len(each.prompt) + each.limit - 1 for each in answers)
         with DecodingSession(model.decoding_model(), [], slots, longest) as session:
             while waiting or session.running:
-                ended: list[Sequence] = []
+                ended: list[GeneratedSequence] = []
                 if waiting and session.free >= min(len(waiting), max(1, slots // JOINING)):
                     ended += session.add([waiting.popleft() for _ in range(min(session.free, len(waiting)))])
                 yield len(ended + session.step())
@@ -163,7 +163,9 @@ def _seed(seed: int, place: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{place}".encode()).digest()[:7], "big")
 
 
-def _record(turns: Turns, answer: Sequence, decode: Callable[[list[int]], str]) -> dict[str, Any] | None:
+def _record(
+    turns: Turns, answer: GeneratedSequence, decode: Callable[[list[int]], str]
+) -> dict[str, Any] | None:
     """A line in the format of NeMo's chats; None for an answer without text.
 
     `finish_reason` is not NeMo's: `length` says that the answer was cut, and that the model did not end it there.
@@ -183,7 +185,9 @@ def _record(turns: Turns, answer: Sequence, decode: Callable[[list[int]], str]) 
     }
 
 
-def _after(before: Progress, answers: list[Sequence], records: list[dict], seconds: float) -> Progress:
+def _after(
+    before: Progress, answers: list[GeneratedSequence], records: list[dict], seconds: float
+) -> Progress:
     return replace(
         before,
         prompts=before.prompts + len(answers),

@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, StoppingCriteria
 
 from nemo_ee.decoding.decoding_model import DecodingModel
-from nemo_ee.decoding.request import NEVER, parse_request
-from nemo_ee.decoding.sequence import Sequence
+from nemo_ee.decoding.generated_sequence import GeneratedSequence
+from nemo_ee.decoding.request import parse_request
 from nemo_ee.decoding.session import DecodingSession
 from nemo_ee.errors import CheckpointError, GenerationError
 from nemo_ee.generation.generate import generating, position_limit
@@ -85,7 +85,7 @@ class Ours:
     """
 
     session: DecodingSession
-    sequences: list[Sequence]
+    sequences: list[GeneratedSequence]
 
     def __init__(
         self, model: Any, decoding: Callable, early_exit: Any, sampling: dict = SAMPLING, drafting: Any = None
@@ -98,9 +98,9 @@ class Ours:
         """Prompts fed, and the first token of each chosen; under `generating`."""
         lengths = {"max_length": count, "min_length": count}
         request = parse_request(lengths, self._sampling, self._early_exit, self._model.early_exit)
-        exits = [n for n, threshold in sorted(request.exits.items()) if threshold < NEVER]
-        of = request, lambda tokens: False, self._model.text_tokenizer.eos_ids, count
-        self.sequences = [Sequence(prompt, *of, seed) for seed, prompt in enumerate(prompts)]
+        exits = request.asked
+        of = request, frozenset(), self._model.text_tokenizer.eos_ids, count
+        self.sequences = [GeneratedSequence(prompt, *of, seed) for seed, prompt in enumerate(prompts)]
         size = exits, len(prompts), len(prompts[0]) + count - 1, request.kv_policy, request.confidence
         with (
             generating(self._model),

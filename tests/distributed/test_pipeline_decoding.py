@@ -44,9 +44,9 @@ def generate(tp, pp, head):
         out[name] = model.generate(*given, early_exit=early_exit if first else None, generator=generator)
     ending = out["mixed"]["token_ids"][0][-4]
     word = f"w{ending - 6}"
-    out["end string"] = model.generate(
-        TEXTS, dict(max_length=16), dict(add_BOS=False, end_strings=[word]), early_exit=WAYS["mixed"][0]
-    )
+    for name, end in (("end string", word), ("end string inside a token", word[:-1])):
+        options = dict(add_BOS=False, end_strings=[end])
+        out[name] = model.generate(TEXTS, dict(max_length=16), options, early_exit=WAYS["mixed"][0])
     return out
 
 
@@ -84,7 +84,8 @@ def test_the_tokens_are_those_of_one_process(workers, tp, pp, head):
     (single,) = workers(1).run(generate, 1, 1, head)
     used = Counter(n for row in single["mixed"]["early_exit"] for n in row["exit_layers"])
     assert len(used) >= 3, used
-    assert single["end string"]["token_ids"] != single["mixed"]["token_ids"], "the end string was met"
+    for name in ("end string", "end string inside a token"):
+        assert single[name]["token_ids"] != single["mixed"]["token_ids"], "the end string was met"
     for rank in workers(tp * pp).run(generate, tp, pp, head):
         for name, expected in single.items():
             found = rank[name]

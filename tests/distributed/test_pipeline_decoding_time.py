@@ -23,14 +23,14 @@ by what the others do meanwhile. Waiting for all stages would be 4 and 2 times t
 
 def token_times(unit):
     """Way -> seconds at which this rank's sequence got each token; empty behind the first stage."""
+    from nemo_ee.decoding.generated_sequence import GeneratedSequence
     from nemo_ee.decoding.pipeline.stage import Stage
-    from nemo_ee.decoding.sequence import Sequence
     from tests.support.tiny_gpt import tiny_model, tiny_model_config
 
     config = tiny_model_config(
         head=HEADS["norm, tied"], exits=[1, 4], pp=STAGES, share_embeddings_and_output_weights=False
     )
-    model, run, commit, found = tiny_model(config, STAGES), Stage.run, Sequence.commit, {}
+    model, run, commit, found = tiny_model(config, STAGES), Stage.run, GeneratedSequence.commit, {}
 
     def slow_run(stage, tokens, hidden):
         time.sleep(unit)
@@ -45,7 +45,7 @@ def token_times(unit):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Stage, "run", slow_run)
-            patch.setattr(Sequence, "commit", noted)
+            patch.setattr(GeneratedSequence, "commit", noted)
             lengths = dict(max_length=TOKENS, min_length=TOKENS)
             model.generate(["w1 w2 w3"], lengths, dict(add_BOS=False), early_exit=early_exit)
     return found if torch.distributed.get_rank() == 0 else {}

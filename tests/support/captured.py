@@ -64,8 +64,8 @@ def expect_same_caches(found, expected):
 
 def sequences_for(draw, exits, lossless):
     """Two to eight requests that differ in everything that may differ within a session."""
+    from nemo_ee.decoding.generated_sequence import GeneratedSequence
     from nemo_ee.decoding.request import GenerationRequest, SamplingOptions
-    from nemo_ee.decoding.sequence import Sequence
 
     out = []
     for _ in range(draw.randint(2, 8)):
@@ -79,7 +79,7 @@ def sequences_for(draw, exits, lossless):
         )
         prompt = [draw.randint(3, 200) for _ in range(draw.randint(1, 10))]
         out.append(
-            Sequence(prompt, request, lambda tokens: False, 0, request.max_length, draw.randint(0, 99))
+            GeneratedSequence(prompt, request, frozenset(), 0, request.max_length, draw.randint(0, 99))
         )
     return out
 

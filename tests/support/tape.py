@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from nemo_ee.decoding.cuda.cuda_capture import CapturedPass, Pass
+from nemo_ee.decoding.cuda.cuda_capture import CapturedPass, PassFunction
 
 NOT_CAPTURED = (
     "_local_scalar_dense",
@@ -153,7 +153,7 @@ class TapeCapture:
         self._tapes: list[Tape] = []
         self._results: tuple[torch.Tensor, ...] = ()
 
-    def __call__(self, run: Pass) -> CapturedPass:
+    def __call__(self, run: PassFunction) -> CapturedPass:
         """Calls the pass twice, as `CudaCapture` does."""
         run()
         if len(self.passes) + 1 == self.fail_at:

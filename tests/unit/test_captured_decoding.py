@@ -104,8 +104,8 @@ def test_a_call_that_needs_more_than_is_prepared_decodes_eagerly(
 @pytest.mark.parametrize("tape", [TapeCapture, lambda: None], ids=["captured", "eager"])
 def test_what_is_no_number_stays_with_the_sequence_that_made_it(tape):
     """Rows are taken over, by new sequences and by those that move: 0 times NaN is NaN."""
+    from nemo_ee.decoding.generated_sequence import GeneratedSequence
     from nemo_ee.decoding.request import GenerationRequest
-    from nemo_ee.decoding.sequence import Sequence
     from nemo_ee.decoding.session import DecodingSession
 
     config = tiny_model_config(
@@ -128,7 +128,7 @@ def test_what_is_no_number_stays_with_the_sequence_that_made_it(tape):
         ]
         for prompt, limit in texts:
             request = GenerationRequest(max_length=limit, exits=exits)
-            yield Sequence(prompt, request, lambda tokens: False, None, limit, 0)
+            yield GeneratedSequence(prompt, request, frozenset(), None, limit, 0)
 
     def run(model, waiting):
         everyone = list(waiting)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_ee.decoding.confidence import confidence, summarise_rows
 from nemo_ee.decoding.cpu.cpu_kernels import KERNEL_TOKENS, SWITCH, kernel_linear, run_head
 from nemo_ee.decoding.cpu.kernels.compiled import compiled
 from nemo_ee.decoding.cpu.kernels.exponential import exponential
@@ -19,6 +18,7 @@ from nemo_ee.decoding.cpu.kernels.readout import Head
 from nemo_ee.decoding.decoding_model import DecodingModel
 from nemo_ee.decoding.layers.packed_tokens import PackedTokens
 from nemo_ee.decoding.layers.segment import Segment
+from nemo_ee.modeling.row_summary import confidence, summarise_rows
 from tests.support.tiny_gpt import GPT3, tiny_model, tiny_model_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -244,9 +244,9 @@ print(torch.get_num_threads())
 
 
 def test_a_cached_kernel_is_compiled_again_when_one_that_it_calls_changes(tmp_path):
-    kernels = tmp_path / "nemo_ee" / "kernels"
+    kernels = tmp_path / "nemo_ee/decoding/cpu/kernels"
     kernels.mkdir(parents=True)
-    for package in (kernels.parent, kernels):
+    for package in (kernels, *kernels.parents[:3]):
         (package / "__init__.py").touch()
     shutil.copy(ROOT / "nemo_ee/decoding/cpu/kernels/compiled.py", kernels)
     head = "from nemo_ee.decoding.cpu.kernels.compiled import compiled\n"

@@ -50,16 +50,22 @@ def test_summary_shares():
 
 def test_end_strings(tokenizer):
     from nemo_ee.generation.stopping import StopRule
+    from tests.support.stopping import ended
 
     ids = tokenizer.encode
     stop = StopRule(tokenizer, ["<|endoftext|>", "the dog", EOS])
     assert stop.texts == ["the dog"] and stop.token_ids == {tokenizer.nemo.eos_id}
+    for text in (
+        "ran after the dog",
+        "ran after the do",
+        "the dog ran",
+        "the cat sat on the mat " * 40 + "the dog",
+    ):
+        expected = len(ids(text[: text.find("the dog") + 7])) if "the dog" in text else None
+        assert ended(tokenizer, ids(text), ["the dog"]) == expected
     assert (
-        stop(ids("ran after the dog")) and not stop(ids("ran after the do")) and not stop(ids("the dog ran"))
+        ended(tokenizer, [*ids("the cat"), tokenizer.nemo.eos_id, 5], ["the dog"]) == len(ids("the cat")) + 1
     )
-    assert stop([*ids("the cat"), tokenizer.nemo.eos_id])
-    long = ids("the dog " + "the cat sat on the mat " * 40)
-    assert not stop(long) and stop(long + ids("the dog"))
 
 
 def settings(**values):

@@ -130,8 +130,9 @@ def test_the_lowest_temperature_is_greedy():
 
 
 @pytest.mark.parametrize("top_k, top_p", [(0, 0.0), (5, 1.0), (0, 0.7), (20, 0.9), (3, 1e-6), (99, 0.5)])
-def test_top_k_and_top_p_are_nemos(top_k, top_p):
+def test_top_k_and_top_p_are_nemos_and_transformers(top_k, top_p):
     from nemo.collections.nlp.modules.common.text_generation_utils import top_k_logits
+    from transformers import TopKLogitsWarper, TopPLogitsWarper
 
     from nemo_ee.decoding.sampling import keep_most_probable
 
@@ -141,13 +142,18 @@ def test_top_k_and_top_p_are_nemos(top_k, top_p):
     given = logits.clone()
     expected = top_k_logits(logits.clone(), top_k=min(top_k, 40), top_p=top_p)
     assert keep_most_probable(logits, top_k, top_p).equal(expected)
+    if top_k > 0:
+        assert keep_most_probable(logits, top_k, 1.0).equal(TopKLogitsWarper(min(top_k, 40))(None, logits))
+    if 0 < top_p < 1:  # of equal ones they may keep others
+        theirs = TopPLogitsWarper(top_p)(None, logits)
+        assert keep_most_probable(logits, 0, top_p).sort().values.equal(theirs.sort().values)
     assert logits.equal(given), "inputs stay as they are"
 
 
 def test_a_rejected_draft_is_replaced_by_a_possible_token():
     """Where both distributions differ by rounding alone nothing is left of p - q to draw from."""
     from nemo_ee.decoding.drafts.verification import Acceptance
-    from nemo_ee.decoding.sequence import Draft
+    from nemo_ee.decoding.generated_sequence import Draft
     from nemo_ee.decoding.transfer import to_host
 
     class Highest(random.Random):
@@ -174,26 +180,27 @@ def test_predictions_of_several_exits_join_in_the_widest_dtype():
 
 
 def test_without_eos_nothing_is_forbidden_and_the_end_string_is_text(bytes_tokenizer):
-    from nemo_ee.decoding.choosing import Place
+    from nemo_ee.decoding.choosing import TokenSlot
     from nemo_ee.decoding.request import GenerationRequest
-    from nemo_ee.decoding.sequence import Sequence
     from nemo_ee.generation.stopping import StopRule
 
     assert bytes_tokenizer.nemo.eos_id is None
     stop = StopRule(bytes_tokenizer, ["<|endoftext|>"])
-    assert stop.eos == () and not stop.token_ids and stop.texts == ["<|endoftext|>"]
-    sequence = Sequence([5], GenerationRequest(min_length=3), stop, stop.eos, 9)
-    assert not any(Place.after(sequence).needs_logits(token) for token in range(9))
+    assert not stop.token_ids and stop.texts == ["<|endoftext|>"]
+    sequence = stop.begin([5], GenerationRequest(min_length=3), 9)
+    assert sequence.eos == ()
+    assert not any(TokenSlot.after(sequence).needs_logits(token) for token in range(9))
 
 
 def test_an_end_string_that_is_one_token_also_ends_within_others(bytes_tokenizer):
-    from nemo_ee.generation.stopping import StopRule
+    from tests.support.stopping import ended
 
-    ids, stop = bytes_tokenizer.encode, StopRule(bytes_tokenizer, ["the"])
+    ids = bytes_tokenizer.encode
     (alone,) = ids("the")
     text = ids("ran after the")
     assert text[-1] != alone, "the token with the space in front is another"
-    assert stop(text) and stop(ids("the")) and not stop(ids("the cat"))
+    assert ended(bytes_tokenizer, text, ["the"]) == len(text)
+    assert ended(bytes_tokenizer, ids("the cat"), ["the"]) == 1
 
 
 def test_an_end_string_out_of_vocabulary_does_not_end_at_every_unknown_token(tmp_path):
@@ -208,8 +215,7 @@ def test_an_end_string_out_of_vocabulary_does_not_end_at_every_unknown_token(tmp
     words.backend_tokenizer.pre_tokenizer = Whitespace()  # which parts a word from the ">" before it
     words.save_pretrained(tmp_path)
     known = AutoTokenizer(str(tmp_path))
-    stop = StopRule(TextTokenizer(known), ["zzz"])
-    assert not stop(known.text_to_ids("zzz")) and stop([known.eos_id])
+    assert StopRule(TextTokenizer(known), ["zzz"]).token_ids == {known.eos_id}
 
 
 def test_pieces_are_decoded_in_short_windows(bytes_tokenizer):

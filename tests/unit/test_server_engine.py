@@ -4,21 +4,19 @@
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import replace
 
 import pytest
 
+from nemo_ee.decoding.generated_sequence import GeneratedSequence
 from nemo_ee.decoding.request import GenerationRequest
-from nemo_ee.decoding.sequence import Sequence
 from nemo_ee.generation.detokenizer import UNFINISHED
+from nemo_ee.generation.text_stream import TextStream
 from nemo_ee.server.answers.delta import Delta
 from nemo_ee.server.answers.errors import ApiError
 from nemo_ee.server.engine import MAX_FAILURES, Engine
 from nemo_ee.server.job import Job
 from nemo_ee.server.metrics import Metrics
 from nemo_ee.server.probe import PROMPT as PROBE
-from nemo_ee.server.requests.plan import Choice, EndTokens
-from nemo_ee.server.text_stream import TextStream
 from tests.support.fake_session import FakeSession, confidence_of, layer_of, token_of
 from tests.support.server import until
 
@@ -31,8 +29,9 @@ def decode(ids):
 
 
 def job(prompt, limit=5, stop=(), timeout=60.0):
-    sequence = Sequence(prompt, GenerationRequest(), EndTokens(frozenset({EOS})), EOS, limit)
-    return Job(Choice(sequence, TextStream(decode, prompt, stop)), None, 0, time.monotonic() + timeout)
+    text = TextStream(decode, prompt, stop)
+    sequence = GeneratedSequence(prompt, GenerationRequest(), frozenset({EOS}), (EOS,), limit, text=text)
+    return Job(sequence, None, 0, time.monotonic() + timeout)
 
 
 class Running:
@@ -86,7 +85,7 @@ def engine(session, **settings):
 
 
 def expect_whole(running, which):
-    prompt, limit = which.choice.sequence.prompt, which.choice.sequence.limit
+    prompt, limit = which.sequence.prompt, which.sequence.limit
     delta = running.whole(which)
     assert delta.text == decode([token_of(prompt, i) for i in range(limit)])
     assert delta.exit_layers == [layer_of(prompt, i) for i in range(limit)]
@@ -104,7 +103,7 @@ def test_sequences_of_all_lengths_get_their_own_tokens():
             expect_whole(running, which)
         assert running.engine.running == running.engine.waiting == 0 and running.session.running == []
         generated = sum(running.count("nemo_ee_generated_tokens_total", exit_layer=str(n)) for n in (2, 4, 8))
-        assert generated == sum(which.choice.sequence.limit for which in jobs)
+        assert generated == sum(which.sequence.limit for which in jobs)
         assert running.count("nemo_ee_time_to_first_token_seconds_count") == 40
         assert running.count("nemo_ee_inter_token_seconds_count") == generated - 40
         assert running.count("nemo_ee_prompt_tokens_total") == sum(which.prompt_tokens for which in jobs)
@@ -148,7 +147,7 @@ def test_cancelled_sequences_leave_queue_and_session():
         until(lambda: session.steps > 2)
         second.cancelled = first.cancelled = True
         running.ended(third)
-        assert session.removed == [first.choice.sequence]
+        assert session.removed == [first.sequence]
         assert second not in running.news and running.last(first) is None, "nobody is told"
 
 
@@ -160,30 +159,30 @@ def test_time_is_up_in_the_queue_and_in_the_session():
         late, unserved = running.ended(first, second)
         assert (late.status, unserved.status) == (504, 504)
         assert "while generating" in late.message and "while waiting" in unserved.message
-        assert session.removed == [first.choice.sequence]
+        assert session.removed == [first.sequence]
 
 
-def test_stop_strings_end_a_sequence_that_the_session_would_continue():
+@pytest.mark.parametrize("cut", [0, 1], ids=["whole tokens", "inside a token"])
+def test_stop_strings_end_a_sequence(cut):
     prompt = [7, 8]
     words = [token_of(prompt, i) for i in range(6)]
     session = FakeSession(per_step=3)
     with engine(session) as running:
-        which = job(prompt, limit=20, stop=[decode(words[2:4])])
+        stop = decode(words[2:4])
+        which = job(prompt, limit=20, stop=[stop[: len(stop) - cut]])
         running.submit(which)
         assert running.ended(which) == ["stop"]
         delta = running.whole(which)
         assert delta.text == decode(words[:2]) and len(delta.exit_layers) == len(delta.pieces) == 4
         until(lambda: session.running == [])
-        assert session.removed == [which.choice.sequence]
+        assert session.removed == [], "the session knows that it has ended"
 
 
 def test_a_stop_string_that_the_end_completes_is_the_reason():
     """The last token is an unfinished character, which waits for more and shows only at the end."""
     with engine(FakeSession(token=lambda prompt, i: 9)) as running:
         which = job([7], limit=3, stop=[UNFINISHED])
-        which.choice = replace(
-            which.choice, text=TextStream(lambda ids: UNFINISHED * len(ids), [], [UNFINISHED])
-        )
+        which.sequence.text = TextStream(lambda ids: UNFINISHED * len(ids), [], [UNFINISHED])
         running.submit(which)
         assert running.ended(which) == ["stop"] and running.whole(which).text == ""
 

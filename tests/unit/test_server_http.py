@@ -6,6 +6,8 @@ import socket
 
 import httpx
 import pytest
+from openai.types import Completion, Model
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from tests.support.fake_session import FakeSession, confidence_of, layer_of, token_of
 from tests.support.server import fake_service, listening, tiny_tokenizer, until
@@ -122,6 +124,22 @@ def test_a_stream_gives_the_same_in_pieces(client):
         for key, values in choice["early_exit"].items():
             assert sum((part["early_exit"][key] for part in parts), []) == values
         assert all(part["text"] == "".join(part["early_exit"]["tokens"]) for part in parts)
+
+
+def test_answers_are_of_openais_types(client):
+    """Their client builds its objects unchecked; these are checked, field by field."""
+    fields = dict(max_tokens=4, n=2, stop=words(PROMPT, 3)[2])
+    streamed = dict(**fields, stream=True, stream_options={"include_usage": True})
+    Completion.model_validate(client.post(**fields).json(), strict=True)
+    ChatCompletion.model_validate(client.chat(**fields).json(), strict=True)
+    for chunk in client.chunks(client.chat(**streamed)):
+        ChatCompletionChunk.model_validate(chunk, strict=True)
+    for chunk in client.chunks(client.post(**streamed)):
+        for choice in chunk["choices"]:  # null in their own streams, which this type forgets
+            choice["finish_reason"] = choice["finish_reason"] or "length"
+        Completion.model_validate(chunk, strict=True)
+    (card,) = client.http.get("/v1/models").json()["data"]
+    assert Model.model_validate(card, strict=True).id == "tiny"
 
 
 @slow(step_seconds=0.1)

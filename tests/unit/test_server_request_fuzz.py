@@ -11,7 +11,7 @@ import pytest
 from nemo_ee.server.answers.errors import LONGEST_MESSAGE, ApiError
 from nemo_ee.server.answers.json_response import to_json
 from nemo_ee.server.openapi.document import describe
-from nemo_ee.server.requests.plan import Plan
+from nemo_ee.server.requests.plan import RequestPlan
 from nemo_ee.server.requests.protocol import ChatRequest, CompletionRequest
 from nemo_ee.server.service import Service
 from tests.support.fuzz import EXAMPLES, MANY, fuzz
@@ -35,7 +35,7 @@ def answered_or_refused(service, kind, body):
     before = tracemalloc.get_traced_memory()[0]
     try:
         _, outcome = Service._read(service, kind, body)
-        assert isinstance(outcome, Plan) and 1 <= len(outcome.choices) <= LIMITS["max_choices"]
+        assert isinstance(outcome, RequestPlan) and 1 <= len(outcome.choices) <= LIMITS["max_choices"]
         assert all(0 < len(prompt) <= LIMITS["max_prompt_tokens"] for prompt in outcome.prompts)
     except ApiError as error:
         outcome = error
@@ -71,7 +71,7 @@ def test_right_requests_are_accepted(name, examples, service, traced):
 
     def accepted(request):
         outcome = answered_or_refused(service, kind, json.dumps(request).encode())
-        assert isinstance(outcome, Plan), f"{request}: {outcome}"
+        assert isinstance(outcome, RequestPlan), f"{request}: {outcome}"
 
     fuzz(right_requests(chat), accepted, examples)
 
@@ -134,8 +134,8 @@ def test_the_server_takes_all_that_the_schema_takes_but_for_what_it_cannot_say(n
             return
         if valid:
             outcome = answered_or_refused(service, kind, json.dumps(request).encode())
-            assert isinstance(outcome, Plan) or any(text in outcome.message for text in BEYOND_SCHEMAS), (
-                outcome
-            )
+            assert isinstance(outcome, RequestPlan) or any(
+                text in outcome.message for text in BEYOND_SCHEMAS
+            ), outcome
 
     fuzz(nearly_right_requests(chat), agrees, examples)

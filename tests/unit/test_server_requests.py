@@ -64,8 +64,8 @@ def test_defaults_are_openais():
         (),
         None,
     )
-    assert plan(call).choices[0].sequence.limit == 16
-    assert plan(chat()).choices[0].sequence.limit == 24, "the server's"
+    assert plan(call).choices[0].limit == 16
+    assert plan(chat()).choices[0].limit == 24, "the server's"
     assert completion(temperature=None, stop=None, n=None) == call, "null is the default"
 
 
@@ -205,19 +205,17 @@ def test_a_plan_has_n_choices_per_prompt_with_seeds_that_do_not_depend_on_other_
     made = plan(completion(prompt=["w1", "w2 w3"], n=2, seed=-1, temperature=0, echo=True))
     ids = tiny_tokenizer().text_to_ids
     assert made.prompts == [ids("w1"), ids("w2 w3")] and made.echo == ["w1", "w2 w3"]
-    sequences = [choice.sequence for choice in made.choices]
+    sequences = made.choices
     assert [s.prompt for s in sequences] == [ids("w1")] * 2 + [ids("w2 w3")] * 2
     assert [s.seed for s in sequences] == [2**64 - 1, 0] * 2
     assert all(s.request.sampling.use_greedy for s in sequences)
-    seeds = {plan(completion()).choices[0].sequence.seed for _ in range(5)}
+    seeds = {plan(completion()).choices[0].seed for _ in range(5)}
     assert len(seeds) == 5, "without a seed every request has another"
 
 
 def test_sampling_and_exits_reach_the_request():
     exits = dict(threshold=[0.5, 0.9], exits=[2, 4], max_pending=3)
-    request = (
-        plan(completion(temperature=0.5, top_p=0.9, top_k=7, early_exit=exits)).choices[0].sequence.request
-    )
+    request = plan(completion(temperature=0.5, top_p=0.9, top_k=7, early_exit=exits)).choices[0].request
     sampling = request.sampling
     assert (sampling.use_greedy, sampling.temperature, sampling.top_p, sampling.top_k) == (False, 0.5, 0.9, 7)
     assert (request.exits, request.max_pending, request.lossless) == ({2: 0.5, 4: 0.9}, 3, False)
@@ -227,7 +225,7 @@ def test_the_servers_exits_are_for_requests_that_do_not_say():
     settings = dict(early_exit=dict(threshold=0.6, exits=[4], lossless=True))
 
     def request(**fields):
-        return plan(completion(**fields), **settings).choices[0].sequence.request
+        return plan(completion(**fields), **settings).choices[0].request
 
     assert request().exits == {4: 0.6} and request().lossless
     assert request(early_exit=dict(exits=[2, 4])).exits == {2: 0.6, 4: 0.6}
@@ -245,7 +243,7 @@ def test_the_servers_thresholds_go_with_their_exits():
     settings = dict(early_exit=dict(exits=[2, 4], threshold=[0.6, 0.7]))
 
     def request(**fields):
-        return plan(completion(**fields), **settings).choices[0].sequence.request
+        return plan(completion(**fields), **settings).choices[0].request
 
     assert request().exits == {2: 0.6, 4: 0.7}
     assert request(early_exit=dict(exits=[4])).exits == {4: 0.7}
@@ -260,9 +258,9 @@ def test_the_servers_thresholds_go_with_their_exits():
 
 def test_all_requests_have_the_servers_rule_and_cache():
     settings = dict(early_exit=dict(threshold=0.6, confidence="entropy", kv_policy="state_copy"))
-    request = plan(completion(early_exit=dict(confidence="entropy")), **settings).choices[0].sequence.request
+    request = plan(completion(early_exit=dict(confidence="entropy")), **settings).choices[0].request
     assert (request.confidence, request.kv_policy) == ("entropy", "state_copy")
-    assert plan(completion(early_exit=False), **settings).choices[0].sequence.request.confidence == "entropy"
+    assert plan(completion(early_exit=False), **settings).choices[0].request.confidence == "entropy"
     for fields in (dict(confidence="margin"), dict(kv_policy="recompute"), dict(lossless=True)):
         param = "early_exit.confidence" if "confidence" in fields else "early_exit.kv_policy"
         refused(400, param, plan, completion(early_exit=fields), **settings)
@@ -300,10 +298,9 @@ def test_chats_need_a_template():
 def test_special_tokens_as_stop_strings_end_by_their_id():
     made = plan(completion(stop=["<bos>", "w9 w10"])).choices[0]
     tokenizer = tiny_tokenizer()
-    assert made.sequence.stop([tokenizer.bos_id]) and made.sequence.stop([tokenizer.eos_id])
-    assert not made.sequence.stop(tokenizer.text_to_ids("w9 w10")), "the text stream looks for these"
-    pieces = [piece for token in tokenizer.text_to_ids("w8 w9 w10") for piece in made.text.feed(token)]
-    assert made.text.stopped and "".join(pieces) == " w8 "
+    assert made.end_tokens == {tokenizer.bos_id, tokenizer.eos_id}
+    assert [made.text.feed(token) for token in tokenizer.text_to_ids("w8 w9 w10")] == [False, False, True]
+    assert "".join(made.text.pieces) == " w8 "
 
 
 def test_an_unknown_word_as_stop_string_is_looked_for_in_the_text(tmp_path):
@@ -312,8 +309,7 @@ def test_an_unknown_word_as_stop_string_is_looked_for_in_the_text(tmp_path):
     words.backend_tokenizer.pre_tokenizer = Whitespace()  # which parts a word from the ">" before it
     words.save_pretrained(tmp_path)
     known = AutoTokenizer(str(tmp_path))
-    sequence = plan(completion(stop="zzz"), known).choices[0].sequence
-    assert not sequence.stop(known.text_to_ids("zzz")) and sequence.stop([known.eos_id])
+    assert plan(completion(stop="zzz"), known).choices[0].end_tokens == {known.eos_id}
 
 
 def test_conversations_are_not_tokenized_if_they_cannot_fit():

@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from nemo_ee.generation.detokenizer import LONGEST_HELD, UNFINISHED, Detokenizer
-from nemo_ee.server.stop_strings import StopStrings
-from nemo_ee.server.text_stream import TextStream
+from nemo_ee.generation.stop_strings import StopStrings
+from nemo_ee.generation.text_stream import TextStream
 from tests.support.server import tiny_tokenizer as word_tokenizer
 from tests.support.tiny_tokenizer import save_tiny_tokenizer
 
@@ -167,25 +167,21 @@ def test_pieces_that_cannot_begin_a_stop_string_do_not_wait():
 
 def test_a_stop_string_within_characters_that_wait(byte_level):
     decode, tokens = text_of(byte_level), byte_level("the 漢字 cat")["input_ids"]
-    text, pieces = TextStream(decode, [], ["字"]), []
-    for token in tokens:
-        pieces += text.feed(token)
-        if text.stopped:
-            break
-    assert "".join(pieces) == "the 漢" and len(pieces) < len(tokens)
+    text = TextStream(decode, [], ["字"])
+    fed = next(n for n, token in enumerate(tokens, start=1) if text.feed(token))
+    assert "".join(text.pieces) == "the 漢" and len(text.pieces) == fed < len(tokens)
 
 
 def test_the_beginning_of_a_stop_string_shows_at_the_end(byte_level):
     tokens = byte_level("the cat sat")["input_ids"]
     text = TextStream(text_of(byte_level), [], [" cat sat on"])
-    settled = [piece for token in tokens for piece in text.feed(token)]
-    assert "".join(settled) == "the" and not text.stopped
-    assert "".join(settled + text.close()) == "the cat sat" and not text.stopped
+    assert not any([text.feed(token) for token in tokens]) and "".join(text.pieces) == "the"
+    assert not text.close() and "".join(text.pieces) == "the cat sat"
 
 
 def test_a_stop_string_that_the_end_completes(byte_level):
     """The last tokens are an unfinished character, and the stop string is what it shows as."""
     tokens = byte_level("the 😀")["input_ids"][:-1]
     text = TextStream(text_of(byte_level), [], [UNFINISHED])
-    pieces = [piece for token in tokens for piece in text.feed(token)] + text.close()
-    assert "".join(pieces) == "the " and text.stopped and len(pieces) == len(tokens)
+    assert not any([text.feed(token) for token in tokens]) and text.close()
+    assert "".join(text.pieces) == "the " and len(text.pieces) == len(tokens)

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from nemo_ee.decoding.sequence import Draft
+from nemo_ee.decoding.generated_sequence import Draft
 from tests.support.drafting import EagerDrafts
 from tests.support.tiny_gpt import HEADS, tiny_model, tiny_model_config
 from tests.support.uncached import generate_uncached
@@ -26,13 +26,13 @@ def gpt():
     return tiny_model(config, dtype=torch.float64).gpt
 
 
-def sequence(prompt, exits, lossless=False, limit=STEPS, seed=0, stop=lambda tokens: False, **sampling):
+def sequence(prompt, exits, lossless=False, limit=STEPS, seed=0, ends=frozenset(), **sampling):
+    from nemo_ee.decoding.generated_sequence import GeneratedSequence
     from nemo_ee.decoding.request import GenerationRequest, SamplingOptions
-    from nemo_ee.decoding.sequence import Sequence
 
     options = SamplingOptions(use_greedy=not sampling, **sampling)
     request = GenerationRequest(max_length=limit, sampling=options, exits=exits, lossless=lossless)
-    return Sequence(list(prompt), request, stop, EOS, limit, seed)
+    return GeneratedSequence(list(prompt), request, ends, EOS, limit, seed)
 
 
 @functools.cache
@@ -176,7 +176,7 @@ def test_lossless_sequences_beside_others_disturb_nobody(gpt):
 def test_a_stop_among_drafts_ends_a_sequence_there(gpt):
     full = full_text(gpt, tuple(PROMPTS[0]))
     for end in sorted(set(full)):
-        s = sequence(PROMPTS[0], {1: 0.0}, True, stop=lambda tokens, end=end: tokens[-1] == end)
+        s = sequence(PROMPTS[0], {1: 0.0}, True, ends=frozenset({end}))
         run(gpt, [s])
         assert s.tokens == full[: full.index(end) + 1]
         assert s.finish_reason == "stop"
@@ -280,7 +280,7 @@ def judged(drafts, distributions, rng, ahead):
 
 
 def test_tokens_drawn_ahead_are_those_drawn_when_they_are_needed():
-    from nemo_ee.decoding.sequence import Draft
+    from nemo_ee.decoding.generated_sequence import Draft
 
     generator, found = torch.Generator().manual_seed(1), set()
     for seed in range(200):
@@ -301,8 +301,8 @@ def test_accepting_keeps_the_distribution(ahead):
     """Empirical frequencies of the first token against the full model's, chi-square at 1e-6."""
     from scipy.stats import chi2
 
+    from nemo_ee.decoding.generated_sequence import Draft
     from nemo_ee.decoding.sampling import draw
-    from nemo_ee.decoding.sequence import Draft
 
     generator, rng, size, trials = torch.Generator().manual_seed(5), random.Random(11), 7, 20_000
     p, q = (torch.rand(2, size, generator=generator, dtype=torch.float64) ** 3).unbind()

@@ -123,7 +123,9 @@ def test_an_added_token_with_characters_that_stand_for_no_byte(tmp_path):
 
 
 def test_what_ends_texts(tmp_path):
+    from nemo_ee.decoding.request import GenerationRequest
     from nemo_ee.generation.stopping import StopRule, end_tokens
+    from tests.support.stopping import ended
 
     qwen = tiny_chats.qwen_tokenizer()
     qwen.save_pretrained(tmp_path)
@@ -134,8 +136,9 @@ def test_what_ends_texts(tmp_path):
     several = ours(tmp_path, eos_token_ids=[padding, own, 18])
     assert several.eos_ids == (own, padding, 18)
     stop = StopRule(several, ["<|endoftext|>", "<|vision_start|>", "<tool_call>", "the"])
-    assert stop.eos == (own, padding, 18) and stop.texts == ["<tool_call>", "the"]
-    assert all(stop([5, token]) for token in (own, padding, 18, flagged, tool)) and not stop([5, 19])
+    assert stop.token_ids == {own, padding, 18, flagged} and stop.texts == ["<tool_call>", "the"]
+    assert stop.begin([5], GenerationRequest(), 9).eos == (own, padding, 18)
+    assert ended(several, [tool], ["<tool_call>"]) == 1
     several.check_ends(rows=19)  # a token that has a name but no row does no harm
     with pytest.raises(
         ConfigError, match=r"eos_token_ids=\[5, 400\]: id 400 must be below the model's 320 rows"

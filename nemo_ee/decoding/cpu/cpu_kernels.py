@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_ee.decoding.confidence import RowSummary
 from nemo_ee.decoding.cpu.kernels.compiled import team
 from nemo_ee.decoding.cpu.kernels.layer import Layer, addresses, kept_at, run_layers, shape_of
 from nemo_ee.decoding.cpu.kernels.norm import Norm
 from nemo_ee.decoding.cpu.kernels.products import Linear, product
 from nemo_ee.decoding.cpu.kernels.readout import Head, read_out
+from nemo_ee.modeling.row_summary import RowSummary
 
 KERNEL_TOKENS = 24
 """Passes of at most so many tokens go through the kernels; for more, MKL's blocked products are faster."""
@@ -74,7 +74,7 @@ def run_product(linear: Linear, x: Tensor) -> Tensor:
     return out
 
 
-class Answer(NamedTuple):
+class HeadOutput(NamedTuple):
     """What a head says about N tokens, see `read_out`.
 
     Attributes:
@@ -95,7 +95,7 @@ class Answer(NamedTuple):
         return RowSummary(*map(torch.from_numpy, self.reduced))
 
 
-def run_head(head: Head, emittable: int, x: Tensor) -> Answer:
+def run_head(head: Head, emittable: int, x: Tensor) -> HeadOutput:
     """From states [N, H]. NumPy makes the arrays: with cold caches each of torch's operations takes 20 to 100
     microseconds."""
     kind, count = head.bucket.dtype, len(x)
@@ -105,7 +105,7 @@ def run_head(head: Head, emittable: int, x: Tensor) -> Answer:
     arrays = logits, best, row, log_sum, token, sure
     with _ONE_AT_A_TIME:
         read_out(head, emittable, x.contiguous().numpy(), *arrays, _threads())
-    return Answer(*map(torch.from_numpy, (logits, token, sure)), (best, row, log_sum))
+    return HeadOutput(*map(torch.from_numpy, (logits, token, sure)), (best, row, log_sum))
 
 
 class KernelLayers:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Pass = Callable[[], tuple[Tensor, ...]]
+PassFunction = Callable[[], tuple[Tensor, ...]]
 """Reads tensors that stay where they are, changes caches in place, and returns new tensors."""
 
 
@@ -24,7 +24,7 @@ class CapturedPass:
     outputs: tuple[Tensor, ...]
 
 
-Capture = Callable[[Pass], CapturedPass]
+Capture = Callable[[PassFunction], CapturedPass]
 """Calls a pass, more than once perhaps, and keeps what it does. Raises RuntimeError where it cannot."""
 
 
@@ -39,7 +39,7 @@ class CudaCapture:
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, run: Pass) -> CapturedPass:
+    def __call__(self, run: PassFunction) -> CapturedPass:
         """Calls the pass once outright, so that kernels and work spaces are chosen, and once to record it.
 
         Raises:

@@ -21,8 +21,8 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from nemo_ee.decoding.cuda.cuda_capture import Capture, CapturedPass, CudaCapture, Pass
-from nemo_ee.decoding.cuda.static_tokens import Rows, StaticTokens
+from nemo_ee.decoding.cuda.cuda_capture import Capture, CapturedPass, CudaCapture, PassFunction
+from nemo_ee.decoding.cuda.static_tokens import RowOrder, StaticTokens
 from nemo_ee.decoding.decoding_memory import DecodingMemory
 from nemo_ee.decoding.decoding_model import DecodingModel
 from nemo_ee.decoding.layers.lean_head import LeanHead, LeanOutput
@@ -239,7 +239,7 @@ class CapturedPasses(EagerPasses):
         return sorted(powers | {self.memory.rows})
 
     def _pass(
-        self, part: "_Part", inputs: "_Inputs", x: Tensor, length: int, rows: Rows
+        self, part: "_Part", inputs: "_Inputs", x: Tensor, length: int, rows: RowOrder
     ) -> CapturedPass | None:
         """A part that reads its states [T, H] from the inputs and leaves its own there."""
         (name, function), states = part, inputs.states_like(x)
@@ -265,7 +265,9 @@ class CapturedPasses(EagerPasses):
 
         return self._ready(name, (head, inputs.size, x.dtype), inputs, static_pass)
 
-    def _ready(self, name: str, key: Hashable, inputs: "_Inputs", static_pass: Pass) -> CapturedPass | None:
+    def _ready(
+        self, name: str, key: Hashable, inputs: "_Inputs", static_pass: PassFunction
+    ) -> CapturedPass | None:
         """The captured pass; None, for good, after a failure."""
         if key not in self._captured and self._capture is not None:
             inputs.clear()  # whatever the capture runs writes to the spare position only

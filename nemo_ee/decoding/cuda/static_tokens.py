@@ -14,7 +14,7 @@ from nemo_ee.decoding.layers.packed_tokens import PackedTokens, PositionTable
 MASK_ALIGNMENT = 16
 """Attention kernels on GPUs copy masks whose number of keys is not a multiple of this."""
 
-Rows = Literal["in order", "first", "any"]
+RowOrder = Literal["in order", "first", "any"]
 """Which rows of the caches a pack's tokens are of. `in order`: token t is of row t. `first`: all are of row 0. In
 both cases keys are read in place. `any`: keys are copied, once per token."""
 
@@ -27,7 +27,7 @@ def static_positions(max_length: int) -> int:
     return -(-max_length // MASK_ALIGNMENT) * MASK_ALIGNMENT + 1
 
 
-def rows_of(packed: PackedTokens) -> Rows:
+def rows_of(packed: PackedTokens) -> RowOrder:
     """Which rows a pack's tokens are of."""
     if packed.width == 1 and packed.first_rows:
         return "in order"
@@ -52,7 +52,7 @@ class StaticTokens(PackedTokens):
         rows: which rows. Padding may stand for any row but writes where `index` says.
     """
 
-    def __init__(self, table: PositionTable, index: Tensor, length: int, rows: Rows):
+    def __init__(self, table: PositionTable, index: Tensor, length: int, rows: RowOrder):
         tokens = index.shape[1]
         self.length, self.first_rows, self.neighbours = length, rows != "any", False
         self.single = self.by_run = self.spread = self.from_scratch = self._sees_all = False

@@ -1,11 +1,11 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Rounds of lossless decoding: an exit drafts, then one pass over the deeper layers verifies all drafts."""
 
-from collections.abc import Sequence as Several
+from collections.abc import Sequence
 
 from nemo_ee.decoding.drafts.drafting import DraftingPolicy, Outcome, Round
-from nemo_ee.decoding.request import NEVER
-from nemo_ee.decoding.sequence import Sequence
+from nemo_ee.decoding.generated_sequence import GeneratedSequence
+from nemo_ee.decoding.leaving import NEVER, is_asked
 
 
 class LosslessRounds:
@@ -27,14 +27,14 @@ class LosslessRounds:
         waiting: those of them that wait to be verified.
     """
 
-    def __init__(self, policy: DraftingPolicy, exit_layers: Several[int]):
+    def __init__(self, policy: DraftingPolicy, exit_layers: Sequence[int]):
         self.round: Round | None = None
-        self.members: set[Sequence] = set()
-        self.waiting: set[Sequence] = set()
+        self.members: set[GeneratedSequence] = set()
+        self.waiting: set[GeneratedSequence] = set()
         self._policy, self._layers = policy, list(exit_layers)
         self._outcome = Outcome()
 
-    def begin(self, lossless: Several[Sequence]) -> None:
+    def begin(self, lossless: Sequence[GeneratedSequence]) -> None:
         """Chooses a round for some sequences, unless one goes on that some of them are in."""
         self.members.intersection_update(lossless)
         if self.members:
@@ -42,7 +42,9 @@ class LosslessRounds:
         self.abandon()
         if not lossless:
             return
-        asked = [k for k in range(len(self._layers)) if any(self._threshold(s, k) < NEVER for s in lossless)]
+        asked = [
+            k for k in range(len(self._layers)) if any(is_asked(self._threshold(s, k)) for s in lossless)
+        ]
         self.round, self._outcome = self._policy.next(len(lossless), asked), Outcome()
         if self.round is None:
             self._policy.observe_full_depth(len(lossless))
@@ -54,7 +56,7 @@ class LosslessRounds:
         if self.round is not None:
             self._close(self.round, sequences=1)
 
-    def thresholds(self, sequence: Sequence) -> list[float]:
+    def thresholds(self, sequence: GeneratedSequence) -> list[float]:
         """Of all exits, for the sequence's next token."""
         row = [NEVER] * len(self._layers)
         if self.round is not None and sequence in self.members and len(sequence.drafts) < self.round.length:
@@ -62,11 +64,11 @@ class LosslessRounds:
             row[k] = self._threshold(sequence, k)
         return row
 
-    def note_pass(self, thresholds: Several[Several[float]], drafts: int) -> None:
+    def note_pass(self, thresholds: Sequence[Sequence[float]], drafts: int) -> None:
         """Counts a pass to the round's exit, of sequences with these thresholds, and the drafts that it gave."""
         assert self.round is not None, "a round goes on"
         costs, k = self._policy.costs, self.round.exit_index
-        asked = sum(row[k] < NEVER for row in thresholds)
+        asked = sum(is_asked(row[k]) for row in thresholds)
         self._outcome.cost += costs.shallow(k, len(thresholds)) + (costs.asked(k, asked) if asked else 0.0)
         self._outcome.asked += asked
         self._outcome.drafts += drafts
@@ -89,5 +91,5 @@ class LosslessRounds:
         self.members.clear()
         self.waiting.clear()
 
-    def _threshold(self, sequence: Sequence, exit_index: int) -> float:
+    def _threshold(self, sequence: GeneratedSequence, exit_index: int) -> float:
         return sequence.request.threshold(self._layers[exit_index])

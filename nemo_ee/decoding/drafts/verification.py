@@ -7,8 +7,8 @@ from random import Random
 import torch
 from torch import Tensor
 
+from nemo_ee.decoding.generated_sequence import Draft
 from nemo_ee.decoding.sampling import draw
-from nemo_ee.decoding.sequence import Draft
 
 
 def agreeing_prefix(drafts: Sequence[Draft], chosen: Sequence[int]) -> int:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from nemo_ee.decoding.cuda.static_tokens import Rows, rows_of
+from nemo_ee.decoding.cuda.static_tokens import RowOrder, rows_of
 from nemo_ee.decoding.layers.packed_tokens import PackedTokens, Run
 
 FEWEST_KEYS = 128
 """Keys that a captured pass looks at, at least; more in powers of two."""
-Shape = tuple[int, Rows]
+Shape = tuple[int, RowOrder]
 """What a captured pass depends on beside its number of tokens: keys looked at, and where they are."""
 
 

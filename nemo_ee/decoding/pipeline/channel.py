@@ -55,7 +55,7 @@ class PipelineGroups:
 
 
 @dataclass(frozen=True)
-class Message:
+class StageMessage:
     """What one stage tells another.
 
     Attributes:
@@ -130,7 +130,7 @@ class Receiver:
     LAST = "last"
 
     def __init__(self, ranks: list[int], group: ProcessGroup, most: int):
-        self._arrived: queue.Queue[Message | BaseException] = queue.Queue(most)
+        self._arrived: queue.Queue[StageMessage | BaseException] = queue.Queue(most)
         self._threads = [
             threading.Thread(target=self._listen, args=(rank, group), daemon=True) for rank in ranks
         ]
@@ -151,11 +151,11 @@ class Receiver:
                     hidden = body[packed:].clone().view(shape[1]).view(shape[0])
                 if content == self.LAST:
                     return
-                self._arrived.put(Message(content, hidden))
+                self._arrived.put(StageMessage(content, hidden))
         except BaseException as error:  # a peer is gone; whoever waits must know
             self._arrived.put(error)
 
-    def get(self) -> Message:
+    def get(self) -> StageMessage:
         """The next message; waits for it.
 
         Raises:
@@ -163,14 +163,14 @@ class Receiver:
         """
         return self._checked(self._arrived.get())
 
-    def get_within(self, seconds: float) -> Message | None:
+    def get_within(self, seconds: float) -> StageMessage | None:
         """The next message, if there is one or one comes within this time."""
         try:
             return self._checked(self._arrived.get(timeout=None if seconds == math.inf else seconds))
         except queue.Empty:
             return None
 
-    def get_if_any(self) -> Message | None:
+    def get_if_any(self) -> StageMessage | None:
         """The next message, if there is one."""
         return self.get_within(0.0)
 
@@ -180,7 +180,7 @@ class Receiver:
             thread.join()
 
     @staticmethod
-    def _checked(item: Message | BaseException) -> Message:
+    def _checked(item: StageMessage | BaseException) -> StageMessage:
         if isinstance(item, BaseException):
             raise StageGone("a stage of the decoding pipeline is gone") from item
         return item

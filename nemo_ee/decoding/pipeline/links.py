@@ -4,15 +4,15 @@
 import torch
 from megatron.core import parallel_state
 
-from nemo_ee.decoding.pipeline.channel import QUEUE, Message, PipelineGroups, Receiver, Sender
-from nemo_ee.decoding.pipeline.stage import Answer
+from nemo_ee.decoding.pipeline.channel import QUEUE, PipelineGroups, Receiver, Sender, StageMessage
+from nemo_ee.decoding.pipeline.stage import ChosenToken
 
 MERGED = 16
 """Messages that a stage runs in one pass at most."""
 OPEN, CLOSE, TOKENS, FAILED = "open", "close", "tokens", "failed"
 
 
-class Links:
+class StageLinks:
     """This rank's channels: forward to the next stage, and answers from all stages to the first.
 
     Hidden states are whole on every tensor-parallel rank, so each sends its own to the rank beside it on the
@@ -34,9 +34,9 @@ class Links:
         self._inbox = None if place == 0 else Receiver([ranks[place - 1]], along, QUEUE)
         self._to_first = Sender(ranks[0], back) if self.leads and place > 0 else None
         self._answers = Receiver(ranks[1:], back, 0) if self.leads and place == 0 else None
-        self._held: Message | None = None
+        self._held: StageMessage | None = None
 
-    def answers(self, patience: float) -> list[Answer]:
+    def answers(self, patience: float) -> list[ChosenToken]:
         """On the first stage: what exits behind it have chosen since the last call.
 
         Args:
@@ -45,7 +45,7 @@ class Links:
         Raises:
             RuntimeError: a stage has failed.
         """
-        found: list[Answer] | str = []
+        found: list[ChosenToken] | str = []
         if self._answers is not None:
             message = self._answers.get_within(patience)
             while message is not None:
@@ -59,12 +59,12 @@ class Links:
             raise RuntimeError(f"a stage of the decoding pipeline failed:\n{found}")
         return found
 
-    def answer(self, answers: list[Answer]) -> None:
+    def answer(self, answers: list[ChosenToken]) -> None:
         """Behind the first stage: tells it what was chosen."""
         if answers and self._to_first is not None:
             self._to_first.send(answers)
 
-    def next_messages(self) -> list[Message] | None:
+    def next_messages(self) -> list[StageMessage] | None:
         """Behind the first stage: the next message, or several of tokens to be run in one pass; None at the end."""
         inbox = self._inbox
         assert inbox is not None, "nothing is sent to the first stage but answers"

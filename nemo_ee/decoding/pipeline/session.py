@@ -12,15 +12,15 @@ import itertools
 import math
 import time
 import traceback
-from collections.abc import Sequence as Several
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from nemo_ee.decoding.decoding_model import DecodingModel
-from nemo_ee.decoding.pipeline.channel import Message, PipelineGroups, StageGone
-from nemo_ee.decoding.pipeline.links import CLOSE, OPEN, TOKENS, Links
-from nemo_ee.decoding.pipeline.stage import Answer, Stage, Tokens, merge
-from nemo_ee.decoding.sequence import Sequence
+from nemo_ee.decoding.generated_sequence import GeneratedSequence
+from nemo_ee.decoding.pipeline.channel import PipelineGroups, StageGone, StageMessage
+from nemo_ee.decoding.pipeline.links import CLOSE, OPEN, TOKENS, StageLinks
+from nemo_ee.decoding.pipeline.stage import ChosenToken, Stage, TokenBatch, merge
 
 PATIENCE = 0.1
 """Share of the last pass that the first stage waits with what it could feed for answers of other sequences. Where
@@ -49,14 +49,14 @@ class PipelineSession:
         self,
         groups: PipelineGroups,
         model: DecodingModel,
-        exit_layers: Several[int],
+        exit_layers: Sequence[int],
         slots: int,
         max_length: int,
         confidence: str,
     ):
         self.slots, self.max_length = slots, max_length
-        self.running: list[Sequence] = []
-        self._links = Links(groups)
+        self.running: list[GeneratedSequence] = []
+        self._links = StageLinks(groups)
         assert self._links.forward is not None, "a pipeline has several stages"
         self._forward = self._links.forward
         try:
@@ -66,8 +66,8 @@ class PipelineSession:
             raise
         self._final_layer = model.final_layer
         self._names = itertools.count()
-        self._keys: dict[Sequence, int] = {}
-        self._ready: list[Sequence] = []
+        self._keys: dict[GeneratedSequence, int] = {}
+        self._ready: list[GeneratedSequence] = []
         self._pass_seconds = 0.0
 
     def __enter__(self) -> "PipelineSession":
@@ -82,7 +82,7 @@ class PipelineSession:
         """Sequences that can be added."""
         return self.slots - len(self.running)
 
-    def add(self, sequences: Several[Sequence]) -> list[Sequence]:
+    def add(self, sequences: Sequence[GeneratedSequence]) -> list[GeneratedSequence]:
         """Feeds prompts; their first tokens come with later steps. Returns those that are finished: none."""
         assert len(sequences) <= self.free, "no free slot"
         for sequence in sequences:
@@ -92,10 +92,10 @@ class PipelineSession:
             self.running.append(sequence)
         keys, count = [self._keys[s] for s in sequences], len(sequences)
         prompts = [list(s.prompt) for s in sequences]
-        self._feed(Tokens(keys, [0] * count, prompts, [True] * count, [False] * count))
+        self._feed(TokenBatch(keys, [0] * count, prompts, [True] * count, [False] * count))
         return []
 
-    def step(self) -> list[Sequence]:
+    def step(self) -> list[GeneratedSequence]:
         """Feeds what is ready, waits for a token if nothing is, and returns sequences that are finished."""
         if self._ready and len(self._ready) < len(self.running):
             self._take(self._links.answers(PATIENCE * self._pass_seconds))
@@ -103,12 +103,14 @@ class PipelineSession:
             going, self._ready = self._ready, []
             keys, count = [self._keys[s] for s in going], len(going)
             starts = [len(s.prompt) + len(s.tokens) - 1 for s in going]
-            self._feed(Tokens(keys, starts, [[s.tokens[-1]] for s in going], [True] * count, [True] * count))
+            self._feed(
+                TokenBatch(keys, starts, [[s.tokens[-1]] for s in going], [True] * count, [True] * count)
+            )
         else:
             self._take(self._links.answers(math.inf if self.running else 0.0))
         return self._retire()
 
-    def remove(self, sequence: Sequence) -> None:
+    def remove(self, sequence: GeneratedSequence) -> None:
         """Ends a sequence before its time."""
         sequence.finish_reason = "cancelled"
         self._retire()
@@ -122,7 +124,7 @@ class PipelineSession:
         self._links.end()
         self._links.answers(0.0)
 
-    def _feed(self, tokens: Tokens) -> None:
+    def _feed(self, tokens: TokenBatch) -> None:
         begin = time.perf_counter()
         hidden, answers = self._stage.run(tokens, None)
         self._pass_seconds = time.perf_counter() - begin
@@ -130,7 +132,7 @@ class PipelineSession:
         self._take(answers)
         self._take(self._links.answers(0.0))
 
-    def _take(self, answers: list[Answer]) -> None:
+    def _take(self, answers: list[ChosenToken]) -> None:
         sequences = {key: sequence for sequence, key in self._keys.items()}
         for answer in answers:
             sequence = sequences.get(answer.key)  # one that was removed has none
@@ -138,7 +140,7 @@ class PipelineSession:
                 if sequence.commit(answer.token, answer.exit_layer, answer.confidence):
                     self._ready.append(sequence)
 
-    def _retire(self) -> list[Sequence]:
+    def _retire(self) -> list[GeneratedSequence]:
         finished = [s for s in self.running if s.finish_reason is not None]
         for sequence in finished:
             fed = len(sequence.prompt) + max(len(sequence.tokens) - 1, 0)
@@ -154,7 +156,7 @@ class PipelineSession:
 def serve(
     groups: PipelineGroups,
     model: DecodingModel,
-    exit_layers: Several[int],
+    exit_layers: Sequence[int],
     slots: int,
     max_length: int,
     confidence: str,
@@ -169,7 +171,7 @@ def serve(
         max_length: likewise.
         confidence: likewise.
     """
-    links = Links(groups)
+    links = StageLinks(groups)
     try:
         stage = Stage(model, list(exit_layers), slots, max_length, confidence)
         while (messages := links.next_messages()) is not None:
@@ -197,7 +199,7 @@ def serve(
     links.end()
 
 
-def _tokens_of(message: Message) -> tuple[Tokens, Tensor]:
+def _tokens_of(message: StageMessage) -> tuple[TokenBatch, Tensor]:
     """New tokens and the hidden states [T, H] that come with them."""
     assert message.hidden is not None, "tokens come with their hidden states"
     return message.content[1], message.hidden

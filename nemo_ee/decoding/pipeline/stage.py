@@ -11,16 +11,16 @@ from torch import Tensor
 from nemo_ee.decoding.choosing import Chooser
 from nemo_ee.decoding.confidence_rules import CONFIDENCE_RULES, ExitEvidence
 from nemo_ee.decoding.decoding_model import DecodingModel
+from nemo_ee.decoding.generated_sequence import GeneratedSequence
 from nemo_ee.decoding.layers.packed_tokens import PackedTokens
 from nemo_ee.decoding.layers.segment import Segment
-from nemo_ee.decoding.request import NEVER
-from nemo_ee.decoding.sequence import Sequence
+from nemo_ee.decoding.leaving import is_asked, leaves
 from nemo_ee.decoding.step import Part, Step
 from nemo_ee.decoding.transfer import to_device, to_host
 
 
 @dataclass(frozen=True)
-class Answer:
+class ChosenToken:
     """A token that an exit of some stage has chosen for a sequence.
 
     Attributes:
@@ -37,7 +37,7 @@ class Answer:
 
 
 @dataclass
-class Tokens:
+class TokenBatch:
     """New tokens on their way through the stages; those of one sequence are contiguous.
 
     Attributes:
@@ -75,7 +75,7 @@ class Stage:
     slots: int
     max_length: int
     confidence: str
-    sequences: dict[int, Sequence] = field(default_factory=dict)
+    sequences: dict[int, GeneratedSequence] = field(default_factory=dict)
     rows: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -90,7 +90,7 @@ class Stage:
         self.chooser = Chooser(model.gpt)
         self.free_rows = list(range(self.slots))[::-1]
 
-    def open(self, key: int, sequence: Sequence) -> None:
+    def open(self, key: int, sequence: GeneratedSequence) -> None:
         """Gives a sequence a row of the caches."""
         self.sequences[key], self.rows[key] = sequence, self.free_rows.pop()
 
@@ -99,7 +99,7 @@ class Stage:
         del self.sequences[key]
         self.free_rows.append(self.rows.pop(key))
 
-    def run(self, tokens: Tokens, hidden: Tensor | None) -> tuple[Tensor, list[Answer]]:
+    def run(self, tokens: TokenBatch, hidden: Tensor | None) -> tuple[Tensor, list[ChosenToken]]:
         """Runs new tokens through the layers and asks exits for those that are undecided.
 
         `tokens.undecided` becomes False where an exit here has chosen; the KV cache is filled for all. On the
@@ -124,7 +124,7 @@ class Stage:
         else:
             parts = hidden.to(self.model.device).split([len(ids) for ids in tokens.ids])
             x = torch.cat([parts[i] for i in order])
-        answers: list[Answer] = []
+        answers: list[ChosenToken] = []
         for n, segment in self.segments.items():
             x = segment(x, packed)
             if n in self.blocks:
@@ -138,7 +138,7 @@ class Stage:
             x = torch.cat([parts[i] for i in range(len(order))])
         return x, answers
 
-    def _note(self, tokens: Tokens) -> None:
+    def _note(self, tokens: TokenBatch) -> None:
         """Keeps account of tokens that were generated; the first of a sequence is its prompt."""
         for key, start, ids in zip(tokens.keys, tokens.starts, tokens.ids, strict=True):
             sequence = self.sequences[key]
@@ -147,14 +147,14 @@ class Stage:
                 sequence.tokens[known:] = ids
 
     def _ask(
-        self, n: int | None, x: Tensor, inside: Tensor, tokens: Tokens, order: list[int]
-    ) -> list[Answer]:
+        self, n: int | None, x: Tensor, inside: Tensor, tokens: TokenBatch, order: list[int]
+    ) -> list[ChosenToken]:
         """What the exit on layer n, or the final exit, says about the last tokens [N, H] in rows' order."""
         asked = [
             j
             for j, i in enumerate(order)
             if tokens.undecided[i]
-            and (n is None or tokens.may_exit[i] and self._threshold(tokens, i, n) < NEVER)
+            and (n is None or tokens.may_exit[i] and is_asked(self._threshold(tokens, i, n)))
         ]
         if not asked:
             return []
@@ -165,7 +165,7 @@ class Stage:
         else:
             prediction = self.model.heads[n].predict(inside[index])
             sure, best = to_host(self.rule.sureness(ExitEvidence(prediction, x[index])), prediction.tokens)
-            out = [m for m, j in enumerate(asked) if sure[m] > self._threshold(tokens, order[j], n)]
+            out = [m for m, j in enumerate(asked) if leaves(sure[m], self._threshold(tokens, order[j], n))]
             if not out:
                 return []
             leaving, step = [asked[m] for m in out], Step.unanswered(len(out))
@@ -175,18 +175,20 @@ class Stage:
         chosen, _ = self.chooser.of_step(step, [self.sequences[key] for key in keys])
         for i in members:
             tokens.undecided[i] = False
-        return [Answer(*each) for each in zip(keys, chosen, step.exit_layers, step.confidences, strict=True)]
+        return [
+            ChosenToken(*each) for each in zip(keys, chosen, step.exit_layers, step.confidences, strict=True)
+        ]
 
-    def _threshold(self, tokens: Tokens, i: int, n: int) -> float:
+    def _threshold(self, tokens: TokenBatch, i: int, n: int) -> float:
         return self.sequences[tokens.keys[i]].request.threshold(n)
 
 
-def merge(several: list[tuple[Tokens, Tensor]]) -> tuple[Tokens, Tensor]:
+def merge(several: list[tuple[TokenBatch, Tensor]]) -> tuple[TokenBatch, Tensor]:
     """Tokens that came one after the other as one pass; a sequence may come more than once."""
     if len(several) == 1:
         return several[0]
     places: dict[int, int] = {}
-    merged, parts = Tokens([], [], [], [], []), []
+    merged, parts = TokenBatch([], [], [], [], []), []
     for tokens, hidden in several:
         pieces = hidden.split([len(ids) for ids in tokens.ids])
         for i, key in enumerate(tokens.keys):

@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from nemo_ee.decoding.sequence import SequenceStatistics
+from nemo_ee.decoding.generated_sequence import SequenceStatistics
 from nemo_ee.server.answers.delta import Delta
-from nemo_ee.server.requests.plan import Plan
+from nemo_ee.server.requests.plan import RequestPlan
 
 Json = dict[str, Any]
 
@@ -24,7 +24,7 @@ class Answer:
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, model: str, num_layers: int, plan: Plan):
+    def __init__(self, model: str, num_layers: int, plan: RequestPlan):
         self._model, self._num_layers, self._plan = model, num_layers, plan
         self._id, self._created = f"{self.prefix}-{secrets.token_hex(12)}", int(time.time())
         self._generated, self._totals = 0, SequenceStatistics()

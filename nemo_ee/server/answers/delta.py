@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass, field
 
-from nemo_ee.decoding.sequence import SequenceStatistics
+from nemo_ee.decoding.generated_sequence import SequenceStatistics
 
 
 @dataclass

@@ -10,13 +10,14 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from nemo_ee.server.answers.answer import Answer
-from nemo_ee.server.answers.delta import Delta
 from nemo_ee.server.answers.errors import ApiError, ClientGone
 from nemo_ee.server.answers.json_response import to_json
 from nemo_ee.server.answers.reply import Reply
 from nemo_ee.server.generation import SENDING_SECONDS
 
 DONE = b"data: [DONE]\n\n"
+PING, PING_SECONDS = b": ping\n\n", 15.0
+"""A comment, sent after so long a silence: proxies cut connections on which nothing comes."""
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
@@ -27,8 +28,8 @@ HEADERS = [
 class EventStream(Response):
     """Sends chunks as tokens come.
 
-    Nothing is sent before the first token, so an error until then (a full queue, a timeout) has its own HTTP
-    status. Whatever comes later is the last event: a stream that has begun ends with `DONE` or an error.
+    Nothing is sent before the first token or `PING`, so an error until then (a full queue, a timeout) has its own
+    HTTP status. Whatever comes later is the last event: a stream that has begun ends with `DONE` or an error.
 
     Args:
         generation: gives the reply; see `nemo_ee.server.generation.generation`.
@@ -49,10 +50,10 @@ class EventStream(Response):
         started, end = False, DONE
         try:
             async with self._generation as reply:
-                first = await reply.take()
-                await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
-                started = True
-                async for event in self._events(first, reply):
+                async for event in self._events(reply):
+                    if not started:
+                        await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+                        started = True
                     await send({"type": "http.response.body", "body": event, "more_body": True})
         except Exception as error:
             if not started:
@@ -64,14 +65,18 @@ class EventStream(Response):
             async with asyncio.timeout(SENDING_SECONDS):
                 await send({"type": "http.response.body", "body": end})
 
-    async def _events(self, new: dict[int, Delta], reply: Reply) -> AsyncIterator[bytes]:
-        for chunk in self._answer.opening():
-            yield _event(chunk)
-        while True:
-            yield b"".join(_event(self._answer.chunk(i, delta)) for i, delta in sorted(new.items()))
-            if reply.done:
-                break
-            new = await reply.take()
+    async def _events(self, reply: Reply) -> AsyncIterator[bytes]:
+        coming = [_event(chunk) for chunk in self._answer.opening()]
+        while not reply.done:
+            try:
+                async with asyncio.timeout(PING_SECONDS):
+                    new = await reply.take()
+            except TimeoutError:
+                yield PING
+                continue
+            coming += [_event(self._answer.chunk(i, delta)) for i, delta in sorted(new.items())]
+            yield b"".join(coming)
+            coming = []
         if self._include_usage:
             yield _event(self._answer.usage_chunk())
 

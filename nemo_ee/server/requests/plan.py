@@ -3,18 +3,17 @@
 
 import secrets
 from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Tokens
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from nemo_ee.decoding.generated_sequence import GeneratedSequence
 from nemo_ee.decoding.request import GenerationRequest, parse_request
-from nemo_ee.decoding.sequence import Sequence
 from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.generation.text_stream import TextStream
 from nemo_ee.server.answers.errors import ApiError
 from nemo_ee.server.requests.protocol import AnyRequest, ChatRequest
 from nemo_ee.server.served_model import ServedModel
 from nemo_ee.server.settings import ServerConfig
-from nemo_ee.server.text_stream import TextStream
 
 CHARACTERS_PER_TOKEN = 128
 """A prompt that has more per token of `max_prompt_tokens` is refused before it is tokenized, which takes seconds
@@ -22,39 +21,21 @@ for a megabyte. Hardly any tokenizer has longer tokens."""
 
 
 @dataclass(frozen=True)
-class EndTokens:
-    """Ends a sequence by its last token; stop strings are the text stream's."""
-
-    ids: frozenset[int]
-
-    def __call__(self, generated: Tokens[int]) -> bool:
-        return generated[-1] in self.ids
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One sequence to generate, and its text as it grows."""
-
-    sequence: Sequence
-    text: TextStream
-
-
-@dataclass(frozen=True)
-class Plan:
+class RequestPlan:
     """A request, ready to be queued.
 
     Attributes:
         prompts: token ids of each.
         echo: text of each prompt, to begin its choices with; "" where it is not asked for.
-        choices: `n` of the first prompt, then of the next.
+        choices: the sequences to generate, each with a `TextStream`; `n` of the first prompt, then of the next.
     """
 
     prompts: list[list[int]]
     echo: list[str]
-    choices: list[Choice]
+    choices: list[GeneratedSequence]
 
 
-def make_plan(call: AnyRequest, model: ServedModel, config: ServerConfig) -> Plan:
+def make_plan(call: AnyRequest, model: ServedModel, config: ServerConfig) -> RequestPlan:
     """Tokenizes and checks what depends on the model.
 
     Raises:
@@ -72,14 +53,19 @@ def make_plan(call: AnyRequest, model: ServedModel, config: ServerConfig) -> Pla
     end_tokens, stop_strings = tokenizer.end_tokens(call.stop)
     seed = secrets.randbits(63) if call.seed is None else call.seed
     choices = [
-        Choice(
-            Sequence(prompt, request, EndTokens(end_tokens), tokenizer.eos, limit, (seed + i) % 2**64),
-            TextStream(decode, prompt, stop_strings, end_tokens),
+        GeneratedSequence(
+            prompt,
+            request,
+            end_tokens,
+            tokenizer.eos,
+            limit,
+            (seed + i) % 2**64,
+            TextStream(decode, prompt, stop_strings),
         )
         for prompt in prompts
         for i in range(call.n)
     ]
-    return Plan(prompts, _echo(call, decode), choices)
+    return RequestPlan(prompts, _echo(call, decode), choices)
 
 
 def _echo(call: AnyRequest, decode: Callable[[list[int]], str]) -> list[str]:

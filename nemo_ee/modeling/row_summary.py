@@ -1,8 +1,7 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""How sure an exit is of its next token: the highest probability of a token that it can emit.
+"""The most probable token that can be emitted, and its probability, from logits whose rows are sharded.
 
-Logits may be sharded over ranks by rows. Each rank reduces its own rows to a few numbers per token
-(`RowSummary`); combining those over ranks is one maximum and one sum, after which `confidence` is local.
+Each tensor-parallel rank reduces its own rows to a few numbers per token (`RowSummary`), and these are combined.
 """
 
 from dataclasses import dataclass
@@ -10,10 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nemo_ee.modeling.vocab_parallel import log_sum_over_ranks, max_over_ranks
+
 
 @dataclass
 class RowSummary:
-    """What one shard of logits says about each of N tokens (float32 or wider).
+    """What logits say about each of N tokens (float32 or wider): one shard of them, or all.
 
     Attributes:
         best: [N] the highest logit of an emittable row; -inf without one.
@@ -24,6 +25,23 @@ class RowSummary:
     best: Tensor
     row: Tensor
     log_sum: Tensor
+
+    @property
+    def confidence(self) -> Tensor:
+        """[N] the probability of `row`, if this is of all logits."""
+        return confidence(self.best, self.log_sum)
+
+    def over_ranks(self, first_row: int, *others: Tensor) -> tuple["RowSummary", *tuple[Tensor, ...]]:
+        """The same of all ranks' rows, and the maxima of other tensors [N].
+
+        Collectives: where TP > 1, three all-reduces of [N] over the tensor-parallel group.
+
+        Args:
+            first_row: where this shard begins.
+            others: taken along in the same all-reduce.
+        """
+        best, row, top, *maxima = max_over_ranks(self.best, self.row + first_row, self.log_sum, *others)
+        return RowSummary(best, row, log_sum_over_ranks(self.log_sum, top)), *maxima
 
 
 def summarise_rows(logits: Tensor, emittable: int) -> RowSummary:
@@ -49,8 +67,3 @@ def best_row(logits: Tensor, emittable: int) -> tuple[Tensor, Tensor]:
 def confidence(best: Tensor, log_normaliser: Tensor) -> Tensor:
     """The highest probability: exp(best logit - log of the softmax's normaliser), element by element."""
     return (best - log_normaliser).exp()
-
-
-def is_sure(confidences: list[float], threshold: float) -> list[bool]:
-    """Whether each token leaves: strictly above the threshold, so that 1.0 never exits."""
-    return [value > threshold and threshold < 1.0 for value in confidences]

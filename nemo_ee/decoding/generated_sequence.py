@@ -2,9 +2,8 @@
 """One prompt and what is generated after it."""
 
 import random
-from collections.abc import Callable
-from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
@@ -43,18 +42,29 @@ class Draft:
     distribution: Tensor | None
 
 
+class GrowingText(Protocol):
+    """A sequence's text, told of its tokens one by one; it may end with them."""
+
+    def feed(self, token: int | None) -> bool:
+        """Adds a token, None for one without text; returns whether the text ends behind it."""
+
+    def close(self) -> bool:
+        """Says that no token follows; returns whether the text ends with what waited for more."""
+
+
 @dataclass(eq=False)
-class Sequence:
+class GeneratedSequence:
     """A request in progress; `tokens` and the lists beside it grow with every token that is final.
 
     Attributes:
         prompt: token ids, at least one.
         request: lengths, sampling, exits.
-        stop: whether generated tokens end the sequence.
+        end_tokens: each ends the sequence, and has no text.
         eos: tokens that are not chosen before `min_length` tokens.
         limit: tokens to generate, at most.
         seed: of its own random numbers, so that its tokens do not depend on its neighbours.
-        tokens: generated token ids, with the EOS or end string that ended them.
+        text: ends the sequence by what its tokens say; None where only tokens do.
+        tokens: generated token ids, the one that ended them included.
         exit_layers: the exit of each generated token; `num_layers` for the final one.
         confidences: of that exit.
         logprobs: log-probability (nats) of each generated token by that exit, only on request (`all_probs`);
@@ -67,10 +77,11 @@ class Sequence:
 
     prompt: list[int]
     request: GenerationRequest
-    stop: Callable[[Tokens[int]], bool]
+    end_tokens: frozenset[int]
     eos: tuple[int, ...]
     limit: int
     seed: int = 0
+    text: GrowingText | None = None
     tokens: list[int] = field(default_factory=list)
     exit_layers: list[int] = field(default_factory=list)
     confidences: list[float] = field(default_factory=list)
@@ -88,9 +99,9 @@ class Sequence:
         """
         return random.Random(f"{self.seed}/{len(self.tokens)}/{len(self.drafts)}/{purpose}")
 
-    def twin(self) -> "Sequence":
+    def twin(self) -> "GeneratedSequence":
         """The same request, not begun, for another process that only chooses tokens; it never ends by itself."""
-        return Sequence(self.prompt, self.request, _never, self.eos, self.limit, self.seed)
+        return GeneratedSequence(self.prompt, self.request, frozenset(), self.eos, self.limit, self.seed)
 
     @property
     def last_token(self) -> int:
@@ -102,17 +113,17 @@ class Sequence:
         self.tokens.append(token)
         self.exit_layers.append(exit_layer)
         self.confidences.append(confidence)
-        if self.stop(self.tokens):
+        ends = token in self.end_tokens
+        found = self.text is not None and self.text.feed(None if ends else token)
+        if ends or found:
             self.finish_reason = "stop"
         elif len(self.tokens) >= self.limit:
             self.finish_reason = "length"
+        if self.finish_reason is not None and self.text is not None and self.text.close():
+            self.finish_reason = "stop"
         return self.finish_reason is None
 
     def ends_with_drafts(self) -> bool:
-        """Whether the drafts, if they are right, end the sequence."""
-        tokens = self.tokens + [draft.token for draft in self.drafts]
-        return len(tokens) >= self.limit or self.stop(tokens)
-
-
-def _never(_tokens: Tokens[int]) -> bool:
-    return False
+        """Whether the drafts, if they are right, end the sequence; what their text says is asked when they are."""
+        count = len(self.tokens) + len(self.drafts)
+        return count >= self.limit or self.drafts[-1].token in self.end_tokens
