@@ -8,16 +8,21 @@ their defaults the defaults. Nothing else in nemo_ee reads the raw configuration
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from nemo_ee.errors import ConfigError, Fault
-from nemo_ee.schema import build_config, is_number, one_of
+from nemo_ee.schema import build_config, choice, holds, is_number, one_of
 
 PROJECTIONS = ("tied", "untied", "shortlist")
 INITIALISATIONS = ("ridge", "copy", "random")
 TOKEN_WEIGHTINGS = ("none", "confidence")
-LOSS_SCHEDULES = ("constant", "linear", "cosine")
-CURRICULA = ("none", "rotational", "gradual")
-DROPOUT_SCHEDULES = ("constant", "exponential")
+
+ABOVE_0 = holds(lambda value: value > 0, "must be positive", "use e.g. 0.01")
+TOKENS = holds(lambda tokens: tokens >= 1, "must be positive", "use e.g. 40960")
+RATE = holds(lambda rate: 0 <= rate < 1, "a rate of dropped layers lies within [0, 1)", "use e.g. 0.1")
+RATIO = holds(lambda ratio: ratio > 0, "a ratio of times is positive", "use e.g. 2.0")
+FACTOR = holds(lambda factor: factor >= 0, "a loss weight would be negative", "use 0 or more")
+PERIOD = holds(lambda steps: steps >= 1, "must be positive", "use null")
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class HeadConfig:
     mlp: bool = True
     norm: bool = True
     linear: bool = True
-    projection: str = "shortlist"
+    projection: Annotated[str, choice(*PROJECTIONS)] = "shortlist"
     shortlist_size: int = 8192
     train_projection: bool = False
 
@@ -63,8 +68,8 @@ class RidgeConfig:
         penalty: ridge penalty, relative to the mean diagonal of X'X.
     """
 
-    tokens: int | None = None
-    penalty: float = 0.01
+    tokens: Annotated[int | None, TOKENS] = None
+    penalty: Annotated[float, ABOVE_0] = 0.01
 
     def tokens_for(self, features: int) -> int:
         """`tokens`, or how many a fit of so many features reads by default."""
@@ -111,8 +116,8 @@ class LayerDropoutConfig:
         steps: of the `exponential` schedule.
     """
 
-    max_rate: float = 0.0
-    schedule: str = "constant"
+    max_rate: Annotated[float, RATE] = 0.0
+    schedule: Annotated[str, choice("constant", "exponential")] = "constant"
     steps: int = 0
 
 
@@ -130,7 +135,7 @@ class BubbleFillingConfig:
 
     warmup: bool = False
     cooldown: bool = False
-    backward_ratio: float = 2.0
+    backward_ratio: Annotated[float, RATIO] = 2.0
 
     @property
     def enabled(self) -> bool:
@@ -163,11 +168,11 @@ class TrainingConfig:
     """
 
     loss_weights: tuple[float, ...] | None = None
-    schedule: str = "constant"
-    initial_factor: float = 0.0
+    schedule: Annotated[str, choice("constant", "linear", "cosine")] = "constant"
+    initial_factor: Annotated[float, FACTOR] = 0.0
     schedule_steps: int = 0
-    curriculum: str = "none"
-    curriculum_period: int | None = None
+    curriculum: Annotated[str, choice("none", "rotational", "gradual")] = "none"
+    curriculum_period: Annotated[int | None, PERIOD] = None
     curriculum_steps: int = 0
     token_weighting: str = "none"
     loss_chunk_tokens: int | None = 1024
@@ -209,7 +214,7 @@ class EarlyExitConfig:
 
     layers: tuple[int, ...]
     head: HeadConfig = field(default_factory=HeadConfig)
-    init: str = "ridge"
+    init: Annotated[str, choice(*INITIALISATIONS)] = "ridge"
     ridge: RidgeConfig = field(default_factory=RidgeConfig)
     tuning: TuningConfig = field(default_factory=TuningConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -248,7 +253,7 @@ def parse_early_exit(
     faults: list[Fault] = []
     config = build_config(EarlyExitConfig, raw, key, faults)
     if config is not None:
-        faults += _check_layers(config, num_layers, key)
+        faults = _check_layers(config, num_layers, key) + faults
         faults += _check_head(config, vocab_size, key)
         faults += _check_tuning(config, key)
         faults += _check_training(config, key)
@@ -301,8 +306,6 @@ def _check_layers(config: EarlyExitConfig, num_layers: int, key: str) -> list[Fa
 
 def _check_head(config: EarlyExitConfig, vocab_size: int | None, key: str) -> list[Fault]:
     head, faults = config.head, []
-    if head.projection not in PROJECTIONS:
-        faults.append(one_of(f"{key}.head.projection", head.projection, PROJECTIONS))
     if head.projection == "tied" and head.train_projection:
         rule = "a tied projection is the backbone's, which stays frozen"
         faults.append(Fault(f"{key}.head.train_projection", True, rule, "use projection=untied, or false"))
@@ -312,17 +315,9 @@ def _check_head(config: EarlyExitConfig, vocab_size: int | None, key: str) -> li
         rule = f"must lie within 1..{vocab_size or 'the vocabulary size'}"
         remedy = f"use e.g. {min(8192, vocab_size or 8192)}, or set {key}.head.projection=tied"
         faults.append(Fault(f"{key}.head.shortlist_size", head.shortlist_size, rule, remedy))
-    if config.init not in INITIALISATIONS:
-        faults.append(one_of(f"{key}.init", config.init, INITIALISATIONS))
     if config.init == "ridge" and not head.linear:
         rule = "ridge fits the linear translator, which this head lacks"
         faults.append(Fault(f"{key}.init", "ridge", rule, "set head.linear=true, or init=copy"))
-    if config.ridge.tokens is not None and config.ridge.tokens < 1:
-        faults.append(Fault(f"{key}.ridge.tokens", config.ridge.tokens, "must be positive", "use e.g. 40960"))
-    if not config.ridge.penalty > 0:
-        faults.append(
-            Fault(f"{key}.ridge.penalty", config.ridge.penalty, "must be positive", "use e.g. 0.01")
-        )
     return faults
 
 
@@ -367,15 +362,8 @@ def _check_tokens(section: TuningConfig | TrainingConfig, key: str) -> list[Faul
 
 def _check_training(config: EarlyExitConfig, key: str) -> list[Fault]:
     training, key = config.training, f"{key}.training"
-    dropout, filling = training.layer_dropout, training.bubble_filling
+    dropout = training.layer_dropout
     faults = _check_weights(training.loss_weights, config.layers, key) + _check_tokens(training, key)
-    for name, chosen, choices in (
-        ("schedule", training.schedule, LOSS_SCHEDULES),
-        ("curriculum", training.curriculum, CURRICULA),
-        ("layer_dropout.schedule", dropout.schedule, DROPOUT_SCHEDULES),
-    ):
-        if chosen not in choices:
-            faults.append(one_of(f"{key}.{name}", chosen, choices))
     for name, value, needed, remedy in (
         ("schedule_steps", training.schedule_steps, training.schedule in ("linear", "cosine"), "schedule"),
         ("curriculum_steps", training.curriculum_steps, training.curriculum == "gradual", "curriculum"),
@@ -384,20 +372,6 @@ def _check_training(config: EarlyExitConfig, key: str) -> list[Fault]:
         if needed and value < 1:
             rule = f"must be positive for {remedy}={'gradual' if remedy == 'curriculum' else 'this one'}"
             faults.append(Fault(f"{key}.{name}", value, rule, "give the number of steps"))
-    if training.initial_factor < 0:
-        rule = "a loss weight would be negative"
-        faults.append(Fault(f"{key}.initial_factor", training.initial_factor, rule, "use 0 or more"))
-    if training.curriculum_period is not None and training.curriculum_period < 1:
-        rule = "must be positive"
-        faults.append(Fault(f"{key}.curriculum_period", training.curriculum_period, rule, "use null"))
-    if not 0 <= dropout.max_rate < 1:
-        rule = "a rate of dropped layers lies within [0, 1)"
-        faults.append(Fault(f"{key}.layer_dropout.max_rate", dropout.max_rate, rule, "use e.g. 0.1"))
-    if not filling.backward_ratio > 0:
-        rule = "a ratio of times is positive"
-        faults.append(
-            Fault(f"{key}.bubble_filling.backward_ratio", filling.backward_ratio, rule, "use e.g. 2.0")
-        )
     return faults
 
 
