@@ -127,10 +127,10 @@ def generate(model: Any, config: GenerateConfig, prompts: list[str]) -> Iterator
 
 def show(record: dict[str, Any], model: Any, colour: bool) -> None:
     """Prints one record: the prompt, the continuation with the exit of every token, and its shares."""
-    final = model.gpt.config.num_layers
+    final, exits = model.gpt.config.num_layers, model.early_exit.layers
     dim, reset = (DIM, RESET) if colour else ("", "")
     speed = record["batch_tokens"] / max(record["batch_seconds"], 1e-3)
-    line = summary(record["exit_layers"], record["confidences"], final, colour)
+    line = summary(record["exit_layers"], record["confidences"], final, colour, exits)
     print(f"{dim}prompt: {record['prompt']}{reset}")
-    print(marked(record["tokens"], record["exit_layers"], final, colour))
+    print(marked(record["tokens"], record["exit_layers"], final, colour, exits))
     print(f"{dim}({line}{dim}; {speed:.1f} tokens/s in its batch){reset}\n", flush=True)
