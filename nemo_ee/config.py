@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.schema import build_config, is_number, one_of
 
+MLPS = ("none", "residual", "beside")
 PROJECTIONS = ("tied", "untied", "shortlist")
 INITIALISATIONS = ("ridge", "copy", "random")
 TOKEN_WEIGHTINGS = ("none", "confidence")
@@ -26,8 +27,9 @@ class HeadConfig:
 
     Attributes:
         block: a full transformer layer (attention and MLP) of the backbone's kind, with its own KV cache.
-        mlp: an MLP of the backbone's kind with a norm of its own: a residual step before `norm`, or beside
-            the translator where there is one.
+        mlp: an MLP of the backbone's kind with a norm of its own. `residual`: a step before `norm`, x + MLP(x), of
+            heads without a translator; `beside`: added to the translator's output; or `none`. Before there were
+            these words, true meant that of the two which the head can have, false none; both are still read.
         norm: a norm of the backbone's kind, with its own gain.
         linear: a linear translator [H] -> [H] with bias. The closed-form (`ridge`) initialisation fits it.
         projection: to the vocabulary: `tied` shares the backbone's output weight, `untied` has its own,
@@ -38,7 +40,7 @@ class HeadConfig:
     """
 
     block: bool = False
-    mlp: bool = True
+    mlp: str = "beside"
     norm: bool = True
     linear: bool = True
     projection: str = "shortlist"
@@ -72,32 +74,45 @@ class RidgeConfig:
 
 
 @dataclass(frozen=True)
-class TuningConfig:
-    """EE-Tuning's objective: per exit a weighted sum of cross-entropies and a divergence, summed over exits.
+class ExitObjective:
+    """What one exit minimises, in tuning and in pre-training: a weighted sum of cross-entropies and a divergence.
 
     Attributes:
-        loss_weights: one non-negative weight per exit layer; null means 1.0 for each.
         ce_weight: weight of cross-entropy against the text.
         kl_weight: weight of the divergence from the final exit, KL(final || exit).
-        argmax_weight: weight of cross-entropy against the final exit's most probable token. With this and
-            `kl_weight` at 0 nothing above the last exit is built, unless `init` needs it.
+        argmax_weight: weight of cross-entropy against the final exit's most probable token.
         token_weighting: `none`, or `confidence`: each token's loss is multiplied by the exit's own detached
             confidence (EE-Tuning's dynamic token-wise weights, arXiv:2402.00518 section 3).
         loss_chunk_tokens: tokens whose logits exist at one time, per exit; null: as many as need 128 MiB per
             rank, which depends on the vocabulary and on tensor parallelism.
     """
 
-    loss_weights: tuple[float, ...] | None = None
-    ce_weight: float = 0.0
-    kl_weight: float = 0.5
-    argmax_weight: float = 0.5
+    ce_weight: float = 1.0
+    kl_weight: float = 0.0
+    argmax_weight: float = 0.0
     token_weighting: str = "none"
-    loss_chunk_tokens: int | None = 256
+    loss_chunk_tokens: int | None = 1024
 
     @property
     def distils(self) -> bool:
         """Whether the final exit is part of the objective."""
         return self.kl_weight > 0 or self.argmax_weight > 0
+
+
+@dataclass(frozen=True)
+class TuningConfig(ExitObjective):
+    """EE-Tuning's objective, summed over exits. With `kl_weight` and `argmax_weight` at 0 nothing above the last
+    exit is built, unless `init` needs it.
+
+    Attributes:
+        loss_weights: one non-negative weight per exit layer; null means 1.0 for each.
+    """
+
+    loss_weights: tuple[float, ...] | None = None
+    ce_weight: float = 0.0
+    kl_weight: float = 0.5
+    argmax_weight: float = 0.5
+    loss_chunk_tokens: int | None = 256
 
 
 @dataclass(frozen=True)
@@ -175,6 +190,11 @@ class TrainingConfig:
     layer_dropout: LayerDropoutConfig = field(default_factory=LayerDropoutConfig)
     bubble_filling: BubbleFillingConfig = field(default_factory=BubbleFillingConfig)
 
+    @property
+    def objective(self) -> ExitObjective:
+        """What each exit minimises: cross-entropy against the text."""
+        return ExitObjective(token_weighting=self.token_weighting, loss_chunk_tokens=self.loss_chunk_tokens)
+
 
 @dataclass(frozen=True)
 class InferenceConfig:
@@ -246,6 +266,8 @@ def parse_early_exit(
             that break a rule.
     """
     faults: list[Fault] = []
+    if isinstance(raw, Mapping) and isinstance(head := raw.get("head") or {}, Mapping):
+        raw = {**raw, "head": _mlp_in_words(head)}
     config = build_config(EarlyExitConfig, raw, key, faults)
     if config is not None:
         faults += _check_layers(config, num_layers, key)
@@ -256,6 +278,14 @@ def parse_early_exit(
     if faults:
         raise ConfigError(*faults)
     return config
+
+
+def _mlp_in_words(head: Mapping) -> Mapping:
+    """A head whose `mlp` may be left out, or a truth value: how files of before say it."""
+    if not isinstance(mlp := head.get("mlp", True), bool):
+        return head
+    kind = "beside" if head.get("linear", True) else "residual"
+    return {**head, "mlp": kind if mlp else "none"}
 
 
 def check_thresholds(threshold, exits: int, key: str) -> list[Fault]:
@@ -301,6 +331,16 @@ def _check_layers(config: EarlyExitConfig, num_layers: int, key: str) -> list[Fa
 
 def _check_head(config: EarlyExitConfig, vocab_size: int | None, key: str) -> list[Fault]:
     head, faults = config.head, []
+    if head.mlp not in MLPS:
+        faults.append(one_of(f"{key}.head.mlp", head.mlp, MLPS))
+    elif head.mlp == "beside" and not head.linear:
+        rule = "it would stand beside the linear translator, which this head lacks"
+        remedy = f"set ++{key}.head.mlp=residual, or ++{key}.head.linear=true"
+        faults.append(Fault(f"{key}.head.mlp", head.mlp, rule, remedy))
+    elif head.mlp == "residual" and head.linear:
+        rule = "with a linear translator an MLP stands beside that"
+        remedy = f"set ++{key}.head.mlp=beside, or ++{key}.head.linear=false"
+        faults.append(Fault(f"{key}.head.mlp", head.mlp, rule, remedy))
     if head.projection not in PROJECTIONS:
         faults.append(one_of(f"{key}.head.projection", head.projection, PROJECTIONS))
     if head.projection == "tied" and head.train_projection:
