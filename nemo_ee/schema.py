@@ -53,7 +53,12 @@ def _given(values: Mapping) -> dict:
 
 def holds(condition: Callable[[Any], bool], rule: str, remedy: str) -> Rule:
     """The rule that a condition holds."""
-    return lambda key, value: () if condition(value) else (Fault(key, value, rule, remedy),)
+
+    def faults(key: str, value) -> tuple[Fault, ...]:
+        shown = list(value) if isinstance(value, tuple) else value
+        return () if condition(value) else (Fault(key, shown, rule, remedy),)
+
+    return faults
 
 
 def choice(*choices: str) -> Rule:
