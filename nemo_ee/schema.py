@@ -3,42 +3,44 @@
 
 import dataclasses
 import difflib
-import math
+import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Any, Self
 
 from nemo_ee.errors import ConfigError, Fault
 
 MISSING = "???"
 """How OmegaConf writes a mandatory value that was not given."""
+Rule = Callable[[str, Any], Iterable[Fault]]
+"""What is wrong with a value of the right type, by its dotted key; stands in the `Annotated` type of a field."""
 
 
-def one_of(key: str, value, choices: tuple[str, ...]) -> Fault:
-    """The fault of a value that is none of the choices; names the nearest."""
-    nearest = difflib.get_close_matches(str(value), choices, 1)
-    remedy = f"did you mean {nearest[0]}?" if nearest else f"use {' | '.join(choices)}"
-    return Fault(key, value, f"not one of {', '.join(choices)}", remedy)
+class Settings:
+    """Base of a script's settings: a frozen dataclass that is made of plain values."""
 
+    @classmethod
+    def from_dict(cls, values: Mapping) -> Self:
+        """Checks plain values (as from YAML) and builds the settings.
 
-def read_settings(kind, values: Mapping, faults_of: Callable[..., Iterable[Fault]]):
-    """Checks the plain values of a script's settings, and builds them.
+        Args:
+            values: those that are `MISSING` count as not given.
 
-    Args:
-        kind: a frozen dataclass, see `build_config`.
-        values: as from YAML; those that are `MISSING` count as not given.
-        faults_of: what is wrong with settings whose types are right.
+        Raises:
+            ConfigError: listing every unknown key, missing value and value that breaks its rule.
+        """
+        faults: list[Fault] = []
+        settings = build_config(cls, _given(values), "", faults)
+        if settings is not None:
+            faults += settings.faults()
+        if faults:
+            raise ConfigError(*faults)
+        return settings
 
-    Raises:
-        ConfigError: listing every unknown key, missing value and value that breaks its rule.
-    """
-    faults: list[Fault] = []
-    config = build_config(kind, _given(values), "", faults)
-    if config is not None:
-        faults += faults_of(config)
-    if faults:
-        raise ConfigError(*faults)
-    return config
+    def faults(self) -> Iterable[Fault]:
+        """What is wrong with values beside each other, where each has its type."""
+        return ()
 
 
 def _given(values: Mapping) -> dict:
@@ -49,75 +51,129 @@ def _given(values: Mapping) -> dict:
     }
 
 
+def holds(condition: Callable[[Any], bool], rule: str, remedy: str) -> Rule:
+    """The rule that a condition holds."""
+
+    def faults(key: str, value) -> tuple[Fault, ...]:
+        shown = list(value) if isinstance(value, tuple) else value
+        return () if condition(value) else (Fault(key, shown, rule, remedy),)
+
+    return faults
+
+
+def choice(*choices: str) -> Rule:
+    """The rule that a value is one of the choices."""
+    return lambda key, value: () if value in choices else (one_of(key, value, choices),)
+
+
+Positive = Annotated[int, holds(lambda value: value >= 1, "must be positive", "use 1 or more")]
+
+
+def one_of(key: str, value, choices: tuple[str, ...]) -> Fault:
+    """The fault of a value that is none of the choices; names the nearest."""
+    remedy = nearest(value, choices) or f"use {' | '.join(choices)}"
+    return Fault(key, value, f"not one of {', '.join(choices)}", remedy)
+
+
+def nearest(value, choices: Iterable[str]) -> str:
+    """A question for the choice that is most like a value; empty where none is."""
+    found = difflib.get_close_matches(str(value), list(choices), 1)
+    return f"did you mean {found[0]}?" if found else ""
+
+
 def build_config(kind, raw, key: str, faults: list[Fault]):
     """Builds the frozen dataclass `kind`, nested ones included, from a mapping; None if it cannot be built.
 
     Args:
-        kind: a dataclass whose fields have types, and defaults unless they are required.
+        kind: a dataclass whose fields have types, perhaps with rules, and defaults unless they are required.
         raw: plain containers.
         key: dotted name of the section, for messages; may be empty.
-        faults: receives unknown keys (with the nearest known one), wrong types and missing values.
+        faults: receives unknown keys (with the nearest known one), wrong types, missing values, and broken rules.
     """
+    known = {f.name: f for f in dataclasses.fields(kind)}
     if not isinstance(raw, Mapping):
-        faults.append(
-            Fault(
-                key, raw, "must be a mapping", f"give {', '.join(f.name for f in dataclasses.fields(kind))}"
-            )
-        )
+        faults.append(Fault(key, raw, "must be a mapping", f"give {', '.join(known)}"))
         return None
-    hints, known = typing.get_type_hints(kind), {f.name: f for f in dataclasses.fields(kind)}
-    values, before = {}, len(faults)
+    hints, values, complete = typing.get_type_hints(kind, include_extras=True), {}, True
     for name, value in raw.items():
         path = f"{key}.{name}" if key else str(name)
         if name not in known:
-            nearest = difflib.get_close_matches(str(name), known, 1)
-            remedy = f"did you mean {nearest[0]}?" if nearest else f"known keys: {', '.join(known)}"
+            remedy = nearest(name, known) or f"known keys: {', '.join(known)}"
             faults.append(Fault(path, value, "unknown key", remedy))
-        elif dataclasses.is_dataclass(hints[name]):
-            values[name] = build_config(hints[name], {} if value is None else value, path, faults)
-        else:
+            continue
+        try:
             values[name] = _convert(hints[name], value, path, faults)
+        except _NotBuiltError:
+            complete = False
+        except _WrongTypeError:
+            names, complete = _type_name(hints[name]), False
+            faults.append(
+                Fault(path, value, f"expected {names}, got {type(value).__name__}", f"write {names}")
+            )
     for name, item in known.items():
         required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-        if required and name not in values:
-            path = f"{key}.{name}" if key else name
+        if required and name not in raw:
+            path, complete = f"{key}.{name}" if key else name, False
             faults.append(Fault(path, None, "is required", f"set {path}"))
-    return kind(**values) if len(faults) == before else None
+    return kind(**values) if complete else None
+
+
+class _WrongTypeError(Exception):
+    """A value that is of another type than its field."""
+
+
+class _NotBuiltError(Exception):
+    """A section that cannot be built, whose faults are known."""
 
 
 def _convert(hint, value, path: str, faults: list[Fault]):
-    """Checks `value` against a type hint; integers pass as floats, lists as tuples."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for option in options:
-        if option is type(None) and value is None:
-            return None
-        if option is float and is_number(value):
-            return float(value)
-        if option is bool and isinstance(value, bool):
+    """Checks `value` against a type hint with its rules; integers pass as floats, lists as tuples.
+
+    Raises:
+        _WrongTypeError: it is of another type.
+        _NotBuiltError: it is a section, whose faults are known.
+    """
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        converted = _convert(arguments[0], value, path, faults)
+        if converted is not None:
+            faults += [fault for rule in arguments[1:] for fault in rule(path, converted)]
+        return converted
+    if origin in (types.UnionType, typing.Union):
+        for option in arguments:
+            try:
+                return _convert(option, value, path, faults)
+            except _WrongTypeError:
+                continue
+    elif origin is tuple and isinstance(value, list | tuple):
+        return tuple(_convert(arguments[0], item, path, faults) for item in value)
+    elif dataclasses.is_dataclass(hint):
+        section = build_config(hint, {} if value is None else value, path, faults)
+        if section is None:
+            raise _NotBuiltError
+        return section
+    elif hint is float and is_number(value):
+        return float(value)
+    elif hint in (Mapping, Sequence) and isinstance(value, hint) and not isinstance(value, str):
+        return value
+    elif hint in (bool, int, str, type(None)) and isinstance(value, hint):
+        if hint is not int or not isinstance(value, bool):
             return value
-        if option is int and isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if option is str and isinstance(value, str):
-            return value
-        if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
-            item = typing.get_args(option)[0]
-            inner: list[Fault] = []
-            converted = tuple(_convert(item, v, path, inner) for v in value)
-            if not inner:
-                return converted
-    names = " or ".join(_type_name(option) for option in options)
-    faults.append(Fault(path, value, f"expected {names}, got {type(value).__name__}", f"write {names}"))
-    return None
+    raise _WrongTypeError
 
 
-def _type_name(option) -> str:
-    if option is type(None):
-        return "null"
-    if typing.get_origin(option) is tuple:
-        return f"a list of {typing.get_args(option)[0].__name__}"
-    return option.__name__
+def _type_name(hint) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _type_name(arguments[0])
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(map(_type_name, arguments))
+    if origin is tuple:
+        return f"a list of {_type_name(arguments[0])}"
+    names = {type(None): "null", Mapping: "a mapping", Sequence: "a list"}
+    return names.get(hint) or hint.__name__
 
 
 def is_number(value) -> bool:
-    """Whether it is a finite int or float."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a finite float, or an int that can be one."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from nemo_ee.calibration.documents import Documents, read_documents
@@ -15,7 +14,7 @@ from nemo_ee.calibration.markdown import guarantee, no_guarantee
 from nemo_ee.calibration.reliability import measure_reliability
 from nemo_ee.calibration.risk_control import documents_needed, log_wealth
 from nemo_ee.calibration.schema import CalibrationReport, PathRecord, TextSplit
-from nemo_ee.calibration.scoring import score_documents, score_with
+from nemo_ee.calibration.scoring import score_documents
 from nemo_ee.calibration.settings import CalibrationConfig
 from nemo_ee.calibration.store import ThresholdStore, check_folder
 from nemo_ee.calibration.threshold_choice import (
@@ -28,16 +27,12 @@ from nemo_ee.calibration.threshold_choice import (
     split_documents,
 )
 from nemo_ee.calibration.write import REPORT, write_report
-from nemo_ee.checkpoint import archive
-from nemo_ee.checkpoint.exits import adapter
 from nemo_ee.data.checks import check_indexed_dataset
-from nemo_ee.errors import CheckpointError, ConfigError, DataError, Fault
-from nemo_ee.evaluation.evaluate import ANY_VOCABULARY, restore
-from nemo_ee.evaluation.settings import EvaluationConfig, HeldOutConfig
+from nemo_ee.errors import ConfigError, DataError, Fault
+from nemo_ee.evaluation.scored_model import ANY_VOCABULARY, check_files, restore, score_with
 from nemo_ee.evaluation.teacher_forced import CONFIDENCE_RULE
 from nemo_ee.files.output import claim
-from nemo_ee.models.checks.model_checks import read_early_exit
-from nemo_ee.report import provenance
+from nemo_ee.report.provenance import metadata
 from nemo_ee.report.schema import Metadata
 from nemo_ee.report.statistics import bootstrap_mean
 
@@ -75,10 +70,7 @@ def _calibrate(
     documents = read_documents(data.prefix, data.documents, data.seq_length, ANY_VOCABULARY, config.seed)
     tuning, test = split_documents(len(documents.tokens), data.tuning_share, config.seed)
     check_enough(documents, len(test), requirement, data.tuning_share)
-    if trainer.world_size != 1:
-        rule = f"x trainer.num_nodes={trainer.num_nodes}: a calibration runs in one process"
-        raise ConfigError(Fault("trainer.devices", trainer.num_devices, rule, "set both to 1"))
-    model = _restore(config, trainer)
+    model = restore(config, trainer)
     keys = dict(key="data.prefix", length_key="data.seq_length")
     check_indexed_dataset(data.prefix, 1, model.true_vocab_size, "held-out text", **keys)
     model.warn_of_untuned_exits()
@@ -87,7 +79,7 @@ def _calibrate(
         scores = score_documents(score, documents, layers, model.cfg.num_layers, data.batch_size, bar.update)
     to_plan, to_test = scores.of_documents(tuning), scores.of_documents(test)
     choice = certify(plan(to_plan, requirement, config.levels, len(test)), to_test, requirement)
-    report = make_report(config, _metadata(config, model), scores, to_test, choice)
+    report = make_report(config, metadata(config, model), scores, to_test, choice)
     written = store.write(report.thresholds, config.exits)
     return report, [written, *write_report(report, config.report_dir)]
 
@@ -176,19 +168,12 @@ def exits_in_use(config: CalibrationConfig) -> tuple[int, ...]:
         CheckpointError: a file that cannot be read, or has no exits.
         ConfigError: listing every setting that does not fit the files.
     """
-    base = archive.read_config(config.gpt_model_file)
-    with_exits = base if config.adapter_file is None else adapter.read_adapter_config(config.adapter_file)
-    early_exit = read_early_exit(with_exits)
-    if not early_exit.layers:
-        raise CheckpointError(f"{config.gpt_model_file}: has no exits to calibrate; set adapter_file")
-    faults, usual = [], early_exit.inference.exits
+    _, early_exit, faults = check_files(config, "calibrate", "exits", config.exits, config.data.seq_length)
+    usual = early_exit.inference.exits
     layers = config.exits or (early_exit.layers if usual is None else usual)
     if not layers:
         rule = f"the checkpoint uses none of its exits {list(early_exit.layers)}"
         faults.append(Fault("exits", None, rule, "name those to calibrate"))
-    if config.exits is not None and not set(config.exits) <= set(early_exit.layers):
-        rule = f"not all of the model's exits {list(early_exit.layers)}"
-        faults.append(Fault("exits", list(config.exits), rule, "name exit layers that exist, or null"))
     if early_exit.inference.confidence != CONFIDENCE_RULE:
         rule = f"text is scored by {CONFIDENCE_RULE} alone, so its thresholds would mean something else"
         key, remedy = (
@@ -196,31 +181,6 @@ def exits_in_use(config: CalibrationConfig) -> tuple[int, ...]:
             f"calibrate a checkpoint that has {CONFIDENCE_RULE}",
         )
         faults.append(Fault(key, early_exit.inference.confidence, rule, remedy))
-    limit, length = base.encoder_seq_length, config.data.seq_length
-    if length > limit:
-        rule = f"exceeds the model's encoder_seq_length={limit}"
-        faults.append(Fault("data.seq_length", length, rule, f"use at most {limit}"))
     if faults:
         raise ConfigError(*faults)
     return layers
-
-
-def _restore(config: CalibrationConfig, trainer: Any) -> Any:
-    files = dict(gpt_model_file=config.gpt_model_file, adapter_file=config.adapter_file)
-    data = HeldOutConfig(config.data.prefix)
-    return restore(EvaluationConfig(**files, data=data, precision=config.precision), trainer)
-
-
-def _metadata(config: CalibrationConfig, model: Any) -> Metadata:
-    return Metadata(
-        model=Path(config.gpt_model_file).name,
-        num_layers=model.cfg.num_layers,
-        adapter=None if config.adapter_file is None else Path(config.adapter_file).name,
-        commit=provenance.commit(),
-        device=f"{provenance.device()}, load average {provenance.load_average()}",
-        torch_version=torch.__version__,
-        dtype=str(model.torch_dtype).removeprefix("torch."),
-        seed=config.seed,
-        date=provenance.date(),
-        command=provenance.command(),
-    )

@@ -4,8 +4,7 @@
 from collections.abc import Mapping
 
 from nemo_ee.calibration.schema import CalibrationReport, ExitReliability, PathRecord
-from nemo_ee.report.markdown import table
-from nemo_ee.report.schema import Interval
+from nemo_ee.report.page import page, provenance, table, with_interval
 
 SHOWN_POINTS = 20
 """Rows of the table of the path, at most; the JSON file has all of it."""
@@ -72,8 +71,7 @@ def to_markdown(report: CalibrationReport, images: Mapping[str, str]) -> str:
         _path(report),
         _reliability(report.reliability),
     ]
-    sections += [f"## {caption}\n\n![{caption}]({name})" for name, caption in images.items()]
-    return "\n\n".join(sections) + "\n"
+    return page(sections, images)
 
 
 def _verdict(report: CalibrationReport) -> str:
@@ -95,7 +93,7 @@ def _verdict(report: CalibrationReport) -> str:
 def _measured(report: CalibrationReport, point: PathRecord) -> str:
     early = 1.0 - point.share_per_exit[report.metadata.num_layers]
     return (
-        f"agreement {_with_interval(point.agreement, report.agreement_ci)}, {_percent(early)} of tokens leave "
+        f"agreement {with_interval(point.agreement, report.agreement_ci, 4)}, {_percent(early)} of tokens leave "
         f"early, {point.mean_layers:.1f} of {report.metadata.num_layers} layers on average"
     )
 
@@ -112,12 +110,7 @@ def _setting(report: CalibrationReport) -> str:
             f"{report.tuning.documents:,} documents, {report.tuning.tokens:,} tokens",
         ],
         ["text that tested it", f"{report.test.documents:,} documents, {report.test.tokens:,} tokens"],
-        ["device", about.device],
-        ["torch, dtype", f"{about.torch_version}, {about.dtype}"],
-        ["seed", str(about.seed)],
-        ["commit", about.commit],
-        ["date", about.date],
-        ["command", f"`{about.command}`"],
+        *provenance(about),
     ]
     return table(["", "value"], rows, numbers=False)
 
@@ -171,9 +164,3 @@ def _reliability(exits: tuple[ExitReliability, ...]) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.4g} %"
-
-
-def _with_interval(value: float, interval: Interval | None) -> str:
-    if interval is None:
-        return f"{value:.4f}"
-    return f"{value:.4f} [{interval.low:.4f}, {interval.high:.4f}]"

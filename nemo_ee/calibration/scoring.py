@@ -5,27 +5,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from nemo_ee.calibration.documents import Documents
 from nemo_ee.calibration.exit_decisions import TokenScores
 from nemo_ee.errors import DataError
-from nemo_ee.evaluation.teacher_forced import TextScores, score_text
-from nemo_ee.generation.generate import generating
-
-Score = Callable[[Tensor, Tensor], TextScores]
-"""Tokens and the tokens that follow them, [B, S] each, to scores."""
-
-
-def score_with(model: Any) -> Score:
-    """`score_text` of a `MegatronGPTEarlyExitModel`, on its device, with what generation switches off."""
-    device = model.gpt.output_weight().device
-
-    def score(tokens: Tensor, labels: Tensor) -> TextScores:
-        with generating(model):
-            return score_text(model.gpt, tokens.to(device), labels.to(device))
-
-    return score
+from nemo_ee.evaluation.scored_model import Score
 
 
 def score_documents(

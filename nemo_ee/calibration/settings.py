@@ -1,11 +1,15 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """The settings of a calibration, read once from `conf/calibrate_early_exit.yaml` and its overrides."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 from nemo_ee.errors import Fault
-from nemo_ee.schema import read_settings
+from nemo_ee.schema import Positive, Rule, Settings, holds
+
+
+def _between(remedy: str) -> Rule:
+    return holds(lambda share: 0.0 < share < 1.0, "must lie between 0 and 1, both excluded", remedy)
 
 
 @dataclass(frozen=True)
@@ -23,14 +27,14 @@ class CalibrationTextConfig:
     """
 
     prefix: str
-    documents: int = 1000
-    seq_length: int = 128
-    batch_size: int = 8
-    tuning_share: float = 0.25
+    documents: Positive = 1000
+    seq_length: Positive = 128
+    batch_size: Positive = 8
+    tuning_share: Annotated[float, _between("use e.g. 0.25")] = 0.25
 
 
 @dataclass(frozen=True)
-class CalibrationConfig:
+class CalibrationConfig(Settings):
     """A calibration of exit thresholds.
 
     Attributes:
@@ -54,55 +58,25 @@ class CalibrationConfig:
     output_file: str
     data: CalibrationTextConfig
     adapter_file: str | None = None
-    target_agreement: float = 0.95
-    delta: float = 0.05
+    target_agreement: Annotated[float, _between("use e.g. 0.95")] = 0.95
+    delta: Annotated[float, _between("use e.g. 0.05")] = 0.05
     exits: tuple[int, ...] | None = None
-    levels: int = 100
-    bins: int = 10
+    levels: Positive = 100
+    bins: Positive = 10
     report_dir: str = "calibration"
     overwrite: bool = False
-    seed: int = 1234
+    seed: Annotated[int, holds(lambda seed: seed >= 0, "must be 0 or more", "use e.g. 1234")] = 1234
     precision: str | int = 32
-
-    @classmethod
-    def from_dict(cls, values: Mapping) -> "CalibrationConfig":
-        """Checks plain values (as from YAML) and builds the configuration.
-
-        Raises:
-            ConfigError: listing every unknown key, missing value and value that breaks its rule.
-        """
-        return read_settings(cls, values, _faults)
 
     @property
     def source(self) -> str:
         """The file that gets other thresholds."""
         return self.adapter_file or self.gpt_model_file
 
-
-def _faults(config: CalibrationConfig) -> list[Fault]:
-    data = config.data
-    faults = [
-        Fault(key, value, "must lie between 0 and 1, both excluded", remedy)
-        for key, value, remedy in (
-            ("target_agreement", config.target_agreement, "use e.g. 0.95"),
-            ("delta", config.delta, "use e.g. 0.05"),
-            ("data.tuning_share", data.tuning_share, "use e.g. 0.25"),
-        )
-        if not 0.0 < value < 1.0
-    ]
-    for key, value in (
-        ("data.documents", data.documents),
-        ("data.seq_length", data.seq_length),
-        ("data.batch_size", data.batch_size),
-        ("levels", config.levels),
-        ("bins", config.bins),
-    ):
-        if value < 1:
-            faults.append(Fault(key, value, "must be positive", "use 1 or more"))
-    if config.seed < 0:
-        faults.append(Fault("seed", config.seed, "must be 0 or more", "use e.g. 1234"))
-    exits = config.exits
-    if exits is not None and (not exits or list(exits) != sorted(set(exits))):
+    def faults(self) -> list[Fault]:
+        """See `Settings`."""
+        exits = self.exits
+        if exits is None or (exits and list(exits) == sorted(set(exits))):
+            return []
         rule = "must name exit layers in ascending order, each once"
-        faults.append(Fault("exits", list(exits), rule, f"write {sorted(set(exits)) or 'null'}"))
-    return faults
+        return [Fault("exits", list(exits), rule, f"write {sorted(set(exits)) or 'null'}")]

@@ -1,7 +1,6 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Writing a calibration's report."""
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from nemo_ee.calibration.markdown import to_markdown
 from nemo_ee.calibration.plots import plots
 from nemo_ee.calibration.schema import CalibrationReport
 from nemo_ee.files.output import write_text, write_with
-from nemo_ee.report.serialise import to_plain
+from nemo_ee.report.serialise import to_json
 
 REPORT = "calibration.json"
 """The numbers."""
@@ -32,8 +31,7 @@ def write_report(report: CalibrationReport, directory: str | Path) -> list[Path]
         OutputError: it cannot be written.
     """
     directory = Path(directory)
-    text = json.dumps(to_plain(report, "calibration"), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    written = [write_text(directory / REPORT, text)]
+    written = [write_text(directory / REPORT, to_json(report, "calibration"))]
     drawn = plots(report)
     for old in (*directory.glob("reliability_exit_*.png"), *directory.glob("path_*.png")):
         if old.name not in drawn:

@@ -1,12 +1,14 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """The settings of an evaluation, read once from `conf/evaluate_early_exit.yaml` and its overrides."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 from nemo_ee.config import check_thresholds
 from nemo_ee.errors import Fault
-from nemo_ee.schema import read_settings
+from nemo_ee.schema import Positive, Settings, holds
+
+TWO = holds(lambda tokens: tokens >= 2, "only tokens after the first can leave early", "use 2 or more")
 
 
 @dataclass(frozen=True)
@@ -21,9 +23,9 @@ class HeldOutConfig:
     """
 
     prefix: str
-    sequences: int = 40
-    seq_length: int = 256
-    batch_size: int = 4
+    sequences: Positive = 40
+    seq_length: Positive = 256
+    batch_size: Positive = 4
 
 
 @dataclass(frozen=True)
@@ -47,19 +49,19 @@ class SweepConfig:
 
     prompts: tuple[str, ...] | None = None
     chat_prompts_file: str | None = None
-    num_prompts: int = 16
-    prompt_tokens: int = 32
-    tokens_to_generate: int = 40
+    num_prompts: Positive = 16
+    prompt_tokens: Positive = 32
+    tokens_to_generate: Annotated[int, TWO] = 40
     thresholds: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
     exits: tuple[int, ...] | None = None
-    timed_prompts: int = 3
-    repeats: int = 4
+    timed_prompts: Positive = 3
+    repeats: Positive = 4
     sample_threshold: float = 0.7
     samples: int = 2
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(Settings):
     """An evaluation of a model with early exits.
 
     Attributes:
@@ -82,39 +84,17 @@ class EvaluationConfig:
     seed: int = 1234
     precision: str | int = 32
 
-    @classmethod
-    def from_dict(cls, values: Mapping) -> "EvaluationConfig":
-        """Checks plain values (as from YAML) and builds the configuration.
-
-        Raises:
-            ConfigError: listing every unknown key, missing value and value that breaks its rule.
-        """
-        return read_settings(cls, values, _faults)
-
-
-def _faults(config: EvaluationConfig) -> list[Fault]:
-    faults = _check_counts("data", config.data, ("sequences", "seq_length", "batch_size"))
-    return faults + _check_sweep(config.generation)
-
-
-def _check_counts(section: str, config: object, names: tuple[str, ...]) -> list[Fault]:
-    return [
-        Fault(f"{section}.{name}", getattr(config, name), "must be positive", "use 1 or more")
-        for name in names
-        if getattr(config, name) < 1
-    ]
+    def faults(self) -> list[Fault]:
+        """See `Settings`."""
+        return _check_sweep(self.generation)
 
 
 def _check_sweep(sweep: SweepConfig) -> list[Fault]:
-    counts = ("num_prompts", "prompt_tokens", "timed_prompts", "repeats")
-    faults = _check_counts("generation", sweep, counts)
+    faults = []
     if sweep.prompts is not None and sweep.chat_prompts_file is not None:
         rule = "with generation.prompts there are two sets of prompts"
         remedy = "set one of them to null"
         faults.append(Fault("generation.chat_prompts_file", sweep.chat_prompts_file, rule, remedy))
-    if sweep.tokens_to_generate < 2:
-        rule = "only tokens after the first can leave early"
-        faults.append(Fault("generation.tokens_to_generate", sweep.tokens_to_generate, rule, "use 2 or more"))
     values = list(sweep.thresholds)
     if not values or values != sorted(set(values)):
         rule = "must be thresholds in ascending order, each once"

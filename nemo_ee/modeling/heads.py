@@ -71,9 +71,9 @@ class Translator(MegatronModule):
 class ExitHead(MegatronModule):
     """block, then MLP, norm and translator, then the projection, as `HeadConfig` chooses.
 
-    Without a translator the MLP is one more residual step before the norm: norm(x + MLP(x)), as in EE-Tuning.
-    With one it stands beside it and adds to its output: translator(norm(x)) + MLP(x); both are linear in
-    their last weights, which is what the closed form fits at once. The MLP has a norm of its own.
+    A `residual` MLP is one more step before the norm: norm(x + MLP(x)), as in EE-Tuning. One `beside` the
+    translator adds to its output: translator(norm(x)) + MLP(x); both are linear in their last weights, which is
+    what the closed form fits at once. The MLP has a norm of its own.
 
     Args:
         config: configuration of the exits, see `exit_config`.
@@ -100,7 +100,7 @@ class ExitHead(MegatronModule):
             # TransformerLayer adds the stage's offset to the number that it is given; a head's is global.
             number = layer - get_transformer_layer_offset(config)
             self.block = build_module(gpt_layer_spec(config, use_te), config=config, layer_number=number)
-        if head.mlp:
+        if head.mlp != "none":
             self.mlp = NormedMLP(config)
         if head.norm:
             self.norm = TorchNorm(config, config.hidden_size, config.layernorm_epsilon)
@@ -138,13 +138,13 @@ class ExitHead(MegatronModule):
     def readout(self, x: Tensor) -> Tensor:
         """What follows the block, position by position: [S, B, H] -> [S, B, H]."""
         branch = None if self.mlp is None else self.mlp(x)
-        if self.linear is None and branch is not None:
+        if self.head.mlp == "residual":
             x = x + branch
         if self.norm is not None:
             x = self.norm(x)
-        if self.linear is None:
-            return x
-        return self.linear(x) if branch is None else self.linear(x) + branch
+        if self.linear is not None:
+            x = self.linear(x)
+        return x + branch if self.head.mlp == "beside" else x
 
     def reset_for_fit(self) -> None:
         """What the closed form starts from: the block is the identity, the norm has no gain."""

@@ -7,7 +7,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from nemo_ee.training.exit_loss import ExitLossResult
+from nemo_ee.training.exit_loss import ExitLossResult, Statistic
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class ExitMeans:
 
 
 class ExitMetrics:
-    """Sums [exits + 1, 6] (row 0 is the final exit; columns as `ExitMeans`, then tokens) in float64.
+    """Sums [exits + 1, one for each `Statistic`] in float64; row 0 is the final exit.
 
     Args:
         layers: exit layers of the whole model, ascending.
@@ -30,18 +30,18 @@ class ExitMetrics:
 
     def __init__(self, layers: tuple[int, ...]):
         self.rows = {n: row for row, n in enumerate((0, *layers))}
-        self.sums = torch.zeros(len(self.rows), 6, dtype=torch.float64)
+        self._validation: list[Tensor] = []
+        self.reset(torch.device("cpu"))
 
     def reset(self, device: torch.device) -> None:
         """Starts a new global batch."""
-        self.sums = torch.zeros(len(self.rows), 6, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(len(self.rows), len(Statistic), dtype=torch.float64, device=device)
 
     def add(self, result: ExitLossResult) -> None:
         """Adds one micro-batch of this stage's exits; the final exit counts on its own stage only."""
         for n, stats in result.stats.items():
             if n or parallel_state.is_pipeline_last_stage():
-                self.sums[self.rows[n], :5] += stats
-                self.sums[self.rows[n], 5] += result.tokens
+                self.sums[self.rows[n]] += stats
 
     def reduce(self) -> dict[int, ExitMeans]:
         """Means over the whole global batch.
@@ -53,13 +53,28 @@ class ExitMetrics:
             parallel_state.get_data_parallel_group(),
         ):
             torch.distributed.all_reduce(self.sums, group=group)
-        return self.means(self.sums)
+        return self._means(self.sums)
 
-    def means(self, sums: Tensor) -> dict[int, ExitMeans]:
-        """Means of reduced sums; exits without tokens are left out."""
-        values = (sums[:, :5] / sums[:, 5:].clamp_min(1)).tolist()
-        seen = (sums[:, 5] > 0).tolist()
-        return {n: ExitMeans(*values[row]) for n, row in self.rows.items() if seen[row]}
+    def keep(self) -> None:
+        """Puts this global batch, reduced, to those of a validation."""
+        self._validation.append(self.sums)
+
+    def end_validation(self) -> dict[int, ExitMeans]:
+        """Means over all global batches that were kept; forgets them."""
+        sums = torch.stack(self._validation).sum(0)
+        self._validation.clear()
+        return self._means(sums)
+
+    def _means(self, sums: Tensor) -> dict[int, ExitMeans]:
+        """Of reduced sums; exits without tokens are left out."""
+        tokens = sums[:, Statistic.TOKENS]
+        values, seen = (sums / tokens[:, None].clamp_min(1)).tolist(), (tokens > 0).tolist()
+        kinds = [each for each in Statistic if each is not Statistic.TOKENS]
+        return {
+            n: ExitMeans(**{kind.name.lower(): values[row][kind] for kind in kinds})
+            for n, row in self.rows.items()
+            if seen[row]
+        }
 
 
 def validation_values(means: dict[int, ExitMeans]) -> dict[str, float]:

@@ -64,6 +64,8 @@ class MegatronGPTEarlyExitModel(GenerationMixin, EarlyExitAdapterMixin, Megatron
         adapted = machine_settings(cfg)
         with open_dict(cfg):
             cfg.target = f"{type(self).__module__}.{type(self).__qualname__}"
+            if early_exit.layers:  # in the words of today, for all that is written from it
+                OmegaConf.update(cfg, "early_exit.head.mlp", early_exit.head.mlp, force_add=True)
         super().__init__(cfg, trainer)
         self.early_exit = early_exit
         self._adapted = {key: (given[key], adapted[key]) for key in given if given[key] != adapted[key]}

@@ -2,6 +2,7 @@
 """Pre-training: a GPT and its early exits are trained together (arXiv:2312.04916)."""
 
 from collections.abc import Callable, Collection, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -9,38 +10,33 @@ import torch
 from lightning.pytorch import Trainer
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size, get_num_microbatches
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
 from nemo_ee.checkpoint import archive, run_keys
-from nemo_ee.config import TuningConfig
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.modeling.layer_dropout import LayerDropout
 from nemo_ee.modeling.query_key_norms import sum_query_key_norms
 from nemo_ee.modeling.tied_weight import tie_output_weights
-from nemo_ee.models.bubble_filling_mixin import BubbleFillingMixin
+from nemo_ee.models.bubble_filling import BubbleFilling
 from nemo_ee.models.checks.model_checks import check_model, check_pretraining, read_early_exit
 from nemo_ee.models.exit_metrics import validation_values
-from nemo_ee.models.first_weights_mixin import FirstWeightsMixin
-from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
-from nemo_ee.models.rampup_batch_size_mixin import RampupBatchSizeMixin
+from nemo_ee.models.megatron_gpt_ee_training_model import MegatronGPTEETrainingModel
+from nemo_ee.models.rampup_batch_size import RampupBatchSize
 from nemo_ee.models.runs.finite_loss import require_finite
-from nemo_ee.models.training_data_mixin import TrainingDataMixin
 from nemo_ee.models.training_metrics import TrainingMetrics
 from nemo_ee.models.weight_decay import decays_vectors, parameter_groups
-from nemo_ee.training.bubble_schedule import Links
 from nemo_ee.training.bubbles import COOLDOWN, FULL
 from nemo_ee.training.deferred_loss import ExitTargets
 from nemo_ee.training.loss_schedule import layer_dropout_rate, loss_weights
 from nemo_ee.training.parameter_gathering import finish_gathering, gather_all
 
 
-class MegatronGPTEEPretrainingModel(
-    BubbleFillingMixin, RampupBatchSizeMixin, TrainingDataMixin, FirstWeightsMixin, MegatronGPTEarlyExitModel
-):
+class MegatronGPTEEPretrainingModel(MegatronGPTEETrainingModel):
     """`MegatronGPTModel` whose exits are trained together with it, through Megatron's own schedules.
 
     The objective is L_final + sum over exits of w_i(t) L_i, each L the mean cross-entropy per token of a
@@ -49,6 +45,11 @@ class MegatronGPTEEPretrainingModel(
     Args:
         cfg: as `MegatronGPTEarlyExitModel`; `early_exit` is required.
         trainer: a trainer from `EarlyExitTrainerBuilder`.
+
+    Attributes:
+        filling: of the pipeline's bubbles; None leaves every step to Megatron's schedules.
+        rampup: of the batch size; None where all batches are of one.
+        metrics: statistics of the exits in the current global batch.
     """
 
     length_key = "model.encoder_seq_length"
@@ -57,19 +58,14 @@ class MegatronGPTEEPretrainingModel(
         check_pretraining(cfg)
         super().__init__(cfg, trainer)
         self.training_config = self.early_exit.training
-        self.objective = TuningConfig(
-            ce_weight=1.0,
-            kl_weight=0.0,
-            argmax_weight=0.0,
-            token_weighting=self.training_config.token_weighting,
-            loss_chunk_tokens=self.training_config.loss_chunk_tokens,
-        )
+        self.rampup_batch_size = None  # NeMo's own part, see `RampupBatchSize`; the setting is in `cfg`
+        self.rampup = RampupBatchSize(self.cfg) if self.cfg.get("rampup_batch_size") else None
         for parameter in self.gpt.exits.parameters():
             parameter.requires_grad_(True)
         self.tied_weight = tie_output_weights(self.gpt)
-        self.links = Links() if self.training_config.bubble_filling.enabled else None
+        filling = self.training_config.bubble_filling
+        self.filling = BubbleFilling(filling, self.gpt) if filling.enabled else None
         self.metrics = TrainingMetrics(self.early_exit.layers, self.gpt)
-        self._validation_sums: list[Tensor] = []
         self._parameters_are_shares = False
 
     # --- construction -------------------------------------------------------------------------------------
@@ -134,6 +130,36 @@ class MegatronGPTEEPretrainingModel(
         """Of `EarlyExitGPTModel`, beyond what every model with exits gives it."""
         return dict(trains_backbone=True, pre_exit=read_early_exit(self.cfg).training.pre_exit)
 
+    # --- data and batches ---------------------------------------------------------------------------------
+
+    def setup(self, stage: str | None = None) -> None:
+        """As every model's whose exits are trained; then frees what only their first weights came from."""
+        if self.rampup is not None:  # NeMo sizes data and limits of loops by the number of micro-batches
+            self.rampup.choose()
+        super().setup(stage)
+        self.gpt.drop_frozen_copy()
+
+    def build_train_valid_test_datasets(self):
+        """As every model's whose exits are trained, with enough samples for fills."""
+        with nullcontext() if self.filling is None else self.filling.in_global_batch(self.cfg):
+            return super().build_train_valid_test_datasets()
+
+    def compute_consumed_samples(self, steps_since_resume: int = 0) -> int:
+        """NeMo's; batches that grow are added up, and fills are samples like others, on top of the global batch."""
+        if self.rampup is not None:
+            return self.rampup.consumed(self.init_consumed_samples, steps_since_resume)
+        if self.filling is not None:
+            return self.init_consumed_samples + steps_since_resume * self.filling.samples_per_step(self.cfg)
+        return super().compute_consumed_samples(steps_since_resume)
+
+    def choose_batch_size(self, training: bool) -> None:
+        """Sets Megatron's number of micro-batches, where they grow, to that of the current step."""
+        if not training:
+            self.rampup.choose()
+            return
+        self.rampup.choose(self.compute_consumed_samples(self.trainer.global_step - self.init_global_step))
+        self.log("global_batch_size", get_current_global_batch_size(), rank_zero_only=True, batch_size=1)
+
     # --- optimization -------------------------------------------------------------------------------------
 
     def setup_optimizer_param_groups(self) -> None:
@@ -158,11 +184,12 @@ class MegatronGPTEEPretrainingModel(
         """One global batch, as NeMo's; collects the exits' statistics on the way."""
         if forward_only:
             self.gather_parameters()
-        self.choose_batch_size(training=not forward_only)
+        if self.rampup is not None:
+            self.choose_batch_size(training=not forward_only)
         self.metrics.start(self.device_of_batches, observe=forward_only or self.logs_this_step)
         self._next_micro_batch = 0
-        if self.links is not None and not forward_only:
-            loss = self.fwd_bwd_step_with_fills(dataloader_iter)
+        if self.filling is not None and not forward_only:
+            loss = self.step_with_fills(dataloader_iter)
         else:
             loss = super().fwd_bwd_step(dataloader_iter, forward_only, first_val_step)
         if self.overlaps_gathering and not forward_only:
@@ -173,10 +200,24 @@ class MegatronGPTEEPretrainingModel(
         if self.metrics.observing:
             means = self.metrics.finish(get_num_microbatches())
             if forward_only:
-                self._validation_sums.append(self.metrics.sums.clone())
+                self.metrics.keep()
             else:
                 self.log_training(means)
         return loss
+
+    def step_with_fills(self, dataloader_iter: Iterator) -> Tensor:
+        """One global batch, and extra micro-batches in the pipeline's bubbles; the mean loss of the former."""
+        config = self.gpt.config
+        model = self.model[0] if isinstance(self.model, list) else self.model
+        overlaps = self.use_mcore_dist_optim and self.cfg.optim.get("overlap_grad_sync", False)
+        config.no_sync_func = model.no_sync if overlaps else None
+        config.grad_sync_func = config.param_sync_func = None
+        config.finalize_model_grads_func = finalize_model_grads if self.use_mcore_dist_optim else None
+        step = self.get_forward_output_and_loss_func()
+        losses = self.filling.run(step, model, dataloader_iter, self.cfg)
+        if not losses:
+            return torch.zeros((), device=self.device_of_batches)
+        return torch.cat([loss["avg"] for loss in losses]).mean()
 
     @property
     def overlaps_gathering(self) -> bool:
@@ -227,8 +268,8 @@ class MegatronGPTEEPretrainingModel(
         def step(iterator: Iterator, model: torch.nn.Module, *more) -> tuple:
             batch = self.get_batch(iterator, tuning)
             index, self._next_micro_batch = self._next_micro_batch, self._next_micro_batch + 1
-            if self.running is not None:
-                index = self.running.sample
+            if self.filling is not None and self.filling.running is not None:
+                index = self.filling.running.sample
             run = partial(self._run_micro_batch, model, batch, index)
             return nemo_step(iter([batch]), run, *more)
 
@@ -247,7 +288,7 @@ class MegatronGPTEEPretrainingModel(
         self.gpt.config.finalize_model_grads_func = finalize_with_copies
 
     def _run_micro_batch(self, model: torch.nn.Module, batch: dict, index: int, **arguments) -> Tensor:
-        kind = FULL if self.running is None else self.running.kind
+        kind = FULL if self.filling is None else self.filling.kind
         if kind == COOLDOWN and not torch.is_grad_enabled():
             self.gpt.layer_dropout = self.layer_dropout(index)
             return model(**arguments)  # a stage that a fill only passes through
@@ -261,7 +302,7 @@ class MegatronGPTEEPretrainingModel(
             labels,
             mask,
             self.loss_weights_now() if self.gpt.training else dict.fromkeys(self.early_exit.layers, 1.0),
-            self.objective,
+            self.training_config.objective,
             partial(self.gradient_scale, kind),
             partial(self.metrics.add_exit, index, mask) if kind == FULL else self.metrics.note_finite,
             self.layer_dropout(index) if self.gpt.training else None,
@@ -278,8 +319,8 @@ class MegatronGPTEEPretrainingModel(
         """Megatron's factor of a micro-batch's loss, 1 / number of micro-batches and the loss scale; with
         fills in the step, also their share (see `nemo_ee.training.bubbles`)."""
         scale = 1.0 / get_num_microbatches()
-        if self.links is not None:
-            scale *= self.plan.loss_scale(kind, parallel_state.get_pipeline_model_parallel_rank())
+        if self.filling is not None:
+            scale *= self.filling.loss_scale(kind)
         function = self.gpt.config.grad_scale_func
         return scale if function is None else function(torch.full((), scale, device=self.device_of_batches))
 
@@ -325,25 +366,19 @@ class MegatronGPTEEPretrainingModel(
     def on_validation_epoch_end(self) -> Tensor:
         """NeMo's `val_loss` of the final exit; and loss, confidence and agreement of every exit."""
         loss = super().on_validation_epoch_end()
-        means = self.metrics.means(torch.stack(self._validation_sums).sum(0))
-        self._validation_sums.clear()
+        means = self.metrics.end_validation()
         require_finite({n: mean.loss for n, mean in means.items()}, self.trainer.global_step, validation=True)
         for name, value in validation_values(means).items():
             self.log(name, value, rank_zero_only=True, batch_size=1)
         return loss
 
-    # --- first weights ------------------------------------------------------------------------------------
-
-    def setup(self, stage: str | None = None) -> None:
-        """As every model's whose exits are trained; then frees what only their first weights came from."""
-        super().setup(stage)
-        self.gpt.drop_frozen_copy()
+    # --- checkpoints --------------------------------------------------------------------------------------
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """NeMo's; the exits come with the checkpoint."""
         self.check_resumed(checkpoint)
         MegatronGPTModel.on_load_checkpoint(self, checkpoint)
-        self.exits_initialised = True
+        self.first_weights.complete = True
         self.forget_batch_progress(checkpoint)
 
 

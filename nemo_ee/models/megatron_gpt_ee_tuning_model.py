@@ -2,6 +2,7 @@
 """EE-Tuning: exits of a pre-trained GPT are tuned while its backbone is frozen (arXiv:2402.00518)."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -17,18 +18,17 @@ from nemo_ee.config import HeadConfig
 from nemo_ee.errors import CheckpointError
 from nemo_ee.modeling.first_weights import exit_init
 from nemo_ee.modeling.first_weights.fit_quality import HeldOutFit
-from nemo_ee.modeling.gpt import StageStates
+from nemo_ee.modeling.gpt import EarlyExitGPTModel, StageStates
 from nemo_ee.modeling.heads import trainable_parameters
 from nemo_ee.modeling.micro_batch import MicroBatch
 from nemo_ee.modeling.projection import ExitProjection
 from nemo_ee.modeling.query_key_norms import sum_query_key_norms
+from nemo_ee.models.checks.fine_tuning_checks import is_fine_tuning
 from nemo_ee.models.checks.model_checks import check_model, check_tuning, read_early_exit
 from nemo_ee.models.exit_metrics import ExitMetrics, validation_values
-from nemo_ee.models.fine_tuning_data_mixin import FineTuningDataMixin
-from nemo_ee.models.first_weights_mixin import FirstWeightsMixin
-from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
+from nemo_ee.models.fine_tuning_files import FineTuningFiles, IndexedText
+from nemo_ee.models.megatron_gpt_ee_training_model import MegatronGPTEETrainingModel
 from nemo_ee.models.runs.finite_loss import require_finite
-from nemo_ee.models.training_data_mixin import TrainingDataMixin
 from nemo_ee.models.weight_decay import parameter_groups
 from nemo_ee.training.tuning_step import exit_step, run_backbone
 
@@ -36,9 +36,7 @@ BASE_KEY = "nemo_ee_base"
 """In a checkpoint written while tuning: name and content hash of its base."""
 
 
-class MegatronGPTEETuningModel(
-    FineTuningDataMixin, TrainingDataMixin, FirstWeightsMixin, MegatronGPTEarlyExitModel
-):
+class MegatronGPTEETuningModel(MegatronGPTEETrainingModel):
     """Tunes exits on a frozen backbone.
 
     The backbone is kept in the compute dtype (`precision`), the exits and their optimizer states in float32.
@@ -47,9 +45,14 @@ class MegatronGPTEETuningModel(
     Args:
         cfg: as `MegatronGPTEarlyExitModel`; `early_exit` is required.
         trainer: a trainer from `EarlyExitTrainerBuilder`.
+
+    Attributes:
+        files: of chats or prompts, where `model.data.train_ds` names some; None where indexed text is the data.
+        metrics: statistics of the exits in the current global batch.
     """
 
     exits_dtype = torch.float32
+    files: FineTuningFiles | None = None
 
     def __init__(self, cfg: DictConfig, trainer: Trainer):
         check_tuning(cfg)
@@ -90,7 +93,7 @@ class MegatronGPTEETuningModel(
         model = cls.restore_from(cfg.model.restore_from_path, override_config_path=config, trainer=trainer)
         if cfg.model.get("adapter_path"):
             model.load_adapters(cfg.model.adapter_path)
-            model.exits_initialised = True
+            model.first_weights.complete = True
         model.base_checkpoint.hash_now()  # while the file is what was restored
         return model
 
@@ -233,22 +236,58 @@ class MegatronGPTEETuningModel(
         with torch.no_grad():
             loss = self.fwd_bwd_step(dataloader_iter, forward_only=True)
         self.gpt.train()
-        self.validation_step_outputs.append(self.metrics.sums.clone())
+        self.metrics.keep()
         return loss
 
     def on_validation_epoch_end(self) -> Tensor:
         """Logs loss [nats per token], agreement with the final exit and mean confidence of every exit."""
-        means = self.metrics.means(torch.stack(self.validation_step_outputs).sum(0))
-        self.validation_step_outputs.clear()
+        means = self.metrics.end_validation()
         for name, value in validation_values(means).items():
             self.log(name, value, rank_zero_only=True, batch_size=1)
         loss = self.objective(means)
         self.log("val_loss", loss, prog_bar=True, rank_zero_only=True, batch_size=1)
         consumed = float(self.compute_consumed_samples(self.trainer.global_step - self.init_global_step))
-        self.log("consumed_tokens", consumed * self.tokens_per_sample, rank_zero_only=True, batch_size=1)
+        self.log("consumed_tokens", consumed * self.text.tokens_per_sample, rank_zero_only=True, batch_size=1)
         return loss
 
     # --- data and first weights ---------------------------------------------------------------------------
+
+    def model_provider_func(self, pre_process: bool, post_process: bool) -> EarlyExitGPTModel:
+        """As every model's with exits, after files have been looked at with the tokenizer."""
+        if is_fine_tuning(self.cfg.get("data")):
+            self.start_distributed()
+            steps = self.trainer.max_steps
+            self.files = FineTuningFiles(self.cfg, self.text_tokenizer, self.true_vocab_size, steps)
+        return super().model_provider_func(pre_process, post_process)
+
+    def build_train_valid_test_datasets(self) -> tuple:
+        """As every model's whose exits are trained, unless there are files."""
+        if self.files is None:
+            return super().build_train_valid_test_datasets()
+        self._train_ds, self._validation_ds, self._test_ds = self.files.training, self.files.validation, None
+        self.without_validation()
+        return self._train_ds, self._validation_ds, self._test_ds
+
+    def build_pretraining_data_loader(
+        self, dataset: Any, consumed_samples: int, dataset_type: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As every model's whose exits are trained; of files, as their section of `model.data` says."""
+        if self.files is None or dataset is None:
+            return super().build_pretraining_data_loader(
+                dataset, consumed_samples, dataset_type, *args, **kwargs
+            )
+        return self.files.loader(dataset, consumed_samples, dataset_type)
+
+    @property
+    def text(self) -> IndexedText | FineTuningFiles:
+        """What first weights and logs read of the training data."""
+        return IndexedText(self._train_ds, self.cfg.data.seq_length) if self.files is None else self.files
+
+    def most_frequent_tokens(self) -> Tensor:
+        """[shortlist_size] token ids of the training text; of files those that are learnt."""
+        if self.files is None:
+            return super().most_frequent_tokens()
+        return self.files.survey.most_frequent(self.early_exit.head.shortlist_size)
 
     def fit_translators(self) -> None:
         """Ridge regression on the last `ridge.tokens` tokens of the training samples that count.
@@ -256,29 +295,29 @@ class MegatronGPTEETuningModel(
         Logs R² of every exit on a tenth as many tokens before them, where there are so many.
         """
         for n, head in self.gpt.exits.items():
-            if int(n) in self.new_exits:
+            if int(n) in self.first_weights.new:
                 head.reset_for_fit()
         dp, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
-        size = self.cfg.micro_batch_size
+        text, new, size = self.text, self.first_weights.new, self.cfg.micro_batch_size
         widest = self.transformer_config.hidden_size
-        if self.early_exit.head.mlp:
+        if self.early_exit.head.mlp != "none":
             widest += self.transformer_config.ffn_hidden_size
-        samples, tokens = self.samples_from_end(self.early_exit.ridge.tokens_for(widest))
+        samples, tokens = text.samples_from_end(self.early_exit.ridge.tokens_for(widest))
         count = -(-samples // (size * dp))
         more = -(-count // 10)
 
         def batches(first_index: int, end: int) -> Iterator[MicroBatch]:
             for index in range(first_index, end):
                 first = (index * dp + rank) * size
-                chosen = [self.sample_from_end(first + i) for i in range(size)]
-                yield self.to_micro_batch(self.collate(chosen))
+                chosen = [text.sample_from_end(first + i) for i in range(size)]
+                yield self.to_micro_batch(text.collate(chosen))
 
-        logging.info(f"Fitting {len(self.new_exits)} translators on {tokens} tokens of {samples} samples.")
-        for layers in exit_init.ridge_passes(self.gpt, self.new_exits):
+        logging.info(f"Fitting {len(new)} translators on {tokens} tokens of {samples} samples.")
+        for layers in exit_init.ridge_passes(self.gpt, new):
             fit = exit_init.RidgeInitialiser(self.gpt, layers)
             run_backbone(self.gpt, batches(0, count), count, True, fit)
             fit.finish(self.early_exit.ridge.penalty)
-        if (count + more) * size * dp > self.samples_to_fit:
+        if (count + more) * size * dp > text.samples_to_fit:
             logging.warning("No text is left to hold out: how well the closed form fits is not known.")
             return
         held_out = HeldOutFit(self.gpt)
@@ -323,7 +362,7 @@ class MegatronGPTEETuningModel(
                 f"checkpoint of other exits: missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}; "
                 "resume with the early_exit section it was started with"
             )
-        self.exits_initialised = bool(loaded)
+        self.first_weights.complete = bool(loaded)
         checkpoint["state_dict"] = {}
         self.forget_batch_progress(checkpoint)
 

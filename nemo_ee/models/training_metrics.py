@@ -12,12 +12,12 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from nemo_ee.config import HeadConfig, TuningConfig
+from nemo_ee.config import HeadConfig
 from nemo_ee.modeling.gpt import EarlyExitGPTModel
 from nemo_ee.modeling.projection import ExitProjection
 from nemo_ee.modeling.token_layout import by_position, whole_tokens
 from nemo_ee.models.exit_metrics import ExitMeans, ExitMetrics
-from nemo_ee.training.exit_loss import ExitLossResult, Teacher, exit_losses
+from nemo_ee.training.exit_loss import ExitLossResult, Statistic, Teacher, exit_losses
 
 
 class TrainingMetrics(ExitMetrics):
@@ -31,7 +31,6 @@ class TrainingMetrics(ExitMetrics):
     def __init__(self, layers: tuple[int, ...], gpt: EarlyExitGPTModel):
         super().__init__(layers)
         self.gpt, self.observing = gpt, False
-        self.objective = TuningConfig(loss_chunk_tokens=gpt.early_exit.training.loss_chunk_tokens)
         self._best: dict[tuple[int, int], Tensor] = {}
         self._masks: dict[int, Tensor] = {}
 
@@ -56,7 +55,8 @@ class TrainingMetrics(ExitMetrics):
     def note_finite(self, result: ExitLossResult) -> None:
         """Notes whether exits' losses are numbers; all that is noted of a fill."""
         for n, stats in result.stats.items():
-            self._not_finite[self.rows[n]] += (stats[0] + stats[4]).isfinite().logical_not()
+            both = stats[Statistic.LOSS] + stats[Statistic.OBJECTIVE]
+            self._not_finite[self.rows[n]] += both.isfinite().logical_not()
 
     def not_finite(self, final_loss: Tensor) -> dict[int, float]:
         """Exits whose losses in this global batch are no numbers, with NaN for each. Collective over the world.
@@ -101,13 +101,12 @@ class TrainingMetrics(ExitMetrics):
                     weight,
                     torch.zeros_like(counted, dtype=torch.long),
                     counted,
-                    self.objective,
+                    self.gpt.early_exit.training.objective,
                     Teacher(state, projection),
                 )
                 self._best[0, index] = result.best_tokens[0]
-                self.sums[0, 3] += result.stats[0][3]
-                self.sums[0, 2] += result.stats[0][2]
-                self.sums[0, 5] += result.tokens
+                for kind in (Statistic.AGREEMENT, Statistic.CONFIDENCE, Statistic.TOKENS):
+                    self.sums[0, kind] += result.stats[0][kind]
 
         hook = self.gpt.output_layer.register_forward_pre_hook(observe)
         try:
@@ -119,8 +118,8 @@ class TrainingMetrics(ExitMetrics):
         """Adds the final exit's cross-entropies [B, S]."""
         if self.observing:
             total = (losses.detach().double() * mask).sum()
-            self.sums[0, 0] += total
-            self.sums[0, 4] += total
+            for kind in (Statistic.LOSS, Statistic.OBJECTIVE):
+                self.sums[0, kind] += total
 
     def finish(self, num_microbatches: int) -> dict[int, ExitMeans]:
         """Means over the global batch. Collective over the pipeline- and the data-parallel group."""
@@ -131,7 +130,9 @@ class TrainingMetrics(ExitMetrics):
         final = self._final_tokens(num_microbatches)
         for (n, index), best in self._best.items():
             if n:
-                self.sums[self.rows[n], 2] += ((best == final[index]) * self._masks[index]).sum()
+                self.sums[self.rows[n], Statistic.AGREEMENT] += (
+                    (best == final[index]) * self._masks[index]
+                ).sum()
 
     def _final_tokens(self, num_microbatches: int) -> Tensor:
         """[micro-batches, T] the final exit's most probable tokens, on every stage."""

@@ -50,7 +50,7 @@ def preprocess(config: PreprocessConfig) -> dict:
 
 def _preprocess(config: PreprocessConfig, prefixes: dict[str, Path], summary_path: Path) -> dict:
     survey = survey_documents(
-        config.input,
+        config.inputs,
         Rules(config.document, config.json_key, config.longest_document),
         config.deduplicate,
         lambda files: _refuse_existing(config, output_files(prefixes, summary_path), files),

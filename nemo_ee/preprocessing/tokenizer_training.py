@@ -2,22 +2,20 @@
 """Training a byte-level BPE tokenizer on a corpus, as a Hugging Face tokenizer directory."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import compress, islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from tqdm import tqdm
 
 from nemo_ee.data.split import assign_splits
-from nemo_ee.data.text_file import LONGEST_LINE
-from nemo_ee.errors import ConfigError, DataError, Fault
+from nemo_ee.errors import DataError, Fault
 from nemo_ee.files.output import claim, replaced_folder
-from nemo_ee.preprocessing.documents import DOCUMENT_RULES
-from nemo_ee.preprocessing.preprocess_config import MISSING, check_split
+from nemo_ee.preprocessing.preprocess_config import CorpusSettings
 from nemo_ee.preprocessing.survey import Rules, kept_documents, survey_documents
-from nemo_ee.schema import build_config, one_of
+from nemo_ee.schema import holds
 
 BYTES = 256
 """Tokens that every byte-level tokenizer has."""
@@ -36,63 +34,33 @@ TOKENIZER_FILES = {
 """What `overwrite` may replace."""
 
 
-@dataclass(frozen=True)
-class _PlainSettings:
-    """The fields of `TokenizerTrainingConfig` that `build_config` can check: all but `split`."""
-
-    input: str | tuple[str, ...]
-    output: str
-    vocabulary_size: int = 8192
-    end_of_text: str = "<|endoftext|>"
-    document: str = "file"
-    json_key: str = "text"
-    longest_document: int = LONGEST_LINE
-    deduplicate: bool = True
-    seed: int = 1234
-    overwrite: bool = False
+VOCABULARY = holds(
+    lambda size: size > BYTES + 1,
+    f"{BYTES} bytes and the end of text leave nothing to learn",
+    "use more, e.g. 8192",
+)
 
 
-@dataclass(frozen=True)
-class TokenizerTrainingConfig(_PlainSettings):
-    """Text files in, a tokenizer directory out.
+@dataclass(frozen=True, kw_only=True)
+class TokenizerTrainingConfig(CorpusSettings):
+    """Text files in, a tokenizer directory out. With `split` the tokenizer learns from its `train` alone.
 
     Attributes:
-        input: files, directories or glob patterns (`.txt`, `.jsonl`, `.json`).
         output: the directory to write.
         vocabulary_size: tokens, at most: 256 bytes, the end of text, and what is learned.
         end_of_text: the token that ends documents; also BOS and padding.
-        document: as in `PreprocessConfig`.
-        json_key: the key of the text in JSON records that are objects.
-        longest_document: as in `PreprocessConfig`.
-        deduplicate: keep only the first of documents with identical text.
-        seed: of the split.
-        overwrite: replace an existing directory.
-        split: share of the documents per split; the tokenizer learns from `train` alone. None: from all.
     """
 
-    split: Mapping[str, float] | None = None
+    output: Annotated[str, holds(bool, "must be a path", "set output=DIRECTORY")]
+    vocabulary_size: Annotated[int, VOCABULARY] = 8192
+    end_of_text: Annotated[str, holds(str.strip, "must be text", "e.g. <|endoftext|>")] = "<|endoftext|>"
 
-    @classmethod
-    def from_dict(cls, values: Mapping) -> "TokenizerTrainingConfig":
-        """Checks plain values (as from YAML) and builds the configuration.
-
-        Raises:
-            ConfigError: listing every unknown key, missing value and value that breaks its rule.
-        """
-        faults: list[Fault] = []
-        given = {key: value for key, value in values.items() if key != "split" and value != MISSING}
-        plain = build_config(_PlainSettings, given, "", faults)
-        if plain is not None:
-            faults += _check(plain)
-        shares = values.get("split")
-        of_split = [] if shares is None else check_split(shares)
-        if shares is not None and not of_split and not shares.get(TRAINING):
-            rule = f"has no share for {TRAINING}, which the tokenizer learns from"
-            of_split.append(Fault("split", dict(shares), rule, "give it one, or set split=null"))
-        if plain is None or faults or of_split:
-            raise ConfigError(*faults, *of_split)
-        positive = {name: float(share) for name, share in shares.items() if share > 0} if shares else None
-        return cls(**vars(plain), split=positive)
+    def faults(self) -> list[Fault]:
+        """See `Settings`."""
+        if self.split is None or self.split.get(TRAINING):
+            return []
+        rule = f"has no share for {TRAINING}, which the tokenizer learns from"
+        return [Fault("split", dict(self.split), rule, "give it one, or set split=null")]
 
 
 @dataclass(frozen=True)
@@ -152,9 +120,8 @@ class _TrainingDocuments:
     """The texts of the training split, read anew each time."""
 
     def __init__(self, config: TokenizerTrainingConfig):
-        inputs = (config.input,) if isinstance(config.input, str) else config.input
         rules = Rules(config.document, config.json_key, config.longest_document)
-        self.survey = survey_documents(inputs, rules, config.deduplicate)
+        self.survey = survey_documents(config.inputs, rules, config.deduplicate)
         labels = [TRAINING] * self.survey.documents
         if config.split is not None:
             labels = assign_splits(self.survey.documents, config.split, config.seed)
@@ -192,26 +159,3 @@ def _write(tokenizer: Any, config: TokenizerTrainingConfig) -> None:
     )
     with replaced_folder(config.output) as part:
         wrapped.save_pretrained(part)
-
-
-def _check(config: _PlainSettings) -> list[Fault]:
-    faults = []
-    if not config.input:
-        faults.append(
-            Fault("input", config.input, "must name a file, directory or pattern", "set input=PATH")
-        )
-    if not config.output:
-        faults.append(Fault("output", config.output, "must be a path", "set output=DIRECTORY"))
-    if config.vocabulary_size <= BYTES + 1:
-        rule = f"{BYTES} bytes and the end of text leave nothing to learn"
-        faults.append(Fault("vocabulary_size", config.vocabulary_size, rule, "use more, e.g. 8192"))
-    if not config.end_of_text.strip():
-        faults.append(Fault("end_of_text", config.end_of_text, "must be text", "e.g. <|endoftext|>"))
-    if config.document not in DOCUMENT_RULES:
-        faults.append(one_of("document", config.document, DOCUMENT_RULES))
-    if config.longest_document < 1024:
-        rule, remedy = "must be bytes, at least 1024", f"the default is {LONGEST_LINE}"
-        faults.append(Fault("longest_document", config.longest_document, rule, remedy))
-    if config.seed < 0:
-        faults.append(Fault("seed", config.seed, "must be at least 0", "choose another"))
-    return faults

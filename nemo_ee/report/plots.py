@@ -8,7 +8,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nemo_ee.report.schema import CurvePoint, Interval, Report, Spread, ThresholdResult
-from nemo_ee.report.style import FINAL_LINE_COLOUR, MARKERS, label, layer_colours, layer_name, new_figure
+from nemo_ee.report.style import (
+    FINAL_LINE_COLOUR,
+    MARKERS,
+    label,
+    layer_colours,
+    layer_name,
+    new_figure,
+    text_colour,
+)
 
 _POINTS = "#0072b2"
 
@@ -141,14 +149,6 @@ PLOTS: dict[str, Callable[[Report], Figure | None]] = {
     "speed_vs_agreement.png": speed_vs_agreement,
     "exit_histogram.png": exit_histogram,
 }
-
-
-def text_colour(background: str) -> str:
-    """Black or white, whichever is easier to read on a ``#rrggbb`` background (WCAG relative luminance)."""
-    channels = [int(background[index : index + 2], 16) / 255.0 for index in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return "black" if luminance > 0.179 else "white"
 
 
 def _progress(points: Sequence[CurvePoint], in_tokens: bool) -> list[float]:

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from nemo_ee.checkpoint import archive
 from nemo_ee.errors import DataError
-from nemo_ee.report.markdown import table
+from nemo_ee.report.page import page, table, with_quartiles
 from nemo_ee.report.schema import CurvePoint, Spread
 from nemo_ee.report.statistics import spread
 from nemo_ee.report.step_times import read_step_times
@@ -174,8 +174,7 @@ def to_markdown(
         _final_exit(comparison),
         _exits(comparison),
     ]
-    sections += [f"## {CAPTIONS[name]}\n\n![{CAPTIONS[name]}]({name})" for name in images]
-    return "\n\n".join(sections) + "\n"
+    return page(sections, {name: CAPTIONS[name] for name in images})
 
 
 def _setting(comparison: Comparison, measured_on: Mapping[str, str]) -> str:
@@ -193,8 +192,8 @@ def _setting(comparison: Comparison, measured_on: Mapping[str, str]) -> str:
             "training",
             f"{run.steps[-1]:,} steps of {run.tokens_per_step:,} tokens each run, seed {config['seed']}",
         ],
-        ["seconds per step, with exits", _with_quartiles(run.step_time)],
-        ["seconds per step, plain", _with_quartiles(plain.step_time)],
+        ["seconds per step, with exits", f"{with_quartiles(run.step_time, 2)}, median and quartiles"],
+        ["seconds per step, plain", f"{with_quartiles(plain.step_time, 2)}, median and quartiles"],
         *([name, text] for name, text in measured_on.items()),
     ]
     return table(["", "value"], rows, numbers=False)
@@ -255,7 +254,3 @@ def _exits(comparison: Comparison) -> str:
 
 def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
-
-
-def _with_quartiles(value: Spread) -> str:
-    return f"{value.median:.2f} ({value.q25:.2f} to {value.q75:.2f}), median and quartiles"

@@ -8,8 +8,11 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from nemo_ee.report.schema import Metadata
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,6 +45,27 @@ def device() -> str:
 def load_average() -> str:
     """Processes that wanted to run in the last minute; timings under load are worth less."""
     return f"{os.getloadavg()[0]:.1f}"
+
+
+def metadata(config: Any, model: Any) -> Metadata:
+    """Where an evaluation's or a calibration's numbers come from.
+
+    Args:
+        config: its settings: the model's files, and the seed.
+        model: restored from these.
+    """
+    return Metadata(
+        model=Path(config.gpt_model_file).name,
+        num_layers=model.cfg.num_layers,
+        adapter=None if config.adapter_file is None else Path(config.adapter_file).name,
+        commit=commit(),
+        device=f"{device()}, load average {load_average()}",
+        torch_version=torch.__version__,
+        dtype=str(model.torch_dtype).removeprefix("torch."),
+        seed=config.seed,
+        date=date(),
+        command=command(),
+    )
 
 
 def date() -> str:

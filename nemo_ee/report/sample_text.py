@@ -9,9 +9,8 @@ from matplotlib.font_manager import FontProperties, findfont
 from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Patch, Rectangle
 
-from nemo_ee.report.plots import text_colour
 from nemo_ee.report.schema import Report, Sample
-from nemo_ee.report.style import layer_colours, layer_name
+from nemo_ee.report.style import layer_colours, layer_name, text_colour
 
 _COLUMNS = 92
 _MAX_LINES = 45

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""One look for all plots: an exit layer has the same colour in each.
+"""One look for all plots, pages and terminals: the exits of a model have the same colours in each.
 
 Figures are built without pyplot, so drawing changes no global state and needs no display.
 """
@@ -30,12 +30,23 @@ def layer_colours(layers: Iterable[int], final_layer: int) -> dict[int, str]:
         final_layer: gets the neutral colour.
     """
     early = sorted(set(layers) - {final_layer})
+    colours = (colour for colour, _ in shades(len(early)))
+    return {**dict(zip(early, colours, strict=True)), final_layer: FINAL_COLOUR}
+
+
+def shades(count: int) -> list[tuple[str, str]]:
+    """So many colours from dark to light, and that of text on each."""
     viridis = matplotlib.colormaps["viridis"]
-    colours = {
-        layer: to_hex(viridis(0.15 + 0.6 * index / max(1, len(early) - 1)))
-        for index, layer in enumerate(early)
-    }
-    return {**colours, final_layer: FINAL_COLOUR}
+    found = [to_hex(viridis(0.15 + 0.6 * place / max(1, count - 1))) for place in range(count)]
+    return [(colour, text_colour(colour)) for colour in found]
+
+
+def text_colour(background: str) -> str:
+    """Black or white, whichever is easier to read on a ``#rrggbb`` background (WCAG relative luminance)."""
+    channels = [int(background[index : index + 2], 16) / 255.0 for index in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "black" if luminance > 0.179 else "white"
 
 
 def layer_name(layer: int, final_layer: int) -> str:

@@ -1,17 +1,15 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Writing a report's files."""
 
-import json
 from functools import partial
 from pathlib import Path
 
-from nemo_ee.errors import DataError
 from nemo_ee.files.output import write_text, write_with
 from nemo_ee.report.markdown import CAPTIONS, to_markdown
 from nemo_ee.report.plots import PLOTS
 from nemo_ee.report.sample_text import sample_figure, sample_html
 from nemo_ee.report.schema import Report
-from nemo_ee.report.serialise import report_from_dict, report_to_dict
+from nemo_ee.report.serialise import to_json
 
 REPORT = "report.json"
 """The numbers."""
@@ -35,8 +33,7 @@ def write_report(report: Report, directory: str | Path) -> list[Path]:
         OutputError: it cannot be written.
     """
     directory = Path(directory)
-    text = json.dumps(report_to_dict(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    written = [write_text(directory / REPORT, text)]
+    written = [write_text(directory / REPORT, to_json(report, "report"))]
     for name, draw in {**PLOTS, "sample_text.png": sample_figure}.items():
         figure = draw(report)
         if figure is None:
@@ -50,17 +47,3 @@ def write_report(report: Report, directory: str | Path) -> list[Path]:
     images = tuple(name for name in CAPTIONS if directory / name in written)
     written.append(write_text(directory / "report.md", to_markdown(report, images)))
     return written
-
-
-def read_report(path: str | Path) -> Report:
-    """Reads ``report.json``.
-
-    Raises:
-        DataError: the file is missing, not JSON, or of another layout.
-    """
-    try:
-        return report_from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: must exist; evaluate first") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: must be JSON ({error}); evaluate again") from error

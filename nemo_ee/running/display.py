@@ -2,14 +2,18 @@
 """Generated text for a terminal or a file, with the exit of every token."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+
+from rich.color import ColorSystem
+from rich.style import Style
 
 from nemo_ee.generation.detokenizer import Detokenizer
 from nemo_ee.generation.text import TextTokenizer
+from nemo_ee.report.style import layer_colours, text_colour
 
 RESET, DIM = "\x1b[0m", "\x1b[2m"
-SHADES = (46, 82, 118, 154, 190, 226, 220, 214, 208, 202)
-"""xterm colours from green (the first exit) to orange (the last); the final exit keeps the terminal's own."""
+Paint = Callable[[str, int], str]
+"""Text in the colour of an exit layer."""
 
 
 def token_pieces(tokens: Sequence[int], tokenizer: TextTokenizer, before: Sequence[int] = ()) -> list[str]:
@@ -30,7 +34,13 @@ def token_pieces(tokens: Sequence[int], tokenizer: TextTokenizer, before: Sequen
     ]
 
 
-def marked(pieces: Sequence[str], exit_layers: Sequence[int], final_layer: int, colour: bool) -> str:
+def marked(
+    pieces: Sequence[str],
+    exit_layers: Sequence[int],
+    final_layer: int,
+    colour: bool,
+    exits: Sequence[int] = (),
+) -> str:
     """The text with the exit of every token: by colour, or with the layer in brackets behind each token.
 
     Args:
@@ -38,31 +48,39 @@ def marked(pieces: Sequence[str], exit_layers: Sequence[int], final_layer: int, 
         exit_layers: the exit of each.
         final_layer: the one that stands for the final exit.
         colour: colours instead of brackets.
+        exits: the model's, so that colours do not depend on which of them this text left at.
     """
     if not colour:
         return "".join(f"{piece}[{layer}]" for piece, layer in zip(pieces, exit_layers, strict=True))
-    shades = shade_of(exit_layers, final_layer)
-    return "".join(
-        f"{shades[layer]}{piece}{RESET if shades[layer] else ''}"
-        for piece, layer in zip(pieces, exit_layers, strict=True)
+    paint = painter({*exits, *exit_layers}, final_layer)
+    return "".join(paint(piece, layer) for piece, layer in zip(pieces, exit_layers, strict=True))
+
+
+def painter(layers: Iterable[int], final_layer: int, colours: ColorSystem = ColorSystem.EIGHT_BIT) -> Paint:
+    """Colours of exit layers, as plots have them; the final exit keeps the terminal's own."""
+    styles = {
+        layer: Style(color=text_colour(colour), bgcolor=colour)
+        for layer, colour in layer_colours(layers, final_layer).items()
+    }
+    styles[final_layer] = Style()
+    return lambda text, layer: "\n".join(  # a coloured line break would colour the rest of its line
+        styles[layer].render(line, color_system=colours) for line in text.split("\n")
     )
 
 
-def shade_of(exit_layers: Sequence[int], final_layer: int) -> dict[int, str]:
-    """The escape sequence of each exit layer, by depth; empty for the final exit."""
-    depth = {n: min(len(SHADES) - 1, len(SHADES) * n // final_layer) for n in set(exit_layers)}
-    return {n: "" if n == final_layer else f"\x1b[38;5;{SHADES[depth[n]]}m" for n in depth}
-
-
-def summary(exit_layers: Sequence[int], confidences: Sequence[float], final_layer: int, colour: bool) -> str:
-    """One line: how many tokens, the share of each exit, and the mean confidence."""
+def summary(
+    exit_layers: Sequence[int],
+    confidences: Sequence[float],
+    final_layer: int,
+    colour: bool,
+    exits: Sequence[int] = (),
+) -> str:
+    """One line: how many tokens, the share of each exit, and the mean confidence. See `marked` for the arguments."""
     if not exit_layers:
         return "no tokens"
-    shades, count = shade_of(exit_layers, final_layer), len(exit_layers)
-    shares = []
+    paint, count, shares = painter({*exits, *exit_layers}, final_layer), len(exit_layers), []
     for layer, tokens in sorted(Counter(exit_layers).items()):
         name = "all layers" if layer == final_layer else f"layer {layer}"
-        name = f"{shades[layer]}{name}{RESET}" if colour and shades[layer] else name
-        shares.append(f"{name} {100 * tokens / count:.0f} %")
+        shares.append(f"{paint(name, layer) if colour else name} {100 * tokens / count:.0f} %")
     mean = sum(confidences) / count
     return f"{count} tokens: {', '.join(shares)}; mean confidence {mean:.2f}"

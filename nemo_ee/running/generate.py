@@ -12,17 +12,14 @@ from typing import Any
 
 import torch
 
-from nemo_ee.checkpoint import archive
-from nemo_ee.checkpoint.exits import adapter
 from nemo_ee.decoding.request import parse_request
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.files.output import claim, replaced_file
 from nemo_ee.generation.generate import on_first_rank, position_limit
 from nemo_ee.generation.prompts import tokenize_prompts
-from nemo_ee.models.checks.model_checks import read_early_exit
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
 from nemo_ee.running.display import DIM, RESET, marked, summary, token_pieces
-from nemo_ee.running.restore import check_processes, layout, restore_model
+from nemo_ee.running.restore import check_processes, layout, read_exits, restore_model
 from nemo_ee.running.settings import GenerateConfig, in_own_keys
 
 
@@ -77,10 +74,7 @@ def check(config: GenerateConfig, processes: int) -> None:
         raise ConfigError(Fault("output_file", config.output_file, rule, "create it, or write elsewhere"))
     if config.output_file is not None and Path(config.output_file).is_dir():
         raise ConfigError(Fault("output_file", config.output_file, "is a directory", "name a file in it"))
-    source = archive.read_config(config.gpt_model_file)
-    if config.adapter_file is not None:
-        source = adapter.read_adapter_config(config.adapter_file)
-    early_exit = read_early_exit(source)
+    _, early_exit = read_exits(config)
     try:
         parse_request(**config.generate_arguments(), config=early_exit)
     except ConfigError as error:
@@ -133,10 +127,10 @@ def generate(model: Any, config: GenerateConfig, prompts: list[str]) -> Iterator
 
 def show(record: dict[str, Any], model: Any, colour: bool) -> None:
     """Prints one record: the prompt, the continuation with the exit of every token, and its shares."""
-    final = model.gpt.config.num_layers
+    final, exits = model.gpt.config.num_layers, model.early_exit.layers
     dim, reset = (DIM, RESET) if colour else ("", "")
     speed = record["batch_tokens"] / max(record["batch_seconds"], 1e-3)
-    line = summary(record["exit_layers"], record["confidences"], final, colour)
+    line = summary(record["exit_layers"], record["confidences"], final, colour, exits)
     print(f"{dim}prompt: {record['prompt']}{reset}")
-    print(marked(record["tokens"], record["exit_layers"], final, colour))
+    print(marked(record["tokens"], record["exit_layers"], final, colour, exits))
     print(f"{dim}({line}{dim}; {speed:.1f} tokens/s in its batch){reset}\n", flush=True)

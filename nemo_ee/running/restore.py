@@ -3,12 +3,24 @@
 
 from typing import Any, Protocol
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.checkpoint import archive, run_keys
+from nemo_ee.checkpoint.exits import adapter
+from nemo_ee.config import EarlyExitConfig
 from nemo_ee.errors import ConfigError, Fault
-from nemo_ee.models.checks.model_checks import from_checkpoint
+from nemo_ee.models.checks.model_checks import from_checkpoint, read_early_exit
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
+
+
+class Source(Protocol):
+    """Settings that name a model's files."""
+
+    @property
+    def gpt_model_file(self) -> str: ...
+
+    @property
+    def adapter_file(self) -> str | None: ...
 
 
 class Parallel(Protocol):
@@ -40,6 +52,17 @@ def layout(config: Parallel, trainer: Any) -> dict[str, Any]:
         "pipeline_model_parallel_size": config.pipeline_model_parallel_size,
         "megatron_amp_O2": config.megatron_amp_O2,
     }
+
+
+def read_exits(config: Source) -> tuple[DictConfig, EarlyExitConfig]:
+    """The base's own configuration, and the exits of the file that has them.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    base = archive.read_config(config.gpt_model_file)
+    source = base if config.adapter_file is None else adapter.read_adapter_config(config.adapter_file)
+    return base, read_early_exit(source)
 
 
 def restore_model(

@@ -1,15 +1,14 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """The settings of a generation run, read once from `conf/megatron_gpt_ee_generate.yaml` and its overrides."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 from nemo_ee.decoding.cpu.lean_weights import WEIGHT_KINDS
 from nemo_ee.decoding.request import ExitOptions
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.running.prompt_file import read_texts
-from nemo_ee.schema import one_of, read_settings
+from nemo_ee.schema import Positive, Settings, choice, holds
 
 OWN_NAMES = {
     "max_length": "tokens_to_generate",
@@ -17,7 +16,6 @@ OWN_NAMES = {
     "use_greedy": "greedy",
 }
 """What NeMo's YAML calls parameters that have another name in `generate`."""
-COLOURS = ("auto", "always", "never")
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(Settings):
     """A generation run.
 
     Attributes:
@@ -78,24 +76,33 @@ class GenerateConfig:
     chat: bool = False
     inference: SamplingConfig = field(default_factory=SamplingConfig)
     early_exit: ExitOptions = field(default_factory=ExitOptions)
-    batch_size: int = 8
-    seed: int = 1234
+    batch_size: Positive = 8
+    seed: Annotated[
+        int, holds(lambda seed: -(2**63) <= seed < 2**63, "must fit in 64 bits", "use e.g. 1234")
+    ] = 1234
     output_file: str | None = None
-    color: str = "auto"
-    weights: str = "native"
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
+    color: Annotated[str, choice("auto", "always", "never")] = "auto"
+    weights: Annotated[str, choice(*WEIGHT_KINDS)] = "native"
+    tensor_model_parallel_size: Positive = 1
+    pipeline_model_parallel_size: Positive = 1
     megatron_amp_O2: bool = False
     precision: str | int = 32
 
-    @classmethod
-    def from_dict(cls, values: Mapping) -> "GenerateConfig":
-        """Checks plain values (as from YAML) and builds the configuration.
-
-        Raises:
-            ConfigError: listing every unknown key, missing value and value that breaks its rule.
-        """
-        return read_settings(cls, values, _faults)
+    def faults(self) -> list[Fault]:
+        """See `Settings`."""
+        faults = []
+        if (self.prompts is None) == (self.prompts_file is None):
+            rule = "exactly one of prompts and prompts_file must be given"
+            faults.append(Fault("prompts", self.prompts, rule, "set one, leave the other null"))
+        elif self.prompts is not None and not self.prompts:
+            remedy = "write e.g. prompts=['Once upon a time']"
+            faults.append(Fault("prompts", [], "at least one prompt is needed", remedy))
+        if self.chat and self.inference.add_BOS is not None:
+            rule = "with chat=true the tokenizer's template says where BOS stands"
+            faults.append(
+                Fault("inference.add_BOS", self.inference.add_BOS, rule, "set inference.add_BOS=null")
+            )
+        return faults
 
     def read_prompts(self) -> list[str]:
         """The prompts' texts.
@@ -128,29 +135,3 @@ def _own_key(key: str) -> str:
     if section not in ("length_params", "sampling_params"):
         return key
     return f"inference.{OWN_NAMES.get(name, name)}"
-
-
-def _faults(config: GenerateConfig) -> list[Fault]:
-    faults = []
-    if (config.prompts is None) == (config.prompts_file is None):
-        rule = "exactly one of prompts and prompts_file must be given"
-        faults.append(Fault("prompts", config.prompts, rule, "set one, leave the other null"))
-    elif config.prompts is not None and not config.prompts:
-        faults.append(
-            Fault("prompts", [], "at least one prompt is needed", "write e.g. prompts=['Once upon a time']")
-        )
-    if config.color not in COLOURS:
-        faults.append(Fault("color", config.color, f"not one of {', '.join(COLOURS)}", "use auto"))
-    if config.weights not in WEIGHT_KINDS:
-        faults.append(one_of("weights", config.weights, WEIGHT_KINDS))
-    if not -(2**63) <= config.seed < 2**63:
-        faults.append(Fault("seed", config.seed, "must fit in 64 bits", "use e.g. 1234"))
-    if config.chat and config.inference.add_BOS is not None:
-        rule = "with chat=true the tokenizer's template says where BOS stands"
-        faults.append(
-            Fault("inference.add_BOS", config.inference.add_BOS, rule, "set inference.add_BOS=null")
-        )
-    for name in ("batch_size", "tensor_model_parallel_size", "pipeline_model_parallel_size"):
-        if getattr(config, name) < 1:
-            faults.append(Fault(name, getattr(config, name), "must be positive", "use 1 or more"))
-    return faults

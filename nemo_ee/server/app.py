@@ -2,6 +2,7 @@
 """The server's endpoints."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import resources
@@ -11,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, Response
 from starlette.exceptions import HTTPException
 
+from nemo_ee.report.style import shades
 from nemo_ee.server.answers.errors import ApiError, ClientGone
 from nemo_ee.server.answers.json_response import AsciiResponse
 from nemo_ee.server.openapi.document import describe
@@ -20,6 +22,8 @@ from nemo_ee.server.requests.protocol import ChatRequest, CompletionRequest
 from nemo_ee.server.service import Service
 
 PAGE = resources.files("nemo_ee.server") / "page.html"
+NO_SHADES = "const SHADES = [];"
+"""What the page has in the place of colours."""
 PAGE_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
@@ -44,7 +48,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(RequiresKey, key=service.config.api_key)
     app.add_middleware(AllowedHosts, names=service.config.answered_hosts)
     description = AsciiResponse(describe(service.model, service.config))
-    page = PAGE.read_text(encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8").replace(NO_SHADES, f"const SHADES = {json.dumps(shades(61))};")
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:

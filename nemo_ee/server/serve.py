@@ -13,15 +13,13 @@ from typing import Any
 import uvicorn
 from nemo.utils import logging
 
-from nemo_ee.checkpoint import archive
-from nemo_ee.checkpoint.exits import adapter
 from nemo_ee.config import EarlyExitConfig
 from nemo_ee.decoding.request import GenerationRequest, parse_request
 from nemo_ee.decoding.session import DecodingSession
 from nemo_ee.errors import ConfigError, Fault, GenerationError
 from nemo_ee.generation.generate import generating, position_limit
-from nemo_ee.models.checks.model_checks import read_early_exit
 from nemo_ee.running.generate import restore
+from nemo_ee.running.restore import read_exits
 from nemo_ee.running.settings import GenerateConfig
 from nemo_ee.server.app import create_app
 from nemo_ee.server.connections.connection import Connection
@@ -81,9 +79,8 @@ def check(config: ServerConfig) -> None:
     """
     check_address(config.host, config.port)
     most_connections(config)
-    base = archive.read_config(config.gpt_model_file)
-    source = base if config.adapter_file is None else adapter.read_adapter_config(config.adapter_file)
-    usual_request(config, read_early_exit(source))
+    base, early_exit = read_exits(config)
+    usual_request(config, early_exit)
     limit = position_limit(base)
     if config.max_prompt_tokens + config.max_tokens > limit + 1:
         tokens = min(config.max_tokens, (limit + 1) // 2)

@@ -8,11 +8,12 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 from nemo_ee.decoding.cpu.lean_weights import WEIGHT_KINDS
 from nemo_ee.decoding.request import ExitOptions
 from nemo_ee.errors import Fault
-from nemo_ee.schema import one_of, read_settings
+from nemo_ee.schema import Positive, Rule, Settings, choice, holds
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 ALL_HOSTS, ADDRESSES = "*", "*.*"
@@ -22,19 +23,21 @@ KEY_VARIABLE = "NEMO_EE_API_KEY"
 KEY = re.compile(r"[!-~]+")
 HOST_NAME = re.compile(r"\[[0-9A-Fa-f:.]+\]|[^\s/:*\[\]]+")
 """As a `Host` header has it, without its port; IPv6 in brackets."""
-AT_LEAST_ONE = (
-    "slots",
-    "max_prompt_tokens",
-    "max_tokens",
-    "max_choices",
-    "prefill_tokens",
-    "queue_size",
-    "max_body_bytes",
+PORT = holds(lambda port: 0 <= port < 2**16, "lies within 0 to 65535", "use e.g. 8000; 0 takes a free one")
+GRACE = holds(lambda seconds: seconds >= 0, "must be 0 or more", "use e.g. 10")
+ONE_PROCESS = holds(
+    lambda size: size == 1,
+    "the server runs the model in one process",
+    "set it to 1; scripts/megatron_gpt_ee_generate.py generates over several processes",
 )
 
 
+def _above_0(remedy: str) -> Rule:
+    return holds(lambda seconds: seconds > 0, "must be positive", remedy)
+
+
 @dataclass(frozen=True)
-class ServerConfig:
+class ServerConfig(Settings):
     """A server.
 
     Attributes:
@@ -72,40 +75,55 @@ class ServerConfig:
     adapter_file: str | None = None
     model_name: str | None = None
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: Annotated[int, PORT] = 8000
     api_key: str | None = field(default=None, repr=False)
     insecure: bool = False
     allowed_hosts: tuple[str, ...] | None = None
     early_exit: ExitOptions = field(default_factory=ExitOptions)
-    weights: str = "native"
+    weights: Annotated[str, choice(*WEIGHT_KINDS)] = "native"
     add_BOS: bool | None = None
-    slots: int = 8
-    max_prompt_tokens: int = 1024
-    max_tokens: int = 512
-    max_choices: int = 8
-    prefill_tokens: int = 2048
-    queue_size: int = 64
-    max_body_bytes: int = 1_048_576
-    receive_timeout_s: float = 20.0
-    request_timeout_s: float = 300.0
-    shutdown_grace_s: float = 10.0
-    tensor_model_parallel_size: int = 1
+    slots: Positive = 8
+    max_prompt_tokens: Positive = 1024
+    max_tokens: Positive = 512
+    max_choices: Positive = 8
+    prefill_tokens: Positive = 2048
+    queue_size: Positive = 64
+    max_body_bytes: Positive = 1_048_576
+    receive_timeout_s: Annotated[float, _above_0("use e.g. 20")] = 20.0
+    request_timeout_s: Annotated[float, _above_0("use e.g. 300")] = 300.0
+    shutdown_grace_s: Annotated[float, GRACE] = 10.0
+    tensor_model_parallel_size: Annotated[int, ONE_PROCESS] = 1
     megatron_amp_O2: bool = False
     precision: str | int = 32
 
     @classmethod
     def from_dict(cls, values: Mapping) -> "ServerConfig":
-        """Checks plain values (as from YAML) and builds the configuration.
-
-        Raises:
-            ConfigError: listing every unknown key, missing value and value that breaks its rule; never the key.
-        """
+        """See `Settings`; no message shows the key, which may come from the environment."""
         key = values.get("api_key")
         if key is None:
             key = os.environ.get(KEY_VARIABLE)
         elif not isinstance(key, str):
             key = ""  # of another type; the fault of that shows no value
-        return read_settings(cls, {**values, "api_key": key}, _faults)
+        return super().from_dict({**values, "api_key": key})
+
+    def faults(self) -> list[Fault]:
+        """See `Settings`."""
+        faults = []
+        if self.allowed_hosts == ():
+            remedy = """name some, 'allowed_hosts=["*"]' for all, or allowed_hosts=null for those of host"""
+            faults.append(Fault("allowed_hosts", [], "answers nobody", remedy))
+        for name in self.allowed_hosts or ():
+            if name not in (ALL_HOSTS, ADDRESSES) and not HOST_NAME.fullmatch(name):
+                rule = (
+                    f"{name} is no name as Host headers have it, less their port, so it would answer nobody"
+                )
+                remedy = """use e.g. 'allowed_hosts=["server.example","[::1]"]', or 'allowed_hosts=["*"]' for all"""
+                faults.append(Fault("allowed_hosts", list(self.allowed_hosts or ()), rule, remedy))
+        faults += _access_faults(self)
+        if self.queue_size < self.max_choices:
+            rule = f"a request may have max_choices={self.max_choices} sequences, which must fit in the queue"
+            faults.append(Fault("queue_size", self.queue_size, rule, f"use {self.max_choices} or more"))
+        return faults
 
     @property
     def served_name(self) -> str:
@@ -134,44 +152,6 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _faults(config: ServerConfig) -> list[Fault]:
-    faults = [
-        Fault(name, getattr(config, name), "must be positive", "use 1 or more")
-        for name in AT_LEAST_ONE
-        if getattr(config, name) < 1
-    ]
-    if config.weights not in WEIGHT_KINDS:
-        faults.append(one_of("weights", config.weights, WEIGHT_KINDS))
-    if not 0 <= config.port < 2**16:
-        faults.append(
-            Fault("port", config.port, "lies within 0 to 65535", "use e.g. 8000; 0 takes a free one")
-        )
-    if config.allowed_hosts == ():
-        remedy = """name some, 'allowed_hosts=["*"]' for all, or allowed_hosts=null for those of host"""
-        faults.append(Fault("allowed_hosts", [], "answers nobody", remedy))
-    for name in config.allowed_hosts or ():
-        if name not in (ALL_HOSTS, ADDRESSES) and not HOST_NAME.fullmatch(name):
-            rule = f"{name} is no name as Host headers have it, less their port, so it would answer nobody"
-            remedy = (
-                """use e.g. 'allowed_hosts=["server.example","[::1]"]', or 'allowed_hosts=["*"]' for all"""
-            )
-            faults.append(Fault("allowed_hosts", list(config.allowed_hosts or ()), rule, remedy))
-    faults += _access_faults(config)
-    for name, usual in (("request_timeout_s", 300), ("receive_timeout_s", 20)):
-        if getattr(config, name) <= 0:
-            faults.append(Fault(name, getattr(config, name), "must be positive", f"use e.g. {usual}"))
-    if config.shutdown_grace_s < 0:
-        faults.append(Fault("shutdown_grace_s", config.shutdown_grace_s, "must be 0 or more", "use e.g. 10"))
-    if config.queue_size < config.max_choices:
-        rule = f"a request may have max_choices={config.max_choices} sequences, which must fit in the queue"
-        faults.append(Fault("queue_size", config.queue_size, rule, f"use {config.max_choices} or more"))
-    if config.tensor_model_parallel_size != 1:
-        rule = "the server runs the model in one process"
-        remedy = "set it to 1; scripts/megatron_gpt_ee_generate.py generates over several processes"
-        faults.append(Fault("tensor_model_parallel_size", config.tensor_model_parallel_size, rule, remedy))
-    return faults
 
 
 def _access_faults(config: ServerConfig) -> list[Fault]:

@@ -9,7 +9,7 @@ the plan). Nothing can wait in a circle, with NCCL or gloo, in whatever order th
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -270,8 +270,3 @@ def _reduce(model: torch.nn.Module, config: Any) -> None:
         model.start_grad_sync()
     if config.finalize_model_grads_func is not None:
         config.finalize_model_grads_func([model], None)
-
-
-def take_batches(iterator: Iterator, count: int) -> list:
-    """The next `count` micro-batches of NeMo's data loader."""
-    return [next(iterator) for _ in range(count)]

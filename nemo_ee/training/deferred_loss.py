@@ -21,7 +21,7 @@ import torch
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
-from nemo_ee.config import TuningConfig
+from nemo_ee.config import ExitObjective
 from nemo_ee.modeling.heads import ExitHead, ExitSurroundings
 from nemo_ee.modeling.layer_dropout import LayerDropout
 from nemo_ee.modeling.token_layout import by_position, own_share, whole_tokens
@@ -36,7 +36,7 @@ class ExitTargets:
         labels: [B, S] next tokens.
         loss_mask: [B, S], 0 leaves a token out.
         weights: exit layer -> weight of its loss in this step. Exits of weight 0 are not computed.
-        objective: token weighting and chunk size; of its terms, cross-entropy alone counts.
+        objective: what each exit minimises; nothing of the final exit is known here.
         scale: factor of the mean loss per token, evaluated when the gradient is: 1 / number of micro-batches
             times the loss scale of half precision.
         record: called with each exit's sums: when the gradient is computed, or at once without one.
@@ -46,7 +46,7 @@ class ExitTargets:
     labels: Tensor
     loss_mask: Tensor
     weights: dict[int, float]
-    objective: TuningConfig
+    objective: ExitObjective
     scale: Callable[[], Tensor | float]
     record: Callable[[ExitLossResult], None]
     layer_dropout: LayerDropout | None = None

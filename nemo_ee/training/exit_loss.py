@@ -9,14 +9,31 @@ of this rank.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 import torch
 from torch import Tensor
 
-from nemo_ee.config import TuningConfig
+from nemo_ee.config import ExitObjective
 from nemo_ee.modeling.projection import ExitProjection, ProjectionWeights
 from nemo_ee.modeling.row_summary import best_row, confidence
 from nemo_ee.modeling.vocab_parallel import chunk_tokens, max_over_ranks, reduce_over_ranks, sum_over_ranks
+
+
+class Statistic(IntEnum):
+    """Places of an exit's sums over tokens that count, in a tensor that no one waits for."""
+
+    LOSS = 0
+    """Cross-entropy against the text, nats."""
+    DIVERGENCE = 1
+    """KL(final || exit), nats."""
+    AGREEMENT = 2
+    """Tokens whose most probable token is the final exit's."""
+    CONFIDENCE = 3
+    OBJECTIVE = 4
+    """What the exit minimises; of the final exit its cross-entropy."""
+    TOKENS = 5
+    """How many these are."""
 
 
 @dataclass
@@ -24,17 +41,14 @@ class ExitLossResult:
     """Sums over tokens with a loss mask, for one micro-batch; the same on all tensor-parallel ranks.
 
     Attributes:
-        stats: exit layer (0 for the final exit) -> [5] (float32 or wider): sums of CE (nats), KL (nats),
-            agreement with the final exit, confidence, and the objective.
-        tokens: number of tokens that count.
+        stats: exit layer (0 for the final exit) -> sums [one for each `Statistic`], float32 or wider.
         state_gradients: exit layer -> [T, H] gradient of the objective with respect to the exit's state,
             over this rank's rows only: still to be summed over the tensor-parallel group.
         parameter_gradients: weight of a projection -> its gradient, in float32 or wider, summed over exits.
         best_tokens: exit layer (0 for the final exit) -> [T] most probable emittable token.
     """
 
-    stats: dict[int, Tensor]
-    tokens: Tensor
+    stats: dict[int, Tensor] = field(default_factory=dict)
     state_gradients: dict[int, Tensor] = field(default_factory=dict)
     parameter_gradients: dict[Tensor, Tensor] = field(default_factory=dict)
     best_tokens: dict[int, Tensor] = field(default_factory=dict)
@@ -80,7 +94,7 @@ def exit_losses(
     output_weight: Tensor | None,
     labels: Tensor,
     loss_mask: Tensor,
-    objective: TuningConfig,
+    objective: ExitObjective,
     teacher: Teacher | None = None,
     scale: Tensor | float | None = None,
 ) -> ExitLossResult:
@@ -106,10 +120,10 @@ def exit_losses(
     assert teacher is not None or not objective.distils, "distillation needs the final exit's state"
     state = next(iter(exits.values())).state if exits else teacher.state
     mask = loss_mask.to(torch.promote_types(state.dtype, torch.float32))
+    all_exits = ([0] if teacher else []) + list(exits)
     result = ExitLossResult(
-        {n: mask.new_zeros(5) for n in ([0] if teacher else []) + list(exits)},
-        mask.sum(),
-        best_tokens={n: torch.empty_like(labels) for n in ([0] if teacher else []) + list(exits)},
+        {n: mask.new_zeros(len(Statistic)) for n in all_exits},
+        best_tokens={n: torch.empty_like(labels) for n in all_exits},
     )
     if scale is not None:
         result.state_gradients = {n: torch.empty_like(e.state) for n, e in exits.items()}
@@ -126,7 +140,7 @@ def exit_losses(
             if teacher is not None:
                 first, *of_exits = weights
                 final = _Distribution(teacher.state[chunk], teacher.projection, first, [labels[chunk]])
-                final.add_stats(result.stats[0], mask[chunk])
+                result.stats[0] += final.own_sums(mask[chunk])
                 result.best_tokens[0][chunk] = final.best_token
             for (n, item), own in zip(exits.items(), of_exits, strict=True):
                 parameter = output_weight if item.projection.weight is None else item.projection.weight
@@ -200,10 +214,17 @@ class _Distribution:
         """[C], the highest probability of a token that can be emitted."""
         return confidence(self.best, self.log_normaliser)
 
-    def add_stats(self, stats: Tensor, mask: Tensor) -> None:
-        """Adds the final exit's sums (see `ExitLossResult`), of the first labels."""
-        ce = self.cross_entropies[0]
-        stats += torch.stack([ce @ mask, mask.new_zeros(()), mask.sum(), self.confidence @ mask, ce @ mask])
+    def own_sums(self, mask: Tensor) -> Tensor:
+        """The final exit's sums (see `ExitLossResult`), of the first labels."""
+        loss, tokens = self.cross_entropies[0] @ mask, mask.sum()
+        return _sums(
+            loss=loss,
+            divergence=torch.zeros_like(loss),
+            agreement=tokens,
+            confidence=self.confidence @ mask,
+            objective=loss,
+            tokens=tokens,
+        )
 
     def on_rows_of(self, projection: ExitProjection) -> Tensor:
         """On another projection's rows, [C, R]: a bucket takes what is off the shortlist."""
@@ -218,6 +239,11 @@ class _Distribution:
         return rows[:, projection.first_row : projection.first_row + projection.columns]
 
 
+def _sums(**values: Tensor) -> Tensor:
+    """Scalars by the names of `Statistic`, one behind the other."""
+    return torch.stack([values[each.name.lower()] for each in Statistic])
+
+
 def _one_exit(
     n: int,
     item: ExitInput,
@@ -226,7 +252,7 @@ def _one_exit(
     parameter: Tensor,
     labels: Tensor,
     mask: Tensor,
-    objective: TuningConfig,
+    objective: ExitObjective,
     final: _Distribution | None,
     scale: Tensor | float | None,
     result: ExitLossResult,
@@ -244,8 +270,13 @@ def _one_exit(
     agreement = torch.zeros_like(ce) if final is None else (mine.best_token == final.best_token).to(ce.dtype)
     token_weight = mask * confidence if objective.token_weighting == "confidence" else mask
     loss = objective.ce_weight * ce + objective.kl_weight * kl + objective.argmax_weight * hard
-    result.stats[n] += torch.stack(
-        [ce @ mask, kl @ mask, agreement @ mask, confidence @ mask, loss @ token_weight]
+    result.stats[n] += _sums(
+        loss=ce @ mask,
+        divergence=kl @ mask,
+        agreement=agreement @ mask,
+        confidence=confidence @ mask,
+        objective=loss @ token_weight,
+        tokens=mask.sum(),
     )
     result.best_tokens[n][chunk] = mine.best_token
     if scale is None:

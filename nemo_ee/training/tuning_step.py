@@ -154,7 +154,7 @@ def exit_step(
         autocast_dtype: compute the heads in this dtype.
     """
     if not gpt.exits and (final is None or not parallel_state.is_pipeline_last_stage()):
-        return ExitLossResult({}, batch.loss_mask.sum())
+        return ExitLossResult()
     device = states.output.device.type
     cast = torch.autocast(device, autocast_dtype) if autocast_dtype is not None else nullcontext()
     gradients = torch.enable_grad() if scale is not None else torch.no_grad()

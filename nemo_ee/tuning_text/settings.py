@@ -1,15 +1,16 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """The settings of text for tuning, read once from `conf/generate_tuning_text.yaml` and its overrides."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from nemo_ee.decoding.cpu.lean_weights import WEIGHT_KINDS
 from nemo_ee.errors import Fault
-from nemo_ee.schema import one_of, read_settings
+from nemo_ee.schema import Positive, Settings, choice, holds, one_of
 
 SOURCES = ("gsm8k", "boolq", "wikipedia")
+SHARE = holds(lambda share: 0.0 <= share < 1.0, "must be a share from 0 to less than 1", "use e.g. 0.05")
+MINUTES = holds(lambda minutes: minutes > 0, "must be positive", "use e.g. 5, or null for no limit")
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class PromptsConfig:
     sources: tuple[str, ...] = SOURCES
     directory: str = "downloads"
     exclude_file: str | None = None
-    count: int | None = None
+    count: Positive | None = None
     system: str | None = None
 
 
@@ -52,7 +53,7 @@ class AnswersConfig:
     top_k: int = 0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
-    tokens_to_generate: int = 200
+    tokens_to_generate: Positive = 200
 
     def generate_arguments(self) -> dict[str, dict[str, Any]]:
         """`length_params` and `sampling_params` of `parse_request`."""
@@ -62,7 +63,7 @@ class AnswersConfig:
 
 
 @dataclass(frozen=True)
-class TuningTextConfig:
+class TuningTextConfig(Settings):
     """A model that answers prompts.
 
     Attributes:
@@ -86,50 +87,27 @@ class TuningTextConfig:
     output_prefix: str
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     inference: AnswersConfig = field(default_factory=AnswersConfig)
-    validation_share: float = 0.05
-    minutes: float | None = None
-    batch_size: int = 32
-    weights: str = "native"
+    validation_share: Annotated[float, SHARE] = 0.05
+    minutes: Annotated[float | None, MINUTES] = None
+    batch_size: Positive = 32
+    weights: Annotated[str, choice(*WEIGHT_KINDS)] = "native"
     seed: int = 1234
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
+    tensor_model_parallel_size: Positive = 1
+    pipeline_model_parallel_size: Positive = 1
     megatron_amp_O2: bool = False
     precision: str | int = 32
 
-    @classmethod
-    def from_dict(cls, values: Mapping) -> "TuningTextConfig":
-        """Checks plain values (as from YAML) and builds the configuration.
-
-        Raises:
-            ConfigError: listing every unknown key, missing value and value that breaks its rule.
-        """
-        return read_settings(cls, values, _faults)
-
-
-def _faults(config: TuningTextConfig) -> list[Fault]:
-    faults, prompts = [], config.prompts
-    if prompts.file is None:
-        faults += [
-            one_of("prompts.sources", name, SOURCES) for name in prompts.sources if name not in SOURCES
-        ]
-        if not prompts.sources:
-            faults.append(Fault("prompts.sources", [], "nothing would be asked", "name one, or prompts.file"))
-        if len(set(prompts.sources)) < len(prompts.sources):
-            rule = "each can be named once"
-            faults.append(Fault("prompts.sources", list(prompts.sources), rule, "leave out the second"))
-    counts = {"prompts.count": prompts.count, "batch_size": config.batch_size}
-    counts |= {"inference.tokens_to_generate": config.inference.tokens_to_generate}
-    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
-    for name, value in {**counts, **{size: getattr(config, size) for size in sizes}}.items():
-        if value is not None and value < 1:
-            faults.append(Fault(name, value, "must be positive", "use 1 or more"))
-    if not 0.0 <= config.validation_share < 1.0:
-        rule = "must be a share from 0 to less than 1"
-        faults.append(Fault("validation_share", config.validation_share, rule, "use e.g. 0.05"))
-    if config.minutes is not None and config.minutes <= 0:
-        faults.append(
-            Fault("minutes", config.minutes, "must be positive", "use e.g. 5, or null for no limit")
-        )
-    if config.weights not in WEIGHT_KINDS:
-        faults.append(one_of("weights", config.weights, WEIGHT_KINDS))
-    return faults
+    def faults(self) -> list[Fault]:
+        """See `Settings`."""
+        faults, prompts = [], self.prompts
+        if prompts.file is None:
+            faults += [
+                one_of("prompts.sources", name, SOURCES) for name in prompts.sources if name not in SOURCES
+            ]
+            if not prompts.sources:
+                remedy = "name one, or prompts.file"
+                faults.append(Fault("prompts.sources", [], "nothing would be asked", remedy))
+            if len(set(prompts.sources)) < len(prompts.sources):
+                rule = "each can be named once"
+                faults.append(Fault("prompts.sources", list(prompts.sources), rule, "leave out the second"))
+        return faults

@@ -20,7 +20,9 @@ from harness import ROOT, load, name_of
 from matplotlib.figure import Figure
 
 from nemo_ee.files.output import write_text, write_with
-from nemo_ee.report.markdown import table as markdown
+from nemo_ee.report.page import table as markdown
+from nemo_ee.report.page import with_interval, with_quartiles
+from nemo_ee.report.schema import Interval
 from nemo_ee.report.statistics import spread
 from nemo_ee.report.style import FINAL_LINE_COLOUR, MARKERS, new_figure
 
@@ -71,10 +73,9 @@ def ratio(ways: Mapping[str, Mapping], name: str, over: str, metric: str) -> dic
 def cell(value: Any, digits: int = 2) -> str:
     """What a table says of a value of a row."""
     if isinstance(value, dict):
-        return "{value:,.{d}f} [{low:,.{d}f}, {high:,.{d}f}]".format(d=digits, **value)
+        return with_interval(value["value"], Interval(value["low"], value["high"]), digits)
     if isinstance(value, list):
-        s = spread([each for each in value if each is not None])
-        return f"{s.median:,.{digits}f} ({s.q25:,.{digits}f} to {s.q75:,.{digits}f})"
+        return with_quartiles(spread([each for each in value if each is not None]), digits)
     return "" if value is None else value if isinstance(value, str) else f"{value:,.{digits}f}"
 
 

@@ -153,7 +153,7 @@ def timed_fit(name: str, arguments: Namespace, prompts: int, steps: int, warm: i
     per_step = statistics.mean(each[len(each) // 3 :])
     found = {"before": first - began, "per_step": per_step, "all": ended - began}
     samples = cfg.trainer.max_steps * cfg.model.global_batch_size
-    return {**found, "samples": samples, "tokens_per_sample": model.tokens_per_sample}
+    return {**found, "samples": samples, "tokens_per_sample": model.text.tokens_per_sample}
 
 
 def measure_exits(name: str, arguments: Namespace) -> dict:

@@ -108,18 +108,19 @@ def run(gpt: Any, size: Namespace, kind: str, seed: int) -> dict[str, float]:
     """Forward and backward passes of a global batch of random tokens; nats per token, also of this stage's exits."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from nemo_ee.config import TuningConfig
+    from nemo_ee.config import ExitObjective
     from nemo_ee.training.deferred_loss import ExitTargets
+    from nemo_ee.training.exit_loss import Statistic
 
     device, found = next(gpt.parameters()).device, {}
     shape = (size.micro_batches, size.micro_batch, size.sequence + 1)
     ids = torch.randint(size.vocabulary, shape, generator=torch.Generator().manual_seed(seed)).to(device)
-    objective = TuningConfig(ce_weight=1, kl_weight=0, argmax_weight=0, loss_chunk_tokens=CHUNK_TOKENS)
+    objective = ExitObjective(loss_chunk_tokens=CHUNK_TOKENS)
     weights = {n: n / size.layers for n in size.exits}
 
     def record(result: Any) -> None:
         for n, stats in result.stats.items():
-            found.setdefault(f"exit {n}", []).append(stats[0] / result.tokens)
+            found.setdefault(f"exit {n}", []).append(stats[Statistic.LOSS] / stats[Statistic.TOKENS])
 
     def loss(losses: torch.Tensor) -> tuple:
         mean = losses.float().mean()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_ee.files.output import write_text, write_with
+from nemo_ee.report.page import table as markdown
 
 if TYPE_CHECKING:
     from check import Outcome
@@ -20,18 +21,14 @@ FIRST_RATE = "tokens/s"
 
 def table(outcomes: Sequence["Outcome"]) -> str:
     """Everything that was looked at, in Markdown: part, what, and what it came to."""
-    rows = [("part", "what", "found"), ("---", "---", "---")]
+    rows = []
     for outcome in outcomes:
         state = "FAILED" if outcome.result.faults else "passed"
         rows += [(outcome.part.name, what, found) for what, found in outcome.result.lines]
         rows.append((outcome.part.name, "all", f"{state} in {outcome.seconds:.0f} s"))
         rows += [(outcome.part.name, "fault", fault) for fault in outcome.result.faults]
-    rows = [tuple(" ".join(cell.split()).replace("|", "\\|") for cell in row) for row in rows]
-    widths = [max(len(row[k]) for row in rows if len(row[k]) < 100) for k in range(3)]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    )
+    rows = [[" ".join(cell.split()) for cell in row] for row in rows]
+    return markdown(("part", "what", "found"), rows, numbers=False, padded=True)
 
 
 def write(outcomes: Sequence["Outcome"], output: Path, options: Sequence[str]) -> Path:
@@ -57,7 +54,7 @@ def write(outcomes: Sequence["Outcome"], output: Path, options: Sequence[str]) -
         warning = "FIGURES MEAN NOTHING: " if pretend or "--quick" in options else ""
         figure.suptitle(f"{warning}{facts.get('GPU', 'unknown GPU')}", fontsize=11)
         write_with(output / "gpu.png", partial(figure.savefig, format="png"))
-        lines += ["", "## Decoding", "", EXPLAINED, "", *speed_table(speeds), "", "![decoding](gpu.png)"]
+        lines += ["", "## Decoding", "", EXPLAINED, "", speed_table(speeds), "", "![decoding](gpu.png)"]
     lines += ["", "## All that was checked", "", table(outcomes)]
     return write_text(output / "gpu.md", "\n".join(lines) + "\n")
 
@@ -73,7 +70,7 @@ the layer that they left at; of lossless, the accepted share of drafts. *Eager*:
 no graph ran, prompts included."""
 
 
-def speed_table(speeds: Sequence[dict]) -> list[str]:
+def speed_table(speeds: Sequence[dict]) -> str:
     """In Markdown, one row per way."""
     from nemo_ee.report.statistics import spread
 
@@ -88,7 +85,7 @@ def speed_table(speeds: Sequence[dict]) -> list[str]:
         "same text",
     )
     columns += ("left", "eager")
-    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    rows = []
     for speed in speeds:
         s = spread(speed["rates"])
         left = ", ".join(f"{layer}: {share:.0%}" for layer, share in speed["left"].items())
@@ -104,8 +101,8 @@ def speed_table(speeds: Sequence[dict]) -> list[str]:
             left or ("" if speed["graphs"] is None else "no drafts"),
             "" if speed["eager"] is None else f"{speed['eager']:.1%}",
         ]
-        rows.append(f"| {' | '.join(cells)} |")
-    return rows
+        rows.append(cells)
+    return markdown(columns, rows, numbers=False)
 
 
 def theirs(speed: dict, speeds: Sequence[dict]) -> float:

@@ -51,7 +51,7 @@ def tuned(settings: "Settings", name: str) -> dict[str, Any]:
     trainer = tiny.trainer(**trainer_settings(steps))
     model = recorder()(tuning_config(write_text(folder), case, Layout()), trainer)
     fill(model)
-    model.exits_initialised = False  # the closed form comes after the backbone's weights
+    model.first_weights.complete = False  # the closed form comes after the backbone's weights
     trainer.fit(model)
     steps = [
         {str(n): [float(value) for value in row[:2]] for n, row in step.items()} for step in model.seen[True]

@@ -8,7 +8,11 @@ import torch
 
 def start() -> tuple[list, list]:
     """What this rank read, and the shortlist that its exits got."""
-    from nemo_ee.models import first_weights_mixin, training_data_mixin
+    from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
+    from omegaconf import OmegaConf
+
+    from nemo_ee.models import first_weights
+    from nemo_ee.models import megatron_gpt_ee_training_model as models
 
     read, given = [], []
 
@@ -16,26 +20,25 @@ def start() -> tuple[list, list]:
         read.append(("counts", max_tokens))
         return torch.tensor([5, 1, 9, 0, 7]) * (1 + torch.distributed.get_rank())
 
-    first_weights_mixin.token_counts = token_counts
-    training_data_mixin.check_data_config = lambda *_: read.append(("check", None))
-    first_weights_mixin.exit_init = SimpleNamespace(
+    models.token_counts = token_counts
+    models.check_data_config = lambda *_: read.append(("check", None))
+    first_weights.exit_init = SimpleNamespace(
         initialise_projections=lambda gpt, shortlist, *_: given.append(sorted(shortlist.tolist())),
         start_branches_at_zero=lambda *_: None,
     )
 
-    class NeMo:
-        def build_train_valid_test_datasets(self):
-            return [None, None, None]
+    MegatronGPTModel.build_train_valid_test_datasets = lambda self: [None, None, None]
+    head = SimpleNamespace(projection="shortlist", shortlist_size=3)
 
-    class Model(training_data_mixin.TrainingDataMixin, first_weights_mixin.FirstWeightsMixin, NeMo):
-        from omegaconf import OmegaConf
-
+    class Model(models.MegatronGPTEETrainingModel):
         cfg = OmegaConf.create(dict(data=dict(data_prefix=["text"], splits_string="1", seq_length=4)))
-        early_exit = SimpleNamespace(
-            head=SimpleNamespace(projection="shortlist", shortlist_size=3), init="copy", layers=(2,)
-        )
-        true_vocab_size, gpt, _validation_ds = 5, None, None
+        early_exit = SimpleNamespace(head=head, init="copy", layers=(2,))
+        gpt = SimpleNamespace(early_exit=early_exit)
+        true_vocab_size, _validation_ds = 5, None
         trainer = SimpleNamespace(limit_val_batches=0, limit_test_batches=0)
+
+        def __init__(self):
+            self.first_weights = first_weights.FirstWeights(self.gpt, self.cfg)
 
     model = Model()
     model.build_train_valid_test_datasets()

@@ -31,7 +31,7 @@ def train(prefixes: dict, folder: str, kind: str, fused: bool | None, steps: int
     resume_in(folder, trainer)
     model = Recorder()(pretraining_config(prefixes, case, layout), trainer)
     fill(model)
-    model.exits_initialised, model.keep_gradients = True, False
+    model.first_weights.complete, model.keep_gradients = True, False
     trainer.fit(model)
     (optimizer,) = trainer.strategy._torch_optimizers()
     return dict(

@@ -105,7 +105,7 @@ def losses_of(
             trainer.checkpoint_callback.save_top_k = -1  # keep all
         model = Recorder()(pretraining_config(prefixes, case, layout), trainer)
         fill(model)
-        model.exits_initialised, model.keep_gradients = True, False
+        model.first_weights.complete, model.keep_gradients = True, False
         trainer.fit(model)
         found[choice] = model.seen_losses
         destroy_num_microbatches_calculator()  # the next run's batches may have other sizes

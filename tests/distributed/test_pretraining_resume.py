@@ -68,7 +68,7 @@ def run(prefixes: dict, folder: str, case: Case, layout: Layout, kill_at: int | 
     resume_in(folder, trainer)
     model = Recorder()(pretraining_config(prefixes, case, layout), trainer)
     fill(model)
-    model.exits_initialised = not case.initialise
+    model.first_weights.complete = not case.initialise
     trainer.fit(model)
     back_from_teardown(model)
     optimizer = model.optimizers(use_pl_optimizer=False)
@@ -118,7 +118,7 @@ def first_file(prefixes: dict, case: Case, path: str) -> float:
     trainer = tuning_trainer(Layout(), 1)
     model = Recorder()(pretraining_config(prefixes, case, Layout()), trainer)
     fill(model)
-    model.exits_initialised = True
+    model.first_weights.complete = True
     model.save_to(path)
     trainer.fit(model)
     return model.seen_losses[0]
@@ -129,7 +129,7 @@ def move(prefixes: dict, case: Case, layout: Layout, source: str, target: str | 
     trainer = tuning_trainer(layout, 1)
     config = pretraining_config(prefixes, case, layout)
     model = Recorder().restore_from(source, override_config_path=config, trainer=trainer)
-    assert model.exits_initialised
+    assert model.first_weights.complete
     if target is not None:
         model.save_to(target)
         return None

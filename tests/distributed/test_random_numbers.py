@@ -38,10 +38,10 @@ def layers_dropped(prefixes: dict, layout: Layout) -> list[tuple[int, int]]:
     trainer = tuning_trainer(layout, 1, limit_val_batches=0)
     model = Recorder()(pretraining_config(prefixes, case, layout), trainer)
     fill(model)
-    model.exits_initialised, model.keep_gradients, seen = True, False, []
+    model.first_weights.complete, model.keep_gradients, seen = True, False, []
 
     def note(_module, _args) -> None:
-        seen.append((model.running.sample, model.gpt.layer_dropout.seed[2]))
+        seen.append((model.filling.running.sample, model.gpt.layer_dropout.seed[2]))
 
     model.gpt.decoder.register_forward_pre_hook(lambda module, args: note(module, args))
     trainer.fit(model)

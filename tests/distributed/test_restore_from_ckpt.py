@@ -38,7 +38,7 @@ def train(
     model = Recorder().start(OmegaConf.create(dict(model=config)), trainer)
     if source is None and not trainer.ckpt_path:
         fill(model)
-        model.exits_initialised = True
+        model.first_weights.complete = True
     began: dict[str, Any] = {}
 
     nemos = model.on_train_start

@@ -100,7 +100,7 @@ def model_to_fit(pretraining: bool, projection: str, prefixes: dict, layout: Lay
     case = support.Case(dict(layers=[2, 6], head=dict(norm=True, projection=projection), init="random"))
     model = support.Recorder()(support.pretraining_config(prefixes, case, layout), trainer)
     fill(model)
-    model.exits_initialised = True
+    model.first_weights.complete = True
     return model
 
 

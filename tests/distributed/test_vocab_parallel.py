@@ -11,13 +11,13 @@ from unittest import mock
 import pytest
 import torch
 
-from nemo_ee.config import HeadConfig, TuningConfig
+from nemo_ee.config import ExitObjective, HeadConfig
 from tests.support.distributed import initialize_model_parallel
 
 HIDDEN, VOCABULARY, PADDED, TOKENS, CHUNK, KEPT = 6, 10, 18, 23, 9, 4
 CHUNKS = 3
-TEACHES = TuningConfig(ce_weight=0.2, kl_weight=0.5, argmax_weight=0.3, loss_chunk_tokens=CHUNK)
-ALONE = TuningConfig(ce_weight=1.0, kl_weight=0.0, argmax_weight=0.0, loss_chunk_tokens=CHUNK)
+TEACHES = ExitObjective(ce_weight=0.2, kl_weight=0.5, argmax_weight=0.3, loss_chunk_tokens=CHUNK)
+ALONE = ExitObjective(loss_chunk_tokens=CHUNK)
 HEADS = {
     "tied": HeadConfig(projection="tied"),
     "untied": HeadConfig(projection="untied", train_projection=True),

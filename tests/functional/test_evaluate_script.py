@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from nemo_ee.report.write import read_report
+from tests.support.fake_report import read_report
 from tests.support.script import ROOT, run_script
 
 HEAD = dict(mlp=True, linear=True, projection="shortlist", shortlist_size=100)

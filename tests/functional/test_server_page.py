@@ -2,7 +2,9 @@
 """The server's page in a real browser: text streams in, coloured by exit layer."""
 
 import pytest
+from PIL import ImageColor
 
+from nemo_ee.report.style import layer_colours
 from tests.support.browser import missing, open_browser
 from tests.support.fake_session import FakeSession, confidence_of, layer_of, token_of
 from tests.support.server import fake_service, listening, tiny_tokenizer, until
@@ -60,11 +62,8 @@ def test_text_streams_in_coloured_by_exit(page, tmp_path):
     ]
     assert browser.run(f"{TOKENS}.map(t => t.title)") == titles
     colours = dict(zip(layers, browser.run(BACKGROUND), strict=True))
-    assert list(dict(sorted(colours.items())).values()) == [
-        "rgb(230, 159, 0)",
-        "rgb(86, 180, 233)",
-        "rgba(0, 0, 0, 0)",
-    ]
+    of_plots = {n: f"rgb{ImageColor.getrgb(colour)}" for n, colour in layer_colours((2, 4), 8).items()}
+    assert colours == {**of_plots, 8: "rgba(0, 0, 0, 0)"}
     assert browser.run(BACKGROUND) == [colours[layer] for layer in layers]
     legend = browser.run("return [...document.querySelectorAll('#legend li')].map(i => i.textContent)")
     names = {2: "layer 2", 4: "layer 4", 8: "all 8 layers"}

@@ -1,5 +1,9 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""A report with invented but plausible numbers, for tests of what is drawn and written from it."""
+"""A report with invented but plausible numbers, for tests of what is drawn and written from it; reports read back."""
+
+from pathlib import Path
+
+from pydantic import TypeAdapter
 
 from nemo_ee.report.schema import (
     CurvePoint,
@@ -14,6 +18,11 @@ from nemo_ee.report.schema import (
 
 LAYERS = (10, 20)
 FINAL = 30
+
+
+def read_report(path: Path) -> Report:
+    """What a `report.json` says, every field checked by its type."""
+    return TypeAdapter(Report).validate_json(path.read_bytes())
 
 
 def _around(value: float, part: float) -> Spread:

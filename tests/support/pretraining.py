@@ -112,12 +112,13 @@ def pretrain_one(
         if getattr(part, "config", None) is not None:
             part.config.params_dtype = part.config.pipeline_dtype = dtype
     fill(model)
-    model.exits_initialised = not case.initialise
+    model.first_weights.complete = not case.initialise
     model.keep_gradients, model.counts = whole_gradients, case.micro_batches
     if case.own_schedule:
-        from nemo_ee.training.bubble_schedule import Links
+        from nemo_ee.config import BubbleFillingConfig
+        from nemo_ee.models.bubble_filling import BubbleFilling
 
-        model.links = Links()
+        model.filling = BubbleFilling(BubbleFillingConfig(), model.gpt)
     scale = 1.0 if plain else case.loss_scale
     if scale != 1.0:
         model.gpt.config.grad_scale_func = lambda loss: loss * scale

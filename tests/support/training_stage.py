@@ -47,7 +47,9 @@ def training_stage(size: Namespace, stages: int, mlp: bool) -> Any:
         deallocate_pipeline_outputs=True,
         use_cpu_initialization=not gpu,
     )
-    head = HeadConfig(mlp=mlp, norm=True, linear=False, projection="untied", train_projection=True)
+    head = HeadConfig(
+        mlp="residual" if mlp else "none", norm=True, linear=False, projection="untied", train_projection=True
+    )
     gpt = EarlyExitGPTModel(
         config,
         early_exit=EarlyExitConfig(layers=tuple(size.exits), head=head),

@@ -219,7 +219,7 @@ def prepared(prefixes: dict, case: Case, layout: Layout, trainer: Any, dtype: to
             if getattr(part, "config", None) is not None:
                 part.config.params_dtype = part.config.pipeline_dtype = dtype
     fill(model)
-    model.exits_initialised = not case.initialise
+    model.first_weights.complete = not case.initialise
     return model
 
 

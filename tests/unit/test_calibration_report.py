@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from omegaconf import OmegaConf
 from PIL import Image
+from sklearn.calibration import calibration_curve
 
 from nemo_ee.calibration.calibrate import check_enough, exits_in_use, make_report
 from nemo_ee.calibration.documents import Documents, read_documents
@@ -198,6 +199,18 @@ def test_reliability_equals_a_loop_over_tokens():
         assert exit_.ece == pytest.approx(error) and exit_.layer == scores.layers[row]
         assert sum(each.tokens for each in exit_.bins) == len(scores.documents)
         assert exit_.agreement == pytest.approx(1 - scores.disagrees[row].mean())
+
+
+@pytest.mark.parametrize("bins", [1, 7, 20])
+def test_reliability_is_the_calibration_curve_of_scikit_learn(bins):
+    scores = population(1, documents=40)
+    for row, exit_ in enumerate(measure_reliability(scores, bins, seed=0)):
+        agreements, confidences = calibration_curve(
+            ~scores.disagrees[row], scores.confidences[row], n_bins=bins
+        )
+        filled = [each for each in exit_.bins if each.tokens]
+        assert [each.agreement for each in filled] == pytest.approx(list(agreements))
+        assert [each.mean_confidence for each in filled] == pytest.approx(list(confidences))
 
 
 def test_bins_without_tokens_and_of_one_document():

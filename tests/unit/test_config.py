@@ -42,7 +42,7 @@ def faults_of(raw, num_layers: int = 24, vocab_size: int | None = 1000) -> tuple
 
 def test_values_arrive():
     config = parse_early_exit(GOOD, num_layers=24, vocab_size=1000)
-    assert config.layers == (6, 12) and config.head.block and config.head.mlp
+    assert config.layers == (6, 12) and config.head.block and config.head.mlp == "beside"
     assert config.tuning.loss_weights == (1.0, 0.5) and config.inference.threshold == (0.5, 1.0)
     assert [config.loss_weight(n) for n in config.layers] == [1.0, 0.5]
 
@@ -63,7 +63,7 @@ def test_it_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.layers = (1,)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        config.head.mlp = False
+        config.head.mlp = "none"
 
 
 def test_the_given_section_is_not_changed():
@@ -199,7 +199,22 @@ FAULTY = {
     "section is a list": ({"head": [1]}, "head", "[1]", "mapping", "block"),
     "projection": ({"head__projection": "tie"}, "head.projection", "tie", "one of", "did you mean tied?"),
     "init": ({"init": "zeros"}, "init", "zeros", "one of", "ridge | copy | random"),
-    "not a truth value": ({"head__mlp": "yes"}, "head.mlp", "yes", "bool", "bool"),
+    "not a truth value": ({"head__norm": "yes"}, "head.norm", "yes", "bool", "bool"),
+    "no such MLP": ({"head__mlp": "besides"}, "head.mlp", "besides", "one of", "did you mean beside?"),
+    "beside what is not there": (
+        {"head__mlp": "beside", "head__linear": False, "init": "copy"},
+        "head.mlp",
+        "beside",
+        "lacks",
+        "++model.early_exit.head.mlp=residual",
+    ),
+    "a step before a translator": (
+        {"head__mlp": "residual"},
+        "head.mlp",
+        "residual",
+        "beside",
+        "++model.early_exit.head.mlp=beside",
+    ),
     "threshold too high": ({"inference__threshold": 1.1}, "inference.threshold", "1.1", "[0, 1]", "0.8"),
     "threshold too low": ({"inference__threshold": -0.1}, "inference.threshold", "-0.1", "[0, 1]", "0.8"),
     "one of the thresholds": (

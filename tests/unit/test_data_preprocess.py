@@ -212,4 +212,4 @@ def test_all_config_faults_are_listed_together():
     }
     assert "did you mean workers?" in message
     assert "did you mean split.validation?" in message
-    assert "did you mean tokenizer.type?" in message
+    assert "tokenizer.tipe=x: unknown key; did you mean type?" in message

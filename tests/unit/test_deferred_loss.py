@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nemo_ee.config import HeadConfig, TuningConfig
+from nemo_ee.config import ExitObjective, HeadConfig
+from nemo_ee.training.exit_loss import Statistic
 from tests.support.tiny_gpt import tiny_model, tiny_model_config
 
 LAYER, TOKENS, BATCH = 2, 40, 2
@@ -42,7 +43,7 @@ def test_validation_sums_are_wide_under_autocast(transformer_config):
     labels = torch.randint(0, vocabulary, (BATCH, TOKENS))
     mask = torch.ones(BATCH, TOKENS)
     seen = []
-    objective = TuningConfig(ce_weight=1.0, kl_weight=0.0, argmax_weight=0.0)
+    objective = ExitObjective()
     targets = ExitTargets(labels, mask, {LAYER: 1.0}, objective, lambda: 1.0, seen.append)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         head = Head(transformer_config, vocabulary)
@@ -51,6 +52,8 @@ def test_validation_sums_are_wide_under_autocast(transformer_config):
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
     (result,) = seen
     assert result.stats[LAYER].dtype == torch.float32
-    torch.testing.assert_close(result.stats[LAYER][0].double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(result.stats[LAYER][Statistic.LOSS].double(), expected, rtol=1e-6, atol=0)
     confidence = logits.softmax(-1).amax(-1).sum()
-    torch.testing.assert_close(result.stats[LAYER][3].double(), confidence, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        result.stats[LAYER][Statistic.CONFIDENCE].double(), confidence, rtol=1e-6, atol=0
+    )

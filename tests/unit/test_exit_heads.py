@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from tests.support.tiny_gpt import VOCABULARY, tiny_model, tiny_model_config
 
 COMBINATIONS = [
-    dict(zip(("block", "mlp", "norm", "linear"), chosen, strict=True))
-    for chosen in itertools.product([False, True], repeat=4)
+    dict(block=block, mlp=mlp, norm=norm, linear=linear)
+    for block, norm, linear in itertools.product([False, True], repeat=3)
+    for mlp in ("none", "beside" if linear else "residual")
 ]
 
 
@@ -41,7 +42,7 @@ def mlp(x, module):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("modules", COMBINATIONS, ids=lambda m: "+".join(k for k in m if m[k]) or "nothing")
+@pytest.mark.parametrize("modules", COMBINATIONS, ids=lambda m: "+".join(f"{k}={v}" for k, v in m.items()))
 def test_composition(modules):
     gpt = build(modules)
     head, states = gpt.exits["3"], states_of(gpt)
@@ -50,16 +51,14 @@ def test_composition(modules):
     if modules["block"]:
         x, _ = head.block(x, attention_mask=None, rotary_pos_emb=states.rotary_pos_emb)
         assert not torch.allclose(x, states.exits[3])
-    branch = mlp(x, head.mlp) if modules["mlp"] else 0.0
-    if modules["linear"]:
-        x = rms_norm(x, head.norm) if modules["norm"] else x
-        expected = x @ head.linear.weight.T + head.linear.bias + branch
-    else:
-        x = x + branch
-        expected = rms_norm(x, head.norm) if modules["norm"] else x
+    branch = mlp(x, head.mlp) if modules["mlp"] != "none" else 0.0
+    x = x + branch if modules["mlp"] == "residual" else x
+    x = rms_norm(x, head.norm) if modules["norm"] else x
+    x = x @ head.linear.weight.T + head.linear.bias if modules["linear"] else x
+    expected = x + branch if modules["mlp"] == "beside" else x
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     present = {name for name in ("block", "mlp", "norm", "linear") if getattr(head, name) is not None}
-    assert present == {name for name in modules if modules[name]}
+    assert present == {name for name, value in modules.items() if value not in (False, "none")}
 
 
 @torch.no_grad()

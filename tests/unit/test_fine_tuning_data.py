@@ -89,7 +89,7 @@ def test_prompts_begin_as_texts_do(template, given, tmp_path):
     from tokenizers.processors import TemplateProcessing
 
     from nemo_ee.generation.text import TextTokenizer
-    from nemo_ee.models.fine_tuning_data_mixin import FineTuningDataMixin
+    from nemo_ee.models.fine_tuning_files import open_files
 
     theirs = tokenizer()
     theirs.add_special_tokens({"bos_token": "<s>"})
@@ -98,12 +98,10 @@ def test_prompts_begin_as_texts_do(template, given, tmp_path):
     )
     theirs.save_pretrained(tmp_path / "tokenizer")
     path = write(tmp_path / "lines.jsonl", dict(input="w1", output="w2"))
-    model = FineTuningDataMixin()
     section = dict(file_names=[path], max_seq_length=8, prompt_template="{input} {output}", add_bos=given)
-    model.cfg = OmegaConf.create(dict(data=dict(train_ds=section)))
-    model.tokenizer = AutoTokenizer(str(tmp_path / "tokenizer"))
-    model.text_tokenizer = TextTokenizer(model.tokenizer)
-    ids = model._files("train_ds")[0][0]["input_ids"]
+    cfg = OmegaConf.create(dict(data=dict(train_ds=section)))
+    text = TextTokenizer(AutoTokenizer(str(tmp_path / "tokenizer")))
+    ids = open_files(cfg, "train_ds", text)[0][0]["input_ids"]
     bare = theirs("w1 w2", add_special_tokens=False).input_ids
     own = theirs("w1 w2").input_ids if given is None else [theirs.bos_token_id] * given + bare
     assert ids == [*own, theirs.eos_token_id]

@@ -4,10 +4,13 @@
 import json
 
 import pytest
+from PIL import ImageColor
+from rich.color import ColorSystem
 
 from nemo_ee.errors import ConfigError
 from nemo_ee.generation.text import TextTokenizer
-from nemo_ee.running.display import RESET, marked, summary, token_pieces
+from nemo_ee.report.style import layer_colours
+from nemo_ee.running.display import RESET, marked, painter, summary, token_pieces
 from nemo_ee.running.settings import GenerateConfig
 from tests.support.tiny_tokenizer import EOS, save_tiny_tokenizer
 
@@ -40,6 +43,19 @@ def test_marks_and_colours_name_every_exit():
     coloured = marked(pieces, layers, 30, colour=True)
     assert coloured.count(RESET) == 2 and coloured.endswith(" c")
     assert len(set(coloured.split(RESET)[0:2])) == 2
+
+
+def test_a_terminal_has_the_colours_of_plots():
+    """A layer's colour does not depend on which others a text left at."""
+    one = marked([" b"], [20], 30, True, exits=(10, 20))
+    assert (
+        one
+        == marked(["a", " b"], [10, 20], 30, True).split(RESET)[1] + RESET
+        != marked([" b"], [20], 30, True)
+    )
+    assert "\n" in marked(["a\n"], [10], 30, True) and marked(["a\n"], [10], 30, True).endswith(f"{RESET}\n")
+    wide = painter((10, 20), 30, ColorSystem.TRUECOLOR)("b", 20)
+    assert f"48;2;{';'.join(map(str, ImageColor.getrgb(layer_colours((10, 20), 30)[20])))}m" in wide
 
 
 def test_summary_shares():

@@ -24,7 +24,8 @@ LEVELS = [
     {"checkpoint": None},
     {"preprocessing": None},
     {"models": None},
-    {"report": None, "running": None},
+    {"report": None},
+    {"running": None},
     {"evaluation": None},
     {"calibration": None, "server": None, "tuning_text": None},
 ]

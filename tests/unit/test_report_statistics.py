@@ -3,6 +3,7 @@
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from nemo_ee.report.statistics import bootstrap_mean, spread
 
@@ -20,6 +21,24 @@ def test_interval_matches_the_normal_approximation_over_sequences():
     assert mean == pytest.approx(means.mean())
     assert interval.low == pytest.approx(means.mean() - half, abs=0.15 * half)
     assert interval.high == pytest.approx(means.mean() + half, abs=0.15 * half)
+
+
+@pytest.mark.parametrize("sequences", [2, 40, 300])
+def test_interval_is_that_of_scipy(sequences):
+    generator = np.random.default_rng(sequences)
+    counts = generator.integers(1, 300, sequences)
+    totals = generator.binomial(counts, 0.7)
+    _, interval = bootstrap_mean(totals, counts, level=0.9, seed=3)
+    theirs = scipy.stats.bootstrap(
+        (totals, counts),
+        lambda total, count, axis: total.sum(axis) / count.sum(axis),
+        paired=True,
+        n_resamples=2000,
+        confidence_level=0.9,
+        method="percentile",
+        rng=np.random.default_rng(3),
+    ).confidence_interval
+    assert (interval.low, interval.high) == pytest.approx((theirs.low, theirs.high), rel=1e-12)
 
 
 def test_tokens_of_one_sequence_do_not_count_as_independent():

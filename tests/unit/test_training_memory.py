@@ -46,7 +46,7 @@ class _Step:
             parameter.grad = torch.zeros_like(parameter)
 
     def run(self, observe: bool, gradients: bool) -> None:
-        from nemo_ee.config import TuningConfig
+        from nemo_ee.config import ExitObjective
         from nemo_ee.training.deferred_loss import ExitTargets
 
         self.metrics.start(torch.device("cpu"), observe)
@@ -54,7 +54,7 @@ class _Step:
             self.tokens,
             self.mask,
             {2: 0.5, 4: 0.7},
-            TuningConfig(ce_weight=1.0, kl_weight=0.0, argmax_weight=0.0, loss_chunk_tokens=CHUNK),
+            ExitObjective(loss_chunk_tokens=CHUNK),
             lambda: 1.0,
             partial(self.metrics.add_exit, 0, self.mask),
         )

@@ -12,6 +12,7 @@ from nemo_ee.checkpoint import archive, collective, keys, model_config, sizes, t
 from nemo_ee.checkpoint.content_hash import content_hash_of
 from nemo_ee.checkpoint.exits.exit_tensors import check_exits
 from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint, join
+from nemo_ee.config import parse_early_exit
 from nemo_ee.errors import CheckpointError
 from nemo_ee.files.output import work_folder
 from nemo_ee.files.scratch import scratch_folder
@@ -68,9 +69,10 @@ def load_exits(model: Any, path: str | os.PathLike) -> None:
 
     config = read_adapter_config(path)
     check_fit(path, config, model.cfg, model.true_vocab_size)
-    theirs, ours = config.early_exit, model.early_exit.to_dict()
+    section = OmegaConf.to_container(config.early_exit, resolve=True)
+    theirs, ours = parse_early_exit(section, config.num_layers).to_dict(), model.early_exit.to_dict()
     for key in ("layers", "head"):
-        if OmegaConf.to_container(OmegaConf.create({"v": theirs[key]}))["v"] != ours[key]:
+        if theirs[key] != ours[key]:
             raise CheckpointError(
                 f"{path}: early_exit.{key}={theirs[key]}: the model has {ours[key]}; "
                 "restore the model with the adapter's early_exit (restore_with_exits does)"
@@ -122,13 +124,13 @@ def merge(
             for root, name in ((whole, base), (exits, adapter))
         ]
         sizes.check_tensors(base_config, parts[0].tensors, base)
-        check_exits(adapter, config, parts[1], parts[0])
+        early_exit = check_exits(adapter, config, parts[1], parts[0])
         check_hash(adapter, config, Path(base).name, content_hash_of(parts[0], require_finite))
         merged = Path(scratch, "merged")
         shutil.copytree(whole, merged, ignore=shutil.ignore_patterns(archive.WEIGHTS_DIRECTORY))
         join(parts, merged / archive.WEIGHTS_DIRECTORY, leave=keys.is_exit)
         with open_dict(base_config):
-            base_config.early_exit = config.early_exit
+            base_config.early_exit = early_exit.to_dict()
             base_config.target = targets.WITH_EXITS
         OmegaConf.save(base_config, merged / archive.CONFIG_NAME)
         return archive.write_archive(merged, output)

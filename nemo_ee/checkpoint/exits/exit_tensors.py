@@ -24,7 +24,7 @@ Shape = tuple[int, ...]
 
 def check_exits(
     path: str | os.PathLike, config: DictConfig, exits: TorchDistCheckpoint, base: TorchDistCheckpoint
-) -> None:
+) -> EarlyExitConfig:
     """Checks that a model of this base and configuration could load these exits. Reads all of them.
 
     Args:
@@ -32,6 +32,9 @@ def check_exits(
         config: of the exits.
         exits: their tensors.
         base: the tensors that they were tuned on; its own exits do not count.
+
+    Returns:
+        What the configuration says of them.
 
     Raises:
         CheckpointError: the configuration is bad; a tensor is missing, surplus, of another shape, or holds NaN or
@@ -60,6 +63,7 @@ def check_exits(
                 "save_exits wrote them"
             )
     _check_elements(path, exits, config.base.vocab_size)
+    return early_exit
 
 
 def check_token_ids(key: str, ids: Any, vocab_size: int, name: str | os.PathLike) -> None:
@@ -114,7 +118,7 @@ def _wanted(
     head, shapes = early_exit.head, {}
     if head.block:
         shapes |= {f"block.{name}": shape for name, shape in layer.items()}
-    if head.mlp:
+    if head.mlp != "none":
         shapes |= {f"mlp.norm.{name}": shape for name, shape in norm.items()}
         shapes |= {
             f"mlp.{name}": shape

@@ -56,7 +56,7 @@ def copy_sources(
         if head.mlp is not None:
             where = ((0, mlp_layer(n) - 1, num_layers),)
             state = head.mlp.mlp.sharded_state_dict(f"{layers}mlp.", where)
-            if head.linear is not None:  # see start_branches_at_zero
+            if gpt.early_exit.head.mlp == "beside":  # see start_branches_at_zero
                 state = {key: entry for key, entry in state.items() if "linear_fc2." not in key}
             sources |= {f"{mine}mlp.{key.removeprefix(layers)}": entry for key, entry in state.items()}
             state = _norm_state(head.mlp.norm, f"{layers}pre_mlp_layernorm.", where)
@@ -78,7 +78,7 @@ def start_branches_at_zero(gpt: EarlyExitGPTModel, only: Container[int] | None =
     """
     for n in _chosen(gpt, only):
         head = gpt.exits[str(n)]
-        if head.mlp is not None and head.linear is not None:
+        if gpt.early_exit.head.mlp == "beside":
             with torch.no_grad():
                 for parameter in head.mlp.mlp.linear_fc2.parameters():
                     parameter.zero_()

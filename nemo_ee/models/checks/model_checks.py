@@ -239,7 +239,9 @@ def check_tuning(cfg: DictConfig) -> None:
         faults.append(Fault("model.early_exit", cfg.get("early_exit"), rule, remedy))
     head = early_exit.head
     has_bucket = head.projection == "shortlist"
-    if not (head.block or head.mlp or head.norm or head.linear or head.train_projection or has_bucket):
+    if not (
+        head.block or head.mlp != "none" or head.norm or head.linear or head.train_projection or has_bucket
+    ):
         rule = "no exit parameter would be tuned"
         remedy = "turn on one of block, mlp, norm, linear, e.g. ++model.early_exit.head.norm=true"
         faults.append(Fault("model.early_exit.head", str(head), rule, remedy))

@@ -165,7 +165,7 @@ def training_waits(
             kind, config = pretraining.Recorder(), pretraining.pretraining_config(prefixes, case, layout)
         model = waits.of_steps(kind)(config, trainer)
         fill(model)
-        model.exits_initialised, model.keep_gradients = True, False
+        model.first_weights.complete, model.keep_gradients = True, False
         trainer.fit(model)
         found[name] = model.waits
     return found
@@ -218,7 +218,7 @@ def pretrained_with_main_params(prefixes: dict, case: Any, layout: tuning.Layout
     trainer = tuning.tuning_trainer(layout, case.steps, limit_val_batches=0, precision=None, plugins=[plugin])
     model = pretraining.Recorder()(pretraining.pretraining_config(prefixes, case, layout), trainer)
     fill(model)
-    model.exits_initialised, model.keep_gradients = True, False
+    model.first_weights.complete, model.keep_gradients = True, False
     trainer.fit(model)
     return model.seen_losses, model.optimizers(use_pl_optimizer=False).async_master_grads_allreudce
 

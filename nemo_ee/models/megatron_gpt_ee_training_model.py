@@ -1,31 +1,84 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""Data of the models that are trained: checked datasets, and loaders that go on where a run was stopped."""
+"""What pre-training and tuning of exits have in common: first weights, data, and runs that go on."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from nemo.utils import logging
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.checkpoint import run_keys
 from nemo_ee.checkpoint.collective import on_rank_zero
 from nemo_ee.data.checks import LENGTH_KEY, check_data_config
 from nemo_ee.data.padding import separate_padding
+from nemo_ee.data.token_counts import ENOUGH_TOKENS, token_counts
 from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.models.first_weights import FirstWeights
+from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
 from nemo_ee.runtime.children import end_with_parent
 
 
-class TrainingDataMixin:
-    """To be put before the NeMo model class.
+class MegatronGPTEETrainingModel(MegatronGPTEarlyExitModel):
+    """A model whose exits are trained, with their backbone or on top of a frozen one.
+
+    Args:
+        cfg: as `MegatronGPTEarlyExitModel`; `early_exit` is required.
+        trainer: a trainer from `EarlyExitTrainerBuilder`.
 
     Attributes:
         length_key: what the user sets to the length of sequences.
+        first_weights: which exits have weights, and what the others begin with.
     """
 
     length_key = LENGTH_KEY
+    leaves_exits = True
+
+    def __init__(self, cfg: DictConfig, trainer: Trainer):
+        super().__init__(cfg, trainer)
+        self.first_weights = FirstWeights(self.gpt, self.cfg)
+
+    # --- first weights ------------------------------------------------------------------------------------
+
+    def setup(self, stage: str | None = None) -> None:
+        """NeMo's set-up; then, for a fit that does not resume, the exits' first weights."""
+        super().setup(stage)
+        if stage == "fit" and not self.first_weights.complete and not self.trainer.ckpt_path:
+            self.initialise_exits()
+
+    def initialise_exits(self) -> None:
+        """Gives exits without weights their first ones. Collective over the world; rank 0 reads the training text."""
+        self.first_weights.set(self.most_frequent_tokens, self.fit_translators)
+
+    def fit_translators(self) -> None:
+        """The closed form, for models that have one."""
+        raise AssertionError("refused by the checks")
+
+    def most_frequent_tokens(self) -> torch.Tensor:
+        """[shortlist_size] token ids of the training text. Reads files only; call it on one rank."""
+        data = self.cfg.data
+        counts = token_counts(
+            data.data_prefix, self.true_vocab_size, data.get("splits_string"), max_tokens=ENOUGH_TOKENS
+        )
+        return torch.topk(counts, self.early_exit.head.shortlist_size).indices
+
+    def exits_to_take(self, here: Collection[int], saved: DictConfig) -> Collection[int]:
+        """See `FirstWeights.take`."""
+        return self.first_weights.take(here, saved)
+
+    def copies_to_restore(self) -> ShardedStateDict:
+        """What new exits copy from the backbone's checkpoint."""
+        return self.first_weights.copies(self.mlp_source)
+
+    def mlp_source(self, exit_layer: int) -> int:
+        """The layer whose MLP the exit at a layer copies."""
+        return exit_layer
+
+    # --- data ---------------------------------------------------------------------------------------------
 
     def build_train_valid_test_datasets(self):
         """NeMo's, after a check that says what Megatron would answer with a hang; rank 0 reads for it."""
@@ -91,6 +144,8 @@ class TrainingDataMixin:
                 f"trainer.limit_val_batches={count}: validations have {there} global batches, all."
             )
         self.trainer.limit_val_batches = min(count, there) * each
+
+    # --- runs ---------------------------------------------------------------------------------------------
 
     @property
     def device_of_batches(self) -> torch.device:
