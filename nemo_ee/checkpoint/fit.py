@@ -12,10 +12,10 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
 )
 
-from nemo_ee.checkpoint import collective
 from nemo_ee.checkpoint.keys import is_extra_state, spellings
 from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint
 from nemo_ee.errors import CheckpointError
+from nemo_ee.runtime import collective
 
 _NAMED = 5
 _ABOVE = ("model.decoder.final_layernorm.", "model.output_layer.")

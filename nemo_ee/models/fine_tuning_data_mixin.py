@@ -11,7 +11,6 @@ from nemo.collections.nlp.data.language_modeling.megatron.data_samplers import M
 from nemo.utils import logging
 from torch.utils.data import DataLoader, default_collate
 
-from nemo_ee.checkpoint.collective import on_rank_zero
 from nemo_ee.data.chats.chat_template import ChatTemplate, TurnTemplate
 from nemo_ee.data.chats.fine_tuning import (
     FineTuningData,
@@ -25,6 +24,7 @@ from nemo_ee.data.token_rules import known_id
 from nemo_ee.generation.prompts import chat_tokens
 from nemo_ee.models.checks.fine_tuning_checks import check_lines, file_names, is_fine_tuning, require
 from nemo_ee.runtime.children import end_with_parent
+from nemo_ee.runtime.collective import on_first_rank
 
 
 class FineTuningDataMixin:
@@ -50,7 +50,7 @@ class FineTuningDataMixin:
             DataError: a file or a line cannot be used.
         """
         data = self.cfg.data
-        on_rank_zero(lambda: check_lines(data))
+        on_first_rank(lambda: check_lines(data))
         training, steps = data.train_ds, max(1, self.trainer.max_steps)
         self._train_ds = FineTuningData(
             self._files("train_ds"),
@@ -62,9 +62,9 @@ class FineTuningDataMixin:
         validation = self._files("validation_ds")
         self._validation_ds = FineTuningData(validation) if validation else None
         self._test_ds = None
-        self._survey = on_rank_zero(lambda: survey(self._train_ds, self.true_vocab_size))
+        self._survey = on_first_rank(lambda: survey(self._train_ds, self.true_vocab_size))
         if self._validation_ds is not None:
-            on_rank_zero(lambda: survey(self._validation_ds, self.true_vocab_size) and None)
+            on_first_rank(lambda: survey(self._validation_ds, self.true_vocab_size) and None)
         told = f"{self._train_ds.lines} samples to train on, of {self._survey.tokens_per_line:.0f} tokens that count."
         logging.info(f"Fine-tuning data: {told}")
         if self._survey.cut:

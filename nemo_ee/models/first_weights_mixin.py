@@ -8,11 +8,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from nemo.utils import logging
 from omegaconf import DictConfig
 
-from nemo_ee.checkpoint import collective
 from nemo_ee.checkpoint.keys import exit_layer
 from nemo_ee.data.token_counts import ENOUGH_TOKENS, token_counts
 from nemo_ee.modeling.first_weights import exit_init
 from nemo_ee.models.checks.model_checks import read_early_exit
+from nemo_ee.runtime import collective
 
 
 class FirstWeightsMixin:
@@ -65,7 +65,7 @@ class FirstWeightsMixin:
             kept = [head.projection for n, head in self.gpt.exits.items() if int(n) in self.kept_exits]
             mine = kept[0].token_ids.cpu() if kept else None
             return next(found for found in collective.gather(mine) if found is not None)
-        return collective.on_rank_zero(self._most_frequent_tokens)
+        return collective.on_first_rank(self._most_frequent_tokens)
 
     def _most_frequent_tokens(self) -> torch.Tensor:
         """[shortlist_size] token ids of the training text. Reads files only; call it on one rank."""

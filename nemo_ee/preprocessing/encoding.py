@@ -9,8 +9,9 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain
 
+from nemo_ee.data.tokenizer import TokenizerConfig
 from nemo_ee.errors import DataError
-from nemo_ee.preprocessing.tokenizer import DocumentTokenizer, TokenizerConfig, load_tokenizer
+from nemo_ee.preprocessing.document_tokenizer import DocumentTokenizer, load_tokenizer
 from nemo_ee.runtime.children import end_with_parent
 
 DOCUMENTS_PER_TASK = 64

@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields
 
 from nemo_ee.data.split import SPLITS
 from nemo_ee.data.text_file import LONGEST_LINE
+from nemo_ee.data.tokenizer import TokenizerConfig
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.preprocessing.documents import DOCUMENT_RULES
-from nemo_ee.preprocessing.tokenizer import TokenizerConfig
 
 MISSING = "???"
 """How OmegaConf writes a mandatory value that was not given."""

@@ -3,11 +3,13 @@
 
 from typing import Any, Protocol
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.checkpoint import archive, run_keys
+from nemo_ee.checkpoint.exits import adapter
+from nemo_ee.config import EarlyExitConfig
 from nemo_ee.errors import ConfigError, Fault
-from nemo_ee.models.checks.model_checks import from_checkpoint
+from nemo_ee.models.checks.model_checks import from_checkpoint, read_early_exit
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
 
 
@@ -42,16 +44,28 @@ def layout(config: Parallel, trainer: Any) -> dict[str, Any]:
     }
 
 
-def restore_model(
-    base: str, adapter_file: str | None, trainer: Any, changes: dict[str, Any]
-) -> MegatronGPTEarlyExitModel:
+def read_exits(base: DictConfig, adapter_file: str | None) -> EarlyExitConfig:
+    """The exits that `restore` gives a model, by the files' own configurations.
+
+    Args:
+        base: that of the full `.nemo`.
+        adapter_file: see `restore`.
+
+    Raises:
+        CheckpointError: the exits' file cannot be read.
+        ConfigError: a section that breaks a rule.
+    """
+    return read_early_exit(base if adapter_file is None else adapter.read_adapter_config(adapter_file))
+
+
+def restore(base: str, adapter_file: str | None, trainer: Any, **changes: Any) -> MegatronGPTEarlyExitModel:
     """The model with its exits, in eval mode.
 
     Args:
         base: a full `.nemo`.
         adapter_file: the exits alone; None for those of the base, if it has any.
         trainer: of as many processes as the model runs on.
-        changes: keys of the `model` configuration.
+        changes: keys of the `model` configuration; the layout of the run that wrote the base does not count.
 
     Raises:
         CheckpointError: see `EarlyExitAdapterMixin.restore_with_exits`.

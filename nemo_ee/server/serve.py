@@ -14,15 +14,12 @@ import uvicorn
 from nemo.utils import logging
 
 from nemo_ee.checkpoint import archive
-from nemo_ee.checkpoint.exits import adapter
 from nemo_ee.config import EarlyExitConfig
 from nemo_ee.decoding.request import GenerationRequest, parse_request
 from nemo_ee.decoding.session import DecodingSession
 from nemo_ee.errors import ConfigError, Fault, GenerationError
-from nemo_ee.generation.generate import generating, position_limit
-from nemo_ee.models.checks.model_checks import read_early_exit
-from nemo_ee.running.generate import restore
-from nemo_ee.running.settings import GenerateConfig
+from nemo_ee.generation.generating import generating, position_limit
+from nemo_ee.running.restore import read_exits, restore
 from nemo_ee.server.app import create_app
 from nemo_ee.server.connections.connection import Connection
 from nemo_ee.server.connections.lobby import Lobby
@@ -56,10 +53,8 @@ def serve(config: ServerConfig, trainer: Any) -> None:
         ConfigError, CheckpointError: before the model is built; a missing BOS token behind it.
     """
     check(config)
-    source = GenerateConfig(
-        config.gpt_model_file, config.adapter_file, megatron_amp_O2=config.megatron_amp_O2
-    )
-    service = create_service(config, restore(source, trainer))
+    keys = {"precision": trainer.precision, "megatron_amp_O2": config.megatron_amp_O2}
+    service = create_service(config, restore(config.gpt_model_file, config.adapter_file, trainer, **keys))
     if not is_loopback(config.host):
         asks = (
             "which asks nobody who they are"
@@ -82,8 +77,7 @@ def check(config: ServerConfig) -> None:
     check_address(config.host, config.port)
     most_connections(config)
     base = archive.read_config(config.gpt_model_file)
-    source = base if config.adapter_file is None else adapter.read_adapter_config(config.adapter_file)
-    usual_request(config, read_early_exit(source))
+    usual_request(config, read_exits(base, config.adapter_file))
     limit = position_limit(base)
     if config.max_prompt_tokens + config.max_tokens > limit + 1:
         tokens = min(config.max_tokens, (limit + 1) // 2)

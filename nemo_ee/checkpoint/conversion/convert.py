@@ -14,7 +14,7 @@ from nemo_ee.errors import CheckpointError, first_line
 from nemo_ee.files import plain_json
 from nemo_ee.files.scratch import scratch_folder
 from nemo_ee.modeling.finite import not_finite
-from nemo_ee.runtime.unpickling import refuse_bytearrays
+from nemo_ee.runtime.upstream.unpickling import refuse_bytearrays
 
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_ee.checkpoint import archive, collective, keys, model_config, sizes, targets, tokenizer
+from nemo_ee.checkpoint import archive, keys, model_config, shared_archive, sizes, targets, tokenizer
 from nemo_ee.checkpoint.content_hash import content_hash_of
 from nemo_ee.checkpoint.exits.exit_tensors import check_exits
 from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint, join
@@ -48,7 +48,7 @@ def save_exits(model: Any, path: str | os.PathLike) -> None:
         config.early_exit = model.early_exit.to_dict()
         OmegaConf.save(config, directory / archive.CONFIG_NAME)
 
-    collective.save_archive(
+    shared_archive.save_archive(
         path, lambda directory: save_weights(model, directory, _is_exit_key), write_config
     )
 
