@@ -49,7 +49,7 @@ def save_exits(model: Any, path: str | os.PathLike) -> None:
         OmegaConf.save(config, directory / archive.CONFIG_NAME)
 
     shared_archive.save_archive(
-        path, lambda directory: save_weights(model, directory, _is_exit_key), write_config
+        path, lambda directory: save_weights(model, directory, keys.is_exit), write_config
     )
 
 
@@ -79,7 +79,7 @@ def load_exits(model: Any, path: str | os.PathLike) -> None:
     check_hash(path, config, base.name, base.content_hash)
     with scratch_folder("exits") as scratch:
         root = archive.extract(path, scratch)
-        load_weights(model, root / archive.WEIGHTS_DIRECTORY, want=_is_exit_key, name=path)
+        load_weights(model, root / archive.WEIGHTS_DIRECTORY, want=keys.is_exit, name=path)
 
 
 def merge(
@@ -174,10 +174,6 @@ def check_hash(path: str | os.PathLike, adapter: DictConfig, name: str, content_
             f"{path}: made for the base {adapter.base.name} with content hash {adapter.base.content_hash}: "
             f"{name} has {content_hash}; use that base"
         )
-
-
-def _is_exit_key(key: str) -> bool:
-    return key.startswith(keys.EXITS_PREFIX)
 
 
 def _base_of(model: Any):
