@@ -29,15 +29,17 @@ from nemo_ee.calibration.threshold_choice import (
 )
 from nemo_ee.calibration.write import REPORT, write_report
 from nemo_ee.checkpoint import archive
+from nemo_ee.checkpoint.exits import adapter
 from nemo_ee.data.checks import check_indexed_dataset
 from nemo_ee.errors import CheckpointError, ConfigError, DataError, Fault
-from nemo_ee.evaluation.evaluate import ANY_VOCABULARY
+from nemo_ee.evaluation.evaluate import ANY_VOCABULARY, restore
+from nemo_ee.evaluation.settings import EvaluationConfig, HeldOutConfig
 from nemo_ee.evaluation.teacher_forced import CONFIDENCE_RULE
 from nemo_ee.files.output import claim
+from nemo_ee.models.checks.model_checks import read_early_exit
 from nemo_ee.report import provenance
 from nemo_ee.report.schema import Metadata
 from nemo_ee.report.statistics import bootstrap_mean
-from nemo_ee.running.restore import read_exits, restore
 
 
 def calibrate(config: CalibrationConfig, trainer: Any) -> tuple[CalibrationReport, list[Path]]:
@@ -76,7 +78,7 @@ def _calibrate(
     if trainer.world_size != 1:
         rule = f"x trainer.num_nodes={trainer.num_nodes}: a calibration runs in one process"
         raise ConfigError(Fault("trainer.devices", trainer.num_devices, rule, "set both to 1"))
-    model = restore(config.gpt_model_file, config.adapter_file, trainer, precision=config.precision)
+    model = _restore(config, trainer)
     keys = dict(key="data.prefix", length_key="data.seq_length")
     check_indexed_dataset(data.prefix, 1, model.true_vocab_size, "held-out text", **keys)
     model.warn_of_untuned_exits()
@@ -175,7 +177,8 @@ def exits_in_use(config: CalibrationConfig) -> tuple[int, ...]:
         ConfigError: listing every setting that does not fit the files.
     """
     base = archive.read_config(config.gpt_model_file)
-    early_exit = read_exits(base, config.adapter_file)
+    with_exits = base if config.adapter_file is None else adapter.read_adapter_config(config.adapter_file)
+    early_exit = read_early_exit(with_exits)
     if not early_exit.layers:
         raise CheckpointError(f"{config.gpt_model_file}: has no exits to calibrate; set adapter_file")
     faults, usual = [], early_exit.inference.exits
@@ -200,6 +203,12 @@ def exits_in_use(config: CalibrationConfig) -> tuple[int, ...]:
     if faults:
         raise ConfigError(*faults)
     return layers
+
+
+def _restore(config: CalibrationConfig, trainer: Any) -> Any:
+    files = dict(gpt_model_file=config.gpt_model_file, adapter_file=config.adapter_file)
+    data = HeldOutConfig(config.data.prefix)
+    return restore(EvaluationConfig(**files, data=data, precision=config.precision), trainer)
 
 
 def _metadata(config: CalibrationConfig, model: Any) -> Metadata:

@@ -11,7 +11,7 @@ from nemo_ee.calibration.documents import Documents
 from nemo_ee.calibration.exit_decisions import TokenScores
 from nemo_ee.errors import DataError
 from nemo_ee.evaluation.teacher_forced import TextScores, score_text
-from nemo_ee.generation.generating import generating
+from nemo_ee.generation.generate import generating
 
 Score = Callable[[Tensor, Tensor], TextScores]
 """Tokens and the tokens that follow them, [B, S] each, to scores."""

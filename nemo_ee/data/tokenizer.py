@@ -7,6 +7,7 @@ would take ten more seconds in every worker process. All other libraries go thro
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nemo_ee.errors import ConfigError, Fault, first_line
@@ -71,7 +72,7 @@ def load(config: TokenizerConfig) -> Any:
         return _from_pretrained(config) if is_plain(config) else _from_nemo(config)
     except Exception as error:  # every library fails in its own way
         if config.library == "huggingface":
-            rule = f"must be a Hugging Face tokenizer ({first_line(error)})"
+            rule = f"must be a Hugging Face tokenizer that loads ({first_line(error)})"
             remedy = "give a directory that holds tokenizer.json and tokenizer_config.json"
             raise ConfigError(Fault("tokenizer.type", config.type, rule, remedy)) from error
         rule = f"NeMo cannot load it ({error})"
@@ -88,13 +89,14 @@ def _from_pretrained(config: TokenizerConfig) -> Any:
     """As NeMo's: where there is no fast tokenizer the slow one, and the other way round."""
     from transformers import AutoTokenizer
 
-    files = {"vocab_file": config.vocab_file, "merges_file": config.merge_file}
-    files = {key: value for key, value in files.items() if value is not None}
+    files: dict[str, Any] = {"vocab_file": config.vocab_file, "merges_file": config.merge_file}
+    given = {key: value for key, value in files.items() if value is not None}
+    given["local_files_only"] = Path(config.type or "").is_dir()  # nothing of it is anywhere else
     failures = []
     for use_fast in (config.use_fast, not config.use_fast):
         try:
             loaded = AutoTokenizer.from_pretrained(
-                config.type, use_fast=use_fast, trust_remote_code=config.trust_remote_code, **files
+                config.type, use_fast=use_fast, trust_remote_code=config.trust_remote_code, **given
             )
             if loaded is False:  # which slow tokenizers give instead of an error
                 raise ValueError("its files are those of another kind of tokenizer")

@@ -11,6 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nemo_ee.checkpoint import archive
+from nemo_ee.checkpoint.exits import adapter
+from nemo_ee.config import EarlyExitConfig
 from nemo_ee.data.checks import check_indexed_dataset
 from nemo_ee.errors import CheckpointError, ConfigError, Fault
 from nemo_ee.evaluation.held_out import held_out_sequences, measure_quality
@@ -18,15 +20,16 @@ from nemo_ee.evaluation.settings import EvaluationConfig, SweepConfig
 from nemo_ee.evaluation.sweep import Sweep, document_prompts
 from nemo_ee.evaluation.teacher_forced import TextScores, score_text
 from nemo_ee.files.output import claim
-from nemo_ee.generation.generating import generating
+from nemo_ee.generation.generate import generating
 from nemo_ee.generation.prompts import tokenize_prompts
+from nemo_ee.models.checks.model_checks import read_early_exit
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
 from nemo_ee.report import provenance
 from nemo_ee.report.schema import Metadata, Report
 from nemo_ee.report.tuning_curve import read_tuning_curve
 from nemo_ee.report.write import REPORT, write_report
 from nemo_ee.running.prompt_file import Turns, read_prompt_file
-from nemo_ee.running.restore import read_exits, restore
+from nemo_ee.running.restore import restore_model
 
 ANY_VOCABULARY = 1 << 31
 
@@ -57,7 +60,7 @@ def _evaluate(config: EvaluationConfig, trainer: Any, curve: tuple, chats: list[
     if trainer.world_size != 1:
         rule = f"x trainer.num_nodes={trainer.num_nodes}: an evaluation runs in one process"
         raise ConfigError(Fault("trainer.devices", trainer.num_devices, rule, "set both to 1"))
-    model = restore(config.gpt_model_file, config.adapter_file, trainer, precision=config.precision)
+    model = restore(config, trainer)
     settings = config.generation
     data = config.data
     sequences = held_out_sequences(data.prefix, data.sequences, data.seq_length, model.true_vocab_size)
@@ -89,6 +92,15 @@ def _evaluate(config: EvaluationConfig, trainer: Any, curve: tuple, chats: list[
     return write_report(report, config.output_dir)
 
 
+def restore(config: EvaluationConfig, trainer: Any) -> MegatronGPTEarlyExitModel:
+    """The model with its exits, in eval mode.
+
+    Raises:
+        CheckpointError: see `EarlyExitAdapterMixin.restore_with_exits`.
+    """
+    return restore_model(config.gpt_model_file, config.adapter_file, trainer, {"precision": config.precision})
+
+
 def _chats(config: EvaluationConfig) -> list[Turns] | None:
     """The chats to answer.
 
@@ -111,7 +123,10 @@ def _described(settings: SweepConfig, prompts: int) -> str:
 def _check(config: EvaluationConfig) -> None:
     """What the files' own configurations and sizes show to be wrong."""
     base = archive.read_config(config.gpt_model_file)
-    early_exit = read_exits(base, config.adapter_file)
+    if config.adapter_file is not None:
+        early_exit: EarlyExitConfig = read_early_exit(adapter.read_adapter_config(config.adapter_file))
+    else:
+        early_exit = read_early_exit(base)
     if not early_exit.layers:
         raise CheckpointError(f"{config.gpt_model_file}: has no exits to evaluate; set adapter_file")
     exits = config.generation.exits

@@ -15,7 +15,6 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from omegaconf import open_dict
 from torch import Tensor
 
-from nemo_ee.runtime.collective import gather
 from nemo_ee.training.bubble_schedule import Event, Links, forward_backward_by_plan, take_batches
 from nemo_ee.training.bubbles import Pass, Plan, plan_step
 
@@ -65,8 +64,9 @@ class BubbleFillingMixin:
     def plan(self) -> Plan:
         """The order of passes of all stages. Collective over the pipeline the first time."""
         stages = parallel_state.get_pipeline_model_parallel_world_size()
+        with_exits: list = [None] * stages
         group = parallel_state.get_pipeline_model_parallel_group()
-        with_exits = gather(bool(self.gpt.exit_layers), group)
+        torch.distributed.all_gather_object(with_exits, bool(self.gpt.exit_layers), group=group)
         filling = self.training_config.bubble_filling
         return plan_step(
             stages,

@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 
-from nemo_ee.checkpoint import archive
 from nemo_ee.decoding.request import parse_request
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.files.output import claim, replaced_file
 from nemo_ee.generation.generating import position_limit
 from nemo_ee.generation.prompts import tokenize_prompts
 from nemo_ee.running.display import DIM, RESET, marked, summary, token_pieces
-from nemo_ee.running.restore import check_processes, layout, read_exits, restore
+from nemo_ee.running.restore import check_processes, layout, read_exits, restore_model
 from nemo_ee.running.settings import GenerateConfig, in_own_keys
 from nemo_ee.runtime.collective import on_first_rank
 
@@ -45,7 +44,7 @@ def run(config: GenerateConfig, trainer: Any) -> None:
 
 
 def _run(config: GenerateConfig, trainer: Any, prompts: list[str]) -> None:
-    model = restore(config.gpt_model_file, config.adapter_file, trainer, **layout(config, trainer))
+    model = restore_model(config.gpt_model_file, config.adapter_file, trainer, layout(config, trainer))
     first = trainer.global_rank == 0
     colour = config.color == "always" or (
         config.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -75,7 +74,7 @@ def check(config: GenerateConfig, processes: int) -> None:
         raise ConfigError(Fault("output_file", config.output_file, rule, "create it, or write elsewhere"))
     if config.output_file is not None and Path(config.output_file).is_dir():
         raise ConfigError(Fault("output_file", config.output_file, "is a directory", "name a file in it"))
-    early_exit = read_exits(archive.read_config(config.gpt_model_file), config.adapter_file)
+    _, early_exit = read_exits(config)
     try:
         parse_request(**config.generate_arguments(), config=early_exit)
     except ConfigError as error:

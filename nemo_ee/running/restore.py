@@ -13,6 +13,16 @@ from nemo_ee.models.checks.model_checks import from_checkpoint, read_early_exit
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
 
 
+class Source(Protocol):
+    """Settings that name a model's files."""
+
+    @property
+    def gpt_model_file(self) -> str: ...
+
+    @property
+    def adapter_file(self) -> str | None: ...
+
+
 class Parallel(Protocol):
     """Settings of a script whose model may run in several processes."""
 
@@ -44,28 +54,27 @@ def layout(config: Parallel, trainer: Any) -> dict[str, Any]:
     }
 
 
-def read_exits(base: DictConfig, adapter_file: str | None) -> EarlyExitConfig:
-    """The exits that `restore` gives a model, by the files' own configurations.
-
-    Args:
-        base: that of the full `.nemo`.
-        adapter_file: see `restore`.
+def read_exits(config: Source) -> tuple[DictConfig, EarlyExitConfig]:
+    """The base's own configuration, and the exits of the file that has them.
 
     Raises:
-        CheckpointError: the exits' file cannot be read.
-        ConfigError: a section that breaks a rule.
+        CheckpointError: a file cannot be read.
     """
-    return read_early_exit(base if adapter_file is None else adapter.read_adapter_config(adapter_file))
+    base = archive.read_config(config.gpt_model_file)
+    source = base if config.adapter_file is None else adapter.read_adapter_config(config.adapter_file)
+    return base, read_early_exit(source)
 
 
-def restore(base: str, adapter_file: str | None, trainer: Any, **changes: Any) -> MegatronGPTEarlyExitModel:
+def restore_model(
+    base: str, adapter_file: str | None, trainer: Any, changes: dict[str, Any]
+) -> MegatronGPTEarlyExitModel:
     """The model with its exits, in eval mode.
 
     Args:
         base: a full `.nemo`.
         adapter_file: the exits alone; None for those of the base, if it has any.
         trainer: of as many processes as the model runs on.
-        changes: keys of the `model` configuration; the layout of the run that wrote the base does not count.
+        changes: keys of the `model` configuration.
 
     Raises:
         CheckpointError: see `EarlyExitAdapterMixin.restore_with_exits`.

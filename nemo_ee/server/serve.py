@@ -13,13 +13,12 @@ from typing import Any
 import uvicorn
 from nemo.utils import logging
 
-from nemo_ee.checkpoint import archive
 from nemo_ee.config import EarlyExitConfig
 from nemo_ee.decoding.request import GenerationRequest, parse_request
 from nemo_ee.decoding.session import DecodingSession
 from nemo_ee.errors import ConfigError, Fault, GenerationError
 from nemo_ee.generation.generating import generating, position_limit
-from nemo_ee.running.restore import read_exits, restore
+from nemo_ee.running.restore import read_exits, restore_model
 from nemo_ee.server.app import create_app
 from nemo_ee.server.connections.connection import Connection
 from nemo_ee.server.connections.lobby import Lobby
@@ -54,7 +53,8 @@ def serve(config: ServerConfig, trainer: Any) -> None:
     """
     check(config)
     keys = {"precision": trainer.precision, "megatron_amp_O2": config.megatron_amp_O2}
-    service = create_service(config, restore(config.gpt_model_file, config.adapter_file, trainer, **keys))
+    model = restore_model(config.gpt_model_file, config.adapter_file, trainer, keys)
+    service = create_service(config, model)
     if not is_loopback(config.host):
         asks = (
             "which asks nobody who they are"
@@ -76,8 +76,8 @@ def check(config: ServerConfig) -> None:
     """
     check_address(config.host, config.port)
     most_connections(config)
-    base = archive.read_config(config.gpt_model_file)
-    usual_request(config, read_exits(base, config.adapter_file))
+    base, early_exit = read_exits(config)
+    usual_request(config, early_exit)
     limit = position_limit(base)
     if config.max_prompt_tokens + config.max_tokens > limit + 1:
         tokens = min(config.max_tokens, (limit + 1) // 2)

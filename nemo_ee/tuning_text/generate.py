@@ -25,7 +25,7 @@ from nemo_ee.generation.generate import continue_over_stages
 from nemo_ee.generation.generating import generating, position_limit
 from nemo_ee.generation.prompts import tokenize_prompts
 from nemo_ee.generation.stopping import StopRule
-from nemo_ee.running.restore import check_processes, layout, restore
+from nemo_ee.running.restore import check_processes, layout, restore_model
 from nemo_ee.running.settings import in_own_keys
 from nemo_ee.runtime.collective import on_first_rank
 from nemo_ee.tuning_text.answer_files import AnswerFiles, Progress, check_prefix
@@ -72,7 +72,7 @@ def _generate(config: TuningTextConfig, request: GenerationRequest, trainer: Any
         if first:
             files.clear()
         return files
-    model = restore(config.gpt_model_file, None, trainer, **layout(config, trainer))
+    model = restore_model(config.gpt_model_file, None, trainer, layout(config, trainer))
     model.start_distributed()
     tokenizer, limit = model.text_tokenizer, position_limit(model.cfg)
     ids = on_first_rank(lambda: tokenize_prompts(prompts, tokenizer, None, limit))

@@ -20,7 +20,7 @@ from nemo_ee.decoding.session import DecodingSession
 from nemo_ee.errors import CheckpointError, GenerationError
 from nemo_ee.generation.generating import generating, position_limit
 from nemo_ee.models.runs.trainer_builder import EarlyExitTrainerBuilder
-from nemo_ee.running.restore import restore as restore_model
+from nemo_ee.running.restore import restore_model
 
 Tokens = list[list[int]]
 FULL, EXITS, LOSSLESS, NEMO, HUGGING_FACE = "full depth", "early exit", "lossless", "NeMo", "Hugging Face"
@@ -183,7 +183,7 @@ def restore(model: str, adapter: str | None, precision: str, longest: int) -> An
     built = EarlyExitTrainerBuilder(OmegaConf.create({"trainer": trainer, "model": {"precision": kind}}))
     run = built.create_trainer()
     keys = {"precision": run.precision, "megatron_amp_O2": kind == "bf16"}
-    restored = restore_model(model, adapter, run, **keys)
+    restored = restore_model(model, adapter, run, keys)
     if not restored.early_exit.layers:
         raise CheckpointError(f"--model {model}: it has no exits; give --adapter")
     if longest > (limit := position_limit(restored.cfg)):

@@ -18,7 +18,7 @@ from speed import QUICK, Effort, measure
 from nemo_ee.checkpoint import archive, run_keys
 from nemo_ee.errors import CheckpointError
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel as Model
-from nemo_ee.running.restore import restore as restore_model
+from nemo_ee.running.restore import restore_model
 
 if TYPE_CHECKING:
     from part import Settings
@@ -56,7 +56,7 @@ def restore(base: Path, adapter: Path | None) -> Any:
     changes = {"precision": "bf16", "megatron_amp_O2": True}
     config = archive.read_config(base)
     if adapter is not None or config.get("early_exit") is not None:
-        return restore_model(str(base), adapter and str(adapter), trainer, **changes)
+        return restore_model(str(base), adapter and str(adapter), trainer, changes)
     config, layers = OmegaConf.merge(run_keys.without_layout(config), changes), config.num_layers
     if layers < 3:
         raise CheckpointError(f"--model {base.name}: has {layers} layers and no exits; give --adapter")

@@ -70,7 +70,7 @@ def ways_in(base: str, exits: str) -> dict[str, tuple[Callable[[str], Any], str]
     from nemo_ee.models.exit_editor import edit_exits
     from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel as Model
     from nemo_ee.models.megatron_gpt_ee_tuning_model import MegatronGPTEETuningModel
-    from nemo_ee.running.restore import restore
+    from nemo_ee.running.restore import restore_model
     from tests.support.tiny_nemo import tiny_trainer
 
     run = OmegaConf.create({"model": {"early_exit": {"layers": [1]}}, "trainer": {"precision": 32}})
@@ -86,7 +86,7 @@ def ways_in(base: str, exits: str) -> dict[str, tuple[Callable[[str], Any], str]
     return {
         "restore": (lambda path: Model.restore_from(path, trainer=tiny_trainer()), base),
         "restore NeMo's class": (stock, base),
-        "restore for scripts": (lambda path: restore(path, None, tiny_trainer()), base),
+        "restore for scripts": (lambda path: restore_model(path, None, tiny_trainer(), {}), base),
         "restore with exits": (lambda path: Model.restore_with_exits(path, exits, tiny_trainer()), base),
         "restore with their exits": (
             lambda path: Model.restore_with_exits(base, path, tiny_trainer()),

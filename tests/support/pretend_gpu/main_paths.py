@@ -229,7 +229,7 @@ def served(directory: str) -> dict[str, tuple[list[str], list[list[int]]]]:
     from omegaconf import OmegaConf
 
     from nemo_ee.models.runs.trainer_builder import EarlyExitTrainerBuilder
-    from nemo_ee.running.restore import restore
+    from nemo_ee.running.restore import restore_model
     from nemo_ee.server.serve import create_service
     from tests.support.server import listening, server_config
 
@@ -238,7 +238,7 @@ def served(directory: str) -> dict[str, tuple[list[str], list[list[int]]]]:
     builder = EarlyExitTrainerBuilder(OmegaConf.create(settings))
     trainer = builder.create_trainer()
     files = f"{directory}/base.nemo", f"{directory}/exits.nemo"
-    model = restore(*files, trainer, precision=trainer.precision, megatron_amp_O2=False)
+    model = restore_model(*files, trainer, {"precision": trainer.precision})
     service = create_service(server_config(model_name="tiny"), model)
     found, together = {}, threading.Barrier(2)
 
