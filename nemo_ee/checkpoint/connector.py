@@ -12,7 +12,7 @@ from nemo.collections.nlp.parts.nlp_overrides import NLPSaveRestoreConnector
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ee.checkpoint import archive, collective, keys, model_config, sizes, targets, tokenizer
+from nemo_ee.checkpoint import archive, keys, model_config, shared_archive, sizes, targets, tokenizer
 from nemo_ee.checkpoint.conversion.base import BaseCheckpoint
 from nemo_ee.checkpoint.legacy import read_legacy_weights
 from nemo_ee.checkpoint.load import check_values, has_fp8_state, load_weights, save_weights
@@ -69,7 +69,7 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
             if tokenizer.pack(model.cfg.get("tokenizer"), live, config_file):
                 _name_plain_gpt(config_file)
 
-        collective.save_archive(save_path, lambda directory: save_weights(model, directory), write_rest)
+        shared_archive.save_archive(save_path, lambda directory: save_weights(model, directory), write_rest)
 
     def restore_from(
         self,

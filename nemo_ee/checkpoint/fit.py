@@ -1,7 +1,6 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Fits a model's sharded state dict to the keys and shapes a checkpoint really has."""
 
-import os
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -12,10 +11,10 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
 )
 
-from nemo_ee.checkpoint import collective
 from nemo_ee.checkpoint.keys import is_extra_state, spellings
 from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint
 from nemo_ee.errors import CheckpointError
+from nemo_ee.runtime import collective
 
 _NAMED = 5
 _ABOVE = ("model.decoder.final_layernorm.", "model.output_layer.")
@@ -24,7 +23,7 @@ _ABOVE = ("model.decoder.final_layernorm.", "model.output_layer.")
 
 def fit_to_checkpoint(
     sharded_state_dict: ShardedStateDict,
-    checkpoint_dir: str | os.PathLike | TorchDistCheckpoint,
+    checkpoint: TorchDistCheckpoint,
     skip: Collection[str] = (),
     truncated: bool = False,
     least_rows: Callable[[str], int] = lambda key: 0,
@@ -40,7 +39,7 @@ def fit_to_checkpoint(
 
     Args:
         sharded_state_dict: flat, as a module returns it. Its tensors are changed in place.
-        checkpoint_dir: a torch_dist checkpoint (``model_weights``).
+        checkpoint: what there is.
         skip: prefixes of sharded keys to leave out, e.g. ``model.exits.``.
         truncated: the model has fewer layers than the checkpoint, and is meant to.
         least_rows: sharded key -> how many rows a tensor must have whose rows are padded, so that their number may be
@@ -52,8 +51,7 @@ def fit_to_checkpoint(
     Raises:
         CheckpointError: the checkpoint lacks a tensor, or has it in another shape: the first few are named.
     """
-    found = _as_checkpoint(checkpoint_dir)
-    tensors, objects = found.tensors, found.objects
+    tensors, objects = checkpoint.tensors, checkpoint.objects
     fitted: ShardedStateDict = {}
     missing, mismatched = [], []
     for name, entry in sharded_state_dict.items():
@@ -75,12 +73,8 @@ def fit_to_checkpoint(
         if fault:
             mismatched.append(fault)
         fitted[name] = entry
-    _raise_on(found, missing, mismatched)
+    _raise_on(checkpoint, missing, mismatched)
     return fitted
-
-
-def _as_checkpoint(directory: str | os.PathLike | TorchDistCheckpoint) -> TorchDistCheckpoint:
-    return directory if isinstance(directory, TorchDistCheckpoint) else TorchDistCheckpoint(directory)
 
 
 def unclaimed(

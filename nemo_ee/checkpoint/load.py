@@ -11,13 +11,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedState
 from nemo.utils.callbacks.dist_ckpt_io import DistributedCheckpointIO
 from torch.distributed.checkpoint.api import CheckpointException
 
-from nemo_ee.checkpoint import collective
 from nemo_ee.checkpoint.exits.exit_tensors import check_token_ids
 from nemo_ee.checkpoint.fit import fit_to_checkpoint, unclaimed
 from nemo_ee.checkpoint.keys import exit_layers, is_exit, is_extra_state
 from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint, handed_over
 from nemo_ee.errors import CheckpointError
 from nemo_ee.modeling.finite import not_finite
+from nemo_ee.runtime import collective
 from nemo_ee.runtime.children import writing_checkpoint
 
 _NEMO_PREFIX = "model."
@@ -100,7 +100,7 @@ def load_weights(
         )
     else:
         read = set(stored.values())
-        collective.on_rank_zero(lambda: checkpoint.check_stored_sizes(read.__contains__))
+        collective.on_first_rank(lambda: checkpoint.check_stored_sizes(read.__contains__))
         with handed_over(checkpoint, objects=fp8) as folder, damage_named(checkpoint):
             loaded = DistributedCheckpointIO.from_config(model.cfg).load_checkpoint(
                 str(folder),

@@ -9,19 +9,33 @@ archive's ``tokenizer/`` and ``tokenizer.type`` is ``nemo:tokenizer``.
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_ee.checkpoint import archive, tokenizer_rules
-from nemo_ee.errors import CheckpointError, first_line
+from nemo_ee.data.tokenizer import TokenizerConfig, load
+from nemo_ee.errors import CheckpointError, ConfigError
 from nemo_ee.files.scratch import scratch_folder
 
 DIRECTORY = "tokenizer"
 INSIDE = f"nemo:{DIRECTORY}"
 
 _FILES = tokenizer_rules.FILES
+_DESCRIPTION = (
+    "library",
+    "type",
+    *_FILES,
+    "delimiter",
+    "sentencepiece_legacy",
+    "special_tokens",
+    "additional_special_tokens",
+)
+"""What of a checkpoint's `tokenizer` section describes it; never `trust_remote_code`."""
 _UNIQUE = re.compile("^[0-9a-f]{32}_")
 """What NeMo puts before the name of a file each time that it packs it."""
 _SUFFIXES = {".json", ".model", ".txt", ".jinja", ".tiktoken"}
@@ -44,32 +58,63 @@ def tokenizer_from_nemo(path: str | os.PathLike) -> Any:
         path: a ``.nemo`` file or the directory of an extracted one.
 
     Returns:
-        A transformers tokenizer; for other libraries NeMo's, as its models have it.
+        See :func:`nemo_ee.data.tokenizer.load`.
 
     Raises:
-        CheckpointError: the checkpoint is bad (see :func:`nemo_ee.checkpoint.archive.read_config`), has no tokenizer,
-            or one that is neither inside nor on this machine.
+        CheckpointError: see :func:`tokenizer_files`.
     """
-    config = archive.read_config(path)
-    settings = config.get("tokenizer")
-    if settings is None or settings.get("library") is None:
+    with tokenizer_files(TokenizerConfig(nemo=os.fspath(path))) as description:
+        return load(description)
+
+
+@contextmanager
+def tokenizer_files(config: TokenizerConfig) -> Iterator[TokenizerConfig]:
+    """Puts a tokenizer that travels inside a ``.nemo`` on disk while the context is open.
+
+    Args:
+        config: any description. Without ``nemo`` it is handed on as it is.
+
+    Yields:
+        A description whose files exist, with ``nemo`` unset: processes of one machine can all load it.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged or hostile (see
+            :func:`nemo_ee.checkpoint.archive.read_config`), has no tokenizer, or lacks files that its configuration
+            names; or, in the context, its tokenizer cannot be loaded.
+    """
+    if config.nemo is None:
+        yield config
+        return
+    model = archive.read_config(config.nemo)
+    section = model.get("tokenizer")
+    if section is None or section.get("library") is None:
         raise CheckpointError(
-            f"{path}: has no tokenizer.library, so no tokenizer; give a NeMo GPT checkpoint"
+            f"{config.nemo}: has no tokenizer.library, so no tokenizer; give a NeMo GPT checkpoint, or a tokenizer"
         )
+    kind, inside = section.get("type"), is_inside(model)
     with scratch_folder("tokenizer") as scratch:
-        if is_inside(config):
+        home = scratch / "home"
+        if inside:
             root = archive.extract(
-                path, Path(scratch, "archive"), want=lambda name: "model_weights" not in name
+                config.nemo, scratch / "archive", want=lambda name: not name.startswith("model_weights")
             )
-            resolve(config, root, Path(scratch, "home"), path)
-        if settings.library != "huggingface":
-            return _load_with_nemo(path, settings)
-        if not Path(settings.type).is_dir():
-            raise CheckpointError(
-                f"{path}: tokenizer.type={settings.type}: is not on this machine; "
-                f"save the model with nemo_ee, which puts the tokenizer into the file"
-            )
-        return _load(Path(settings.type), settings, path)
+            resolve(model, root, home, config.nemo)
+        plain: dict[str, Any] = OmegaConf.to_container(section)
+        values = {key: plain[key] for key in _DESCRIPTION if plain.get(key) is not None}
+        values["use_fast"] = bool(section.get("use_fast", False))  # NeMo's default
+        if config.add_bos is None:
+            values["add_bos"] = section.get("add_bos")
+        try:
+            yield replace(config, nemo=None, **values)
+        except ConfigError as error:
+            fault = error.faults[0]
+            if fault.key not in ("tokenizer.type", "tokenizer.library"):
+                raise
+            value = kind if fault.key == "tokenizer.type" else fault.value
+            rule, remedy = fault.rule.replace(f"{home}/", ""), "copy the checkpoint again"
+            if not inside:
+                remedy = "save the model with nemo_ee where it can, which puts the tokenizer into the file"
+            raise CheckpointError(f"{config.nemo}: {fault.key}={value}: {rule}; {remedy}") from error
 
 
 def pack(settings: DictConfig | None, live: Any, config_file: str | os.PathLike) -> bool:
@@ -167,51 +212,3 @@ def resolve(
                 )
             home.mkdir(parents=True, exist_ok=True)
             settings[key] = shutil.copyfile(root / file, str(home / (_UNIQUE.sub("", file) or file)))
-
-
-def _load_with_nemo(path: str | os.PathLike, settings: DictConfig) -> Any:
-    from nemo.collections.nlp.modules.common.tokenizer_utils import get_nmt_tokenizer
-
-    from nemo_ee.data.token_rules import name_special_pieces
-
-    try:
-        tokenizer = get_nmt_tokenizer(
-            library=settings.library,
-            model_name=settings.get("type"),
-            tokenizer_model=settings.get("model"),
-            vocab_file=settings.get("vocab_file"),
-            merges_file=settings.get("merge_file"),
-            delimiter=settings.get("delimiter"),
-            special_tokens=settings.get("special_tokens"),
-            trust_remote_code=False,
-            legacy=settings.get("sentencepiece_legacy", settings.library == "sentencepiece"),
-            chat_template=settings.get("chat_template"),
-        )
-        if settings.get("additional_special_tokens"):
-            tokenizer.add_special_tokens(list(settings.additional_special_tokens))
-        name_special_pieces(tokenizer)
-    except Exception as error:  # every library fails in its own way
-        raise CheckpointError(
-            f"{path}: tokenizer.library={settings.library}: NeMo cannot load it ({error}); copy the checkpoint again"
-        ) from error
-    return tokenizer
-
-
-def _load(directory: Path, settings: DictConfig, path: str | os.PathLike) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(directory),
-            use_fast=settings.get("use_fast", True),
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-    except Exception as error:  # whatever a damaged file leads to
-        raise CheckpointError(
-            f"{path}: holds no tokenizer that transformers can load "
-            f"({type(error).__name__}: {first_line(error)[:200]}); convert the checkpoint again"
-        ) from error
-    if settings.get("chat_template"):
-        tokenizer.chat_template = settings.chat_template
-    return tokenizer

@@ -6,9 +6,6 @@ from pathlib import Path
 
 
 def sha256_of(path: str | Path) -> str:
-    """Hexadecimal sha256 of a file of any size, read in pieces."""
-    digest = hashlib.sha256()
+    """Hexadecimal sha256 of a file of any size."""
     with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -6,6 +6,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 from nemo_ee.errors import DataError
@@ -172,15 +173,10 @@ def check_characters(text: str, where: str) -> None:
         raise DataError(f"{where} holds {half}, half of a character; correct or remove it") from error
 
 
-class _reading:
+@contextmanager
+def _reading(path: str | os.PathLike) -> Iterator[None]:
     """Turns a disk that fails under a file into a DataError."""
-
-    def __init__(self, path: str | os.PathLike):
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError):
-            raise DataError(f"{self._path}: cannot be read ({error.strerror}); copy it again") from error
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); copy it again") from error

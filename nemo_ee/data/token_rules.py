@@ -60,24 +60,6 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
     return frozenset(flagged | set(tokenizer.all_special_ids))
 
 
-def name_special_pieces(tokenizer: Any) -> None:
-    """Gives a SentencePiece tokenizer of NeMo's legacy mode the special tokens that its own file has.
-
-    That mode knows BOS, EOS and padding only as far as `special_tokens` names them, and otherwise raises
-    AttributeError where NeMo's loops and data sets ask for their ids.
-
-    Args:
-        tokenizer: NeMo's; of another kind it stays as it is.
-    """
-    if not getattr(tokenizer, "legacy", False) or not hasattr(tokenizer, "id_to_special_token"):
-        return
-    processor = tokenizer.tokenizer
-    for name in ("bos", "eos", "pad"):
-        token = known_id(getattr(processor, f"{name}_id")())
-        if token is not None and getattr(tokenizer, f"{name}_token", None) is None:
-            setattr(tokenizer, f"{name}_token", processor.id_to_piece(token))
-
-
 def named_templates(template: dict | list) -> dict:
     """Chat templates by their names, as transformers holds them; files list them as `{name, template}`."""
     return template if isinstance(template, dict) else {each["name"]: each["template"] for each in template}

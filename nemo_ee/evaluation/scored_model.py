@@ -9,7 +9,7 @@ from torch import Tensor
 from nemo_ee.config import EarlyExitConfig
 from nemo_ee.errors import CheckpointError, ConfigError, Fault
 from nemo_ee.evaluation.teacher_forced import TextScores, score_text
-from nemo_ee.generation.generate import generating
+from nemo_ee.generation.generating import generating
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
 from nemo_ee.running.restore import Source, read_exits, restore_model
 

@@ -16,7 +16,7 @@ from nemo_ee.errors import DataError, GenerationError
 from nemo_ee.evaluation.held_out import HeldOutQuality, quality_of
 from nemo_ee.evaluation.settings import HeldOutConfig, SweepConfig
 from nemo_ee.evaluation.teacher_forced import CONFIDENCE_RULE, TextScores, score_final, score_text
-from nemo_ee.generation.generate import generating
+from nemo_ee.generation.generating import generating
 from nemo_ee.report.schema import Interval, Sample, Spread, ThresholdResult
 from nemo_ee.report.statistics import bootstrap_mean, spread
 from nemo_ee.running.display import token_pieces

@@ -1,10 +1,9 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """One call from prompts to NeMo's output, on all ranks of a model."""
 
-import pickle
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from contextlib import closing
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -19,13 +18,12 @@ from nemo_ee.decoding.pipeline.session import PipelineSession, serve
 from nemo_ee.decoding.request import GenerationRequest, parse_request
 from nemo_ee.decoding.session import DecodingSession
 from nemo_ee.errors import GenerationError
+from nemo_ee.generation.generating import check_model_can_generate, generating, position_limit
 from nemo_ee.generation.output import to_output, to_prompt_logprobs
 from nemo_ee.generation.prompts import tokenize_prompts
 from nemo_ee.generation.stopping import StopRule
-from nemo_ee.modeling.sequence_parallel import sequence_parallel_off
 from nemo_ee.modeling.vocab_parallel import gather_columns
-
-T = TypeVar("T")
+from nemo_ee.runtime.collective import on_first_rank
 
 
 def generate(
@@ -63,7 +61,7 @@ def generate(
         drawn = [0] * len(prompts) if sampling.use_greedy else seeds(len(prompts), generator)
         return request, prompts, drawn, list(inputs) if isinstance(inputs[0], str) else None
 
-    request, prompts, drawn, texts = on_first_rank(read)
+    request, prompts, drawn, texts = on_first_rank(read, parallel_state.get_model_parallel_group())
     with generating(model):
         check_pipeline_can(request)
         if request.sampling.compute_logprob:
@@ -135,7 +133,7 @@ def continue_over_stages(
             raise failure
         return [[getattr(s, name) for name in names] for s in sequences]
 
-    found = on_first_rank(results)
+    found = on_first_rank(results, parallel_state.get_model_parallel_group())
     for sequence, values in zip(sequences, found, strict=True):
         for name, value in zip(names, values, strict=True):
             setattr(sequence, name, value)
@@ -168,29 +166,6 @@ def _prompt_logprobs(model: Any, prompts: list[list[int]], texts: list[str] | No
     return to_prompt_logprobs(prompts, rows, model.text_tokenizer, texts)
 
 
-def check_model_can_generate(model: Any) -> None:
-    """Raises GenerationError for a virtual pipeline, or a backbone without its final exit."""
-    if model.cfg.get("virtual_pipeline_model_parallel_size") is not None:
-        raise GenerationError(
-            "model.virtual_pipeline_model_parallel_size: decoding needs each stage's layers in a row; restore the "
-            "checkpoint with virtual_pipeline_model_parallel_size=null"
-        )
-    if model.gpt.truncated:
-        raise GenerationError(
-            "the model lacks the layers above its last exit; restore it as MegatronGPTEarlyExitModel"
-        )
-
-
-def check_one_stage(model: Any) -> None:
-    """Raises GenerationError for a pipeline of several stages."""
-    stages = model.cfg.get("pipeline_model_parallel_size", 1)
-    if stages > 1:
-        raise GenerationError(
-            f"model.pipeline_model_parallel_size={stages}: NeMo's loop with early exits needs all layers on one "
-            "stage; call model.generate without a strategy, or restore with pipeline_model_parallel_size=1"
-        )
-
-
 def check_pipeline_can(request: GenerationRequest) -> None:
     """Raises GenerationError for what several pipeline stages cannot do.
 
@@ -214,65 +189,3 @@ def check_pipeline_can(request: GenerationRequest) -> None:
             f"{', '.join(names)}: not over several pipeline stages; leave it out, or restore the model with "
             "pipeline_model_parallel_size=1 (and a larger tensor_model_parallel_size)"
         )
-
-
-def position_limit(cfg: Any) -> int:
-    """Positions of the model: the length of learned embeddings, or what rotary ones were trained for."""
-    if cfg.get("position_embedding_type", "learned_absolute") == "learned_absolute":
-        return cfg.encoder_seq_length
-    return max(cfg.encoder_seq_length, cfg.get("max_position_embeddings") or 0)
-
-
-@contextmanager
-def generating(model: Any, no_gradients: Callable = torch.inference_mode) -> Iterator[None]:
-    """Eval mode, no gradients, no sequence parallelism, autocast as in NeMo's forward; restored on leaving.
-
-    Args:
-        model: a `MegatronGPTEarlyExitModel`.
-        no_gradients: `torch.no_grad` where results are changed in place outside.
-    """
-    gpt = model.gpt
-    training = [module for module in gpt.modules() if module.training]
-    gpt.eval()
-    config = gpt.config
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(no_gradients())
-            stack.enter_context(sequence_parallel_off(gpt))
-            if config.enable_autocast:
-                device = next(gpt.parameters()).device.type
-                stack.enter_context(torch.autocast(device, dtype=config.autocast_dtype))
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def on_first_rank(read: Callable[[], T]) -> T:
-    """Calls `read` on the model's first rank; all its ranks get the result, or raise its error.
-
-    Collectives: where tensor- or pipeline-parallel sizes exceed 1, a broadcast over both groups' product.
-    """
-    group = parallel_state.get_model_parallel_group()
-    if group.size() == 1:
-        return read()
-    outcome: list[Any] = [None, None]
-    source = parallel_state.get_model_parallel_src_rank()
-    if torch.distributed.get_rank() == source:
-        try:
-            outcome[0] = read()
-        except Exception as error:
-            outcome[1] = _as_sent(error)
-    torch.distributed.broadcast_object_list(outcome, source, group=group)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
-
-
-def _as_sent(error: Exception) -> Exception:
-    """The error, or its text where it holds what does not pickle: the other ranks wait for one or the other."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # of whatever the error holds
-        return GenerationError(f"{type(error).__name__}: {error}")
-    return error

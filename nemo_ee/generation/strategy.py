@@ -18,15 +18,15 @@ from nemo_ee.decoding.leaving import NEVER, is_asked
 from nemo_ee.decoding.request import GenerationRequest, parse_exits
 from nemo_ee.decoding.step import UNANSWERED, Step
 from nemo_ee.errors import ConfigError, Fault, GenerationError
-from nemo_ee.generation.generate import (
+from nemo_ee.generation.generating import (
     check_model_can_generate,
     check_one_stage,
     generating,
-    on_first_rank,
     position_limit,
 )
 from nemo_ee.generation.prompts import tokenize_prompts
 from nemo_ee.generation.stopping import StopRule
+from nemo_ee.runtime.collective import on_first_rank
 
 
 class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
@@ -108,7 +108,10 @@ class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
             )
         self._min_length = length_params["min_length"]
         self.model.start_distributed()
-        prompts = on_first_rank(lambda: self._tokenize(inputs, sampling_params["add_BOS"]))
+        prompts = on_first_rank(
+            lambda: self._tokenize(inputs, sampling_params["add_BOS"]),
+            parallel_state.get_model_parallel_group(),
+        )
         self._prompt_lengths = [len(prompt) for prompt in prompts]
         if isinstance(inputs, tuple) and isinstance(inputs[0], Tensor):
             return inputs

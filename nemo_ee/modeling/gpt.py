@@ -18,8 +18,8 @@ from torch import Tensor
 from nemo_ee.config import EarlyExitConfig
 from nemo_ee.modeling.heads import ExitHead, ExitSurroundings, exit_config
 from nemo_ee.modeling.layer_dropout import LayerDropout, before_backward
-from nemo_ee.modeling.recompute import recompute_in_pieces
 from nemo_ee.modeling.specs import gpt_block_spec
+from nemo_ee.runtime.upstream.recomputation import checkpoint_with, recompute_in_pieces
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class EarlyExitGPTModel(GPTModel):
             for n, layer in here.items():
                 layer.register_forward_hook(self._dropout_hook(n), with_kwargs=True)
             if config.recompute_granularity == "full":
-                self.decoder._checkpointed_forward = self._checkpointed_forward
+                checkpoint_with(self.decoder, self._checkpointed_forward)
         for n in self.exit_layers:
             if n in here:
                 here[n].register_forward_hook(self._exit_hook(n))

@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from nemo_ee.modeling.gpt import EarlyExitGPTModel
+from nemo_ee.runtime.collective import gather
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,7 @@ def tie_output_weights(gpt: EarlyExitGPTModel) -> TiedWeight | None:
     original = gpt.pre_process if gpt.tied_to_embedding else gpt.post_process
     owner = original or (gpt.post_process and gpt.tied_to_embedding)
     pipeline = torch.distributed.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
-    stages: list = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(stages, (tuple(pipeline), copy, owner, original))
+    stages = gather((tuple(pipeline), copy, owner, original))
     mine, rank = None, torch.distributed.get_rank()
     for column in sorted({stage[0] for stage in stages}):
         if not any(stages[r][1] for r in column):

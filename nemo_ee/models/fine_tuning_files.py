@@ -14,7 +14,6 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from nemo_ee.checkpoint.collective import on_rank_zero
 from nemo_ee.data.chats.chat_template import ChatTemplate, TurnTemplate
 from nemo_ee.data.chats.fine_tuning import (
     FineTuningData,
@@ -28,6 +27,7 @@ from nemo_ee.generation.prompts import chat_tokens
 from nemo_ee.generation.text import TextTokenizer
 from nemo_ee.models.checks.fine_tuning_checks import check_lines, file_names, require
 from nemo_ee.runtime.children import end_with_parent
+from nemo_ee.runtime.collective import on_first_rank
 
 
 class IndexedText:
@@ -89,7 +89,7 @@ class FineTuningFiles:
     """
 
     def __init__(self, cfg: DictConfig, tokenizer: TextTokenizer, vocab_size: int, steps: int):
-        on_rank_zero(lambda: check_lines(cfg.data))
+        on_first_rank(lambda: check_lines(cfg.data))
         self.cfg, values = cfg, cfg.data.train_ds
         self.training = FineTuningData(
             open_files(cfg, "train_ds", tokenizer),
@@ -100,9 +100,9 @@ class FineTuningFiles:
         )
         validation = open_files(cfg, "validation_ds", tokenizer)
         self.validation = FineTuningData(validation) if validation else None
-        self.survey = on_rank_zero(lambda: survey(self.training, vocab_size))
+        self.survey = on_first_rank(lambda: survey(self.training, vocab_size))
         if self.validation is not None:
-            on_rank_zero(lambda: survey(self.validation, vocab_size) and None)
+            on_first_rank(lambda: survey(self.validation, vocab_size) and None)
         told = (
             f"{self.training.lines} samples to train on, of {self.tokens_per_sample:.0f} tokens that count."
         )

@@ -8,11 +8,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from nemo.utils import logging
 from omegaconf import DictConfig
 
-from nemo_ee.checkpoint import collective
 from nemo_ee.checkpoint.keys import exit_layer
 from nemo_ee.modeling.first_weights import exit_init
 from nemo_ee.modeling.gpt import EarlyExitGPTModel
 from nemo_ee.models.checks.model_checks import read_early_exit
+from nemo_ee.runtime import collective
 
 
 class FirstWeights:
@@ -92,4 +92,4 @@ class FirstWeights:
             kept = [head.projection for n, head in self.gpt.exits.items() if int(n) in self.kept]
             mine = kept[0].token_ids.cpu() if kept else None
             return next(found for found in collective.gather(mine) if found is not None)
-        return collective.on_rank_zero(most_frequent)
+        return collective.on_first_rank(most_frequent)

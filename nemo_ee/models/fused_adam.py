@@ -8,6 +8,8 @@ from nemo.core.optim.optimizer_with_main_params import MainParamsOptimizerWrappe
 from omegaconf import DictConfig
 from torch.optim import Adam, AdamW, Optimizer
 
+from nemo_ee.runtime.upstream.gradient_scaling import unscale_before_step
+
 
 def megatron_optimizers(optimizer: McoreDistributedOptimizer) -> list:
     """Megatron's distributed optimizers within NeMo's wrapper: one, since there are no experts."""
@@ -48,9 +50,7 @@ def choose_kernels(optimizer: Any, cfg: DictConfig) -> None:
         inner.defaults["fused"] = fused
         for group in inner.param_groups:
             group["fused"] = fused
-        # Else torch's gradient scaler would leave it to the kernel to undo the scale and to skip a step: after
-        # gradients are clipped, and without asking the other model-parallel ranks for their infinities.
-        inner._step_supports_amp_scaling = False
+        unscale_before_step(inner)
 
 
 def keep_kernels(saved: list[dict], optimizer: Optimizer) -> None:

@@ -1,12 +1,10 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """`generate` of the early-exit model."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from megatron.core import num_microbatches_calculator
 from nemo.collections.nlp.modules.common.text_generation_strategy import TextGenerationStrategy
 from nemo.collections.nlp.modules.common.text_generation_utils import (
     get_default_length_params,
@@ -20,9 +18,11 @@ from nemo_ee.decoding.cuda.captured_decoding import captured_decoding
 from nemo_ee.decoding.decoding_model import DecodingModel
 from nemo_ee.decoding.pipeline.channel import PipelineGroups
 from nemo_ee.errors import ConfigError, Fault
-from nemo_ee.generation.generate import check_model_can_generate, generate, generating, position_limit
+from nemo_ee.generation.generate import generate
+from nemo_ee.generation.generating import check_model_can_generate, generating, position_limit
 from nemo_ee.generation.strategy import EarlyExitTextGenerationStrategy
 from nemo_ee.generation.text import TextTokenizer
+from nemo_ee.runtime.upstream.microbatches import kept_microbatches
 from nemo_ee.schema import one_of
 
 USUAL_LENGTH = 2048
@@ -216,13 +216,3 @@ def _check_preparation(weights: str, rows: int, max_length: int | None, limit: i
         faults.append(Fault("max_length", max_length, rule, f"set max_length={limit}"))
     if faults:
         raise ConfigError(*faults)
-
-
-@contextmanager
-def kept_microbatches() -> Iterator[None]:
-    """Puts back Megatron's micro-batch calculator, which NeMo's loop sets to the prompts' number for good."""
-    calculator = num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR
-    try:
-        yield
-    finally:
-        num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR = calculator

@@ -19,7 +19,7 @@ from nemo_ee.checkpoint import targets
 from nemo_ee.checkpoint.connector import start_distributed
 from nemo_ee.checkpoint.exits.adapter_mixin import EarlyExitAdapterMixin
 from nemo_ee.checkpoint.keys import exit_layer, is_exit
-from nemo_ee.data.token_rules import name_special_pieces, named_templates
+from nemo_ee.data.token_rules import named_templates
 from nemo_ee.errors import CheckpointError, ConfigError, Fault, OutputError
 from nemo_ee.modeling.activations import tanh_gelu
 from nemo_ee.modeling.gpt import EarlyExitGPTModel
@@ -33,6 +33,7 @@ from nemo_ee.models.checks.model_checks import (
 from nemo_ee.models.fused_adam import choose_kernels
 from nemo_ee.models.generation_mixin import GenerationMixin
 from nemo_ee.models.vocabulary import used_rows
+from nemo_ee.runtime.upstream.legacy_sentencepiece import name_special_pieces
 
 
 class MegatronGPTEarlyExitModel(GenerationMixin, EarlyExitAdapterMixin, MegatronGPTModel):

@@ -13,14 +13,14 @@ from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.checkpoint import run_keys
-from nemo_ee.checkpoint.collective import on_rank_zero
 from nemo_ee.data.checks import LENGTH_KEY, check_data_config
-from nemo_ee.data.padding import separate_padding
 from nemo_ee.data.token_counts import ENOUGH_TOKENS, token_counts
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.models.first_weights import FirstWeights
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
 from nemo_ee.runtime.children import end_with_parent
+from nemo_ee.runtime.collective import on_first_rank
+from nemo_ee.runtime.upstream.padding import separate_padding
 
 
 class MegatronGPTEETrainingModel(MegatronGPTEarlyExitModel):
@@ -83,7 +83,7 @@ class MegatronGPTEETrainingModel(MegatronGPTEarlyExitModel):
     def build_train_valid_test_datasets(self):
         """NeMo's, after a check that says what Megatron would answer with a hang; rank 0 reads for it."""
         data = self.cfg.data
-        on_rank_zero(lambda: check_data_config(data, data.seq_length, self.true_vocab_size, self.length_key))
+        on_first_rank(lambda: check_data_config(data, data.seq_length, self.true_vocab_size, self.length_key))
         with self._splits_of_one_batch():
             datasets = super().build_train_valid_test_datasets()
         for dataset in datasets:

@@ -7,7 +7,7 @@ connectors restores the file. ``conf/convert_llama_hf_to_nemo.yaml`` says what t
 
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
 
-from nemo_ee.runtime import archived_tokenizer
+from nemo_ee.runtime.upstream import archived_tokenizer
 
 __all__ = ["MegatronGPTModel"]
 

@@ -15,12 +15,12 @@ from nemo.core.optim.optimizers import init_optimizer_states
 from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
 from torch.optim import Optimizer
 
-from nemo_ee.checkpoint import collective
 from nemo_ee.checkpoint.keys import is_extra_state
 from nemo_ee.checkpoint.load import check_training_checkpoint, check_values, damage_named, has_fp8_state
 from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint, handed_over
 from nemo_ee.errors import CheckpointError, RankMissingError
 from nemo_ee.models.fused_adam import inner_optimizers, is_torch_adam, keep_kernels, megatron_optimizers
+from nemo_ee.runtime import collective
 from nemo_ee.runtime.children import writing_checkpoint
 
 
@@ -72,7 +72,7 @@ class EarlyExitDDPStrategy(NLPDDPStrategy):
         checkpoint = collective.on_all_ranks(lambda: TorchDistCheckpoint(checkpoint_path))
         (part,) = module.get_model_module_list()
         check_training_checkpoint(part, module.sharded_state_dict(), checkpoint)
-        collective.on_rank_zero(checkpoint.check_stored_sizes)
+        collective.on_first_rank(checkpoint.check_stored_sizes)
         try:
             with handed_over(checkpoint, objects=True) as folder, damage_named(checkpoint):
                 loaded = super().load_checkpoint(str(folder), load_optimizer_states)

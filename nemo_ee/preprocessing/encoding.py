@@ -4,14 +4,18 @@
 import math
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain
+from typing import TypeVar
 
+from nemo_ee.data.tokenizer import TokenizerConfig
 from nemo_ee.errors import DataError
-from nemo_ee.preprocessing.tokenizer import DocumentTokenizer, TokenizerConfig, load_tokenizer
+from nemo_ee.preprocessing.document_tokenizer import DocumentTokenizer, load_tokenizer
 from nemo_ee.runtime.children import end_with_parent
+
+T = TypeVar("T")
 
 DOCUMENTS_PER_TASK = 64
 CHARACTERS_PER_TASK = 1_000_000
@@ -48,8 +52,8 @@ def encode_all(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(config,)) as pool:
         try:
-            for tasks in _blocks(_tasks(texts)):
-                yield from chain.from_iterable(pool.map(_encode_in_worker, tasks))
+            for block in _blocks(texts):
+                yield from chain.from_iterable(pool.map(_encode_in_worker, block))
         except BrokenProcessPool as error:
             raise DataError(
                 "workers: a process that tokenizes was killed, most likely for want of memory; "
@@ -57,30 +61,25 @@ def encode_all(
             ) from error
 
 
-def _tasks(texts: Iterator[str]) -> Iterator[list[str]]:
-    task: list[str] = []
-    size = 0
-    for text in texts:
-        task.append(text)
-        size += len(text)
-        if len(task) == DOCUMENTS_PER_TASK or size >= CHARACTERS_PER_TASK:
-            yield task
-            task, size = [], 0
-    if task:
-        yield task
+def _grouped(items: Iterable[T], most: int, characters: int, size: Callable[[T], int]) -> Iterator[list[T]]:
+    """Lists of consecutive items, each ended by so many of them, or of their characters."""
+    group: list[T] = []
+    total = 0
+    for item in items:
+        group.append(item)
+        total += size(item)
+        if len(group) == most or total >= characters:
+            yield group
+            group, total = [], 0
+    if group:
+        yield group
 
 
-def _blocks(tasks: Iterator[list[str]]) -> Iterator[list[list[str]]]:
-    block: list[list[str]] = []
-    size = 0
-    for task in tasks:
-        block.append(task)
-        size += sum(map(len, task))
-        if len(block) == TASKS_IN_FLIGHT or size >= TASKS_IN_FLIGHT * CHARACTERS_PER_TASK:
-            yield block
-            block, size = [], 0
-    if block:
-        yield block
+def _blocks(texts: Iterable[str]) -> Iterator[list[list[str]]]:
+    """What is given to the processes at a time: lists of tasks, which are lists of texts."""
+    tasks = _grouped(texts, DOCUMENTS_PER_TASK, CHARACTERS_PER_TASK, len)
+    most = TASKS_IN_FLIGHT * CHARACTERS_PER_TASK
+    return _grouped(tasks, TASKS_IN_FLIGHT, most, lambda task: sum(map(len, task)))
 
 
 _worker_tokenizer: DocumentTokenizer | None = None

@@ -12,14 +12,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from nemo_ee.checkpoint.tokenizer import tokenizer_files
 from nemo_ee.data.split import assign_splits
 from nemo_ee.data.staged_datasets import StagedDatasets, output_files, staged_datasets
 from nemo_ee.errors import ConfigError, DataError, Fault
 from nemo_ee.files.output import claim
+from nemo_ee.preprocessing.document_tokenizer import DocumentTokenizer, load_tokenizer
 from nemo_ee.preprocessing.encoding import encode_all
 from nemo_ee.preprocessing.preprocess_config import PreprocessConfig
 from nemo_ee.preprocessing.survey import Rules, Survey, kept_documents, survey_documents
-from nemo_ee.preprocessing.tokenizer import DocumentTokenizer, load_tokenizer, tokenizer_files
 
 
 def preprocess(config: PreprocessConfig) -> dict:

@@ -7,9 +7,9 @@ from typing import Annotated, Self
 
 from nemo_ee.data.split import SPLITS
 from nemo_ee.data.text_file import LONGEST_LINE
+from nemo_ee.data.tokenizer import TokenizerConfig
 from nemo_ee.errors import Fault
 from nemo_ee.preprocessing.documents import DOCUMENT_RULES
-from nemo_ee.preprocessing.tokenizer import TokenizerConfig
 from nemo_ee.schema import Settings, choice, holds, is_number, nearest
 
 

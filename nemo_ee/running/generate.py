@@ -15,12 +15,12 @@ import torch
 from nemo_ee.decoding.request import parse_request
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.files.output import claim, replaced_file
-from nemo_ee.generation.generate import on_first_rank, position_limit
+from nemo_ee.generation.generating import position_limit
 from nemo_ee.generation.prompts import tokenize_prompts
-from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
 from nemo_ee.running.display import DIM, RESET, marked, summary, token_pieces
 from nemo_ee.running.restore import check_processes, layout, read_exits, restore_model
 from nemo_ee.running.settings import GenerateConfig, in_own_keys
+from nemo_ee.runtime.collective import on_first_rank
 
 
 def run(config: GenerateConfig, trainer: Any) -> None:
@@ -44,7 +44,7 @@ def run(config: GenerateConfig, trainer: Any) -> None:
 
 
 def _run(config: GenerateConfig, trainer: Any, prompts: list[str]) -> None:
-    model = restore(config, trainer)
+    model = restore_model(config.gpt_model_file, config.adapter_file, trainer, layout(config, trainer))
     first = trainer.global_rank == 0
     colour = config.color == "always" or (
         config.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -79,15 +79,6 @@ def check(config: GenerateConfig, processes: int) -> None:
         parse_request(**config.generate_arguments(), config=early_exit)
     except ConfigError as error:
         raise in_own_keys(error) from None
-
-
-def restore(config: GenerateConfig, trainer: Any) -> MegatronGPTEarlyExitModel:
-    """The model with its exits, in eval mode.
-
-    Raises:
-        ConfigError, CheckpointError: see `restore_model`.
-    """
-    return restore_model(config.gpt_model_file, config.adapter_file, trainer, layout(config, trainer))
 
 
 def generate(model: Any, config: GenerateConfig, prompts: list[str]) -> Iterator[dict[str, Any]]:

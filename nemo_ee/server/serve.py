@@ -17,10 +17,8 @@ from nemo_ee.config import EarlyExitConfig
 from nemo_ee.decoding.request import GenerationRequest, parse_request
 from nemo_ee.decoding.session import DecodingSession
 from nemo_ee.errors import ConfigError, Fault, GenerationError
-from nemo_ee.generation.generate import generating, position_limit
-from nemo_ee.running.generate import restore
-from nemo_ee.running.restore import read_exits
-from nemo_ee.running.settings import GenerateConfig
+from nemo_ee.generation.generating import generating, position_limit
+from nemo_ee.running.restore import read_exits, restore_model
 from nemo_ee.server.app import create_app
 from nemo_ee.server.connections.connection import Connection
 from nemo_ee.server.connections.lobby import Lobby
@@ -54,10 +52,9 @@ def serve(config: ServerConfig, trainer: Any) -> None:
         ConfigError, CheckpointError: before the model is built; a missing BOS token behind it.
     """
     check(config)
-    source = GenerateConfig(
-        config.gpt_model_file, config.adapter_file, megatron_amp_O2=config.megatron_amp_O2
-    )
-    service = create_service(config, restore(source, trainer))
+    keys = {"precision": trainer.precision, "megatron_amp_O2": config.megatron_amp_O2}
+    model = restore_model(config.gpt_model_file, config.adapter_file, trainer, keys)
+    service = create_service(config, model)
     if not is_loopback(config.host):
         asks = (
             "which asks nobody who they are"

@@ -26,6 +26,7 @@ from megatron.core.utils import get_model_config, get_model_type
 from torch import Tensor
 
 from nemo_ee.modeling.tied_weight import gradient_of
+from nemo_ee.runtime.collective import gather
 from nemo_ee.training.bubbles import FULL, Pass, Plan
 
 
@@ -55,10 +56,8 @@ class Links:
         pipeline = torch.distributed.get_process_group_ranks(
             parallel_state.get_pipeline_model_parallel_group()
         )
-        columns: list = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(columns, tuple(pipeline))
         self.ranks = pipeline
-        for column in sorted(set(columns)):
+        for column in sorted(set(gather(tuple(pipeline)))):
             forward, backward = torch.distributed.new_group(column), torch.distributed.new_group(column)
             if column == tuple(pipeline):
                 self.forward, self.backward = forward, backward

@@ -21,16 +21,13 @@ from nemo_ee.decoding.request import GenerationRequest, parse_request
 from nemo_ee.decoding.session import DecodingSession
 from nemo_ee.errors import ConfigError
 from nemo_ee.files.output import claim
-from nemo_ee.generation.generate import (
-    continue_over_stages,
-    generating,
-    on_first_rank,
-    position_limit,
-)
+from nemo_ee.generation.generate import continue_over_stages
+from nemo_ee.generation.generating import generating, position_limit
 from nemo_ee.generation.prompts import tokenize_prompts
 from nemo_ee.generation.stopping import StopRule
 from nemo_ee.running.restore import check_processes, layout, restore_model
 from nemo_ee.running.settings import in_own_keys
+from nemo_ee.runtime.collective import on_first_rank
 from nemo_ee.tuning_text.answer_files import AnswerFiles, Progress, check_prefix
 from nemo_ee.tuning_text.prompts import Turns, read_prompts
 from nemo_ee.tuning_text.settings import TuningTextConfig

@@ -18,10 +18,9 @@ from nemo_ee.decoding.generated_sequence import GeneratedSequence
 from nemo_ee.decoding.request import parse_request
 from nemo_ee.decoding.session import DecodingSession
 from nemo_ee.errors import CheckpointError, GenerationError
-from nemo_ee.generation.generate import generating, position_limit
+from nemo_ee.generation.generating import generating, position_limit
 from nemo_ee.models.runs.trainer_builder import EarlyExitTrainerBuilder
-from nemo_ee.running.generate import restore as restore_run
-from nemo_ee.running.settings import GenerateConfig
+from nemo_ee.running.restore import restore_model
 
 Tokens = list[list[int]]
 FULL, EXITS, LOSSLESS, NEMO, HUGGING_FACE = "full depth", "early exit", "lossless", "NeMo", "Hugging Face"
@@ -182,8 +181,9 @@ def restore(model: str, adapter: str | None, precision: str, longest: int) -> An
     trainer = {"devices": 1, "num_nodes": 1, "precision": kind, "logger": False}
     trainer |= {"enable_checkpointing": False, "enable_progress_bar": False}
     built = EarlyExitTrainerBuilder(OmegaConf.create({"trainer": trainer, "model": {"precision": kind}}))
-    config = GenerateConfig(model, adapter, megatron_amp_O2=kind == "bf16", precision=kind)
-    restored = restore_run(config, built.create_trainer())
+    run = built.create_trainer()
+    keys = {"precision": run.precision, "megatron_amp_O2": kind == "bf16"}
+    restored = restore_model(model, adapter, run, keys)
     if not restored.early_exit.layers:
         raise CheckpointError(f"--model {model}: it has no exits; give --adapter")
     if longest > (limit := position_limit(restored.cfg)):

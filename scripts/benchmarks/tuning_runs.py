@@ -48,7 +48,7 @@ def held_out_quality(model: Any, prefix: str, sequences: int, length: int) -> li
     """`ExitQuality` of each exit on held-out text, as plain values with intervals."""
     from nemo_ee.evaluation.held_out import held_out_sequences, measure_quality
     from nemo_ee.evaluation.teacher_forced import score_text
-    from nemo_ee.generation.generate import generating
+    from nemo_ee.generation.generating import generating
 
     def score(tokens: Any, labels: Any) -> Any:
         with generating(model):

@@ -18,6 +18,7 @@ from speed import QUICK, Effort, measure
 from nemo_ee.checkpoint import archive, run_keys
 from nemo_ee.errors import CheckpointError
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel as Model
+from nemo_ee.running.restore import restore_model
 
 if TYPE_CHECKING:
     from part import Settings
@@ -52,13 +53,11 @@ def converted(source: Path, work: Path) -> Path:
 def restore(base: Path, adapter: Path | None) -> Any:
     """The model in bfloat16 with the adapter's exits, its own, or untuned ones a third and two thirds up."""
     trainer = tiny.trainer("bf16")
-    changes = OmegaConf.create({"precision": "bf16", "megatron_amp_O2": True})
-    if adapter is not None:
-        return Model.restore_with_exits(str(base), str(adapter), trainer, changes).eval()
-    config = OmegaConf.merge(run_keys.without_layout(archive.read_config(str(base))), changes)
-    if config.get("early_exit") is not None:
-        return Model.restore_from(str(base), override_config_path=config, trainer=trainer).eval()
-    layers = config.num_layers
+    changes = {"precision": "bf16", "megatron_amp_O2": True}
+    config = archive.read_config(base)
+    if adapter is not None or config.get("early_exit") is not None:
+        return restore_model(str(base), adapter and str(adapter), trainer, changes)
+    config, layers = OmegaConf.merge(run_keys.without_layout(config), changes), config.num_layers
     if layers < 3:
         raise CheckpointError(f"--model {base.name}: has {layers} layers and no exits; give --adapter")
     exits = {

@@ -60,7 +60,6 @@ def copied(model: Any) -> LlamaForCausalLM:
             f"{', '.join(sorted(weights)[:3])}: the model is no plain Llama; leave --model out"
         )
     some = state["model.norm.weight"]
-    config._attn_implementation = "sdpa"
     with torch.device("meta"):
         other = LlamaForCausalLM(config).to(some.dtype)
     other.to_empty(device=some.device)
@@ -89,6 +88,7 @@ def configuration(cfg: Any, rows: int, eos: int) -> LlamaConfig:
         bos_token_id=eos,
         eos_token_id=eos,
         pad_token_id=eos,
+        attn_implementation="sdpa",
     )
 
 

@@ -19,12 +19,13 @@ import torch
 from decoding_roofline import Bandwidth, cache_bytes, weight_bytes
 from decoding_ways import SAMPLING, Clock, HuggingFace, Tokens
 from result import Result
-from tokens import check_graphs, counted_replays, warnings_about_graphs
+from tokens import check_graphs, warnings_about_graphs
 
 from nemo_ee.decoding.drafts.drafting import DraftingPolicy, Round
 from nemo_ee.decoding.drafts.pass_costs import pass_costs
-from nemo_ee.generation.generate import generating
+from nemo_ee.generation.generating import generating
 from nemo_ee.report.statistics import spread
+from nemo_ee.runtime.upstream.cuda_graphs import counted_replays
 
 if TYPE_CHECKING:
     from part import Settings

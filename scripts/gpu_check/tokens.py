@@ -7,16 +7,15 @@ every token anew from the whole text with the model's own forward (`tests.suppor
 
 import contextlib
 import logging
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import tiny
 import torch
 from result import Result
 
+from nemo_ee.runtime.upstream.cuda_graphs import counted_replays
 from tests.support.drafting import drafting_eagerly
 from tests.support.uncached import generate_uncached
 
@@ -152,20 +151,6 @@ def check_graphs(replays: int, warnings: list[str], result: Result) -> None:
 def decided(margins: list[float]) -> int:
     """How many tokens come before the first near decision."""
     return next((k for k, margin in enumerate(margins) if margin < MARGIN), len(margins))
-
-
-@contextlib.contextmanager
-def counted_replays() -> Iterator[Counter]:
-    """Counts replays of CUDA graphs under `replays`."""
-    counter: Counter = Counter()
-    replay = torch.cuda.CUDAGraph.replay
-
-    def counted(graph: Any) -> None:
-        counter["replays"] += 1
-        replay(graph)
-
-    with patch.object(torch.cuda.CUDAGraph, "replay", counted):
-        yield counter
 
 
 @contextlib.contextmanager

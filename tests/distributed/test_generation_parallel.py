@@ -4,21 +4,9 @@
 import pytest
 import torch
 
-from tests.support.tiny_gpt import HEADS
+from tests.support.tiny_gpt import HEADS, NEMO, TEXTS
 
-TEXTS = ["w1 w2 w3", "w9 w10 w11 w12 w13 w14 w15", "w40"]
 EARLY = dict(threshold=[0.6, 0.5, 0.7])
-NEMO = dict(
-    use_greedy=True,
-    temperature=1.0,
-    top_k=0,
-    top_p=1.0,
-    repetition_penalty=1.0,
-    add_BOS=False,
-    all_probs=False,
-    compute_logprob=False,
-    end_strings=["<|endoftext|>"],
-)
 
 
 def generate(tp, head, sequence_parallel=False):

@@ -65,10 +65,11 @@ def ways_in(base: str, exits: str) -> dict[str, tuple[Callable[[str], Any], str]
     from nemo_ee.checkpoint import tokenizer
     from nemo_ee.checkpoint.connector import EarlyExitSaveRestoreConnector
     from nemo_ee.checkpoint.exits import adapter
+    from nemo_ee.checkpoint.tokenizer import tokenizer_files
+    from nemo_ee.data.tokenizer import TokenizerConfig
     from nemo_ee.models.exit_editor import edit_exits
     from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel as Model
     from nemo_ee.models.megatron_gpt_ee_tuning_model import MegatronGPTEETuningModel
-    from nemo_ee.preprocessing.tokenizer import TokenizerConfig, tokenizer_files
     from nemo_ee.running.restore import restore_model
     from tests.support.tiny_nemo import tiny_trainer
 
@@ -181,7 +182,9 @@ def broken_tokenizers() -> dict[str, tuple[str, str, list[str]]]:
     """The same for a tokenizer's file that is none, inside a checkpoint that is fine otherwise."""
     from nemo_ee.checkpoint import archive
     from nemo_ee.checkpoint.exits import adapter
-    from nemo_ee.preprocessing.tokenizer import TokenizerConfig, load_tokenizer, tokenizer_files
+    from nemo_ee.checkpoint.tokenizer import tokenizer_files
+    from nemo_ee.data.tokenizer import TokenizerConfig
+    from nemo_ee.preprocessing.document_tokenizer import load_tokenizer
 
     def preprocess(path: str) -> None:
         with tokenizer_files(TokenizerConfig(nemo=path)) as description:

@@ -218,7 +218,7 @@ def write_other(directory):
 
 def read_with_nemo(path):
     """Samples of NeMo's own data set of chats: the words that enter the loss."""
-    from nemo_ee.runtime.hugging_face_datasets import datasets_or_stand_in
+    from nemo_ee.runtime.upstream.hugging_face_datasets import datasets_or_stand_in
 
     with datasets_or_stand_in():
         from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_chat_dataset import (

@@ -71,7 +71,7 @@ PRECISIONS = {
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_prompts_have_the_probabilities_of_megatrons_own_forward(precision):
-    from nemo_ee.generation.generate import generating
+    from nemo_ee.generation.generating import generating
 
     changes, tolerance = PRECISIONS[precision]
     model = tiny_model(tiny_model_config(head=HEADS["block, MLP, linear, untied"], **changes))

@@ -34,6 +34,20 @@ GPT3 = dict(
     normalization="layernorm1p", bias=True, activation="gelu", position_embedding_type="learned_absolute"
 )
 """A backbone with LayerNorm, biases, a plain MLP and learned positions."""
+TEXTS = ["w1 w2 w3", "w9 w10 w11 w12 w13 w14 w15", "w40"]
+"""Prompts of known words."""
+NEMO = dict(
+    use_greedy=True,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    repetition_penalty=1.0,
+    add_BOS=False,
+    all_probs=False,
+    compute_logprob=False,
+    end_strings=["<|endoftext|>"],
+)
+"""All that NeMo's own loop wants to be told of sampling."""
 HEADS: dict[str, dict[str, Any]] = {
     "norm, tied": dict(mlp=False, linear=False, projection="tied"),
     "MLP, untied": dict(mlp=True, linear=False, projection="untied"),

@@ -9,6 +9,7 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 
 from nemo_ee.checkpoint import keys
 from nemo_ee.checkpoint.fit import fit_to_checkpoint
+from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint
 from nemo_ee.errors import CheckpointError
 from tests.unit.test_checkpoint_content_hash import write_torch_dist
 
@@ -23,7 +24,7 @@ def norm(key: str, layers: int = 2, layer: int = 1) -> ShardedTensor:
 
 @pytest.mark.parametrize(("ours", "theirs"), [(FUSED, UNFUSED), (UNFUSED, FUSED), (FUSED, FUSED)])
 def test_norms_are_found_under_either_name(tmp_path, ours, theirs):
-    checkpoint = write_torch_dist(tmp_path / "c", {theirs: torch.ones(2, 4)})
+    checkpoint = TorchDistCheckpoint(write_torch_dist(tmp_path / "c", {theirs: torch.ones(2, 4)}))
     fitted = fit_to_checkpoint({"mine": norm(ours)}, checkpoint)
     assert fitted["mine"].key == theirs
 
@@ -44,7 +45,7 @@ def test_spellings_of_every_fused_norm():
 
 def test_fewer_layers_than_the_checkpoint(tmp_path):
     stored = {UNFUSED: torch.ones(5, 4), FC1: torch.ones(5, 8, 4)}
-    checkpoint = write_torch_dist(tmp_path / "c", stored)
+    checkpoint = TorchDistCheckpoint(write_torch_dist(tmp_path / "c", stored))
     offsets = ((0, 1, 2),)
     weight = ShardedTensor.from_rank_offsets(FC1, torch.zeros(8, 4), *offsets, prepend_axis_num=1)
     state = {"norm": norm(UNFUSED), "fc1": apply_swiglu_sharded_factory(weight, offsets)}
@@ -59,13 +60,13 @@ def test_fewer_layers_than_the_checkpoint(tmp_path):
 
 
 def test_more_layers_than_the_checkpoint_are_refused(tmp_path):
-    checkpoint = write_torch_dist(tmp_path / "c", {UNFUSED: torch.ones(2, 4)})
+    checkpoint = TorchDistCheckpoint(write_torch_dist(tmp_path / "c", {UNFUSED: torch.ones(2, 4)}))
     with pytest.raises(CheckpointError, match=r"model \(3, 4\), checkpoint \(2, 4\)"):
         fit_to_checkpoint({"norm": norm(UNFUSED, layers=3)}, checkpoint)
 
 
 def test_extra_state_that_is_not_there_is_left_out(tmp_path):
-    checkpoint = write_torch_dist(tmp_path / "c", {UNFUSED: torch.ones(2, 4)})
+    checkpoint = TorchDistCheckpoint(write_torch_dist(tmp_path / "c", {UNFUSED: torch.ones(2, 4)}))
     state = {
         "norm": norm(UNFUSED),
         "state": ShardedObject("model.decoder.layers.mlp.linear_fc1._extra_state", None, (2,), (0,)),
@@ -74,7 +75,7 @@ def test_extra_state_that_is_not_there_is_left_out(tmp_path):
 
 
 def test_skipped_prefixes_may_be_missing_and_others_may_not(tmp_path):
-    checkpoint = write_torch_dist(tmp_path / "c", {UNFUSED: torch.ones(2, 4)})
+    checkpoint = TorchDistCheckpoint(write_torch_dist(tmp_path / "c", {UNFUSED: torch.ones(2, 4)}))
     exit_weight = ShardedTensor.from_rank_offsets("model.exits.2.norm.weight", torch.zeros(4))
     state = {"norm": norm(UNFUSED), "exit": exit_weight}
     assert fit_to_checkpoint(dict(state), checkpoint, skip=("model.exits.",)).keys() == {"norm"}
@@ -84,7 +85,7 @@ def test_skipped_prefixes_may_be_missing_and_others_may_not(tmp_path):
 
 def test_vocabulary_padding_may_differ_and_widths_may_not(tmp_path):
     stored = {"model.embedding.word_embeddings.weight": torch.ones(128, 4)}
-    checkpoint = write_torch_dist(tmp_path / "c", stored)
+    checkpoint = TorchDistCheckpoint(write_torch_dist(tmp_path / "c", stored))
     key = "model.embedding.word_embeddings.weight"
     padded = ShardedTensor.from_rank_offsets(key, torch.zeros(256, 4), allow_shape_mismatch=True)
     assert fit_to_checkpoint({"e": padded}, checkpoint).keys() == {"e"}
@@ -95,7 +96,7 @@ def test_vocabulary_padding_may_differ_and_widths_may_not(tmp_path):
 
 def test_of_padded_tensors_only_rows_of_padding_may_be_others(tmp_path):
     key = "model.embedding.word_embeddings.weight"
-    checkpoint = write_torch_dist(tmp_path / "c", {key: torch.ones(128, 4)})
+    checkpoint = TorchDistCheckpoint(write_torch_dist(tmp_path / "c", {key: torch.ones(128, 4)}))
 
     def padded(*shape: int) -> dict:
         return {"e": ShardedTensor.from_rank_offsets(key, torch.zeros(*shape), allow_shape_mismatch=True)}

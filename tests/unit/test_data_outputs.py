@@ -148,7 +148,7 @@ def test_tasks_and_blocks_are_bounded_and_keep_the_order(monkeypatch):
     monkeypatch.setattr(encoding, "CHARACTERS_PER_TASK", 10)
     monkeypatch.setattr(encoding, "TASKS_IN_FLIGHT", 2)
     texts = ["a" * n for n in (1, 1, 1, 1, 12, 2, 9, 0, 0, 0, 5, 4)]
-    blocks = list(encoding._blocks(encoding._tasks(iter(texts))))
+    blocks = list(encoding._blocks(iter(texts)))
     assert [text for block in blocks for task in block for text in task] == texts
     tasks = [task for block in blocks for task in block]
     assert all(len(task) <= 3 and sum(map(len, task[:-1])) < 10 for task in tasks)

@@ -49,7 +49,7 @@ def test_upstream_still_lets_masks_add_up(dataset):
 
 
 def test_every_token_counts(dataset):
-    from nemo_ee.data.padding import separate_padding
+    from nemo_ee.runtime.upstream.padding import separate_padding
 
     separate_padding(dataset)
     assert masks(dataset).all()
@@ -58,14 +58,14 @@ def test_every_token_counts(dataset):
 
 
 def test_padding_of_the_dataset_itself_is_masked(dataset):
-    from nemo_ee.data.padding import separate_padding
+    from nemo_ee.runtime.upstream.padding import separate_padding
 
     separate_padding(dataset)
     assert not dataset[None]["loss_mask"].any()
 
 
 def test_blends_are_entered():
-    from nemo_ee.data.padding import separate_padding
+    from nemo_ee.runtime.upstream.padding import separate_padding
 
     part = SimpleNamespace(_pad_token_id=EOD, masks_and_position_ids_are_cacheable=True)
     separate_padding(SimpleNamespace(datasets=[part]))

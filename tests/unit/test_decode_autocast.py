@@ -29,7 +29,7 @@ def confidences(model, exits):
     """[steps][sequences] of forced tokens."""
     from nemo_ee.decoding.decoder import EarlyExitDecoder
     from nemo_ee.decoding.decoding_model import DecodingModel
-    from nemo_ee.generation.generate import generating
+    from nemo_ee.generation.generating import generating
 
     with generating(model):
         decoder = EarlyExitDecoder(DecodingModel(model.gpt), list(exits), len(PROMPTS), 40)

@@ -5,22 +5,10 @@ import pytest
 import torch
 
 from nemo_ee.errors import ConfigError, GenerationError
-from tests.support.tiny_gpt import HEADS, tiny_model, tiny_model_config, tokenizer_folder
+from tests.support.tiny_gpt import HEADS, NEMO, TEXTS, tiny_model, tiny_model_config, tokenizer_folder
 from tests.support.uncached import generate_uncached
 
-TEXTS = ["w1 w2 w3", "w9 w10 w11 w12 w13 w14 w15", "w40"]
 GREEDY = dict(use_greedy=True, add_BOS=False)
-NEMO = dict(
-    use_greedy=True,
-    temperature=1.0,
-    top_k=0,
-    top_p=1.0,
-    repetition_penalty=1.0,
-    add_BOS=False,
-    all_probs=False,
-    compute_logprob=False,
-    end_strings=["<|endoftext|>"],
-)
 EXITS = {2: 0.6, 4: 0.5, 6: 0.7}
 EARLY = dict(threshold=list(EXITS.values()))
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from nemo_ee.runtime.hugging_face_datasets import datasets_or_stand_in
+from nemo_ee.runtime.upstream.hugging_face_datasets import datasets_or_stand_in
 
 
 def test_a_stand_in_lasts_as_long_as_the_import(monkeypatch):

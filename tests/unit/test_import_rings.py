@@ -35,7 +35,13 @@ LATE = {
     ("runtime", "checkpoint"),  # NeMo asks for a tokenizer through what is patched
     ("checkpoint", "models"),  # a connector and a converter make models
 }
-KERNELS = {"nemo_ee.decoding.cpu.kernels", "numba", "llvmlite", "numpy"}
+KERNELS = {
+    "nemo_ee.decoding.cpu.kernels",
+    "nemo_ee.runtime.upstream.numba_cache",
+    "numba",
+    "llvmlite",
+    "numpy",
+}
 
 SERVER = {"fastapi", "starlette", "uvicorn", "prometheus_client", "nemo_ee.server"}
 """What only the server may import: the packages of an extra, and itself."""

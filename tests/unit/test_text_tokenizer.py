@@ -49,7 +49,8 @@ MAKERS = {
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_texts_begin_as_the_tokenizer_says(kind, tmp_path):
-    from nemo_ee.preprocessing.tokenizer import TokenizerConfig, load_tokenizer
+    from nemo_ee.data.tokenizer import TokenizerConfig
+    from nemo_ee.preprocessing.document_tokenizer import load_tokenizer
 
     MAKERS[kind](tmp_path).save_pretrained(tmp_path)
     theirs, mine = AutoTokenizer.from_pretrained(tmp_path), ours(tmp_path)
@@ -176,8 +177,8 @@ class TestSentencePiece:
     def tokenizer(self, file, legacy, special_tokens=None, **settings):
         from nemo.collections.common.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
-        from nemo_ee.data.token_rules import name_special_pieces
         from nemo_ee.generation.text import TextTokenizer
+        from nemo_ee.runtime.upstream.legacy_sentencepiece import name_special_pieces
 
         nemo = SentencePieceTokenizer(str(file), special_tokens=special_tokens, legacy=legacy)
         name_special_pieces(nemo)
@@ -227,7 +228,8 @@ class TestSentencePiece:
         assert listed.eos_ids == (2,) and listed.special_id("<extra_id_1>") == pieces
 
     def test_preprocessing_loads_it_as_nemo_does(self, file):
-        from nemo_ee.preprocessing.tokenizer import TokenizerConfig, load_tokenizer
+        from nemo_ee.data.tokenizer import TokenizerConfig
+        from nemo_ee.preprocessing.document_tokenizer import load_tokenizer
 
         plain = dict(library="sentencepiece", model=str(file))
         for settings in ({}, dict(sentencepiece_legacy=False), dict(sentencepiece_legacy=True)):
@@ -240,8 +242,9 @@ class TestSentencePiece:
 
 
 def test_preprocessing_names_what_is_wrong(tmp_path):
+    from nemo_ee.data.tokenizer import TokenizerConfig
+    from nemo_ee.preprocessing.document_tokenizer import load_tokenizer
     from nemo_ee.preprocessing.preprocess_config import PreprocessConfig
-    from nemo_ee.preprocessing.tokenizer import TokenizerConfig, load_tokenizer
 
     tiny_chats.qwen_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(

@@ -9,10 +9,11 @@ from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
 from nemo_ee.data.split import assign_splits
+from nemo_ee.data.tokenizer import TokenizerConfig
 from nemo_ee.errors import ConfigError, DataError
+from nemo_ee.preprocessing.document_tokenizer import HuggingFaceTokenizer
 from nemo_ee.preprocessing.preprocess import preprocess
 from nemo_ee.preprocessing.preprocess_config import PreprocessConfig
-from nemo_ee.preprocessing.tokenizer import HuggingFaceTokenizer, TokenizerConfig
 from nemo_ee.preprocessing.tokenizer_training import TokenizerTrainingConfig, train_tokenizer
 
 SPLIT = {"train": 0.75, "validation": 0.25, "test": 0.0}

@@ -4,9 +4,10 @@
 import os
 from pathlib import Path
 
-from nemo_ee.checkpoint import collective, hash_sidecar
+from nemo_ee.checkpoint import hash_sidecar
 from nemo_ee.checkpoint.content_hash import backbone_content_hash
 from nemo_ee.errors import CheckpointError
+from nemo_ee.runtime import collective
 
 
 class BaseCheckpoint:
@@ -55,7 +56,7 @@ class BaseCheckpoint:
             return found
 
         if self._hash is None:
-            self._hash = collective.on_rank_zero(compute)
+            self._hash = collective.on_first_rank(compute)
         return self._hash
 
     @property

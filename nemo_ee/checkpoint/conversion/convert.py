@@ -10,11 +10,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_ee.checkpoint import end_of_text, gguf, keys, sizes, tokenizer
 from nemo_ee.checkpoint.conversion import llama
-from nemo_ee.errors import CheckpointError, first_line
+from nemo_ee.data.tokenizer import TokenizerConfig, load
+from nemo_ee.errors import CheckpointError, ConfigError, first_line
 from nemo_ee.files import plain_json
 from nemo_ee.files.scratch import scratch_folder
 from nemo_ee.modeling.finite import not_finite
-from nemo_ee.runtime.unpickling import refuse_bytearrays
+from nemo_ee.runtime.upstream.unpickling import refuse_bytearrays
 
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 
@@ -151,15 +152,12 @@ def _check_weight_files(source: Path, config: Any) -> None:
 
 
 def _load_tokenizer(source: Path) -> Any:
-    from transformers import AutoTokenizer
-
     tokenizer.check_files(source)
     try:
-        return AutoTokenizer.from_pretrained(str(source), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever a damaged file leads to
-        raise CheckpointError(
-            f"input_name_or_path={source}: holds no tokenizer that loads ({error}); download all its files"
-        ) from error
+        return load(TokenizerConfig(type=str(source)))
+    except ConfigError as error:
+        rule = error.faults[0].rule
+        raise CheckpointError(f"input_name_or_path={source}: {rule}; download all its files") from error
 
 
 def _load_weights(source: Path) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_ee.checkpoint import archive, collective, keys, model_config, sizes, targets, tokenizer
+from nemo_ee.checkpoint import archive, keys, model_config, shared_archive, sizes, targets, tokenizer
 from nemo_ee.checkpoint.content_hash import content_hash_of
 from nemo_ee.checkpoint.exits.exit_tensors import check_exits
 from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint, join
@@ -49,8 +49,8 @@ def save_exits(model: Any, path: str | os.PathLike) -> None:
         config.early_exit = model.early_exit.to_dict()
         OmegaConf.save(config, directory / archive.CONFIG_NAME)
 
-    collective.save_archive(
-        path, lambda directory: save_weights(model, directory, _is_exit_key), write_config
+    shared_archive.save_archive(
+        path, lambda directory: save_weights(model, directory, keys.is_exit), write_config
     )
 
 
@@ -81,7 +81,7 @@ def load_exits(model: Any, path: str | os.PathLike) -> None:
     check_hash(path, config, base.name, base.content_hash)
     with scratch_folder("exits") as scratch:
         root = archive.extract(path, scratch)
-        load_weights(model, root / archive.WEIGHTS_DIRECTORY, want=_is_exit_key, name=path)
+        load_weights(model, root / archive.WEIGHTS_DIRECTORY, want=keys.is_exit, name=path)
 
 
 def merge(
@@ -176,10 +176,6 @@ def check_hash(path: str | os.PathLike, adapter: DictConfig, name: str, content_
             f"{path}: made for the base {adapter.base.name} with content hash {adapter.base.content_hash}: "
             f"{name} has {content_hash}; use that base"
         )
-
-
-def _is_exit_key(key: str) -> bool:
-    return key.startswith(keys.EXITS_PREFIX)
 
 
 def _base_of(model: Any):

@@ -6,8 +6,6 @@ import pickle
 import sys
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import PosixPath
 from typing import Any, BinaryIO
@@ -29,7 +27,7 @@ from omegaconf.base import Metadata as ConfigMetadata
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.utils._pytree import tree_leaves
 
-from nemo_ee.runtime.unpickling import refuse_bytearrays
+from nemo_ee.runtime.upstream.unpickling import refuse_bytearrays, unchanged
 
 refuse_bytearrays()
 
@@ -86,7 +84,8 @@ def load_metadata(data: bytes) -> Metadata:
     Raises:
         Exception: almost any, for a damaged pickle; UnpicklingError for one that names anything else.
     """
-    with _unchanged_classes():
+    named = (getattr(sys.modules[module], name) for module, names in _FORMAT.items() for name in names)
+    with unchanged([kind for kind in named if isinstance(kind, type)]):
         found = _FormatUnpickler(data).load()
     if type(found) is not Metadata:
         raise pickle.UnpicklingError("it describes no checkpoint")
@@ -109,29 +108,6 @@ def load_state(data: bytes) -> Any:
             if storage.nbytes() > len(data):
                 raise pickle.UnpicklingError(f"a tensor of {storage.nbytes()} bytes in {len(data)}")
     return found
-
-
-@contextmanager
-def _unchanged_classes() -> Iterator[None]:
-    """Undoes what a pickle does to the classes that it may name: it can set attributes of them as of objects.
-
-    Raises:
-        pickle.UnpicklingError: it did.
-    """
-    kinds = {getattr(sys.modules[module], name) for module, names in _FORMAT.items() for name in names}
-    before = {kind: dict(vars(kind)) for kind in kinds if isinstance(kind, type)}
-    try:
-        yield
-    finally:
-        changed = [kind for kind, said in before.items() if dict(vars(kind)) != said]
-        for kind in changed:
-            for name in vars(kind).keys() - before[kind].keys():
-                delattr(kind, name)
-            for name, value in before[kind].items():
-                if vars(kind).get(name) is not value:
-                    setattr(kind, name, value)
-    if changed:
-        raise pickle.UnpicklingError(f"it changes {changed[0].__name__}")
 
 
 def dry_run(file: BinaryIO | str) -> None:

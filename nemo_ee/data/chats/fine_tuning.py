@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from nemo_ee.data.chats.chat_template import ChatTemplate, TurnTemplate, messages_of
 from nemo_ee.data.chats.json_lines import JsonLines
 from nemo_ee.errors import DataError
-from nemo_ee.runtime.hugging_face_datasets import datasets_or_stand_in
+from nemo_ee.runtime.upstream.hugging_face_datasets import datasets_or_stand_in
 
 with datasets_or_stand_in():
     from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_chat_dataset import GPTSFTChatDataset

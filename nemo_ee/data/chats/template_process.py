@@ -148,7 +148,7 @@ def _unlimited() -> None:
 
 def main() -> None:
     """Answers requests."""
-    sys.path = json.loads(sys.argv[1])
+    sys.path[:] = json.loads(sys.argv[1])
     for number in (signal.SIGPROF, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):

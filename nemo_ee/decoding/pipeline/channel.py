@@ -21,6 +21,8 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from nemo_ee.runtime.collective import gather
+
 QUEUE = 32
 """Hidden states that wait at a stage at most."""
 UNSENT = 8
@@ -45,11 +47,9 @@ class PipelineGroups:
     def make(cls) -> "PipelineGroups":
         """Collective over all ranks of the job; once is enough."""
         mine = torch.distributed.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
-        every: list[list[int]] = [[]] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(every, mine)
         made = {
             tuple(ranks): [torch.distributed.new_group(ranks, backend="gloo") for _ in range(2)]
-            for ranks in sorted({tuple(ranks) for ranks in every})
+            for ranks in sorted({tuple(ranks) for ranks in gather(mine)})
         }
         return cls(mine, *made[tuple(mine)])
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from nemo_ee.modeling.gpt import EarlyExitGPTModel, StageStates
 from nemo_ee.modeling.micro_batch import MicroBatch
 from nemo_ee.modeling.token_layout import by_position, whole_tokens
+from nemo_ee.runtime.collective import gather
 
 
 class HeldOutFit:
@@ -50,7 +51,5 @@ class HeldOutFit:
             torch.distributed.all_reduce(tensor, group=parallel_state.get_data_parallel_group())
         variance = self.squares[0] - self.total.square().sum() / self.squares[1]
         mine = {n: float(1 - self.errors[row] / variance) for n, row in self.rows.items()}
-        stages: list = [None] * parallel_state.get_pipeline_model_parallel_world_size()
-        group = parallel_state.get_pipeline_model_parallel_group()
-        torch.distributed.all_gather_object(stages, mine, group=group)
+        stages = gather(mine, parallel_state.get_pipeline_model_parallel_group())
         return {n: value for stage in stages for n, value in stage.items()}

@@ -15,12 +15,12 @@ from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ee.checkpoint import collective
 from nemo_ee.errors import CheckpointError, ConfigError, DataError, Fault, OutputError
 from nemo_ee.files.claim import claim, sweep
 from nemo_ee.files.write_errors import write_errors
 from nemo_ee.models.runs.resumed_checkpoint import KEY, age, checkpoint_to_resume
 from nemo_ee.models.runs.run_checkpoint import RunCheckpoint, StopOnSignal, ValidateAfterResuming
+from nemo_ee.runtime import collective
 from nemo_ee.runtime.missing_ranks import naming_missing_ranks
 
 DEFAULT_DIRECTORY = "nemo_experiments"
@@ -213,7 +213,7 @@ def fit(trainer: Trainer, model: Any) -> None:
     noted = _Started()
     trainer.callbacks.insert(0, noted)
     with naming_missing_ranks(getattr(trainer.strategy.launcher, "procs", ())):
-        trainer.ckpt_path = collective.on_rank_zero(lambda: trainer.ckpt_path)
+        trainer.ckpt_path = collective.on_first_rank(lambda: trainer.ckpt_path)
         with write_errors(trainer.log_dir or DEFAULT_DIRECTORY):
             trainer.fit(model)
     if noted.started:
@@ -230,6 +230,6 @@ def fit(trainer: Trainer, model: Any) -> None:
     if not getattr(callback, "save_nemo_on_train_end", False):
         return
     path = Path(callback._format_nemo_checkpoint_name())
-    if collective.on_rank_zero(lambda: not path.exists()):
+    if collective.on_first_rank(lambda: not path.exists()):
         model.save_to(str(path))
         logging.warning(f"{path}: was missing; it was written from the last checkpoint.")

@@ -13,10 +13,10 @@ from nemo.utils import logging
 from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
 from nemo.utils.model_utils import ckpt_to_dir
 
-from nemo_ee.checkpoint import collective
 from nemo_ee.errors import OutputError, TrainingError
 from nemo_ee.files.write_errors import write_errors
 from nemo_ee.modeling.finite import not_finite
+from nemo_ee.runtime import collective
 from nemo_ee.runtime.children import STOPPING
 
 

@@ -229,16 +229,17 @@ def served(directory: str) -> dict[str, tuple[list[str], list[list[int]]]]:
     from omegaconf import OmegaConf
 
     from nemo_ee.models.runs.trainer_builder import EarlyExitTrainerBuilder
-    from nemo_ee.running.generate import restore
-    from nemo_ee.running.settings import GenerateConfig
+    from nemo_ee.running.restore import restore_model
     from nemo_ee.server.serve import create_service
     from tests.support.server import listening, server_config
 
     trainer = dict(devices=1, num_nodes=1, accelerator="auto", precision=32, logger=False)
     settings = dict(trainer=dict(trainer, enable_checkpointing=False), model=dict(precision=32))
     builder = EarlyExitTrainerBuilder(OmegaConf.create(settings))
-    source = GenerateConfig(f"{directory}/base.nemo", f"{directory}/exits.nemo")
-    service = create_service(server_config(model_name="tiny"), restore(source, builder.create_trainer()))
+    trainer = builder.create_trainer()
+    files = f"{directory}/base.nemo", f"{directory}/exits.nemo"
+    model = restore_model(*files, trainer, {"precision": trainer.precision})
+    service = create_service(server_config(model_name="tiny"), model)
     found, together = {}, threading.Barrier(2)
 
     def client(name: str, prompts: list[str], temperature: float) -> None:

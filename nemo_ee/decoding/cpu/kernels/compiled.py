@@ -13,6 +13,8 @@ from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic
 
+from nemo_ee.runtime.upstream import numba_cache
+
 FAST_MATHEMATICS = {"reassoc", "contract", "arcp", "nsz"}
 """Sums may be taken in any order, as vector units do. NaN and infinity stay what they are."""
 
@@ -41,7 +43,7 @@ def compiled(function: Callable | None = None, *, parallel: bool = False) -> Any
     )
     try:
         kernel = numba.njit(cache=True, **options)(function)
-        kernel._cache._cache_file._source_stamp = SOURCES  # Numba's own is of the function's file alone
+        numba_cache.stamp(kernel, SOURCES)
         return kernel
     except RuntimeError:  # neither the package's folder nor the user's cache can be written
         return numba.njit(**options)(function)

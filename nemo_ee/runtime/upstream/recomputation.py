@@ -8,6 +8,14 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 
+def checkpoint_with(block: TransformerBlock, forward: Callable[..., Tensor]) -> None:
+    """Has a block that recomputes all of its layers call `forward` for that, with what its own method is called with.
+
+    megatron-core (0.13.1, `TransformerBlock.forward`) has no hook between the layers that it recomputes together.
+    """
+    block._checkpointed_forward = forward
+
+
 def recompute_in_pieces(
     block: TransformerBlock, cuts: set[int]
 ) -> Iterator[tuple[int, Callable[..., Tensor]]]:
