@@ -24,7 +24,7 @@ KERNEL_TOKENS = 24
 SWITCH = "NEMO_EE_CPU_KERNELS"
 """An environment variable: 0 decodes with torch's operations alone."""
 
-_ONE_AT_A_TIME = Lock()
+ONE_AT_A_TIME = Lock()
 """Numba's simplest thread pool, taken where there is no OpenMP, must not be entered twice."""
 
 
@@ -57,7 +57,7 @@ def kernel_norm(norm: Any, dtype: torch.dtype) -> Norm:
     return Norm(_array(norm.weight, dtype), _array(norm.bias, dtype), float(norm.eps), bool(norm.rms))
 
 
-def _threads() -> int:
+def threads() -> int:
     """As many as torch uses, ready for a kernel."""
     mine = torch.get_num_threads()
     threads, is_news = team(mine)
@@ -69,8 +69,8 @@ def _threads() -> int:
 def run_product(linear: Linear, x: Tensor) -> Tensor:
     """x W^T + b, [T, I] -> [T, O]."""
     out = x.new_empty(len(x), len(linear.weight))
-    with _ONE_AT_A_TIME:
-        product(*linear, x.contiguous().numpy(), out.numpy(), _threads())
+    with ONE_AT_A_TIME:
+        product(*linear, x.contiguous().numpy(), out.numpy(), threads())
     return out
 
 
@@ -103,8 +103,8 @@ def run_head(head: Head, emittable: int, x: Tensor) -> HeadOutput:
     best, log_sum, sure = np.empty(count, kind), np.empty(count, kind), np.empty(count, kind)
     row, token = np.empty(count, np.int64), np.empty(count, np.int64)
     arrays = logits, best, row, log_sum, token, sure
-    with _ONE_AT_A_TIME:
-        read_out(head, emittable, x.contiguous().numpy(), *arrays, _threads())
+    with ONE_AT_A_TIME:
+        read_out(head, emittable, x.contiguous().numpy(), *arrays, threads())
     return HeadOutput(*map(torch.from_numpy, (logits, token, sure)), (best, row, log_sum))
 
 
@@ -138,8 +138,8 @@ class KernelLayers:
         x = x.contiguous()
         out = torch.empty_like(x)
         arrays = (x.numpy(), out.numpy(), *places, self._rotates, *rotation)
-        with _ONE_AT_A_TIME:
-            run_layers(self._table, self._shape, self._weights, *arrays, _threads())
+        with ONE_AT_A_TIME:
+            run_layers(self._table, self._shape, self._weights, *arrays, threads())
         return out
 
 

@@ -1,0 +1,73 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""The greedy token of an output layer at a quarter of its bytes: searched in 8 bits, and the layer's own all the same.
+
+Suffixes: N tokens, H hidden size, R rows.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nemo_ee.decoding.cpu.cpu_kernels import ONE_AT_A_TIME, kernel_norm, threads
+from nemo_ee.decoding.cpu.kernels.search import Search, search
+from nemo_ee.decoding.cpu.lean_weights import INT8_TOKENS, DenseLinear, Int8Linear, LeanNorm
+
+ROWS_AT_ONCE = 4096
+
+
+class OutputSearch:
+    """Searches an output layer, see `nemo_ee.decoding.cpu.kernels.search`.
+
+    Args:
+        projection: the layer, [R, H], with kernels; not in 8 bits itself.
+        norm: RMSNorm before it; None for none.
+        dtype: of states.
+    """
+
+    def __init__(self, projection: DenseLinear, norm: LeanNorm | None, dtype: torch.dtype):
+        rough = Int8Linear(projection.weight, None, dtype)
+        slack, rounding = slack_of(projection.weight, rough, dtype)
+        exact = projection.kernels[-1][1].weight
+        linear = rough.kernels[0][1]
+        self.limit, self.bytes = INT8_TOKENS, rough.bytes
+        self._layer = Search(linear, exact, slack.numpy(), rounding.numpy(), kernel_norm(norm, dtype))
+
+    def __call__(self, emittable: int, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The most probable tokens [N] after states [N, H] and their probabilities [N] by 8-bit logits; None where
+        one of them is for the layer itself to say. For at most `limit` tokens."""
+        count, kind = len(x), x.numpy().dtype
+        logits = np.empty((count, len(self._layer.exact)), kind)
+        token, sure, settled = np.empty(count, np.int64), np.empty(count, kind), np.empty(count, np.bool_)
+        with ONE_AT_A_TIME:
+            search(self._layer, emittable, x.contiguous().numpy(), logits, token, sure, settled, threads())
+        return (torch.from_numpy(token), torch.from_numpy(sure)) if settled.all() else None
+
+
+def slack_of(weight: Tensor, rough: Int8Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """By how much a row's logit may be off, over the state's length: bounds [R] in float32, rounded up.
+
+    With n operations of unit roundoff u in any order, a product is off by at most g |w| |x|, g = n u / (1 - n u)
+    (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). n is 2 H + 16 here: twice what a product
+    takes, for the norm before it, whose error is one factor for all features and some units in the last place of each.
+
+    Args:
+        weight: [R, H].
+        rough: the same in 8 bits.
+        dtype: to compute in.
+
+    Returns:
+        Of the 8-bit logit against the layer's, and of the layer's against the exact one.
+    """
+    operations = (2 * weight.shape[1] + 16) * torch.finfo(dtype).eps / 2
+    off = 2 * operations / (1 - operations)
+    slack, rounding = torch.empty(len(weight)), torch.empty(len(weight))
+    for first in range(0, len(weight), ROWS_AT_ONCE):
+        some = slice(first, first + ROWS_AT_ONCE)
+        exact = weight[some].double()
+        eight = rough.quantised[some].double() * rough.scales[some].to(dtype).double()[:, None]
+        lengths = exact.norm(dim=1)
+        rounding[some] = (off * lengths * (1 + 1e-6)).float()
+        slack[some] = (
+            ((exact - eight).norm(dim=1) + off * (lengths + eight.norm(dim=1))) * (1 + 1e-6)
+        ).float()
+    return slack, rounding
