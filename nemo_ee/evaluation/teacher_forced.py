@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_ee.config import HeadConfig
 from nemo_ee.decoding.leaving import leaves
 from nemo_ee.modeling.gpt import EarlyExitGPTModel, StageStates
 from nemo_ee.modeling.projection import ExitProjection
@@ -81,9 +80,7 @@ def score_text(gpt: EarlyExitGPTModel, tokens: Tensor, labels: Tensor) -> TextSc
 
 def score_final(gpt: EarlyExitGPTModel, state: Tensor, labels: Tensor) -> ExitScores:
     """The final exit's predictions from its normed state [S, B, H]."""
-    rows = gpt.output_weight().shape[0] * gpt.config.tensor_model_parallel_size
-    projection = ExitProjection(gpt.config, HeadConfig(projection="tied"), gpt.true_vocab_size, rows)
-    return _score(state, projection, gpt, labels)
+    return _score(state, gpt.final_projection, gpt, labels)
 
 
 def score_exit(gpt: EarlyExitGPTModel, layer: int, states: StageStates, labels: Tensor) -> ExitScores:

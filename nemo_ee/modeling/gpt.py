@@ -3,6 +3,7 @@
 
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -15,9 +16,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 
-from nemo_ee.config import EarlyExitConfig
+from nemo_ee.config import EarlyExitConfig, HeadConfig
 from nemo_ee.modeling.heads import ExitHead, ExitSurroundings, exit_config
 from nemo_ee.modeling.layer_dropout import LayerDropout, before_backward
+from nemo_ee.modeling.projection import ExitProjection
 from nemo_ee.modeling.specs import gpt_block_spec
 from nemo_ee.runtime.upstream.recomputation import checkpoint_with, recompute_in_pieces
 
@@ -108,7 +110,8 @@ class EarlyExitGPTModel(GPTModel):
             share_embeddings_and_output_weights=share_embeddings_and_output_weights and not truncated,
             **kwargs,
         )
-        self.early_exit, self.truncated, self.true_vocab_size = early_exit, truncated, vocab_size
+        self.early_exit, self.truncated = early_exit, truncated
+        self.true_vocab_size, self.padded_vocab_size = vocab_size, padded_vocab_size
         self.tied_to_embedding = share_embeddings_and_output_weights
         here = {layer.layer_number: layer for layer in self.decoder.layers}
         first, last = min(here), max(here)
@@ -163,6 +166,12 @@ class EarlyExitGPTModel(GPTModel):
     @property
     def _exits_are_tied(self) -> bool:
         return self.early_exit.head.projection == "tied"
+
+    @cached_property
+    def final_projection(self) -> ExitProjection:
+        """What the final exit's state is projected by, beside `output_weight`: as a tied exit's."""
+        head = HeadConfig(projection="tied")
+        return ExitProjection(self.config, head, self.true_vocab_size, self.padded_vocab_size)
 
     def drop_frozen_copy(self) -> None:
         """Frees a copy of the output weight that exits' first weights came from and that is not trained."""

@@ -2,7 +2,6 @@
 """Exit heads: what stands between the hidden state after a transformer layer and its logits."""
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -184,8 +183,3 @@ def exit_config(config: TransformerConfig, params_dtype: torch.dtype) -> Transfo
     mine.params_dtype = params_dtype
     mine.hidden_dropout = mine.attention_dropout = 0.0
     return mine
-
-
-def trainable_parameters(heads: torch.nn.ModuleDict) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Named parameters that tuning changes."""
-    return ((name, parameter) for name, parameter in heads.named_parameters() if parameter.requires_grad)

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, open_dict
 
 from nemo_ee.config import BubbleFillingConfig
 from nemo_ee.modeling.gpt import EarlyExitGPTModel
-from nemo_ee.training.bubble_schedule import Event, Links, forward_backward_by_plan
+from nemo_ee.training.bubble_schedule import DirectionGroups, Event, forward_backward_by_plan
 from nemo_ee.training.bubbles import FULL, Pass, Plan, plan_step
 
 
@@ -33,7 +33,7 @@ class BubbleFilling:
     """
 
     def __init__(self, settings: BubbleFillingConfig, gpt: EarlyExitGPTModel):
-        self.settings, self.gpt, self.links = settings, gpt, Links()
+        self.settings, self.gpt, self.links = settings, gpt, DirectionGroups()
         self.running: Pass | None = None
         self.events: list[Event] | None = None
 

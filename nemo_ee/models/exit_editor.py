@@ -9,12 +9,14 @@ from typing import Any
 from lightning.pytorch import Trainer
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import Tensor
 
 from nemo_ee.checkpoint import archive, run_keys
 from nemo_ee.checkpoint.keys import EXITS_PREFIX
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.modeling.first_weights import exit_init
 from nemo_ee.models.checks.model_checks import from_checkpoint
+from nemo_ee.models.first_weights import FirstWeights
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
 
 
@@ -27,6 +29,10 @@ class EditedExitsModel(MegatronGPTEarlyExitModel):
 
     sources: Mapping[int, int]
     leaves_exits = True
+
+    def __init__(self, cfg: DictConfig, trainer: Trainer):
+        super().__init__(cfg, trainer)
+        self.first_weights = FirstWeights(self.gpt, self.cfg, self.sources)
 
     def exits_to_take(self, here: Collection[int], saved: DictConfig) -> Collection[int]:
         """Those that have a source."""
@@ -44,13 +50,7 @@ class EditedExitsModel(MegatronGPTEarlyExitModel):
 
     def copies_to_restore(self) -> ShardedStateDict:
         """What new exits copy from the backbone."""
-        if self.early_exit.init != "copy":
-            return {}
-        copies = exit_init.copy_sources(self.gpt, self.cfg.num_layers, lambda layer: layer)
-        return {name: entry for name, entry in copies.items() if self._is_new(name)}
-
-    def _is_new(self, name: str) -> bool:
-        return int(name.removeprefix(EXITS_PREFIX).partition(".")[0]) not in self.sources
+        return self.first_weights.copies(lambda layer: layer) if self.early_exit.init == "copy" else {}
 
     def initialise_new_exits(self) -> None:
         """First weights of new exits: random, or the rest of a copy.
@@ -58,23 +58,15 @@ class EditedExitsModel(MegatronGPTEarlyExitModel):
         Raises:
             ConfigError: a new shortlist, with no exit to take its tokens from.
         """
-        config, new = self.early_exit, [n for n in self.gpt.exit_layers if n not in self.sources]
-        heads = {n: self.gpt.exits[str(n)] for n in new}
-        shortlist = None
-        if new and config.head.projection == "shortlist":
-            kept = [n for n in self.gpt.exit_layers if n in self.sources]
-            if not kept:
-                rule = "a new shortlist needs the text whose tokens it keeps, which tuning has"
-                remedy = "use projection=tied or untied, or scripts/megatron_gpt_ee_tuning.py"
-                raise ConfigError(Fault("early_exit.head.projection", "shortlist", rule, remedy))
-            shortlist = self.gpt.exits[str(kept[0])].projection.token_ids
-        std, seed = self.cfg.get("init_method_std", 0.02), self.cfg.get("seed", 1234)
-        random = config.init == "random"
-        exit_init.initialise_projections(self.gpt, shortlist, std if random else None, seed, heads)
-        if random:
-            exit_init.initialise_randomly(self.gpt, std, seed, heads)
-        else:
-            exit_init.start_branches_at_zero(self.gpt, heads)
+
+        def no_text() -> Tensor:
+            rule = "a new shortlist needs the text whose tokens it keeps, which tuning has"
+            remedy = "use projection=tied or untied, or scripts/megatron_gpt_ee_tuning.py"
+            raise ConfigError(Fault("early_exit.head.projection", "shortlist", rule, remedy))
+
+        new = self.first_weights.new
+        if new:
+            self.first_weights.set(no_text, lambda: exit_init.start_branches_at_zero(self.gpt, new))
 
 
 def edit_exits(

@@ -21,16 +21,16 @@ class FirstWeights:
     Args:
         gpt: this stage's module.
         cfg: of the model.
+        kept: exit layers that have their weights, or will have.
 
     Attributes:
         complete: all exits have come with a checkpoint, or have their first weights.
         kept: exit layers whose weights came with the checkpoint, and are trained further.
     """
 
-    def __init__(self, gpt: EarlyExitGPTModel, cfg: DictConfig):
+    def __init__(self, gpt: EarlyExitGPTModel, cfg: DictConfig, kept: Collection[int] = ()):
         self.gpt, self.cfg, self.early_exit = gpt, cfg, gpt.early_exit
-        self.complete = False
-        self.kept: frozenset[int] = frozenset()
+        self.complete, self.kept = False, frozenset(kept)
 
     @property
     def new(self) -> frozenset[int]:

@@ -4,7 +4,6 @@
 from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
@@ -20,7 +19,6 @@ from torch import Tensor
 from nemo_ee.checkpoint import archive, run_keys
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.modeling.layer_dropout import LayerDropout
-from nemo_ee.modeling.query_key_norms import sum_query_key_norms
 from nemo_ee.modeling.tied_weight import tie_output_weights
 from nemo_ee.models.bubble_filling import BubbleFilling
 from nemo_ee.models.checks.model_checks import check_model, check_pretraining, read_early_exit
@@ -28,8 +26,9 @@ from nemo_ee.models.exit_metrics import validation_values
 from nemo_ee.models.megatron_gpt_ee_training_model import MegatronGPTEETrainingModel
 from nemo_ee.models.rampup_batch_size import RampupBatchSize
 from nemo_ee.models.runs.finite_loss import require_finite
+from nemo_ee.models.runs.resumed_checkpoint import checkpoint_to_start_from
 from nemo_ee.models.training_metrics import TrainingMetrics
-from nemo_ee.models.weight_decay import decays_vectors, parameter_groups
+from nemo_ee.models.weight_decay import decays_vectors
 from nemo_ee.training.bubbles import COOLDOWN, FULL
 from nemo_ee.training.deferred_loss import ExitTargets
 from nemo_ee.training.loss_schedule import layer_dropout_rate, loss_weights
@@ -82,7 +81,7 @@ class MegatronGPTEEPretrainingModel(MegatronGPTEETrainingModel):
         Raises:
             ConfigError, CheckpointError: before the model is built.
         """
-        ckpt = None if trainer.ckpt_path else _checkpoint_to_start_from(cfg.model)
+        ckpt = None if trainer.ckpt_path else checkpoint_to_start_from(cfg.model)
         if path := cfg.model.get("restore_from_path"):
             config = cls.continued_config(cfg, run_keys.command_line_keys())
             check_pretraining(config)
@@ -162,11 +161,6 @@ class MegatronGPTEEPretrainingModel(MegatronGPTEETrainingModel):
 
     # --- optimization -------------------------------------------------------------------------------------
 
-    def setup_optimizer_param_groups(self) -> None:
-        """Matrices decay; norms and biases with `do_layer_norm_weight_decay`."""
-        trained = (parameter for parameter in self.parameters() if parameter.requires_grad)
-        self._optimizer_param_groups = parameter_groups(trained, self.cfg)
-
     def setup_optimization(self, *args, **kwargs):
         """NeMo's; then weight decay in Megatron's optimizer."""
         result = super().setup_optimization(*args, **kwargs)
@@ -244,10 +238,9 @@ class MegatronGPTEEPretrainingModel(MegatronGPTEETrainingModel):
         super().on_train_end()
 
     def training_step_fwd_bwd_step_call(self, dataloader_iter: Iterator, forward_only: bool) -> Tensor:
-        """As NeMo's; sums copies of the output weight where NeMo sums no embedding's gradients, and q/k norms."""
+        """As every model's whose exits are trained; sums copies of the output weight where NeMo sums no embedding's
+        gradients."""
         loss = super().training_step_fwd_bwd_step_call(dataloader_iter, forward_only)
-        if not self.use_mcore_dist_optim:
-            sum_query_key_norms(self.gpt, self.cfg.get("sequence_parallel", False))
         if not self.gpt.tied_to_embedding and not self.use_mcore_dist_optim and self.tied_weight is not None:
             self.tied_weight.sum_gradients()
         return loss
@@ -380,31 +373,3 @@ class MegatronGPTEEPretrainingModel(MegatronGPTEETrainingModel):
         MegatronGPTModel.on_load_checkpoint(self, checkpoint)
         self.first_weights.complete = True
         self.forget_batch_progress(checkpoint)
-
-
-def _checkpoint_to_start_from(cfg: DictConfig) -> str | None:
-    """The checkpoint that `restore_from_ckpt` names: itself, or of a run's directory the last one.
-
-    Raises:
-        ConfigError: there are two things to start from, or no such checkpoint.
-    """
-    path, ckpt = cfg.get("restore_from_path"), cfg.get("restore_from_ckpt")
-    if ckpt is None:
-        return None
-    key = "model.restore_from_ckpt"
-    if path:
-        rule = f"model.restore_from_path={path} is given too, and a run starts from one of them"
-        raise ConfigError(Fault(key, ckpt, rule, f"leave one away, e.g. {key}=null"))
-    if str(ckpt).endswith(".nemo"):
-        rule = "is a .nemo, which has weights but no optimizer's state"
-        raise ConfigError(Fault(key, ckpt, rule, f"use {key}=null model.restore_from_path={ckpt}"))
-    places = (Path(ckpt), *Path(ckpt).glob("*-last"), *Path(ckpt).glob("checkpoints/*-last"))
-    found = [place for place in places if (place / "metadata.json").is_file()]
-    if not found:
-        rule = "has no checkpoint of a training run" if Path(ckpt).is_dir() else "no such directory"
-        remedy = (
-            "give a run's directory, whose last checkpoint is taken, or quote a checkpoint's name, which has =: "
-            f"\"{key}='…/checkpoints/NAME-last'\""
-        )
-        raise ConfigError(Fault(key, ckpt, rule, remedy))
-    return str(found[0])

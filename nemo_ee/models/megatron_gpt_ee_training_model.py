@@ -16,8 +16,10 @@ from nemo_ee.checkpoint import run_keys
 from nemo_ee.data.checks import LENGTH_KEY, check_data_config
 from nemo_ee.data.token_counts import ENOUGH_TOKENS, token_counts
 from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.modeling.query_key_norms import sum_query_key_norms
 from nemo_ee.models.first_weights import FirstWeights
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
+from nemo_ee.models.weight_decay import parameter_groups
 from nemo_ee.runtime.children import end_with_parent
 from nemo_ee.runtime.collective import on_first_rank
 from nemo_ee.runtime.upstream.padding import separate_padding
@@ -144,6 +146,24 @@ class MegatronGPTEETrainingModel(MegatronGPTEarlyExitModel):
                 f"trainer.limit_val_batches={count}: validations have {there} global batches, all."
             )
         self.trainer.limit_val_batches = min(count, there) * each
+
+    # --- optimization -------------------------------------------------------------------------------------
+
+    @property
+    def trained_parameters(self) -> list[torch.nn.Parameter]:
+        """Of this stage, in the order of their names in the module."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def setup_optimizer_param_groups(self) -> None:
+        """Matrices decay; norms and biases with `do_layer_norm_weight_decay`."""
+        self._optimizer_param_groups = parameter_groups(self.trained_parameters, self.cfg)
+
+    def training_step_fwd_bwd_step_call(self, dataloader_iter: Iterator, forward_only: bool) -> torch.Tensor:
+        """NeMo's; then sums gradients of norms of queries and keys, as Megatron's own optimizer does."""
+        loss = super().training_step_fwd_bwd_step_call(dataloader_iter, forward_only)
+        if not self.use_mcore_dist_optim:
+            sum_query_key_norms(self.gpt, self.cfg.get("sequence_parallel", False))
+        return loss
 
     # --- runs ---------------------------------------------------------------------------------------------
 

@@ -14,22 +14,17 @@ from omegaconf import DictConfig, open_dict
 from torch import Tensor
 
 from nemo_ee.checkpoint.keys import is_exit
-from nemo_ee.config import HeadConfig
 from nemo_ee.errors import CheckpointError
 from nemo_ee.modeling.first_weights import exit_init
 from nemo_ee.modeling.first_weights.fit_quality import HeldOutFit
 from nemo_ee.modeling.gpt import EarlyExitGPTModel, StageStates
-from nemo_ee.modeling.heads import trainable_parameters
 from nemo_ee.modeling.micro_batch import MicroBatch
-from nemo_ee.modeling.projection import ExitProjection
-from nemo_ee.modeling.query_key_norms import sum_query_key_norms
 from nemo_ee.models.checks.fine_tuning_checks import is_fine_tuning
 from nemo_ee.models.checks.model_checks import check_model, check_tuning, read_early_exit
 from nemo_ee.models.exit_metrics import ExitMetrics, validation_values
 from nemo_ee.models.fine_tuning_files import FineTuningFiles, IndexedText
 from nemo_ee.models.megatron_gpt_ee_training_model import MegatronGPTEETrainingModel
 from nemo_ee.models.runs.finite_loss import require_finite
-from nemo_ee.models.weight_decay import parameter_groups
 from nemo_ee.training.tuning_step import exit_step, run_backbone
 
 BASE_KEY = "nemo_ee_base"
@@ -58,21 +53,10 @@ class MegatronGPTEETuningModel(MegatronGPTEETrainingModel):
         check_tuning(cfg)
         super().__init__(cfg, trainer)
         self.compute_dtype = self.torch_dtype if self.torch_dtype != torch.float32 else None
-        self.teacher_projection = ExitProjection(
-            self.transformer_config,
-            HeadConfig(projection="tied"),
-            self.true_vocab_size,
-            self.padded_vocab_size,
-        )
         self.metrics = ExitMetrics(self.early_exit.layers)
+        tuned = {parameter for parameter in self.gpt.exits.parameters() if parameter.requires_grad}
         for parameter in self.gpt.parameters():
-            if parameter not in self.exit_parameters:
-                parameter.requires_grad_(False)
-
-    @property
-    def exit_parameters(self) -> set[torch.nn.Parameter]:
-        """Parameters of this stage that tuning changes."""
-        return {parameter for _, parameter in trainable_parameters(self.gpt.exits)}
+            parameter.requires_grad_(parameter in tuned)
 
     # --- construction -------------------------------------------------------------------------------------
 
@@ -127,20 +111,6 @@ class MegatronGPTEETuningModel(MegatronGPTEETrainingModel):
 
     # --- optimization -------------------------------------------------------------------------------------
 
-    def setup_optimizer_param_groups(self) -> None:
-        """Exit parameters only."""
-        self._optimizer_param_groups = parameter_groups(self.exit_parameters_in_order(), self.cfg)
-
-    def exit_parameters_in_order(self) -> list[torch.nn.Parameter]:
-        """Parameters of this stage that tuning changes, in the order of their names in the module."""
-        return [parameter for _, parameter in trainable_parameters(self.gpt.exits)]
-
-    def training_step_fwd_bwd_step_call(self, dataloader_iter: Iterator, forward_only: bool) -> Tensor:
-        """As NeMo's; then sums the gradients of norms of queries and keys."""
-        loss = super().training_step_fwd_bwd_step_call(dataloader_iter, forward_only)
-        sum_query_key_norms(self.gpt, self.cfg.get("sequence_parallel", False))
-        return loss
-
     def fwd_bwd_step(self, dataloader_iter: Iterator, forward_only: bool, first_val_step: bool | None = None):
         """One global batch: statistics, and unless `forward_only` the exits' gradients.
 
@@ -152,7 +122,7 @@ class MegatronGPTEETuningModel(MegatronGPTEETrainingModel):
         """
         self.metrics.reset(self.device_of_batches)
         if not forward_only:
-            for parameter in self.exit_parameters_in_order():
+            for parameter in self.trained_parameters:
                 parameter.grad = torch.zeros_like(parameter)
         count = get_num_microbatches()
 
@@ -160,25 +130,9 @@ class MegatronGPTEETuningModel(MegatronGPTEETrainingModel):
             scale = (
                 None if forward_only else self.gradient_scale() / (batch.loss_mask.sum().clamp_min(1) * count)
             )
-            result = exit_step(
-                self.gpt,
-                batch,
-                states,
-                final,
-                self.teacher_projection,
-                self.early_exit,
-                scale,
-                self.compute_dtype,
-            )
-            self.metrics.add(result)
+            self.metrics.add(exit_step(self.gpt, batch, states, final, scale, self.compute_dtype))
 
-        run_backbone(
-            self.gpt,
-            self.micro_batches(dataloader_iter),
-            count,
-            self.wants_teacher,
-            consume,
-        )
+        run_backbone(self.gpt, self.micro_batches(dataloader_iter), count, self.wants_teacher, consume)
         means = self.metrics.reduce()
         losses = {n: mean.objective if n else mean.loss for n, mean in means.items()}
         require_finite(losses, self.trainer.global_step + (not forward_only), forward_only)

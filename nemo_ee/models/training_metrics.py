@@ -12,12 +12,10 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from nemo_ee.config import HeadConfig
 from nemo_ee.modeling.gpt import EarlyExitGPTModel
-from nemo_ee.modeling.projection import ExitProjection
 from nemo_ee.modeling.token_layout import by_position, whole_tokens
 from nemo_ee.models.exit_metrics import ExitMeans, ExitMetrics
-from nemo_ee.training.exit_loss import ExitLossResult, Statistic, Teacher, exit_losses
+from nemo_ee.training.exit_loss import ExitInput, ExitLossResult, Statistic, exit_losses
 
 
 class TrainingMetrics(ExitMetrics):
@@ -86,23 +84,13 @@ class TrainingMetrics(ExitMetrics):
                 state = whole_tokens(args[0].detach(), self.gpt.config.sequence_parallel)
                 state = state.to(torch.promote_types(state.dtype, torch.float32))
                 self._masks[index] = counted = by_position(mask)
-                weight, world = (
-                    self.gpt.output_weight(),
-                    parallel_state.get_tensor_model_parallel_world_size(),
-                )
-                projection = ExitProjection(
-                    self.gpt.config,
-                    HeadConfig(projection="tied"),
-                    self.gpt.true_vocab_size,
-                    world * len(weight),
-                )
                 result = exit_losses(
                     {},
-                    weight,
+                    self.gpt.output_weight(),
                     torch.zeros_like(counted, dtype=torch.long),
                     counted,
                     self.gpt.early_exit.training.objective,
-                    Teacher(state, projection),
+                    ExitInput(state, self.gpt.final_projection),
                 )
                 self._best[0, index] = result.best_tokens[0]
                 for kind in (Statistic.AGREEMENT, Statistic.CONFIDENCE, Statistic.TOKENS):

@@ -49,7 +49,7 @@ class Event:
     end: float
 
 
-class Links:
+class DirectionGroups:
     """The groups of a pipeline through which stages send: one per direction. Collective over the world."""
 
     def __init__(self) -> None:
@@ -100,7 +100,7 @@ class _Outbox:
 
 def forward_backward_by_plan(
     plan: Plan,
-    links: Links,
+    links: DirectionGroups,
     forward_step_func: Callable,
     model: torch.nn.Module,
     batches: Sequence[Any],
@@ -126,7 +126,7 @@ def forward_backward_by_plan(
         On the last stage what the loss function returned per full micro-batch, else nothing.
     """
     stage = parallel_state.get_pipeline_model_parallel_rank()
-    run = _Stage(plan, links, model, stage, seq_length, micro_batch_size)
+    run = _StagePasses(plan, links, model, stage, seq_length, micro_batch_size)
     config = run.config
     results: dict[int, Any] = {}
     no_sync = config.no_sync_func if config.no_sync_func is not None else nullcontext
@@ -159,10 +159,12 @@ class _Samples:
         self.seen = set(self.forward)
 
 
-class _Stage:
+class _StagePasses:
     """One stage's messages and tensors between passes."""
 
-    def __init__(self, plan: Plan, links: Links, model: Any, stage: int, seq_length: int, batch_size: int):
+    def __init__(
+        self, plan: Plan, links: DirectionGroups, model: Any, stage: int, seq_length: int, batch_size: int
+    ):
         self.plan, self.model, self.stage = plan, model, stage
         self.config, self.model_type = get_model_config(model), get_model_type(model)
         self.last = len(plan.passes) - 1

@@ -54,40 +54,28 @@ class ExitTargets:
     def attach(
         self, head: ExitHead, hidden: Tensor, output_weight: Tensor | None, surroundings: ExitSurroundings
     ) -> Tensor:
-        """See `apply_exit`."""
-        return apply_exit(head, hidden, output_weight, self, surroundings)
+        """Attaches an exit's loss to the hidden state behind its layer.
 
+        Args:
+            head: the exit.
+            hidden: [S, B, H] (S/TP under sequence parallelism).
+            output_weight: the backbone's output weight [Vp/TP, H], for tied projections.
+            surroundings: for a head with a block.
 
-def apply_exit(
-    head: ExitHead,
-    hidden: Tensor,
-    output_weight: Tensor | None,
-    targets: ExitTargets,
-    surroundings: ExitSurroundings,
-) -> Tensor:
-    """Attaches an exit's loss to the hidden state behind its layer.
-
-    Args:
-        head: the exit.
-        hidden: [S, B, H] (S/TP under sequence parallelism).
-        output_weight: the backbone's output weight [Vp/TP, H], for tied projections.
-        targets: what the exit learns from.
-        surroundings: for a head with a block.
-
-    Returns:
-        The hidden state, to go on with. Without gradients (validation) the loss is computed at once.
-    """
-    tied = [] if output_weight is None or head.projection.kind != "tied" else [output_weight]
-    parameters = [p for p in [*head.parameters(), *tied] if p.requires_grad]
-    evaluate = _Evaluation(
-        head, output_weight, targets, surroundings, _autocast_dtype(hidden), head.config.sequence_parallel
-    )
-    if not torch.is_grad_enabled():
-        evaluate.statistics(hidden)
-        return hidden
-    out = _DeferredExitLoss.apply(hidden, evaluate, *parameters)
-    # A stage's output must not be a view: Megatron frees its storage once it has been sent.
-    return make_viewless_tensor(out, True, True)
+        Returns:
+            The hidden state, to go on with. Without gradients (validation) the loss is computed at once.
+        """
+        tied = [] if output_weight is None or head.projection.kind != "tied" else [output_weight]
+        parameters = [p for p in [*head.parameters(), *tied] if p.requires_grad]
+        evaluate = _Evaluation(
+            head, output_weight, self, surroundings, _autocast_dtype(hidden), head.config.sequence_parallel
+        )
+        if not torch.is_grad_enabled():
+            evaluate.statistics(hidden)
+            return hidden
+        out = _DeferredExitLoss.apply(hidden, evaluate, *parameters)
+        # A stage's output must not be a view: Megatron frees its storage once it has been sent.
+        return make_viewless_tensor(out, True, True)
 
 
 class _DeferredExitLoss(torch.autograd.Function):

@@ -53,40 +53,21 @@ class ExitLossResult:
     parameter_gradients: dict[Tensor, Tensor] = field(default_factory=dict)
     best_tokens: dict[int, Tensor] = field(default_factory=dict)
 
-    def add_product(self, parameter: Tensor, left: Tensor, right: Tensor) -> None:
-        """Adds left @ right to a parameter's gradient, in one buffer that lasts for all chunks."""
-        found = self.parameter_gradients.get(parameter)
-        if found is None:
+    def gradient_of(self, parameter: Tensor) -> Tensor:
+        """What chunks add a parameter's gradient to: one buffer for all of them."""
+        if parameter not in self.parameter_gradients:
             dtype = torch.promote_types(parameter.dtype, torch.float32)
-            found = self.parameter_gradients[parameter] = torch.zeros_like(parameter, dtype=dtype)
-        if left.dtype == found.dtype:
-            found.addmm_(left, right)
-        else:
-            found += left @ right
-
-    def add_parameter_gradient(self, parameter: Tensor, gradient: Tensor) -> None:
-        """Adds to `parameter_gradients`; the gradient is this object's from then on."""
-        if parameter in self.parameter_gradients:
-            self.parameter_gradients[parameter] += gradient
-        else:
-            self.parameter_gradients[parameter] = gradient
+            self.parameter_gradients[parameter] = torch.zeros_like(parameter, dtype=dtype)
+        return self.parameter_gradients[parameter]
 
 
 @dataclass(frozen=True)
 class ExitInput:
-    """One exit's part of `exit_losses`: its state [T, H], its projection, and the weight of its loss."""
+    """One exit's part of `exit_losses`: its state [T, H], what projects it, and the weight of its loss."""
 
     state: Tensor
     projection: ExitProjection
     weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """The final exit: its normed state [T, H] and what projects it."""
-
-    state: Tensor
-    projection: ExitProjection
 
 
 def exit_losses(
@@ -95,7 +76,7 @@ def exit_losses(
     labels: Tensor,
     loss_mask: Tensor,
     objective: ExitObjective,
-    teacher: Teacher | None = None,
+    teacher: ExitInput | None = None,
     scale: Tensor | float | None = None,
 ) -> ExitLossResult:
     """Losses, statistics and, with `scale`, gradients of several exits on one micro-batch.
@@ -114,7 +95,7 @@ def exit_losses(
         labels: [T] next tokens.
         loss_mask: [T], 0 leaves a token out.
         objective: weights of the terms.
-        teacher: the final exit; required if the objective distils.
+        teacher: the final exit, its state normed; required if the objective distils.
         scale: factor of the objective whose gradient is wanted; None computes statistics only.
     """
     assert teacher is not None or not objective.distils, "distillation needs the final exit's state"
@@ -292,11 +273,15 @@ def _one_exit(
     state_gradient = result.state_gradients[n][chunk]
     torch.mm(rows, weights.rows, out=state_gradient)
     if parameter.requires_grad:
-        result.add_product(parameter, rows.T, state)
+        whole = result.gradient_of(parameter)
+        if rows.dtype == whole.dtype:
+            whole.addmm_(rows.T, state)
+        else:
+            whole += rows.T @ state
     if projection.kind == "shortlist":
         bucket = gradient[:, -1] if projection.holds_bucket else torch.zeros_like(gradient[:, 0])
         state_gradient.addr_(bucket.to(state.dtype), weights.bucket_weight)
         both = torch.cat([bucket @ state.to(bucket.dtype), bucket.sum()[None]])
         reduce_over_ranks(both)
-        result.add_parameter_gradient(projection.bucket_weight, both[:-1])
-        result.add_parameter_gradient(projection.bucket_bias, both[-1:])
+        result.gradient_of(projection.bucket_weight).add_(both[:-1])
+        result.gradient_of(projection.bucket_bias).add_(both[-1:])

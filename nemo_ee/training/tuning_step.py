@@ -17,12 +17,10 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from nemo_ee.config import EarlyExitConfig
 from nemo_ee.modeling.gpt import EarlyExitGPTModel, StageStates
 from nemo_ee.modeling.micro_batch import MicroBatch
-from nemo_ee.modeling.projection import ExitProjection
 from nemo_ee.modeling.token_layout import by_position, own_share, whole_tokens
-from nemo_ee.training.exit_loss import ExitInput, ExitLossResult, Teacher, exit_losses
+from nemo_ee.training.exit_loss import ExitInput, ExitLossResult, exit_losses
 
 WINDOW = 4
 """Micro-batches per pipeline stage whose states wait for the final one: more cost memory, fewer idle stages."""
@@ -136,8 +134,6 @@ def exit_step(
     batch: MicroBatch,
     states: StageStates,
     final: Tensor | None,
-    teacher_projection: ExitProjection | None,
-    config: EarlyExitConfig,
     scale: Tensor | float | None,
     autocast_dtype: torch.dtype | None = None,
 ) -> ExitLossResult:
@@ -148,8 +144,6 @@ def exit_step(
         batch: the micro-batch.
         states: what the backbone left on this stage.
         final: final normed state, sharded as `states`; None without distillation.
-        teacher_projection: the final exit's projection, with `final`.
-        config: weights of the objective.
         scale: factor of the summed token losses; None computes statistics only.
         autocast_dtype: compute the heads in this dtype.
     """
@@ -170,20 +164,20 @@ def exit_step(
 
     teacher = None
     if final is not None:
-        teacher = Teacher(prepared(whole_tokens(final, gpt.config.sequence_parallel)), teacher_projection)
+        teacher = ExitInput(prepared(whole_tokens(final, gpt.config.sequence_parallel)), gpt.final_projection)
     result = exit_losses(
         {
             n: ExitInput(
                 prepared(whole_tokens(x.detach(), gpt.config.sequence_parallel)),
                 gpt.exits[str(n)].projection,
-                config.loss_weight(n),
+                gpt.early_exit.loss_weight(n),
             )
             for n, x in exit_states.items()
         },
         gpt.output_weight(),
         by_position(batch.labels),
         by_position(batch.loss_mask),
-        config.tuning,
+        gpt.early_exit.tuning,
         teacher,
         scale,
     )

@@ -77,8 +77,8 @@ def measure(case: Mapping, arguments: Namespace) -> dict:
 
         def exits() -> None:
             final = found[0].output if needs_final else None
-            how = model.teacher_projection, model.early_exit, 1.0 / batch.loss_mask.sum(), model.compute_dtype
-            exit_step(model.gpt, batch, found[0], final, *how)
+            scale = 1.0 / batch.loss_mask.sum()
+            exit_step(model.gpt, batch, found[0], final, scale, model.compute_dtype)
 
         return seconds(backbone), seconds(exits)
 

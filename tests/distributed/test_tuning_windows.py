@@ -15,8 +15,6 @@ HEAD = dict(mlp=False, norm=True, linear=True, projection="shortlist", shortlist
 
 def step(stages: int, windows: list[int]) -> dict[int, tuple]:
     """One global batch with each size of windows: gradients, sums, and the most states alive at one time."""
-    from nemo_ee.config import HeadConfig
-    from nemo_ee.modeling.projection import ExitProjection
     from nemo_ee.training import tuning_step
 
     uneven = dict(num_layers_in_first_pipeline_stage=2) if stages == 3 else {}
@@ -27,9 +25,6 @@ def step(stages: int, windows: list[int]) -> dict[int, tuple]:
     for part in gpt.modules():
         if getattr(part, "config", None) is not None:
             part.config.params_dtype = part.config.pipeline_dtype = torch.float64
-    teacher = ExitProjection(
-        gpt.config, HeadConfig(projection="tied"), gpt.true_vocab_size, model.padded_vocab_size
-    )
     generator = torch.Generator().manual_seed(2)
     batches = []
     for _ in range(BATCHES):
@@ -57,7 +52,7 @@ def step(stages: int, windows: list[int]) -> dict[int, tuple]:
 
         def consume(batch, states, final, order=order, sums=sums):
             order.append(next(i for i, each in enumerate(batches) if each is batch))
-            result = tuning_step.exit_step(gpt, batch, states, final, teacher, gpt.early_exit, 0.3)
+            result = tuning_step.exit_step(gpt, batch, states, final, 0.3)
             sums.append({n: stats.clone() for n, stats in result.stats.items()})
 
         tuning_step.run_backbone(gpt, iter(batches), BATCHES, True, consume)

@@ -69,7 +69,7 @@ def all_losses(tp: int) -> dict:
     from megatron.core import parallel_state
 
     from nemo_ee.modeling.vocab_parallel import gather_columns
-    from nemo_ee.training.exit_loss import ExitInput, Teacher, exit_losses
+    from nemo_ee.training.exit_loss import ExitInput, exit_losses
 
     initialize_model_parallel(tp=tp)
     found = {}
@@ -79,7 +79,7 @@ def all_losses(tp: int) -> dict:
         for objective in (TEACHES, ALONE):
             projection, output_weight = projection_of(head), shard(whole_numbers(3, PADDED, HIDDEN))
             output_weight.requires_grad_()
-            teacher = Teacher(whole_numbers(4, TOKENS, HIDDEN), projection_of(HEADS["tied"]))
+            teacher = ExitInput(whole_numbers(4, TOKENS, HIDDEN), projection_of(HEADS["tied"]))
             state = whole_numbers(5, TOKENS, HIDDEN)
             result, count = counted(
                 exit_losses,

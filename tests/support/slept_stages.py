@@ -87,11 +87,11 @@ def run_alternately(plans: dict[str, Plan], unit: float, ratio: float, steps: in
     """
     from megatron.core import parallel_state
 
-    from nemo_ee.training.bubble_schedule import Links, forward_backward_by_plan
+    from nemo_ee.training.bubble_schedule import DirectionGroups, forward_backward_by_plan
 
     stages = torch.distributed.get_world_size()
     parallel_state.initialize_model_parallel(pipeline_model_parallel_size=stages)
-    links, model, found = Links(), SleptStage(stages, unit, ratio * unit), []
+    links, model, found = DirectionGroups(), SleptStage(stages, unit, ratio * unit), []
 
     def forward_step(batches: Iterator, model: SleptStage) -> tuple:
         next(batches)

@@ -14,8 +14,8 @@ from nemo_ee.checkpoint import archive
 from nemo_ee.errors import ConfigError
 from nemo_ee.models.checks.model_checks import check_model, check_pretraining, check_tuning
 from nemo_ee.models.megatron_gpt_ee_pretraining_model import MegatronGPTEEPretrainingModel as Pretraining
-from nemo_ee.models.megatron_gpt_ee_pretraining_model import _checkpoint_to_start_from
 from nemo_ee.models.megatron_gpt_ee_tuning_model import MegatronGPTEETuningModel as Tuning
+from nemo_ee.models.runs.resumed_checkpoint import checkpoint_to_start_from
 from tests.support.tiny_gpt import GPT3, tiny_model_config
 
 CONF = str(Path(__file__).parents[2] / "conf")
@@ -157,7 +157,7 @@ def test_a_run_to_start_from_may_be_named_by_its_directory(tmp_path):
     (last / "metadata.json").touch()
     for named in (tmp_path, tmp_path / "checkpoints", last):
         cfg = OmegaConf.create(dict(restore_from_ckpt=str(named)))
-        assert _checkpoint_to_start_from(cfg) == str(last)
+        assert checkpoint_to_start_from(cfg) == str(last)
 
 
 def test_a_run_with_a_checkpoint_of_its_own_does_not_ask_for_what_it_started_from(monkeypatch, tmp_path):

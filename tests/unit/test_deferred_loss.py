@@ -35,7 +35,7 @@ def transformer_config():
 def test_validation_sums_are_wide_under_autocast(transformer_config):
     """The state has the compute dtype, as when training; all from there on is float32."""
     from nemo_ee.modeling.heads import ExitSurroundings
-    from nemo_ee.training.deferred_loss import ExitTargets, apply_exit
+    from nemo_ee.training.deferred_loss import ExitTargets
 
     torch.manual_seed(0)
     vocabulary, width = 128, transformer_config.hidden_size
@@ -47,7 +47,7 @@ def test_validation_sums_are_wide_under_autocast(transformer_config):
     targets = ExitTargets(labels, mask, {LAYER: 1.0}, objective, lambda: 1.0, seen.append)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         head = Head(transformer_config, vocabulary)
-        assert apply_exit(head, hidden, weight, targets, ExitSurroundings()) is hidden
+        assert targets.attach(head, hidden, weight, ExitSurroundings()) is hidden
     logits = hidden.bfloat16().double().transpose(0, 1) @ weight.double().T
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
     (result,) = seen

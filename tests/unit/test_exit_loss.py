@@ -52,7 +52,7 @@ class Problem:
 
 def problem(transformer_config, head: HeadConfig, seed: int = 0) -> Problem:
     from nemo_ee.modeling.projection import ExitProjection
-    from nemo_ee.training.exit_loss import ExitInput, Teacher
+    from nemo_ee.training.exit_loss import ExitInput
 
     torch.manual_seed(seed)
 
@@ -74,7 +74,7 @@ def problem(transformer_config, head: HeadConfig, seed: int = 0) -> Problem:
         random(PADDED, HIDDEN),  # padded rows are as large as others: they must be seen to be left out
         torch.randint(0, VOCABULARY, (TOKENS,)),
         mask,
-        Teacher(random(TOKENS, HIDDEN), tied),
+        ExitInput(random(TOKENS, HIDDEN), tied),
     )
 
 

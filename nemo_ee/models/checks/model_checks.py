@@ -222,8 +222,11 @@ def adapt_to_machine(cfg: DictConfig) -> list[str]:
     return changed
 
 
-def _some_layers(cfg: DictConfig) -> str:
-    return f"name layers, e.g. '++model.early_exit.layers=[{max(1, cfg.num_layers // 2)}]'"
+def _no_exit_faults(cfg: DictConfig, early_exit: EarlyExitConfig, what: str) -> list[Fault]:
+    if early_exit.layers:
+        return []
+    remedy = f"name layers, e.g. '++model.early_exit.layers=[{max(1, cfg.num_layers // 2)}]'"
+    return [Fault("model.early_exit", cfg.get("early_exit"), f"there is no exit to {what}", remedy)]
 
 
 def check_tuning(cfg: DictConfig) -> None:
@@ -233,10 +236,7 @@ def check_tuning(cfg: DictConfig) -> None:
         ConfigError: listing every fault.
     """
     early_exit = read_early_exit(cfg)
-    faults = []
-    if not early_exit.layers:
-        rule, remedy = "there is no exit to tune", _some_layers(cfg)
-        faults.append(Fault("model.early_exit", cfg.get("early_exit"), rule, remedy))
+    faults = _no_exit_faults(cfg, early_exit, "tune")
     head = early_exit.head
     has_bucket = head.projection == "shortlist"
     if not (
@@ -276,10 +276,7 @@ def check_pretraining(cfg: DictConfig) -> None:
         ConfigError: listing every fault.
     """
     early_exit = read_early_exit(cfg)
-    faults = []
-    if not early_exit.layers:
-        rule, remedy = "there is no exit to train", _some_layers(cfg)
-        faults.append(Fault("model.early_exit", cfg.get("early_exit"), rule, remedy))
+    faults = _no_exit_faults(cfg, early_exit, "train")
     if early_exit.init == "ridge":
         rule = "the closed form needs a backbone that is trained already"
         faults.append(

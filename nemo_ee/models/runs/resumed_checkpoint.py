@@ -9,9 +9,10 @@ from pathlib import Path
 from nemo.utils import logging
 from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
 from nemo.utils.get_rank import is_global_rank_zero
+from omegaconf import DictConfig
 
 from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint
-from nemo_ee.errors import CheckpointError
+from nemo_ee.errors import CheckpointError, ConfigError, Fault
 
 KEY = "exp_manager.resume_fallback"
 ASIDE = "damaged_checkpoints"
@@ -102,3 +103,31 @@ def _move_aside(path: Path) -> None:
         place = place.with_name(f"{path.name}.{number}")
     path.rename(place)
     logging.warning(f"{path}: was moved to {place}; delete it if nothing can be learnt from it.")
+
+
+def checkpoint_to_start_from(cfg: DictConfig) -> str | None:
+    """The checkpoint that `restore_from_ckpt` names: itself, or of a run's directory the last one.
+
+    Raises:
+        ConfigError: there are two things to start from, or no such checkpoint.
+    """
+    path, ckpt = cfg.get("restore_from_path"), cfg.get("restore_from_ckpt")
+    if ckpt is None:
+        return None
+    key = "model.restore_from_ckpt"
+    if path:
+        rule = f"model.restore_from_path={path} is given too, and a run starts from one of them"
+        raise ConfigError(Fault(key, ckpt, rule, f"leave one away, e.g. {key}=null"))
+    if str(ckpt).endswith(".nemo"):
+        rule = "is a .nemo, which has weights but no optimizer's state"
+        raise ConfigError(Fault(key, ckpt, rule, f"use {key}=null model.restore_from_path={ckpt}"))
+    places = (Path(ckpt), *Path(ckpt).glob("*-last"), *Path(ckpt).glob("checkpoints/*-last"))
+    found = [place for place in places if (place / "metadata.json").is_file()]
+    if not found:
+        rule = "has no checkpoint of a training run" if Path(ckpt).is_dir() else "no such directory"
+        remedy = (
+            "give a run's directory, whose last checkpoint is taken, or quote a checkpoint's name, which has =: "
+            f"\"{key}='…/checkpoints/NAME-last'\""
+        )
+        raise ConfigError(Fault(key, ckpt, rule, remedy))
+    return str(found[0])
