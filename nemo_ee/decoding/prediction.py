@@ -70,7 +70,7 @@ class Prediction:
     @classmethod
     def from_summary(cls, logits: Tensor, summary: RowSummary, rows: Rows) -> "Prediction":
         """Collectives: see `RowSummary.over_ranks`."""
-        (whole,) = summary.over_ranks(rows.first)
+        whole, *_ = summary.over_ranks(rows.first)
         tokens = whole.row if rows.tokens is None else rows.tokens[whole.row]
         return cls(rows, logits, tokens, whole.confidence)
 

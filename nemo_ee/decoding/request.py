@@ -35,9 +35,10 @@ class SamplingOptions:
             see `TextTokenizer`; the dictionary of NeMo's own defaults says True.
         all_probs: also return the log-probabilities of the generated tokens and of the whole vocabulary.
         compute_logprob: return the log-probabilities of the prompts' own tokens, and generate nothing.
-        end_strings: a sequence ends when its generated text ends with one. `<|endoftext|>` stands for EOS; that and
-            all else that ends the model's texts (`TextTokenizer.eos_ids`) always ends it. (NeMo compares a string
-            that is one token by that token's id alone and so misses it as a part of others.)
+        end_strings: a sequence ends with the token that completes one in its generated text. As with NeMo, tokens and
+            text are returned with it, here with all of that token: NeMo goes on where a token has more than the
+            string's end. `<|endoftext|>` stands for EOS; that and all else that ends the model's texts
+            (`TextTokenizer.eos_ids`) always ends it.
     """
 
     use_greedy: bool = True

@@ -1,7 +1,8 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """One call from prompts to NeMo's output, on all ranks of a model."""
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
@@ -24,6 +25,9 @@ from nemo_ee.generation.prompts import tokenize_prompts
 from nemo_ee.generation.stopping import StopRule
 from nemo_ee.modeling.vocab_parallel import gather_columns
 from nemo_ee.runtime.collective import on_first_rank
+
+JOINING = 8
+"""New prompts join when an eighth of the slots is free: a pass for one alone costs as much as for several."""
 
 
 def generate(
@@ -76,32 +80,41 @@ def generate(
             for prompt, seed in zip(prompts, drawn, strict=True)
         ]
         if request.max_length > 0:
-            if parallel_state.get_pipeline_model_parallel_world_size() == 1:
-                continue_sequences(model.decoding_model(), results)
-            else:
-                continue_over_stages(model.pipeline_groups(), model.decoding_model(), results)
+            for _ in continue_sequences(model, results, len(results)):
+                pass
     return to_output(results, tokenizer)
 
 
-def continue_sequences(model: DecodingModel, sequences: list[GeneratedSequence]) -> None:
-    """Generates until all are finished; they are one batch.
+def continue_sequences(model: Any, sequences: list[GeneratedSequence], slots: int) -> Iterator[int]:
+    """Generates until all are finished; yields after each step how many of them that did. Use it under `generating`.
+
+    Every rank of the model calls it, and their sequences are alike afterwards.
 
     Args:
-        model: the whole model.
+        model: a `MegatronGPTEarlyExitModel`.
         sequences: not begun, of the same request.
+        slots: sequences at a time. On one pipeline stage others take the places of those that have ended.
     """
-    request, (exits, longest) = sequences[0].request, _extent(sequences)
-    size = len(sequences), longest
-    with DecodingSession(model, exits, *size, request.kv_policy, request.confidence) as session:
-        session.add(sequences)
-        while session.running:
-            session.step()
+    decoding = model.decoding_model()
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        for first in range(0, len(sequences), slots):
+            batch = sequences[first : first + slots]
+            continue_over_stages(model.pipeline_groups(), decoding, batch)
+            yield len(batch)
+        return
+    request, (exits, longest), waiting = sequences[0].request, _extent(sequences), deque(sequences)
+    with DecodingSession(decoding, exits, slots, longest, request.kv_policy, request.confidence) as session:
+        while waiting or session.running:
+            ended: list[GeneratedSequence] = []
+            if waiting and session.free >= min(len(waiting), max(1, slots // JOINING)):
+                ended += session.add([waiting.popleft() for _ in range(min(session.free, len(waiting)))])
+            yield len(ended + session.step())
 
 
 def continue_over_stages(
     groups: PipelineGroups, model: DecodingModel, sequences: list[GeneratedSequence]
 ) -> None:
-    """`continue_sequences` over a pipeline; all its ranks call it, and their sequences are alike afterwards.
+    """Generates a batch over a pipeline; all its ranks call it, and their sequences are alike afterwards.
 
     Args:
         groups: of the pipeline.

@@ -2,6 +2,7 @@
 """Stop strings in a text that arrives in pieces: nothing of them is passed on."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 
 class StopStrings:
@@ -19,22 +20,17 @@ class StopStrings:
         self._held: list[str] = []
         self.stopped = False
 
-    def feed(self, piece: str) -> list[str]:
-        """Adds a piece. Returns the pieces that are settled now, oldest first, cut if the text has ended."""
-        self._held.append(piece)
+    def feed(self, *pieces: str) -> list[str]:
+        """Adds pieces. Returns those that are settled now, oldest first, cut if the text has ended."""
+        self._held += pieces
         text = "".join(self._held)
         found = [(start + len(stop), start) for stop in self._strings if (start := text.find(stop)) >= 0]
         if found:
             self.stopped = True
             return self._settle(len(self._held), end=min(found)[1])
         safe = len(text) - max((_overlap(text, stop) for stop in self._strings), default=0)
-        count = length = 0
-        for held in self._held:
-            length += len(held)
-            if length > safe:
-                break
-            count += 1
-        return self._settle(count, end=safe)
+        ends = accumulate(map(len, self._held))
+        return self._settle(sum(end <= safe for end in ends), end=safe)
 
     def close(self) -> list[str]:
         """The pieces that are held back, at the end of the text."""

@@ -2,7 +2,6 @@
 """From text to token ids and back, with what a checkpoint says of its texts: how they begin, and what ends them."""
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
@@ -137,7 +136,6 @@ class TextTokenizer:
         return token if token in self.special and self.name(token) == name else None
 
 
-@cache
 def _decodes_by_core(kind: type) -> bool:
     """Whether a tokenizer of transformers leaves decoding to `tokenizers`, and adds nothing of its own."""
     fast = PreTrainedTokenizerFast

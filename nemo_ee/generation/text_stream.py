@@ -25,18 +25,14 @@ class TextStream:
 
     def feed(self, token: int | None) -> bool:
         """Adds a token, None for one without text; returns whether a stop string is complete: none may follow."""
-        return self._add([*self._detokenizer.close(), ""] if token is None else self._detokenizer.feed(token))
+        new = [*self._detokenizer.close(), ""] if token is None else self._detokenizer.feed(token)
+        self.pieces += self._stop.feed(*new)
+        return self._stop.stopped
 
     def close(self) -> bool:
         """Settles what waits, at the end of the sequence; returns whether a stop string is complete."""
-        if not (self._stop.stopped or self._add(self._detokenizer.close())):
+        if not self._stop.stopped:
+            self.pieces += self._stop.feed(*self._detokenizer.close())
+        if not self._stop.stopped:
             self.pieces += self._stop.close()
-        return self._stop.stopped
-
-    def _add(self, pieces: list[str]) -> bool:
-        for i, piece in enumerate(pieces):
-            self.pieces += self._stop.feed(piece)
-            if self._stop.stopped:
-                self.pieces += [""] * (len(pieces) - i - 1)
-                break
         return self._stop.stopped

@@ -31,7 +31,7 @@ class SamplingConfig:
         tokens_to_generate: per prompt, at most.
         min_tokens_to_generate: before a text may end.
         repetition_penalty: above 1 makes tokens that the text has already rarer.
-        end_strings: generation ends behind one of these; `<|endoftext|>` stands for EOS.
+        end_strings: generation ends with the token that completes one of these; `<|endoftext|>` stands for EOS.
     """
 
     greedy: bool = True

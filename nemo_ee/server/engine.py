@@ -15,7 +15,7 @@ from nemo_ee.server.answers.delta import Delta
 from nemo_ee.server.answers.errors import ApiError
 from nemo_ee.server.job import Job
 from nemo_ee.server.metrics import Metrics
-from nemo_ee.server.probe import NotFiniteError, check_finite
+from nemo_ee.server.probe import Decodes, NotFiniteError, check_finite
 
 MAX_FAILURES = 3
 """Failures in a row, without prompts and steps between that succeeded, after which the engine gives up."""
@@ -27,15 +27,11 @@ Event = tuple[Job, Delta | Exception]
 logger = logging.getLogger("nemo_ee.server")
 
 
-class Session(Protocol):
+class Session(Decodes, Protocol):
     """What the engine needs of `nemo_ee.decoding.session.DecodingSession`."""
 
     @property
     def free(self) -> int: ...
-
-    def add(self, sequences: list[GeneratedSequence]) -> list[GeneratedSequence]: ...
-
-    def step(self) -> list[GeneratedSequence]: ...
 
     def remove(self, sequence: GeneratedSequence) -> None: ...
 

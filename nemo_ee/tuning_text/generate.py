@@ -5,23 +5,20 @@ import hashlib
 import json
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
-from megatron.core import parallel_state
 from tqdm import tqdm
 
 from nemo_ee.checkpoint.conversion.base import BaseCheckpoint
 from nemo_ee.config import EarlyExitConfig
 from nemo_ee.decoding.generated_sequence import GeneratedSequence
 from nemo_ee.decoding.request import GenerationRequest, parse_request
-from nemo_ee.decoding.session import DecodingSession
 from nemo_ee.errors import ConfigError
 from nemo_ee.files.output import claim
-from nemo_ee.generation.generate import continue_over_stages
+from nemo_ee.generation.generate import continue_sequences
 from nemo_ee.generation.generating import generating, position_limit
 from nemo_ee.generation.prompts import tokenize_prompts
 from nemo_ee.generation.stopping import StopRule
@@ -38,8 +35,6 @@ Rounding depends on what else is in a pass; as a block is begun anew after an in
 its passes, the answers are those of an uninterrupted run to the last bit."""
 NAMES = {"user": "User", "assistant": "Assistant"}
 """What NeMo's chats call the roles."""
-JOINING = 8
-"""New prompts join when an eighth of the batch is free: a pass for one alone costs as much as for several."""
 
 
 def generate_tuning_text(config: TuningTextConfig, trainer: Any) -> AnswerFiles:
@@ -90,8 +85,9 @@ def _generate(config: TuningTextConfig, request: GenerationRequest, trainer: Any
                 stop.begin(ids[i], request, length, _seed(config.seed, i))
                 for i, length in zip(chosen, lengths, strict=True)
             ]
-            for finished in _answer(model, answers, config.batch_size):
-                bar.update(finished)
+            with generating(model):
+                for finished in continue_sequences(model, answers, config.batch_size):
+                    bar.update(finished)
             if first:
                 seconds = time.perf_counter() - began
                 asked = zip((prompts[i] for i in chosen), answers, strict=True)
@@ -134,25 +130,6 @@ def _is_time(config: TuningTextConfig, progress: Progress, block: int) -> bool:
     if config.minutes is None or not progress.prompts:
         return True
     return progress.seconds * (1 + block / progress.prompts) <= 60.0 * config.minutes
-
-
-def _answer(model: Any, answers: list[GeneratedSequence], slots: int) -> Iterator[int]:
-    """Generates until all are finished; yields after each step how many that did."""
-    with generating(model):
-        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            for first in range(0, len(answers), slots):
-                batch = answers[first : first + slots]
-                continue_over_stages(model.pipeline_groups(), model.decoding_model(), batch)
-                yield len(batch)
-            return
-        waiting = deque(answers)
-        longest = max(len(each.prompt) + each.limit - 1 for each in answers)
-        with DecodingSession(model.decoding_model(), [], slots, longest) as session:
-            while waiting or session.running:
-                ended: list[GeneratedSequence] = []
-                if waiting and session.free >= min(len(waiting), max(1, slots // JOINING)):
-                    ended += session.add([waiting.popleft() for _ in range(min(session.free, len(waiting)))])
-                yield len(ended + session.step())
 
 
 def _seed(seed: int, place: int) -> int:

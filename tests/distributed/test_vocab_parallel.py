@@ -128,13 +128,17 @@ def test_a_sharded_vocabulary_changes_nothing(tp, workers):
 def predictions(tp: int) -> tuple:
     """Tokens and confidences of sharded logits, and the number of all-reduces."""
     from nemo_ee.decoding.prediction import Prediction, Rows
+    from nemo_ee.modeling.row_summary import summarise_rows
 
     initialize_model_parallel(tp=tp)
     projection = projection_of(HEADS["untied"])
     with torch.no_grad():
         logits = projection.local_logits(whole_numbers(4, TOKENS, HIDDEN))
     made, count = counted(Prediction.from_logits, logits, Rows.of_exit(projection))
-    return made.tokens, made.confidence, count
+    summary = summarise_rows(logits, projection.emittable_rows())
+    (whole, top), again = counted(summary.over_ranks, projection.first_row, logits.amax(-1))
+    assert again == count and whole.row.equal(made.tokens) and whole.confidence.equal(made.confidence)
+    return made.tokens, made.confidence, count, whole.log_sum, top
 
 
 def test_a_prediction_takes_three(workers):
@@ -142,6 +146,8 @@ def test_a_prediction_takes_three(workers):
     highest = logits.amax(-1, keepdim=True)
     assert ((logits == highest).sum(-1) > 1).any(), "there are equal maxima"
     lowest = torch.where(logits == highest, torch.arange(VOCABULARY), VOCABULARY).amin(-1)
-    for tokens, confidence, count in workers(3).run(predictions, 3):
+    for tokens, confidence, count, log_sum, top in workers(3).run(predictions, 3):
+        torch.testing.assert_close(log_sum, logits.logsumexp(-1), rtol=1e-13, atol=0)
+        assert top.equal(highest[:, 0])
         assert tokens.equal(lowest) and count == 3
         torch.testing.assert_close(confidence, logits.softmax(-1).amax(-1), rtol=1e-13, atol=0)

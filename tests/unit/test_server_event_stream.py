@@ -57,10 +57,8 @@ def test_pings_come_while_nothing_else_does(monkeypatch):
     asyncio.run(asyncio.wait_for(stream({}, None, send), 10))
     bodies = [message["body"] for message in sent[1:]]
     kinds = ["ping" if body == PING else "event" if body.startswith(b"data: ") else "?" for body in bodies]
-    assert kinds == ["ping", "ping", "event", "ping", "ping", "event", "event"]
-    assert bodies[2].count(b"data: ") == 2 and b'"role":"assistant"' in bodies[2], (
-        "who speaks comes with a token"
-    )
+    assert kinds == ["ping", "ping", "event", "event", "ping", "ping", "event", "event"]
+    assert b'"role":"assistant"' in bodies[2], "who speaks comes with a token"
     decoder = SSEDecoder()
     read = [json.loads(event.data) for event in decoder.iter_bytes(iter(bodies)) if event.data != "[DONE]"]
     assert [chunk["choices"][0]["delta"]["content"] for chunk in read] == ["", "w", "x"]

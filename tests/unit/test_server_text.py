@@ -159,6 +159,20 @@ def test_stop_strings_against_a_search_of_the_whole_text():
     assert 500 < found < 2500
 
 
+def test_several_pieces_at_once_are_as_one_by_one():
+    dice, found = random.Random(1), 0
+    for _ in range(500):
+        stops = ["".join(dice.choices("ab", k=dice.randint(1, 4))) for _ in range(2)]
+        pieces = ["".join(dice.choices("abc", k=dice.randint(0, 3))) for _ in range(6)]
+        single, together = StopStrings(stops), StopStrings(stops)
+        expected = [piece for each in pieces if not single.stopped for piece in single.feed(each)]
+        settled = together.feed(*pieces)
+        assert together.stopped == single.stopped and settled[: len(expected)] == expected
+        assert not any(settled[len(expected) :]), "what follows a stop string has no text"
+        found += single.stopped
+    assert 100 < found < 490
+
+
 def test_pieces_that_cannot_begin_a_stop_string_do_not_wait():
     stop = StopStrings(["\n\n", "END"])
     assert stop.feed("the") == ["the"] and stop.feed(" E") == [] and stop.feed("xit") == [" E", "xit"]

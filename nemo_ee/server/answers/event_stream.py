@@ -54,7 +54,8 @@ class EventStream(Response):
                     if not started:
                         await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
                         started = True
-                    await send({"type": "http.response.body", "body": event, "more_body": True})
+                    if event:
+                        await send({"type": "http.response.body", "body": event, "more_body": True})
         except Exception as error:
             if not started:
                 raise
@@ -66,7 +67,8 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": end})
 
     async def _events(self, reply: Reply) -> AsyncIterator[bytes]:
-        coming = [_event(chunk) for chunk in self._answer.opening()]
+        """The events of the body; the first says that it has begun, and may be empty."""
+        opening = list(self._answer.opening())
         while not reply.done:
             try:
                 async with asyncio.timeout(PING_SECONDS):
@@ -74,9 +76,10 @@ class EventStream(Response):
             except TimeoutError:
                 yield PING
                 continue
-            coming += [_event(self._answer.chunk(i, delta)) for i, delta in sorted(new.items())]
-            yield b"".join(coming)
-            coming = []
+            if opening is not None:
+                yield b"".join(map(_event, opening))
+                opening = None
+            yield b"".join(_event(self._answer.chunk(i, delta)) for i, delta in sorted(new.items()))
         if self._include_usage:
             yield _event(self._answer.usage_chunk())
 

@@ -51,17 +51,10 @@ def make_plan(call: AnyRequest, model: ServedModel, config: ServerConfig) -> Req
     request = _generation_request(call, model, config, limit)
     tokenizer, decode = model.tokenizer, model.tokenizer.decode
     end_tokens, stop_strings = tokenizer.end_tokens(call.stop)
+    shared = request, end_tokens, tokenizer.eos, limit
     seed = secrets.randbits(63) if call.seed is None else call.seed
     choices = [
-        GeneratedSequence(
-            prompt,
-            request,
-            end_tokens,
-            tokenizer.eos,
-            limit,
-            (seed + i) % 2**64,
-            TextStream(decode, prompt, stop_strings),
-        )
+        GeneratedSequence(prompt, *shared, (seed + i) % 2**64, TextStream(decode, prompt, stop_strings))
         for prompt in prompts
         for i in range(call.n)
     ]
