@@ -61,11 +61,12 @@ def test_learns_from_the_documents_that_preprocessing_trains_on(source):
 
 def test_any_text_survives_and_documents_end(source):
     train_tokenizer(config(source))
-    tokenizer = DocumentTokenizer(TokenizerConfig(type=str(source.parent / "tokenizer")))
+    folder = str(source.parent / "tokenizer")
+    tokenizer, theirs = DocumentTokenizer(TokenizerConfig(type=folder)), AutoTokenizer.from_pretrained(folder)
     text = " Grüße,\n\n  \u4f60\u597d \U0001f600 ."
     ids = tokenizer.encode(text)
-    assert tokenizer._tokenizer.decode(ids) == text and tokenizer.eod not in ids
-    assert tokenizer._tokenizer.convert_ids_to_tokens(tokenizer.eod) == "<|endoftext|>"
+    assert theirs.decode(ids) == text and tokenizer.eod not in ids
+    assert theirs.convert_ids_to_tokens(tokenizer.eod) == "<|endoftext|>"
 
 
 def test_without_a_split_all_documents_count(source):
