@@ -62,15 +62,6 @@ def read_document(path: str | os.PathLike, name: str | os.PathLike | None = None
     return OmegaConf.create(model_config.checked(document, f"{name}: {CONFIG_NAME}"))
 
 
-def validate(path: str | os.PathLike) -> None:
-    """Checks that ``path`` is a whole NeMo checkpoint that is safe to extract and to build; writes nothing.
-
-    Raises:
-        CheckpointError: see :func:`read_config`.
-    """
-    read_document(path)
-
-
 def extract(
     path: str | os.PathLike,
     directory: str | os.PathLike,

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from nemo_ee.data.tokenizer import TokenizerConfig
 from nemo_ee.errors import DataError
-from nemo_ee.preprocessing.document_tokenizer import DocumentTokenizer, load_tokenizer
+from nemo_ee.preprocessing.document_tokenizer import DocumentTokenizer
 from nemo_ee.runtime.children import end_with_parent
 
 T = TypeVar("T")
@@ -89,7 +89,7 @@ def _start_worker(config: TokenizerConfig) -> None:
     global _worker_tokenizer
     end_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker_tokenizer = load_tokenizer(config)
+    _worker_tokenizer = DocumentTokenizer(config)
 
 
 def _encode_in_worker(texts: list[str]) -> list[list[int]]:

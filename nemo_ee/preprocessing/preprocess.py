@@ -17,7 +17,7 @@ from nemo_ee.data.split import assign_splits
 from nemo_ee.data.staged_datasets import StagedDatasets, output_files, staged_datasets
 from nemo_ee.errors import ConfigError, DataError, Fault
 from nemo_ee.files.output import claim
-from nemo_ee.preprocessing.document_tokenizer import DocumentTokenizer, load_tokenizer
+from nemo_ee.preprocessing.document_tokenizer import DocumentTokenizer
 from nemo_ee.preprocessing.encoding import encode_all
 from nemo_ee.preprocessing.preprocess_config import PreprocessConfig
 from nemo_ee.preprocessing.survey import Rules, Survey, kept_documents, survey_documents
@@ -59,7 +59,7 @@ def _preprocess(config: PreprocessConfig, prefixes: dict[str, Path], summary_pat
     documents = survey.documents
     labels = [""] * documents if config.split is None else assign_splits(documents, config.split, config.seed)
     with tokenizer_files(config.tokenizer) as tokenizer_config:
-        tokenizer = load_tokenizer(tokenizer_config)
+        tokenizer = DocumentTokenizer(tokenizer_config)
         eod = _end_of_document(config, tokenizer)
         encoded = encode_all(
             kept_documents(survey), tokenizer, tokenizer_config, config.workers, survey.characters

@@ -3,11 +3,12 @@
 
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 import torch.distributed as dist
 
-from nemo_ee.errors import CheckpointError
+from nemo_ee.errors import CheckpointError, ConfigError
 
 T = TypeVar("T")
 
@@ -22,7 +23,8 @@ def on_first_rank(work: Callable[[], T], group: dist.ProcessGroup | None = None)
         group: None for all ranks.
 
     Raises:
-        BaseException: what ``work`` raised; elsewhere its text in a RuntimeError, if it does not pickle.
+        BaseException: what ``work`` raised; elsewhere, where that does not pickle, a ConfigError or RuntimeError with
+            its text.
     """
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return work()
@@ -74,5 +76,7 @@ def _as_sent(error: BaseException) -> BaseException:
     try:
         pickle.loads(pickle.dumps(error))  # noqa: S301, our own
     except Exception:  # of whatever the error holds
+        if isinstance(error, ConfigError):
+            return ConfigError(*(replace(fault, value=str(fault.value)) for fault in error.faults))
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error

@@ -1,10 +1,10 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Runs NeMo's Megatron GPT stack where CUDA, Apex or Transformer Engine is absent: supplies what is missing.
 
-Nothing of the package changes other packages but what `enable` applies: the changes listed in `cuda_stand_ins`,
-where there is no CUDA, in `compiler_stand_ins`, where torch.compile cannot work, and in `apex_stand_ins`, where there
-is no Apex. For each they name the upstream symbol, the release it was checked against, why it is changed, and what
-replaces it. Without Transformer Engine nothing is missing: megatron-core has layers of its own.
+`enable` applies the changes listed in `cuda_stand_ins`, where there is no CUDA, in `compiler_stand_ins`, where
+torch.compile cannot work, and in `apex_stand_ins`, where there is no Apex. For each they name the upstream symbol, the
+release it was checked against, why it is changed, and what replaces it. Without Transformer Engine nothing is missing:
+megatron-core has layers of its own. What is changed although it is there: :mod:`nemo_ee.runtime.upstream`.
 
 1. Symbols of torch are replaced at once.
 2. Symbols of Lightning, Megatron and NeMo are replaced right after the module that defines them has been

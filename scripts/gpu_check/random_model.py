@@ -17,6 +17,7 @@ from transformers import LlamaConfig
 
 from nemo_ee.checkpoint.conversion import llama
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
+from tests.support.tiny_nemo import write_tiny_tokenizer
 
 BRANCH = 0.1
 """Root mean square of what an attention or an MLP adds to a state of 1, before averaging over positions."""
@@ -93,7 +94,7 @@ def build(shape: Shape, precision: str, work: Path) -> Any:
     config.make_vocab_size_divisible_by = 128
     config.tokenizer = {
         "library": "huggingface",
-        "type": write_tokenizer(shape.vocabulary, work / "tokenizer"),
+        "type": write_tiny_tokenizer(work / "tokenizer", shape.vocabulary - 1),
         "use_fast": True,
     }
     config.early_exit = exits
@@ -101,20 +102,6 @@ def build(shape: Shape, precision: str, work: Path) -> Any:
     model = MegatronGPTEarlyExitModel(config, tiny.trainer(precision if precision == "bf16" else 32))
     fill(model.gpt, shape)
     return model.eval()
-
-
-def write_tokenizer(tokens: int, folder: Path) -> str:
-    """A tokenizer of so many words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {"<eos>": 0, **{f"w{index}": index for index in range(1, tokens)}}
-    core = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<eos>").save_pretrained(
-        folder
-    )
-    return str(folder)
 
 
 @torch.no_grad()

@@ -91,11 +91,11 @@ def refused(tp, inputs):
 
 def refused_with_what_does_not_pickle(tp):
     """The error of this rank, for a value that the first one cannot send to the others."""
-    from nemo_ee.errors import GenerationError
+    from nemo_ee.errors import ConfigError
     from tests.support.tiny_gpt import tiny_model, tiny_model_config
 
     model = tiny_model(tiny_model_config(tp=tp), tp)
-    with pytest.raises(GenerationError) as caught:
+    with pytest.raises(ConfigError) as caught:
         model.generate(TEXTS, dict(max_length=4), dict(top_k=lambda: 5))
     return str(caught.value)
 

@@ -100,12 +100,11 @@ def pretrain(base: dict[str, Any], text: dict, words: list[str]) -> dict[str, An
 
 
 def generate(path: str, base: dict[str, Any]) -> dict[str, Any]:
-    from nemo_ee.running import generate as run
-    from nemo_ee.running.settings import GenerateConfig
+    from nemo_ee.running.restore import restore_model
     from tests.support.tiny_nemo import tiny_trainer
 
-    config = GenerateConfig(gpt_model_file=path, prompts=("",))
-    model = run.restore(config, tiny_trainer())
+    trainer = tiny_trainer()
+    model = restore_model(path, None, trainer, {"precision": trainer.precision, "megatron_amp_O2": False})
     text = model.tokenizer.ids_to_text(list(nemo_confs.PROMPT))
     lengths = dict(max_length=nemo_confs.NEW_TOKENS, min_length=nemo_confs.NEW_TOKENS)
     out = model.generate(

@@ -184,11 +184,11 @@ def broken_tokenizers() -> dict[str, tuple[str, str, list[str]]]:
     from nemo_ee.checkpoint.exits import adapter
     from nemo_ee.checkpoint.tokenizer import tokenizer_files
     from nemo_ee.data.tokenizer import TokenizerConfig
-    from nemo_ee.preprocessing.document_tokenizer import load_tokenizer
+    from nemo_ee.preprocessing.document_tokenizer import DocumentTokenizer
 
     def preprocess(path: str) -> None:
         with tokenizer_files(TokenizerConfig(nemo=path)) as description:
-            load_tokenizer(description)
+            DocumentTokenizer(description)
 
     folder, found = archive.extract("base.nemo", "unpacked"), {}
     (model,) = folder.glob("*.model")

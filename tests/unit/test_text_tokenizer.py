@@ -50,11 +50,11 @@ MAKERS = {
 @pytest.mark.parametrize("kind", MAKERS)
 def test_texts_begin_as_the_tokenizer_says(kind, tmp_path):
     from nemo_ee.data.tokenizer import TokenizerConfig
-    from nemo_ee.preprocessing.document_tokenizer import load_tokenizer
+    from nemo_ee.preprocessing.document_tokenizer import DocumentTokenizer
 
     MAKERS[kind](tmp_path).save_pretrained(tmp_path)
     theirs, mine = AutoTokenizer.from_pretrained(tmp_path), ours(tmp_path)
-    documents = load_tokenizer(TokenizerConfig(type=str(tmp_path)))
+    documents = DocumentTokenizer(TokenizerConfig(type=str(tmp_path)))
     for text in TEXTS:
         bare, expected = theirs(text, add_special_tokens=False).input_ids, theirs(text).input_ids
         if "EOS" in kind and kind != "BOS is EOS":
@@ -229,28 +229,28 @@ class TestSentencePiece:
 
     def test_preprocessing_loads_it_as_nemo_does(self, file):
         from nemo_ee.data.tokenizer import TokenizerConfig
-        from nemo_ee.preprocessing.document_tokenizer import load_tokenizer
+        from nemo_ee.preprocessing.document_tokenizer import DocumentTokenizer
 
         plain = dict(library="sentencepiece", model=str(file))
         for settings in ({}, dict(sentencepiece_legacy=False), dict(sentencepiece_legacy=True)):
-            loaded = load_tokenizer(TokenizerConfig(**plain, **settings))
+            loaded = DocumentTokenizer(TokenizerConfig(**plain, **settings))
             assert loaded.eod == 2 and loaded.before == []
         added = dict(special_tokens={"eos_token": "<|stop|>"}, additional_special_tokens=["<mark>"])
-        loaded = load_tokenizer(TokenizerConfig(**plain, **added, add_bos=True))
+        loaded = DocumentTokenizer(TokenizerConfig(**plain, **added, add_bos=True))
         assert loaded.eod == loaded.vocab_size - 2 and loaded.encode("the<mark>")[-1] == loaded.vocab_size - 1
         assert loaded.encode("the")[0] == 1 and loaded.encode("") == []
 
 
 def test_preprocessing_names_what_is_wrong(tmp_path):
     from nemo_ee.data.tokenizer import TokenizerConfig
-    from nemo_ee.preprocessing.document_tokenizer import load_tokenizer
+    from nemo_ee.preprocessing.document_tokenizer import DocumentTokenizer
     from nemo_ee.preprocessing.preprocess_config import PreprocessConfig
 
     tiny_chats.qwen_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(
         ConfigError, match="tokenizer.add_bos=True: the tokenizer has no BOS.*tokenizer.add_bos=false"
     ):
-        load_tokenizer(TokenizerConfig(type=str(tmp_path), add_bos=True))
+        DocumentTokenizer(TokenizerConfig(type=str(tmp_path), add_bos=True))
     values = dict(input="a.txt", output_prefix="out", tokenizer=dict(type=str(tmp_path), add_bos="yes"))
     with pytest.raises(ConfigError, match="tokenizer.add_bos=yes: must be true, false or null"):
         PreprocessConfig.from_dict(values)

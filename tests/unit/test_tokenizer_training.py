@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from nemo_ee.data.split import assign_splits
 from nemo_ee.data.tokenizer import TokenizerConfig
 from nemo_ee.errors import ConfigError, DataError
-from nemo_ee.preprocessing.document_tokenizer import HuggingFaceTokenizer
+from nemo_ee.preprocessing.document_tokenizer import DocumentTokenizer
 from nemo_ee.preprocessing.preprocess import preprocess
 from nemo_ee.preprocessing.preprocess_config import PreprocessConfig
 from nemo_ee.preprocessing.tokenizer_training import TokenizerTrainingConfig, train_tokenizer
@@ -61,11 +61,12 @@ def test_learns_from_the_documents_that_preprocessing_trains_on(source):
 
 def test_any_text_survives_and_documents_end(source):
     train_tokenizer(config(source))
-    tokenizer = HuggingFaceTokenizer(TokenizerConfig(type=str(source.parent / "tokenizer")))
+    folder = str(source.parent / "tokenizer")
+    tokenizer, theirs = DocumentTokenizer(TokenizerConfig(type=folder)), AutoTokenizer.from_pretrained(folder)
     text = " Grüße,\n\n  \u4f60\u597d \U0001f600 ."
     ids = tokenizer.encode(text)
-    assert tokenizer._tokenizer.decode(ids) == text and tokenizer.eod not in ids
-    assert tokenizer._tokenizer.convert_ids_to_tokens(tokenizer.eod) == "<|endoftext|>"
+    assert theirs.decode(ids) == text and tokenizer.eod not in ids
+    assert theirs.convert_ids_to_tokens(tokenizer.eod) == "<|endoftext|>"
 
 
 def test_without_a_split_all_documents_count(source):

@@ -37,7 +37,7 @@ class EarlyExitAdapterMixin:
         cls, restore_path: str, *args: Any, save_restore_connector: Any = None, **kwargs: Any
     ) -> Any:
         """NeMo's ``restore_from``, with :class:`EarlyExitSaveRestoreConnector` where none is given."""
-        archive.validate(restore_path)
+        archive.read_config(restore_path)  # which judges the whole, before NeMo looks at it
         connector = save_restore_connector or EarlyExitSaveRestoreConnector()
         return super().restore_from(restore_path, *args, save_restore_connector=connector, **kwargs)
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""Writing one file with several ranks: a failure of any is a failure of all, and leaves the old file."""
+"""Work of one rank, and one file of several: a failure of any is a failure of all, and leaves the old file."""
 
 from pathlib import Path
 
@@ -7,7 +7,8 @@ import pytest
 import torch.distributed as dist
 
 from nemo_ee.checkpoint import archive, shared_archive
-from nemo_ee.errors import CheckpointError
+from nemo_ee.errors import CheckpointError, ConfigError, Fault
+from nemo_ee.runtime import collective
 
 
 def save(path: str, failing: str | None) -> str | None:
@@ -50,3 +51,41 @@ def test_without_one_the_file_is_whole(workers, tmp_path):
     assert workers(2).run(save, str(path), None) == [None, None]
     root = archive.extract(path, tmp_path / "content")
     assert {file.name for file in (root / archive.WEIGHTS_DIRECTORY).iterdir()} == {"rank_0", "rank_1"}
+
+
+def share(ends: str) -> tuple[str, str] | None:
+    """What ranks 1 and 2 of three get of what the former does."""
+
+    class Local(Exception):
+        """Cannot be pickled."""
+
+    def work() -> str:
+        errors = {
+            "fault": ConfigError(Fault("a", 1, "rule", "remedy")),
+            "local": Local("why"),
+            "exit": SystemExit(3),
+        }
+        if ends in errors:
+            raise errors[ends]
+        return f"of rank {dist.get_rank()}"
+
+    group = dist.new_group([1, 2])
+    if dist.get_rank() == 0:
+        return None
+    try:
+        return "result", collective.on_first_rank(work, group)
+    except BaseException as error:
+        return type(error).__name__, str(error)
+
+
+@pytest.mark.parametrize(
+    ("ends", "first", "second"),
+    [
+        ("well", ("result", "of rank 1"), ("result", "of rank 1")),
+        ("fault", ("ConfigError", "a=1: rule; remedy"), ("ConfigError", "a=1: rule; remedy")),
+        ("local", ("Local", "why"), ("RuntimeError", "Local: why")),
+        ("exit", ("SystemExit", "3"), ("SystemExit", "3")),
+    ],
+)
+def test_all_get_what_the_first_of_a_group_gets_or_raises(workers, ends, first, second):
+    assert workers(3).run(share, ends, timeout=60) == [None, first, second]
