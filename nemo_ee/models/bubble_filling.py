@@ -16,8 +16,8 @@ from omegaconf import DictConfig, open_dict
 
 from nemo_ee.config import BubbleFillingConfig
 from nemo_ee.modeling.gpt import EarlyExitGPTModel
+from nemo_ee.training.bubble_plan import FULL, Pass, Plan, plan_step
 from nemo_ee.training.bubble_schedule import DirectionGroups, Event, forward_backward_by_plan
-from nemo_ee.training.bubbles import FULL, Pass, Plan, plan_step
 
 
 class BubbleFilling:

@@ -29,7 +29,7 @@ from nemo_ee.models.runs.finite_loss import require_finite
 from nemo_ee.models.runs.resumed_checkpoint import checkpoint_to_start_from
 from nemo_ee.models.training_metrics import TrainingMetrics
 from nemo_ee.models.weight_decay import decays_vectors
-from nemo_ee.training.bubbles import COOLDOWN, FULL
+from nemo_ee.training.bubble_plan import COOLDOWN, FULL
 from nemo_ee.training.deferred_loss import ExitTargets
 from nemo_ee.training.loss_schedule import layer_dropout_rate, loss_weights
 from nemo_ee.training.parameter_gathering import finish_gathering, gather_all
@@ -310,7 +310,7 @@ class MegatronGPTEEPretrainingModel(MegatronGPTEETrainingModel):
 
     def gradient_scale(self, kind: str) -> Tensor | float:
         """Megatron's factor of a micro-batch's loss, 1 / number of micro-batches and the loss scale; with
-        fills in the step, also their share (see `nemo_ee.training.bubbles`)."""
+        fills in the step, also their share (see `nemo_ee.training.bubble_plan`)."""
         scale = 1.0 / get_num_microbatches()
         if self.filling is not None:
             scale *= self.filling.loss_scale(kind)

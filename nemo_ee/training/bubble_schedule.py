@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""Runs a global batch in the order of a `nemo_ee.training.bubbles.Plan`, with Megatron's step functions.
+"""Runs a global batch in the order of a `nemo_ee.training.bubble_plan.Plan`, with Megatron's step functions.
 
 Megatron's own point-to-point functions pair a send with a receive in one call, which fixes who talks when;
 passes of fills come between. Here every message between two stages goes one way through a group of that
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from nemo_ee.modeling.tied_weight import gradient_of
 from nemo_ee.runtime.collective import gather
-from nemo_ee.training.bubbles import FULL, Pass, Plan
+from nemo_ee.training.bubble_plan import FULL, Pass, Plan
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def cases(arguments: Namespace) -> list[dict]:
 
 def measure(case: Mapping, arguments: Namespace) -> dict:
     """Runs both plans; of each its steps' times, and the passes of the step whose time is the median."""
-    from nemo_ee.training.bubbles import COOLDOWN, FULL, WARMUP, plan_step
+    from nemo_ee.training.bubble_plan import COOLDOWN, FULL, WARMUP, plan_step
     from tests.support.slept_stages import durations, run_alternately
 
     stages, unit, ratio = arguments.stages, arguments.unit / 1000, arguments.ratio

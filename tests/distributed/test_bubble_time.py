@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from nemo_ee.training.bubbles import plan_step
+from nemo_ee.training.bubble_plan import plan_step
 from tests.support.slept_stages import durations, run_alternately
 
 STAGES, MICRO_BATCHES, RATIO, UNIT, STEPS = 4, 8, 2.0, 0.05, 5

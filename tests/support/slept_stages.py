@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_ee.training.bubbles import Pass, Plan
+from nemo_ee.training.bubble_plan import Pass, Plan
 
 SEQUENCE, BATCH, HIDDEN = 4, 1, 8
 """Shape of the messages between stages: small, so that sending them takes next to nothing."""

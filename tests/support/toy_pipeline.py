@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_ee.training.bubbles import Plan
+from nemo_ee.training.bubble_plan import Plan
 
 WIDTH, TARGETS = 3, 2
 Gradients = dict[tuple[str, int], Tensor]

@@ -14,7 +14,7 @@ from statistics import NormalDist
 import pytest
 import torch
 
-from nemo_ee.training.bubbles import Plan, plan_step
+from nemo_ee.training.bubble_plan import Plan, plan_step
 from tests.support.toy_pipeline import TARGETS, WIDTH, Division, ToyPipeline
 
 BATCHES = 4000

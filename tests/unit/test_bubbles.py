@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from nemo_ee.training.bubbles import (
+from nemo_ee.training.bubble_plan import (
     COOLDOWN,
     FULL,
     WARMUP,

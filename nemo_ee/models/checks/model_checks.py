@@ -22,7 +22,7 @@ from nemo_ee.models.checks.key_rules import (
     TUNING,
     key_faults,
 )
-from nemo_ee.training.bubbles import most_fills
+from nemo_ee.training.bubble_plan import most_fills
 
 LAYER_SPECS = ("", "te_gpt", "decoder_block_gpt")
 """NeMo's names (`model.name`) of megatron-core's plain GPT layers."""
