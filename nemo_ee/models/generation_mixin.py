@@ -34,7 +34,7 @@ USUAL_LENGTH = 2048
 class GenerationMixin:
     """Generation with early exits, through NeMo's own signature. Mix it in before `MegatronGPTModel`."""
 
-    _looked_for_untuned_exits = False
+    _looked_for_untuned_exits = _said_exits_are_off = False
     _decoding_model: DecodingModel | None = None
     _pipeline_groups: PipelineGroups | None = None
     _text_tokenizer: TextTokenizer | None = None
@@ -203,8 +203,9 @@ class GenerationMixin:
 
     def say_if_exits_are_off(self) -> None:
         """Says once how to get thresholds, if the model has exits and no threshold for them."""
-        if self.early_exit.layers and self.early_exit.inference.known_threshold is None:
-            logging.warning(EXITS_ARE_OFF, mode=LogMode.ONCE)
+        if not self._said_exits_are_off and self.early_exit.inference.known_threshold is None:
+            logging.warning(EXITS_ARE_OFF)
+        self._said_exits_are_off = True
 
     def warn_of_untuned_exits(self) -> None:
         """Warns once of exits whose own projection is all zeros; only the first call looks."""

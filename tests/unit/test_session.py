@@ -50,8 +50,8 @@ def full_text(gpt, prompt, steps=STEPS):
 
 def new_session(gpt, slots, layers=LAYERS, **options):
     """Lossless sequences draft whether it pays or not."""
-    from nemo_ee.decoding.decoding_model import DecodingModel
     from nemo_ee.decoding.assumed_prices import prices_of
+    from nemo_ee.decoding.decoding_model import DecodingModel
     from nemo_ee.decoding.session import DecodingSession
 
     model = DecodingModel(gpt)
