@@ -43,7 +43,7 @@ class ExitPolicy:
         self._shares: dict[tuple[str, int, float], Share] = {}
         self._saved, self._worst, self._steps, self._owed = 0.0, 0.0, 0, 0
         self._asked_for: tuple = ()
-        self._plan: tuple[int, ...] = ()
+        self._plan = 0
 
     def share(self, kind: str, exit_index: int, threshold: float) -> Share:
         """How often a token has "left" by an exit, a draft of it was "sure", and then "right"."""
@@ -64,8 +64,11 @@ class ExitPolicy:
         self._owed = owed
         self._saved = min(self._saved + (1 + LOSS) * tokens / sequences * full - spent, LOSS * SAVED * full)
 
-    def ask(self, rows: Sequence[Sequence[float]], others: int) -> tuple[int, ...]:
-        """Indices of the exits to ask in a step.
+    def ask(self, rows: Sequence[Sequence[float]], others: int) -> int:
+        """How many exits to ask in a step, from the first on; those behind are not asked.
+
+        Never one behind an exit that is left out: so a token leaves where it would if all were asked, or goes through
+        all layers, and agrees with full depth no less often.
 
         Args:
             rows: thresholds of all exits, of the sequences that it is decided for.
@@ -78,37 +81,33 @@ class ExitPolicy:
         self._steps += 1
         if self._worst > self._allowance(len(rows) + others):
             self._steps = PLAN_STEPS
-            return ()
+            return 0
         return self._plan
 
     def observe(self, row: Sequence[float], layer: int) -> None:
         """Counts a token that these thresholds were asked for, `NEVER` for none, and that left at a layer."""
         for k, threshold in enumerate(row):
-            if is_asked(threshold):  # one that has left is sure enough for deeper exits, too
+            if is_asked(threshold):
                 self.share("left", k, threshold).observe(layer <= self.layers[k], 1)
 
-    def _best_plan(self, rows: Sequence[Sequence[float]], others: int) -> tuple[tuple[int, ...], float]:
-        """The exits that together promise most, found one after the other, and what asking them may lose."""
-        count = len(rows)
-        users = {k: [row[k] for row in rows if is_asked(row[k])] for k in range(len(self.layers))}
-        left = {k: sum(self.share("left", k, t).hoped for t in u) / count for k, u in users.items() if u}
-        plan: tuple[int, ...] = ()
-        price = (1 - MARGIN[0]) * self.prices.full_depth(count + others)
-        while tries := {k: tuple(sorted((*plan, k))) for k in left if k not in plan}:
-            prices = {
-                k: step_price(
-                    self.prices, [self.layers[j] for j in each], [left[j] for j in each], count, others
-                )
-                for k, each in tries.items()
-            }
-            best = min(prices, key=prices.__getitem__)
-            if prices[best] >= price:
-                break
-            plan, price = tries[best], prices[best]
-        for k in left.keys() - set(plan):
+    def _best_plan(self, rows: Sequence[Sequence[float]], others: int) -> tuple[int, float]:
+        """The exits that promise most, and what asking them may lose."""
+        count, plan, worst = len(rows), 0, 0.0
+        least = (1 - MARGIN[0]) * self.prices.full_depth(count + others)
+        asked: list[int] = []
+        left: list[float] = []
+        for k, layer in enumerate(self.layers):
+            users = [row[k] for row in rows if is_asked(row[k])]
+            if users:
+                asked.append(layer)
+                left.append(sum(self.share("left", k, threshold).hoped for threshold in users) / count)
+                price = step_price(self.prices, asked, left, count, others)
+                if price < least:
+                    plan, least, worst = k + 1, price, worst_asking(self.prices, asked, count, others)
+        for k in range(plan, len(self.layers)):
             for threshold in {row[k] for row in rows}:
                 self.share("left", k, threshold).forget()
-        return plan, worst_asking(self.prices, [self.layers[k] for k in plan], count, others) if plan else 0.0
+        return plan, worst
 
     def draft(self, rows: Sequence[Sequence[float]]) -> Round | None:
         """The round to come of lossless sequences with these thresholds; None for a token at full depth."""

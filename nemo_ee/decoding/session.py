@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 from nemo_ee.decoding.assumed_prices import prices_of
 from nemo_ee.decoding.choosing import Chooser, TokenDistributions, TokenSlot
-from nemo_ee.decoding.confidence_rules import CONFIDENCE_RULES
 from nemo_ee.decoding.decoder import EarlyExitDecoder
 from nemo_ee.decoding.decoding_model import DecodingModel
 from nemo_ee.decoding.drafts.lossless import LosslessRounds
@@ -59,8 +58,7 @@ class DecodingSession:
         self._decoder = EarlyExitDecoder(
             model, exit_layers, slots, max_length, kv_policy, confidence, self._policy.prices
         )
-        # What rules that look back and other KV policies do depends on exits that are asked before, and later.
-        self._asks_all = kv_policy != "catch_up" or CONFIDENCE_RULES[confidence].looks_back
+        self._asks_all = kv_policy != "catch_up"  # the others are there to be compared, and priced otherwise
         self._rounds = LosslessRounds(self._policy)
 
     def __enter__(self) -> "DecodingSession":
@@ -144,7 +142,7 @@ class DecodingSession:
         if any(is_asked(threshold) for i in free for threshold in rows[i]):
             asked = self._policy.ask([rows[i] for i in free], len(going) - len(free))
             for i in free:
-                rows[i] = [threshold if k in asked else NEVER for k, threshold in enumerate(rows[i])]
+                rows[i] = [*rows[i][:asked], *[NEVER] * (len(rows[i]) - asked)]
         return rows
 
     def _asks_always(self, sequence: GeneratedSequence) -> bool:

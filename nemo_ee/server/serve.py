@@ -14,6 +14,7 @@ import uvicorn
 from nemo.utils import logging
 
 from nemo_ee.config import EarlyExitConfig
+from nemo_ee.decoding.assumed_prices import prices_of
 from nemo_ee.decoding.request import GenerationRequest, parse_request
 from nemo_ee.decoding.session import DecodingSession
 from nemo_ee.errors import ConfigError, Fault, GenerationError
@@ -147,9 +148,17 @@ def create_service(config: ServerConfig, model: Any) -> Service:
         metrics,
     )
     engine.start()
+    with generating(model):
+        prices = prices_of(model.decoding_model()).shown()
     gpt = model.gpt
     served = ServedModel(
-        config.served_name, tokenizer, model.early_exit, usual, gpt.config.num_layers, gpt.true_vocab_size
+        config.served_name,
+        tokenizer,
+        model.early_exit,
+        usual,
+        gpt.config.num_layers,
+        gpt.true_vocab_size,
+        prices,
     )
     return Service(config, served, engine, metrics)
 
