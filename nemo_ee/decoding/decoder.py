@@ -80,6 +80,7 @@ class EarlyExitDecoder:
         self.segments = [memory.segment(low, high) for low, high in pairwise(self._edges)]
         self.filled: list[list[int]] = [[] for _ in self.segments]
         self.layers_run: list[int] = []
+        self._entered: list[list[int]] = [[] for _ in self.exits]  # tokens that each exit's block has seen
         self.prices, self.spent = prices or prices_of(model), 0.0
         self._written = [0] * rows  # positions of each row that may hold what no sequence there reads
         self.history = None
@@ -132,6 +133,7 @@ class EarlyExitDecoder:
                 self._move(order[-1], row)
                 order[row] = order.pop()
         self.filled = [[counts[row] for row in order] for counts in self.filled]
+        self._entered = [[counts[row] for row in order] for counts in self._entered]
         self.layers_run = [self.layers_run[row] for row in order]
         return order
 
@@ -140,7 +142,7 @@ class EarlyExitDecoder:
         for k, segment in enumerate(self.segments):
             segment.move(source, target, self.filled[k][source])
         for k, point in enumerate(self.exits):
-            point.move(source, target, self.filled[k][source])
+            point.move(source, target, self._entered[k][source])
         if self.history is not None:
             self.history[target] = self.history[source]
         self._written[target] = self.filled[0][source]
@@ -161,7 +163,7 @@ class EarlyExitDecoder:
     def roll_back(self, row: int, length: int) -> None:
         """Forgets a sequence's tokens from position `length` on."""
         self._note_written(row)
-        for counts in self.filled:
+        for counts in (*self.filled, *self._entered):
             counts[row] = min(counts[row], length)
 
     def prefill(self, prompts: Sequence[Sequence[int]], all_positions: bool = False) -> Step:
@@ -188,6 +190,7 @@ class EarlyExitDecoder:
             x = segment(x, packed)
             if k < len(self.exits):
                 self.exits[k].fill_block(x, packed)
+                self._entered[k] += counts
             self.filled[k] += counts
         self.layers_run += [count * self.final_layer for count in counts]
         prediction = self.output.predict(x if all_positions else x[packed.last])
@@ -226,7 +229,6 @@ class EarlyExitDecoder:
                 continue
             x = self._run_segments(first, k, x, packed)
             first = k + 1
-            inside = point.enter_block(x, packed)
             asked = [
                 j
                 for j, i in enumerate(here)
@@ -238,7 +240,7 @@ class EarlyExitDecoder:
                 indices = [here[j] for j in asked]
                 drafts = hold is not None and all(hold[i] == k for i in indices)
                 before = x[last]
-                behind = before if inside is x else inside[last]
+                behind = before if point.block is None else self._behind_block(k, [where[i] for i in indices])
                 prediction, sure, best = point.predict(before, behind, indices, trail, drafts)
                 price = self.prices.draft_head if drafts else self.prices.head
                 self.spent += price(point.layer, len(asked))
@@ -278,8 +280,6 @@ class EarlyExitDecoder:
                 while last < len(self.exits) and self._passes_by(last, list(rows), packed):
                     last += 1
                 x = self._run_segments(first + 1, last, self.exits[first].pending(packed), packed)
-                if last < len(self.exits):
-                    self.exits[last].enter_block(x, packed)
             first = last
         assert packed.rows == list(rows), "every sequence must have pending tokens"
         return self._final_prediction(x), packed.counts
@@ -313,8 +313,20 @@ class EarlyExitDecoder:
         return [behind[row] for row in rows]
 
     def _passes_by(self, k: int, rows: list[int], packed: PackedTokens) -> bool:
-        """Whether a pack goes on behind exit k as it is, and has no block to enter there."""
-        return self.exits[k].block is None and self._starts(k, rows) == packed.starts
+        """Whether a pack goes on behind exit k as it is."""
+        return self._starts(k, rows) == packed.starts
+
+    def _behind_block(self, k: int, rows: list[int]) -> Tensor:
+        """[N, H] the last tokens of some sequences behind exit k's block, which first sees all before them that it has
+        not seen: those for which the exit was not asked."""
+        point, starts = self.exits[k], [self._entered[k][row] for row in rows]
+        counts = [self.filled[k][row] - start for row, start in zip(rows, starts, strict=True)]
+        packed = PackedTokens(self.table, rows, starts, counts)
+        for row in rows:
+            self._entered[k][row] = self.filled[k][row]
+        once = self.prices.segment(0, 1, len(rows))  # part of the head's price
+        self.spent += self.prices.segment(0, 1, packed.tokens) - once
+        return point.enter_block(point.pending(packed), packed)[packed.last]
 
     def _run_segments(self, first: int, last: int, x: Tensor, packed: PackedTokens) -> Tensor:
         """Several segments in a row, without asking the exits between them."""
@@ -334,7 +346,7 @@ class EarlyExitDecoder:
         for j in range(k + 1, len(self.segments)):
             self.passes.fill(self._edges[j], self._edges[j + 1], x, packed)
             if j < len(self.exits):
-                self.exits[j].enter_block(x, packed)
+                packed.store(x, self.exits[j].hidden)
             for row in rows:
                 self.filled[j][row] = self.filled[k][row]
 
