@@ -36,12 +36,16 @@ class ExitPolicy:
     All is priced, and an account kept against full depth. What may not pay is done only while the account, after the
     worst that can come of it, is no lower than `LOSS` of full depth's price so far (`CREDIT` and `SAVED` apart). So
     exits that never pay are hardly asked, whatever was expected of them, and learning goes on at that price.
+
+    Attributes:
+        owed: tokens times layers that wait at exits, as last booked.
     """
 
     def __init__(self, prices: PassPrices, exit_layers: Sequence[int]):
         self.prices, self.layers = prices, list(exit_layers)
         self._shares: dict[tuple[str, int, float], Share] = {}
-        self._saved, self._worst, self._steps, self._owed = 0.0, 0.0, 0, 0
+        self.owed = 0
+        self._saved, self._worst, self._steps = 0.0, 0.0, 0
         self._asked_for: tuple = ()
         self._plan = 0
 
@@ -60,8 +64,8 @@ class ExitPolicy:
             owed: tokens times layers that wait at exits; they are booked before they are run.
         """
         full = self.prices.full_depth(sequences)
-        spent += (owed - self._owed) * self.prices.later_layer
-        self._owed = owed
+        spent += (owed - self.owed) * self.prices.later_layer
+        self.owed = owed
         self._saved = min(self._saved + (1 + LOSS) * tokens / sequences * full - spent, LOSS * SAVED * full)
 
     def ask(self, rows: Sequence[Sequence[float]], others: int) -> int:
@@ -105,8 +109,8 @@ class ExitPolicy:
                 if price < least:
                     plan, least, worst = k + 1, price, worst_asking(self.prices, asked, count, others)
         for k in range(plan, len(self.layers)):
-            for threshold in {row[k] for row in rows}:
-                self.share("left", k, threshold).forget()
+            for threshold in {row[k] for row in rows if is_asked(row[k])}:
+                self.share("left", k, threshold).forget(PLAN_STEPS)
         return plan, worst
 
     def draft(self, rows: Sequence[Sequence[float]]) -> Round | None:
@@ -121,10 +125,8 @@ class ExitPolicy:
                 sure, right = (
                     sum(self.share(kind, k, t).mean for t in users) / count for kind in ("sure", "right")
                 )
-                full, rate = (
-                    self.prices.full_depth(count),
-                    round_rate(self.prices, layer, n, count, sure, right),
-                )
+                full = self.prices.full_depth(count)
+                rate = round_rate(self.prices, layer, n, count, sure, right)
                 gain = full - count / rate
                 if gain > max(most, full * (1 - 1 / (1 + MARGIN[1]))):
                     best, most = Round(k, n), gain

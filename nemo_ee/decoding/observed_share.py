@@ -29,7 +29,8 @@ class Share:
         fade = min(1.0, MEMORY / (self._all + of))
         self._yes, self._all = (self._yes + yes) * fade, (self._all + of) * fade
 
-    def forget(self) -> None:
-        """Goes a little towards what was expected before."""
-        self._yes += FORGET * (self._prior * WEIGHT - self._yes)
-        self._all += FORGET * (WEIGHT - self._all)
+    def forget(self, steps: int = 1) -> None:
+        """Goes a little towards what was expected before, as of so many steps without an observation."""
+        part = min(1.0, FORGET * steps)
+        self._yes += part * (self._prior * WEIGHT - self._yes)
+        self._all += part * (WEIGHT - self._all)

@@ -23,9 +23,8 @@ class DecodingSession:
     depends on all that decode together, and on prices, see `ExitPolicy`. A sequence of a request that asks always
     has tokens that do not depend on its neighbours; sampled ones neither, as each draws from its own seed. A lossless
     one's greedy tokens neither; of sampled ones how many drafts a round has, and so which random number is for what,
-    depends on all in it. All
-    tensor-parallel ranks make the same calls and get the same tokens. Use it under `generating`, from one
-    thread, and as a context manager, so that what the model lends it is given back in time.
+    depends on all in it. All tensor-parallel ranks make the same calls and get the same tokens. Use it under
+    `generating`, from one thread, and as a context manager, so that what the model lends it is given back in time.
 
     Args:
         model: the whole model, on one pipeline stage.
@@ -102,7 +101,9 @@ class DecodingSession:
             self._feed(rows)
         if rounds.round is not None and rounds.members == rounds.waiting:
             self._verify([s for s in running if s in rounds.members])
-        if running and not any(self._asks_always(s) for s in running):
+        if any(self._asks_always(s) for s in running):  # what those cost is not the policy's choice
+            self._policy.owed = self._decoder.owed
+        elif running:
             made = sum(len(s.tokens) for s in running) - tokens
             self._policy.settle(made, self._decoder.spent - before, len(running), self._decoder.owed)
         return self._retire()

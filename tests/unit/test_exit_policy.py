@@ -188,7 +188,7 @@ def test_it_comes_back_to_exits_that_let_tokens_leave_again():
 
 
 @pytest.mark.parametrize("kind", GROWTH)
-@pytest.mark.parametrize("sequences", [1, 2, 4, 16])
+@pytest.mark.parametrize("sequences", [1, 2, 5])
 def test_whatever_exits_do_asking_loses_no_more_than_stated(kind, sequences):
     """Tokens that never leave, leave one by one, change their mind, or leave when that costs most."""
     texts = {
@@ -199,7 +199,7 @@ def test_whatever_exits_do_asking_loses_no_more_than_stated(kind, sequences):
         "then never": lambda step, _: (1.0, 1.0) if step < 200 else (0.0, 0.0),
         "every other": lambda step, _: (step % 2,) * 2,
     }
-    for (name, left), tokens in itertools.product(texts.items(), (16, 64, 500)):
+    for (name, left), tokens in itertools.product(texts.items(), (16, 64, 300)):
         price, _ = play(ExitPolicy(made_up(kind), (4, 8)), left, tokens, sequences)
         at_last = 1 / tokens  # a pass for what waits at the end, which a text that ends does not run
         assert price <= 1 + LOSS * (1 + CREDIT / tokens) + at_last, (name, tokens, price)
@@ -264,7 +264,7 @@ def test_whatever_drafts_do_the_loss_is_bounded(kind, sequences):
         "right, then wrong": ((1, 1), lambda made: (made < 200,) * 2),
         "one of ten": ((1, 1), lambda made: (made % 10 < 1,) * 2),
     }
-    for (name, (sure, right)), tokens in itertools.product(texts.items(), (8, 24, 64, 500)):
+    for (name, (sure, right)), tokens in itertools.product(texts.items(), (8, 64, 300)):
         price, _ = play_rounds(ExitPolicy(made_up(kind), (4, 8)), sure, right, tokens, sequences=sequences)
         assert price <= 1 + LOSS * (1 + CREDIT / tokens) + 1e-9, (name, tokens)
 
@@ -274,7 +274,7 @@ def test_a_bad_text_loses_little_after_many_good_ones(before):
     """A server's policy lives as long as the server."""
     policy = ExitPolicy(made_up(exits=(4,)), (4,))
     own = dict(thresholds=(0.5,))
-    price, _ = play_rounds(policy, (0.95 if before == "right" else 0.0,), (0.98,), 5000, **own)
+    price, _ = play_rounds(policy, (0.95 if before == "right" else 0.0,), (0.98,), 3000, **own)
     assert price < 0.9 or before == "never sure"
     for seed in range(3):
         price, _ = play_rounds(policy, (0.95,), (0.0,), 500, seed, **own)
@@ -335,9 +335,9 @@ def test_expected_rate_is_the_average():
             def draft(self, rows, n=n):
                 return Round(0, n)
 
-        price, _ = play_rounds(Fixed(prices, (4, 8)), (0.5, 0), (0.8, 0), 20_000)
+        price, _ = play_rounds(Fixed(prices, (4, 8)), (0.5, 0), (0.8, 0), 8000)
         rate = round_rate(prices, 4, n, 1, 0.5, 0.8)
-        assert 1 / (price * prices.full_depth(1)) == pytest.approx(rate, rel=0.02)
+        assert 1 / (price * prices.full_depth(1)) == pytest.approx(rate, rel=0.03)
 
 
 @pytest.mark.parametrize("sequences", [1, 3])
@@ -348,9 +348,9 @@ def test_expected_price_is_the_average(kind, sequences):
     left = {0: 0.4, 1: 0.7}
     for plan in ((0,), (1,), (0, 1)):
         policy = ExitPolicy(made_up(kind), (4, 8))
-        price, _ = play(policy, (0.4, 0.7), 6000, sequences, ask=plan)
+        price, _ = play(policy, (0.4, 0.7), 3000, sequences, ask=plan)
         layers, shares = [policy.layers[k] for k in plan], [left[k] for k in plan]
         expected = step_price(policy.prices, layers, shares, sequences, 0) / policy.prices.full_depth(
             sequences
         )
-        assert price == pytest.approx(expected, rel=0.03), plan
+        assert price == pytest.approx(expected, rel=0.04), plan

@@ -391,7 +391,9 @@ def in_its_own_way(gpt, s):
 @pytest.mark.parametrize(
     "head", ["block, MLP, linear, untied", "norm, tied", "linear, shortlist", "MLP, untied"]
 )
-@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "torch"])
+@pytest.mark.parametrize(
+    "kernels", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["kernels", "torch"]
+)
 def test_what_is_skipped_changes_no_answer_of_what_is_asked(head, kernels, monkeypatch):
     """Random arrivals, cancellations and lossless rounds, and exits skipped in every pattern: a token is its exit's
     answer to the text before it, or full depth's; a lossless text is full depth's, and one whose exits are asked always
@@ -407,7 +409,7 @@ def test_what_is_skipped_changes_no_answer_of_what_is_asked(head, kernels, monke
     gpt, rng = tiny_model(config, dtype=torch.float64).gpt, random.Random(head)
     policy = AsksAtRandom(prices_of(DecodingModel(gpt)), LAYERS, seed=3)
     sequences = []
-    for n in range(12):
+    for n in range(9):
         prompt = [rng.randrange(6, 200) for _ in range(rng.randint(1, 12))]
         exits = {k: rng.choice([0.0, 0.01, 0.02, 0.05, 0.3]) for k in LAYERS if rng.random() < 0.8}
         sequences.append(sequence(prompt, exits, n % 3 == 0, limit=rng.randint(2, 14), always=n % 3 == 1))
