@@ -388,12 +388,16 @@ def in_its_own_way(gpt, s):
     return generate_uncached(gpt, s.prompt, len(s.tokens), taken)
 
 
-@pytest.mark.parametrize(
-    "head", ["block, MLP, linear, untied", "norm, tied", "linear, shortlist", "MLP, untied"]
-)
-@pytest.mark.parametrize(
-    "kernels", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["kernels", "torch"]
-)
+WAYS = [
+    ("block, MLP, linear, untied", True),
+    ("norm, tied", False),
+    ("linear, shortlist", True),
+    ("MLP, untied", False),
+]
+SLOW_WAYS = [pytest.param(head, not kernels, marks=pytest.mark.slow) for head, kernels in WAYS]
+
+
+@pytest.mark.parametrize("head, kernels", [*WAYS, *SLOW_WAYS])
 def test_what_is_skipped_changes_no_answer_of_what_is_asked(head, kernels, monkeypatch):
     """Random arrivals, cancellations and lossless rounds, and exits skipped in every pattern: a token is its exit's
     answer to the text before it, or full depth's; a lossless text is full depth's, and one whose exits are asked always
