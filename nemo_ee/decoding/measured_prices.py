@@ -14,9 +14,8 @@ from nemo_ee.decoding.cuda.captured_decoding import passes_for
 from nemo_ee.decoding.decoding_model import DecodingModel
 from nemo_ee.decoding.exit_point import ExitPoint
 from nemo_ee.decoding.layers.packed_tokens import PackedTokens
-from nemo_ee.decoding.pass_prices import PassPrices
+from nemo_ee.decoding.pass_prices import PassPrices, read_prices
 from nemo_ee.decoding.transfer import to_device, to_host
-from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.runtime.collective import on_first_rank
 
 TOKENS = (1, 2, 4, 5, 8, 16)
@@ -60,24 +59,12 @@ def prices_for(model: DecodingModel, file: str | None) -> PassPrices:
         file: JSON; None always measures.
 
     Raises:
-        ConfigError: a file that is none of prices, or of another model or other weights.
+        ConfigError: see `read_prices`.
         OutputError: it cannot be written.
     """
 
-    def known() -> PassPrices | None:
-        if file is None or not Path(file).exists():
-            return None
-        prices = PassPrices.read(Path(file), "prices_file")
-        ours = model.final_layer, tuple(sorted(model.heads)), model.weights
-        theirs = prices.num_layers, prices.exits, prices.weights
-        if ours != theirs:
-            rule = "its {} layers, exits {} and weights={} are not the model's {}, {} and {}".format(
-                *theirs, *ours
-            )
-            raise ConfigError(Fault("prices_file", file, rule, "name another file, which is then written"))
-        return prices
-
-    found = on_first_rank(known, _group())
+    of = model.final_layer, sorted(model.heads), model.weights
+    found = on_first_rank(lambda: read_prices(file, *of), _group())
     if found is None:
         found = measured_prices(model)
         if file is not None:

@@ -145,3 +145,33 @@ class PassPrices:
         if any(not 0 <= seconds < inf for row in rows for seconds in row) or not all(self.layer):
             return "seconds must be 0 or more, and a layer's above 0"
         return ""
+
+
+def read_prices(file: str | None, num_layers: int, exits: Sequence[int], weights: str) -> PassPrices | None:
+    """What a file says of a model's passes; None where there is none yet.
+
+    Args:
+        file: the setting `prices_file`.
+        num_layers: of the model.
+        exits: all of its exit layers, ascending.
+        weights: how decoding holds them.
+
+    Raises:
+        ConfigError: a file that is none of prices, or of another model or other weights; no folder to write it to.
+    """
+    if file is None:
+        return None
+    if not Path(file).exists():
+        if not Path(file).absolute().parent.is_dir():
+            raise ConfigError(
+                Fault("prices_file", file, "its directory does not exist", "create it, or write elsewhere")
+            )
+        return None
+    prices = PassPrices.read(Path(file), "prices_file")
+    ours, theirs = (num_layers, tuple(exits), weights), (prices.num_layers, prices.exits, prices.weights)
+    if ours != theirs:
+        rule = "its {} layers, exits {} and weights={} are not the model's {}, {} and {}".format(
+            *theirs, *ours
+        )
+        raise ConfigError(Fault("prices_file", file, rule, "name another file, which is then written"))
+    return prices

@@ -15,6 +15,7 @@ from nemo.utils import logging
 
 from nemo_ee.config import EarlyExitConfig
 from nemo_ee.decoding.assumed_prices import prices_of
+from nemo_ee.decoding.pass_prices import read_prices
 from nemo_ee.decoding.request import GenerationRequest, parse_request
 from nemo_ee.decoding.session import DecodingSession
 from nemo_ee.errors import ConfigError, Fault, GenerationError
@@ -79,6 +80,7 @@ def check(config: ServerConfig) -> None:
     most_connections(config)
     base, early_exit = read_exits(config)
     usual_request(config, early_exit)
+    read_prices(config.prices_file, base.num_layers, early_exit.layers, config.weights)
     limit = position_limit(base)
     if config.max_prompt_tokens + config.max_tokens > limit + 1:
         tokens = min(config.max_tokens, (limit + 1) // 2)
