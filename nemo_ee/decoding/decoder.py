@@ -16,12 +16,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from nemo_ee.decoding.assumed_prices import prices_of
 from nemo_ee.decoding.confidence_rules import CONFIDENCE_RULES
 from nemo_ee.decoding.cuda.captured_decoding import passes_for
 from nemo_ee.decoding.decoding_model import DecodingModel
 from nemo_ee.decoding.exit_point import ExitPoint, Trail
 from nemo_ee.decoding.layers.packed_tokens import PackedTokens
 from nemo_ee.decoding.leaving import is_asked, leaves
+from nemo_ee.decoding.pass_prices import PassPrices
 from nemo_ee.decoding.prediction import Prediction
 from nemo_ee.decoding.step import Part, Step
 from nemo_ee.decoding.transfer import to_device
@@ -46,10 +48,12 @@ class EarlyExitDecoder:
         max_length: positions to reserve per sequence.
         kv_policy: see `KV_POLICIES`.
         confidence: name of the rule by which exits are sure, see `CONFIDENCE_RULES`.
+        prices: of passes; None for the model's.
 
     Attributes:
         filled: [segments][sequences] tokens that went through each segment.
         layers_run: [sequences] passes of one token through one layer so far, without exits' own blocks.
+        spent: price of all passes so far but prompts'.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class EarlyExitDecoder:
         max_length: int,
         kv_policy: str = "catch_up",
         confidence: str = "max_probability",
+        prices: PassPrices | None = None,
     ):
         assert kv_policy in KV_POLICIES, kv_policy
         assert model.output is not None, "the whole model, on one pipeline stage"
@@ -75,6 +80,8 @@ class EarlyExitDecoder:
         self.segments = [memory.segment(low, high) for low, high in pairwise(self._edges)]
         self.filled: list[list[int]] = [[] for _ in self.segments]
         self.layers_run: list[int] = []
+        self._entered: list[list[int]] = [[] for _ in self.exits]  # tokens that each exit's block has seen
+        self.prices, self.spent = prices or prices_of(model), 0.0
         self._written = [0] * rows  # positions of each row that may hold what no sequence there reads
         self.history = None
         if kv_policy == "recompute":
@@ -99,6 +106,15 @@ class EarlyExitDecoder:
         """How many tokens of a sequence wait at the exit of that index (in order of depth)."""
         return self.filled[exit_index][row] - self.filled[exit_index + 1][row]
 
+    @property
+    def owed(self) -> int:
+        """Tokens times layers that wait at exits."""
+        edges = pairwise(self._edges)
+        return sum(
+            (high - low) * (sum(self.filled[0]) - sum(counts))
+            for (low, high), counts in zip(edges, self.filled, strict=True)
+        )
+
     def drop(self, rows: Sequence[int]) -> list[int]:
         """Removes sequences; the last ones move into the gaps.
 
@@ -117,6 +133,7 @@ class EarlyExitDecoder:
                 self._move(order[-1], row)
                 order[row] = order.pop()
         self.filled = [[counts[row] for row in order] for counts in self.filled]
+        self._entered = [[counts[row] for row in order] for counts in self._entered]
         self.layers_run = [self.layers_run[row] for row in order]
         return order
 
@@ -125,7 +142,7 @@ class EarlyExitDecoder:
         for k, segment in enumerate(self.segments):
             segment.move(source, target, self.filled[k][source])
         for k, point in enumerate(self.exits):
-            point.move(source, target, self.filled[k][source])
+            point.move(source, target, self._entered[k][source])
         if self.history is not None:
             self.history[target] = self.history[source]
         self._written[target] = self.filled[0][source]
@@ -146,7 +163,7 @@ class EarlyExitDecoder:
     def roll_back(self, row: int, length: int) -> None:
         """Forgets a sequence's tokens from position `length` on."""
         self._note_written(row)
-        for counts in self.filled:
+        for counts in (*self.filled, *self._entered):
             counts[row] = min(counts[row], length)
 
     def prefill(self, prompts: Sequence[Sequence[int]], all_positions: bool = False) -> Step:
@@ -173,6 +190,7 @@ class EarlyExitDecoder:
             x = segment(x, packed)
             if k < len(self.exits):
                 self.exits[k].fill_block(x, packed)
+                self._entered[k] += counts
             self.filled[k] += counts
         self.layers_run += [count * self.final_layer for count in counts]
         prediction = self.output.predict(x if all_positions else x[packed.last])
@@ -211,7 +229,6 @@ class EarlyExitDecoder:
                 continue
             x = self._run_segments(first, k, x, packed)
             first = k + 1
-            inside = point.enter_block(x, packed)
             asked = [
                 j
                 for j, i in enumerate(here)
@@ -223,8 +240,10 @@ class EarlyExitDecoder:
                 indices = [here[j] for j in asked]
                 drafts = hold is not None and all(hold[i] == k for i in indices)
                 before = x[last]
-                behind = before if inside is x else inside[last]
+                behind = before if point.block is None else self._behind_block(k, [where[i] for i in indices])
                 prediction, sure, best = point.predict(before, behind, indices, trail, drafts)
+                price = self.prices.draft_head if drafts else self.prices.head
+                self.spent += price(point.layer, len(asked))
                 out = [n for n, i in enumerate(indices) if leaves(sure[n], thresholds[i][k])]
                 leaving = [indices[n] for n in out]
                 if leaving:
@@ -241,7 +260,7 @@ class EarlyExitDecoder:
                 x = point.pending(packed)
             here = staying
         x = self._run_segments(first, len(self.exits), x, packed)
-        prediction = self.passes.predict("the final exit", self.output, x[packed.last])
+        prediction = self._final_prediction(x[packed.last])
         answer.add(self.final_layer, Part(here, prediction, list(range(len(here)))))
         return answer
 
@@ -261,11 +280,13 @@ class EarlyExitDecoder:
                 while last < len(self.exits) and self._passes_by(last, list(rows), packed):
                     last += 1
                 x = self._run_segments(first + 1, last, self.exits[first].pending(packed), packed)
-                if last < len(self.exits):
-                    self.exits[last].enter_block(x, packed)
             first = last
         assert packed.rows == list(rows), "every sequence must have pending tokens"
-        return self.passes.predict("the final exit", self.output, x), packed.counts
+        return self._final_prediction(x), packed.counts
+
+    def _final_prediction(self, x: Tensor) -> Prediction:
+        self.spent += self.prices.output(len(x))
+        return self.passes.predict("the final exit", self.output, x)
 
     def _feed(self, tokens: Tensor, rows: list[int]) -> tuple[PackedTokens, Tensor]:
         """The pack that enters the first layer and its states [T, H]: one token of each sequence, or all that
@@ -292,13 +313,26 @@ class EarlyExitDecoder:
         return [behind[row] for row in rows]
 
     def _passes_by(self, k: int, rows: list[int], packed: PackedTokens) -> bool:
-        """Whether a pack goes on behind exit k as it is, and has no block to enter there."""
-        return self.exits[k].block is None and self._starts(k, rows) == packed.starts
+        """Whether a pack goes on behind exit k as it is."""
+        return self._starts(k, rows) == packed.starts
+
+    def _behind_block(self, k: int, rows: list[int]) -> Tensor:
+        """[N, H] the last tokens of some sequences behind exit k's block, which first sees all before them that it has
+        not seen: those for which the exit was not asked."""
+        point, starts = self.exits[k], [self._entered[k][row] for row in rows]
+        counts = [self.filled[k][row] - start for row, start in zip(rows, starts, strict=True)]
+        packed = PackedTokens(self.table, rows, starts, counts)
+        for row in rows:
+            self._entered[k][row] = self.filled[k][row]
+        once = self.prices.segment(0, 1, len(rows))  # part of the head's price
+        self.spent += self.prices.segment(0, 1, packed.tokens) - once
+        return point.enter_block(point.pending(packed), packed)[packed.last]
 
     def _run_segments(self, first: int, last: int, x: Tensor, packed: PackedTokens) -> Tensor:
         """Several segments in a row, without asking the exits between them."""
         low, high = self._edges[first], self._edges[last + 1]
         x = self.passes.run(low, high, x, packed)
+        self.spent += self.prices.segment(low, high, len(x))
         for row, start, count in zip(packed.rows, packed.starts, packed.counts, strict=True):
             for k in range(first, last + 1):
                 self.filled[k][row] = start + count
@@ -312,7 +346,7 @@ class EarlyExitDecoder:
         for j in range(k + 1, len(self.segments)):
             self.passes.fill(self._edges[j], self._edges[j + 1], x, packed)
             if j < len(self.exits):
-                self.exits[j].enter_block(x, packed)
+                packed.store(x, self.exits[j].hidden)
             for row in rows:
                 self.filled[j][row] = self.filled[k][row]
 

@@ -16,6 +16,7 @@ from nemo_ee.decoding.layers.lean_head import LeanHead, LeanOutput, Readout
 from nemo_ee.decoding.layers.lean_layer import layer_mathematics
 from nemo_ee.decoding.layers.packed_tokens import PackedTokens, PositionTable
 from nemo_ee.decoding.layers.segment import Segment
+from nemo_ee.decoding.pass_prices import PassPrices
 from nemo_ee.modeling.gpt import EarlyExitGPTModel
 
 _COMPILED: set[tuple[str, torch.dtype]] = set()
@@ -36,6 +37,7 @@ class DecodingModel:
     Attributes:
         weights: as given.
         captured: caches and captured passes that its decoders may borrow; None where all passes run eagerly.
+        prices: of its passes, as measured; None where nobody has.
         layers: global 1-based layer number -> mathematics, ascending.
         heads: exit layer -> head, all of this stage.
         output: the final exit; None on stages before the last.
@@ -56,6 +58,7 @@ class DecodingModel:
         self.captured: Any = (
             None  # a `nemo_ee.decoding.cuda.captured_decoding.CapturedDecoding`, of an outer ring
         )
+        self.prices: PassPrices | None = None
         self._copies_heads = draft_heads and weights != "int8"
         some = gpt.decoder.layers[0].self_attention.linear_proj.weight
         self.device, self.dtype = some.device, compute_dtype(some)
@@ -120,12 +123,16 @@ class DecodingModel:
         first call."""
         if n not in self._draft_heads:
             head = self.heads[n]
-            if self._copies_heads and runs_kernels(self.device, head.dtype):
+            if self.has_draft_head(n):
                 output_weight = self.gpt.output_weight()
                 assert output_weight is not None, "as for the head itself"
                 head = LeanHead(self.gpt.exits[str(n)], output_weight, head.dtype, "int8")
             self._draft_heads[n] = head
         return self._draft_heads[n]
+
+    def has_draft_head(self, n: int) -> bool:
+        """Whether `draft_head` is an 8-bit copy rather than the head itself."""
+        return self._copies_heads and runs_kernels(self.device, self.heads[n].dtype)
 
     def prepare_drafts(self) -> None:
         """Makes all of `draft_head`, and compiles their kernels, so that no request waits for that."""

@@ -79,7 +79,7 @@ class ExitPoint:
         return self.hidden[packed.token_rows, packed.positions]
 
     def enter_block(self, x: Tensor, packed: PackedTokens) -> Tensor:
-        """The head's block, if it has one, on all tokens of a pack (its keys must be complete)."""
+        """The head's block, if it has one, on the tokens of a pack, all from the first that it has not seen."""
         if self.block is None:
             return x
         return self._passes.run_block(self.layer, x.to(self.head.dtype), packed)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from nemo_ee.decoding.pass_prices import read_prices
 from nemo_ee.decoding.request import parse_request
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.files.output import claim, replaced_file
@@ -74,7 +75,8 @@ def check(config: GenerateConfig, processes: int) -> None:
         raise ConfigError(Fault("output_file", config.output_file, rule, "create it, or write elsewhere"))
     if config.output_file is not None and Path(config.output_file).is_dir():
         raise ConfigError(Fault("output_file", config.output_file, "is a directory", "name a file in it"))
-    _, early_exit = read_exits(config)
+    base, early_exit = read_exits(config)
+    read_prices(config.prices_file, base.num_layers, early_exit.layers, config.weights)
     try:
         parse_request(**config.generate_arguments(), config=early_exit)
     except ConfigError as error:
@@ -94,8 +96,8 @@ def generate(model: Any, config: GenerateConfig, prompts: list[str]) -> Iterator
     ids = on_first_rank(lambda: tokenize_prompts(inputs, tokenizer, add_bos, limit))
     rows = min(config.batch_size, len(prompts))
     longest = min(max(map(len, ids)) + config.inference.tokens_to_generate, limit)
-    model.prepare_decoding(config.weights, rows=rows, max_length=longest)
-    generator = torch.Generator().manual_seed(config.seed)
+    model.prepare_decoding(config.weights, rows=rows, max_length=longest, prices_file=config.prices_file)
+    generator = None if config.seed is None else torch.Generator().manual_seed(config.seed)
     arguments = config.generate_arguments()
     for start in range(0, len(prompts), config.batch_size):
         batch = inputs[start : start + config.batch_size]

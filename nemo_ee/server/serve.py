@@ -14,6 +14,8 @@ import uvicorn
 from nemo.utils import logging
 
 from nemo_ee.config import EarlyExitConfig
+from nemo_ee.decoding.assumed_prices import prices_of
+from nemo_ee.decoding.pass_prices import read_prices
 from nemo_ee.decoding.request import GenerationRequest, parse_request
 from nemo_ee.decoding.session import DecodingSession
 from nemo_ee.errors import ConfigError, Fault, GenerationError
@@ -78,6 +80,7 @@ def check(config: ServerConfig) -> None:
     most_connections(config)
     base, early_exit = read_exits(config)
     usual_request(config, early_exit)
+    read_prices(config.prices_file, base.num_layers, early_exit.layers, config.weights)
     limit = position_limit(base)
     if config.max_prompt_tokens + config.max_tokens > limit + 1:
         tokens = min(config.max_tokens, (limit + 1) // 2)
@@ -132,8 +135,12 @@ def create_service(config: ServerConfig, model: Any) -> Service:
         raise ConfigError(Fault("add_BOS", config.add_BOS, rule, "set add_BOS=null")) from error
     usual = usual_request(config, model.early_exit)
     longest = max(config.max_prompt_tokens + config.max_tokens - 1, POSITIONS)  # the last token is not fed
-    model.prepare_decoding(config.weights, rows=config.slots, max_length=longest)
+    model.prepare_decoding(
+        config.weights, rows=config.slots, max_length=longest, prices_file=config.prices_file
+    )
     model.warn_of_untuned_exits()
+    if not usual.exits and config.early_exit.exits is None:
+        model.say_if_exits_are_off()
     metrics = Metrics()
     engine = Engine(
         lambda: decoding_session(model, config.slots, longest, usual),
@@ -143,9 +150,17 @@ def create_service(config: ServerConfig, model: Any) -> Service:
         metrics,
     )
     engine.start()
+    with generating(model):
+        prices = prices_of(model.decoding_model()).shown()
     gpt = model.gpt
     served = ServedModel(
-        config.served_name, tokenizer, model.early_exit, usual, gpt.config.num_layers, gpt.true_vocab_size
+        config.served_name,
+        tokenizer,
+        model.early_exit,
+        usual,
+        gpt.config.num_layers,
+        gpt.true_vocab_size,
+        prices,
     )
     return Service(config, served, engine, metrics)
 

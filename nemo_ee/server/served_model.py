@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from nemo_ee.config import EarlyExitConfig
 from nemo_ee.decoding.request import GenerationRequest
@@ -78,6 +79,7 @@ class ServedModel:
         usual: what a request gets that says nothing of exits.
         num_layers: the final exit's layer.
         vocabulary: number of token ids.
+        pass_prices: see `PassPrices.shown`; empty where there are no exits.
         created: seconds since 1970.
     """
 
@@ -87,6 +89,7 @@ class ServedModel:
     usual: GenerationRequest
     num_layers: int
     vocabulary: int
+    pass_prices: dict[str, Any] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
 
     def require(self, name: str) -> None:

@@ -76,6 +76,7 @@ class Service:
                 "default_lossless": usual.lossless,
                 "confidence": usual.confidence,
                 "kv_policy": usual.kv_policy,
+                "pass_prices": self.model.pass_prices,
             },
             "limits": {
                 "max_prompt_tokens": config.max_prompt_tokens,

@@ -6,7 +6,7 @@ import torch
 
 from tests.support.tiny_gpt import HEADS, NEMO, TEXTS
 
-EARLY = dict(threshold=[0.6, 0.5, 0.7])
+EARLY = dict(threshold=[0.6, 0.5, 0.7], always=True)
 
 
 def generate(tp, head, sequence_parallel=False):
@@ -44,7 +44,7 @@ def generate(tp, head, sequence_parallel=False):
             out[-1]["token_ids"]
             == model.generate(texts, dict(max_length=12), greedy, early_exit=False)["token_ids"]
         )
-    lossless = {**EARLY, "lossless": True} if rank == 0 else None
+    lossless = dict(threshold=EARLY["threshold"], lossless=True) if rank == 0 else None
     generator = torch.Generator().manual_seed(4)
     with drafting_eagerly():
         out.append(
@@ -74,6 +74,16 @@ def sampled_with_different_generators(tp):
     return model.generate(TEXTS, dict(max_length=12), sampling, early_exit=EARLY, generator=generator)[
         "token_ids"
     ]
+
+
+def decided_by_prices(tp):
+    """This rank's prices of passes, and what it generates by them."""
+    from tests.support.tiny_gpt import tiny_model, tiny_model_config
+
+    model = tiny_model(tiny_model_config(head=HEADS["MLP, untied"], tp=tp), tp)
+    model.prepare_decoding()
+    output = model.generate(TEXTS, dict(max_length=12), dict(add_BOS=False), early_exit=dict(threshold=0.3))
+    return model.decoding_model().prices, output["token_ids"], output["early_exit"]
 
 
 def refused(tp, inputs):
@@ -166,6 +176,11 @@ def test_a_model_built_for_sequence_parallelism_generates_the_same(workers):
 def test_the_first_ranks_draws_count(workers):
     first, second = workers(2).run(sampled_with_different_generators, 2)
     assert first == second
+
+
+def test_all_ranks_decide_by_the_prices_that_the_first_has_measured(workers):
+    first, second = workers(2).run(decided_by_prices, 2)
+    assert first == second and first[0].source.startswith("measured")
 
 
 def test_errors_reach_all_ranks(workers):

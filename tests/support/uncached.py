@@ -24,7 +24,11 @@ class Reference:
 
 @torch.no_grad()
 def generate_uncached(
-    gpt: Any, prompt: list[int], steps: int, exits: dict[int, float], max_pending: int | None = None
+    gpt: Any,
+    prompt: list[int],
+    steps: int,
+    exits: dict[int, float] | list[dict[int, float]],
+    max_pending: int | None = None,
 ) -> Reference:
     """`steps` tokens after `prompt`; tensor parallel size 1 only.
 
@@ -32,7 +36,7 @@ def generate_uncached(
         gpt: an `EarlyExitGPTModel` in eval mode.
         prompt: token ids.
         steps: tokens to generate.
-        exits: exit layer -> threshold.
+        exits: exit layer -> threshold; or one such mapping per step.
         max_pending: at most so many tokens in a row may leave at or before an exit.
     """
     reference, text = Reference(), list(prompt)
@@ -40,7 +44,8 @@ def generate_uncached(
         ids = torch.tensor([text])
         states = gpt.forward_states(ids, torch.arange(len(text))[None], None)
         answer, margin = None, float("inf")
-        for layer, threshold in sorted(exits.items()) if step else []:
+        asked = exits if isinstance(exits, dict) else exits[step]
+        for layer, threshold in sorted(asked.items()) if step else []:
             waiting = 1 + _streak(reference.exit_layers, layer)
             if max_pending is not None and waiting > max_pending:
                 continue

@@ -26,12 +26,19 @@ def gpt():
     return tiny_model(config, dtype=torch.float64).gpt
 
 
-def sequence(prompt, exits, lossless=False, limit=STEPS, seed=0, ends=frozenset(), **sampling):
+def sequence(prompt, exits, lossless=False, limit=STEPS, seed=0, ends=frozenset(), always=None, **sampling):
+    """One whose exits are asked for every token, unless told otherwise."""
     from nemo_ee.decoding.generated_sequence import GeneratedSequence
     from nemo_ee.decoding.request import GenerationRequest, SamplingOptions
 
     options = SamplingOptions(use_greedy=not sampling, **sampling)
-    request = GenerationRequest(max_length=limit, sampling=options, exits=exits, lossless=lossless)
+    request = GenerationRequest(
+        max_length=limit,
+        sampling=options,
+        exits=exits,
+        lossless=lossless,
+        always=not lossless if always is None else always,
+    )
     return GeneratedSequence(list(prompt), request, ends, EOS, limit, seed)
 
 
@@ -43,13 +50,13 @@ def full_text(gpt, prompt, steps=STEPS):
 
 def new_session(gpt, slots, layers=LAYERS, **options):
     """Lossless sequences draft whether it pays or not."""
+    from nemo_ee.decoding.assumed_prices import prices_of
     from nemo_ee.decoding.decoding_model import DecodingModel
-    from nemo_ee.decoding.drafts.pass_costs import pass_costs
     from nemo_ee.decoding.session import DecodingSession
 
     model = DecodingModel(gpt)
-    drafting = EagerDrafts(pass_costs(model, layers))
-    return DecodingSession(model, layers, slots, 64, **{"drafting": drafting, **options})
+    policy = EagerDrafts(prices_of(model), layers)
+    return DecodingSession(model, layers, slots, 64, **{"policy": policy, **options})
 
 
 def run(gpt, sequences, slots=None, layers=LAYERS, **options):
@@ -366,3 +373,113 @@ def joint_of_two(gpt, prompt, temperature, top_k):
                     if p2 > 0:
                         out[first, second] = p * p2
     return out
+
+
+class AsksAtRandom(EagerDrafts):
+    """Asks some number of exits in a step, whatever they cost, so that they are skipped in every pattern."""
+
+    def ask(self, rows, others):
+        return self.random.randint(0, len(self.layers))
+
+
+def in_its_own_way(gpt, s):
+    """The uncached text of a sequence that asks the exits alone at which its tokens left, if they are sure enough."""
+    taken = [{n: s.request.exits[n]} if n in s.request.exits else {} for n in s.exit_layers]
+    return generate_uncached(gpt, s.prompt, len(s.tokens), taken)
+
+
+WAYS = [
+    ("block, MLP, linear, untied", True),
+    ("norm, tied", False),
+    ("linear, shortlist", True),
+    ("MLP, untied", False),
+]
+SLOW_WAYS = [pytest.param(head, not kernels, marks=pytest.mark.slow) for head, kernels in WAYS]
+
+
+@pytest.mark.parametrize("head, kernels", [*WAYS, *SLOW_WAYS])
+def test_what_is_skipped_changes_no_answer_of_what_is_asked(head, kernels, monkeypatch):
+    """Random arrivals, cancellations and lossless rounds, and exits skipped in every pattern: a token is its exit's
+    answer to the text before it, or full depth's; a lossless text is full depth's, and one whose exits are asked always
+    is its own."""
+    from nemo_ee.decoding.assumed_prices import prices_of
+    from nemo_ee.decoding.decoding_model import DecodingModel
+
+    if not kernels:
+        monkeypatch.setenv("NEMO_EE_CPU_KERNELS", "0")
+    config = tiny_model_config(
+        head=HEADS[head], exits=LAYERS, share_embeddings_and_output_weights="untied" not in head
+    )
+    gpt, rng = tiny_model(config, dtype=torch.float64).gpt, random.Random(head)
+    policy = AsksAtRandom(prices_of(DecodingModel(gpt)), LAYERS, seed=3)
+    sequences = []
+    for n in range(9):
+        prompt = [rng.randrange(6, 200) for _ in range(rng.randint(1, 12))]
+        exits = {k: rng.choice([0.0, 0.01, 0.02, 0.05, 0.3]) for k in LAYERS if rng.random() < 0.8}
+        sequences.append(sequence(prompt, exits, n % 3 == 0, limit=rng.randint(2, 14), always=n % 3 == 1))
+    waiting, cancelled = list(sequences), set()
+    with torch.inference_mode():
+        session = new_session(gpt, 4, policy=policy)
+        while waiting or session.running:
+            batch, waiting = waiting[: min(session.free, 2)], waiting[min(session.free, 2) :]
+            if batch:
+                session.add(batch)
+            if session.running and rng.random() < 0.03:
+                gone = rng.choice(session.running)
+                cancelled.add(gone)
+                session.remove(gone)
+            if session.running:
+                session.step()
+    skipped = 0
+    for s in sequences:
+        if s.request.lossless:
+            assert s.tokens == full_text(gpt, tuple(s.prompt), s.limit)[: len(s.tokens)]
+            continue
+        always = generate_uncached(gpt, s.prompt, len(s.tokens), s.request.exits)
+        reference = always if s.request.always else in_its_own_way(gpt, s)
+        assert (s.tokens, s.exit_layers) == (reference.tokens, reference.exit_layers)
+        assert s.confidences == pytest.approx(reference.confidences, rel=1e-9)
+        skipped += s.exit_layers != always.exit_layers
+    assert skipped and len(cancelled) < len(sequences)
+
+
+def priced(growth=0.02, head=0.06):
+    """Made-up prices in which a head costs so much of a token at full depth."""
+    from nemo_ee.decoding.pass_prices import PassPrices
+
+    counts = (1, 2, 4, 8, 16)
+
+    def row(price):
+        return tuple(price * (1 + growth * (n - 1)) for n in counts)
+
+    each = row(head)
+    return PassPrices(8, counts, (0.0,) * 5, row(0.1), row(0.2), tuple(LAYERS), (each,) * 3, (each,) * 3)
+
+
+def test_a_session_asks_where_prices_say_that_it_pays(gpt):
+    """The same model and requests; and text that asks always, whatever the prices."""
+    from nemo_ee.decoding.exit_policy import ExitPolicy
+
+    exits = {1: 0.0, 3: 0.0}
+    left = {}
+    for name, head, batch, always in (
+        ("cheap", 0.02, 1, False),
+        ("dear", 3.0, 1, False),
+        ("dear, always", 3.0, 2, True),
+    ):
+        sequences = [sequence(p, exits, always=always) for p in PROMPTS[:batch]]
+        run(gpt, sequences, policy=ExitPolicy(priced(head=head), LAYERS))
+        left[name] = sum(layer < 8 for s in sequences for layer in s.exit_layers) / (STEPS - 1) / batch
+    assert left["cheap"] > 0.9 and left["dear"] == 0 and left["dear, always"] == 1
+
+
+def test_what_a_session_spends_is_what_its_passes_cost(gpt):
+    """By prices that count tokens through layers, so that catching up costs what running costs."""
+    from nemo_ee.decoding.exit_policy import ExitPolicy
+
+    policy = ExitPolicy(priced(growth=1.0, head=0.0), LAYERS)
+    sequences = [sequence(p, {1: 0.02, 4: 0.3}) for p in PROMPTS[:3]]
+    session = run(gpt, sequences, policy=policy)
+    layers = sum(s.statistics.layers_run - 8 * len(s.prompt) for s in sequences)
+    final = sum(layer == 8 for s in sequences for layer in s.exit_layers[1:])
+    assert session._decoder.spent == pytest.approx(0.1 * layers + 0.2 * final)

@@ -136,6 +136,7 @@ class ModelExits(_Answer):
     default_lossless: bool
     confidence: str
     kv_policy: str
+    pass_prices: dict[str, str | dict[str, float]]
 
 
 class Limits(_Answer):
