@@ -120,12 +120,16 @@ class DecodingModel:
         first call."""
         if n not in self._draft_heads:
             head = self.heads[n]
-            if self._copies_heads and runs_kernels(self.device, head.dtype):
+            if self.has_draft_head(n):
                 output_weight = self.gpt.output_weight()
                 assert output_weight is not None, "as for the head itself"
                 head = LeanHead(self.gpt.exits[str(n)], output_weight, head.dtype, "int8")
             self._draft_heads[n] = head
         return self._draft_heads[n]
+
+    def has_draft_head(self, n: int) -> bool:
+        """Whether `draft_head` is an 8-bit copy rather than the head itself."""
+        return self._copies_heads and runs_kernels(self.device, self.heads[n].dtype)
 
     def prepare_drafts(self) -> None:
         """Makes all of `draft_head`, and compiles their kernels, so that no request waits for that."""

@@ -1,0 +1,125 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""What passes cost on this machine: seconds of layers, heads and the output layer by number of tokens."""
+
+import json
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from math import inf
+from pathlib import Path
+
+from nemo_ee.errors import CheckpointError, ConfigError, Fault
+from nemo_ee.files.output import write_text
+from nemo_ee.files.plain_json import load_section
+from nemo_ee.schema import build_config
+
+
+@dataclass(frozen=True)
+class PassPrices:
+    """Seconds of passes. Between the numbers of tokens that are known they are linear; so they are beyond the last.
+
+    Attributes:
+        num_layers: of the backbone, which cost the same.
+        tokens: numbers of tokens of a pass, ascending, at least two.
+        start: seconds of a pass of so many tokens beside its layers.
+        layer: of one layer.
+        output_layer: of the final norm and the output layer.
+        exits: exit layers, ascending.
+        heads: per exit, of asking it: its block and head, until the answer is on the host.
+        draft_heads: likewise where the full model verifies what it says.
+        source: where they come from: what was measured, or `ASSUMED`.
+    """
+
+    num_layers: int
+    tokens: tuple[int, ...]
+    start: tuple[float, ...]
+    layer: tuple[float, ...]
+    output_layer: tuple[float, ...]
+    exits: tuple[int, ...]
+    heads: tuple[tuple[float, ...], ...]
+    draft_heads: tuple[tuple[float, ...], ...]
+    source: str = ""
+
+    def segment(self, low: int, high: int, tokens: float) -> float:
+        """Tokens in one pass through layers low + 1 to high."""
+        return self._at(self.start, tokens) + (high - low) * self._at(self.layer, tokens)
+
+    def head(self, exit_layer: int, tokens: float) -> float:
+        """Tokens at one exit that is asked."""
+        return self._at(self._heads[exit_layer], tokens)
+
+    def draft_head(self, exit_layer: int, tokens: float) -> float:
+        """Tokens at one exit that drafts."""
+        return self._at(self._draft_heads[exit_layer], tokens)
+
+    def output(self, tokens: float) -> float:
+        """Tokens at the final exit, behind the last layer."""
+        return self._at(self.output_layer, tokens)
+
+    def full_depth(self, tokens: float) -> float:
+        """Tokens in one pass through all layers and the final exit."""
+        return self.segment(0, self.num_layers, tokens) + self.output(tokens)
+
+    @cached_property
+    def _heads(self) -> dict[int, tuple[float, ...]]:
+        return dict(zip(self.exits, self.heads, strict=True))
+
+    @cached_property
+    def _draft_heads(self) -> dict[int, tuple[float, ...]]:
+        return dict(zip(self.exits, self.draft_heads, strict=True))
+
+    def _at(self, seconds: Sequence[float], tokens: float) -> float:
+        """At least what the fewest tokens cost."""
+        counts = self.tokens
+        at = min(max(bisect_right(counts, tokens), 1), len(counts) - 1)
+        low, high, below = counts[at - 1], counts[at], seconds[at - 1]
+        return max(below + (seconds[at] - below) * (tokens - low) / (high - low), seconds[0])
+
+    def write(self, path: Path) -> None:
+        """Writes them as JSON.
+
+        Raises:
+            OutputError: they cannot be written.
+        """
+        write_text(path, json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def read(cls, path: Path, key: str) -> "PassPrices":
+        """Reads what `write` has written.
+
+        Args:
+            path: of the file.
+            key: of the setting that names it, for messages.
+
+        Raises:
+            ConfigError: it is no such file.
+        """
+        remedy = "remove the file, and prices are measured anew"
+        try:
+            content = load_section(path)
+        except CheckpointError as error:
+            rule = str(error).removeprefix(f"{path}: ").removesuffix("; download it again")
+            raise ConfigError(Fault(key, path, rule, remedy)) from error
+        faults: list[Fault] = []
+        prices = build_config(cls, content, "", faults)
+        if prices is not None and (broken := prices._broken_rule()):
+            faults.append(Fault("prices", path.name, broken, remedy))
+        if faults:
+            raise ConfigError(Fault(key, path, f"is no file of prices ({faults[0]})", remedy))
+        return prices
+
+    def _broken_rule(self) -> str:
+        """What is wrong with numbers that a file has; empty where nothing is."""
+        rows = [self.start, self.layer, self.output_layer, *self.heads, *self.draft_heads]
+        if len(self.tokens) < 2 or any(
+            low >= high for low, high in zip((0, *self.tokens), self.tokens, strict=False)
+        ):
+            return "tokens must be two ascending numbers or more"
+        if any(len(row) != len(self.tokens) for row in rows):
+            return "a row of seconds has not one number for each of tokens"
+        if not len(self.exits) == len(self.heads) == len(self.draft_heads):
+            return "heads are not as many as exits"
+        if any(not 0 <= seconds < inf for row in rows for seconds in row) or not all(self.layer):
+            return "seconds must be 0 or more, and a layer's above 0"
+        return ""
