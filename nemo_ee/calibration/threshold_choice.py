@@ -13,15 +13,16 @@ Without one, a point estimate: `estimate` takes the fastest thresholds whose agr
 asked for. As the same documents choose and measure, further ones agree less, more often than not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
-from nemo_ee.calibration.exit_decisions import ExitOutcome, TokenScores
+from nemo_ee.calibration.exit_decisions import ExitOutcome, TokenScores, first_exits
 from nemo_ee.calibration.risk_control import choose_bet, fixed_sequence, p_value, upper_bound
 from nemo_ee.calibration.threshold_grid import threshold_grid
-from nemo_ee.calibration.vector_price import full_depth_seconds, seconds_per_token
+from nemo_ee.calibration.vector_price import seconds_per_token
 from nemo_ee.decoding.leaving import NEVER
 from nemo_ee.decoding.pass_prices import PassPrices
 
@@ -29,6 +30,8 @@ STEPS = 25
 """Points of the path up to the risk that is allowed, and as many behind it, evenly spaced."""
 SHOWN_RISK, SHOWN_STEPS = 0.3, 20
 """How far the path goes on, for the frontier that is shown, and in how many steps."""
+ROUNDING = 1e-6
+"""Of numbers of tokens."""
 GRID_EXITS = 4
 """Exits whose thresholds are searched together; of more, so many are taken."""
 
@@ -166,7 +169,7 @@ def certify(
         p = p_value(outcome.at_worst, outcome.sizes, requirement.risk, each.bet)
         points.append(_point(each, p, outcome, test, prices))
     certified = fixed_sequence([point.p_value for point in points], requirement.delta)
-    return Choice(tuple(points), certified, full_depth_seconds(test.num_layers, prices))
+    return Choice(tuple(points), certified, prices.full_depth(1))
 
 
 def estimate(scores: TokenScores, requirement: Requirement, levels: int, prices: PassPrices) -> Choice:
@@ -182,8 +185,9 @@ def estimate(scores: TokenScores, requirement: Requirement, levels: int, prices:
     for thresholds in _frontier(scores, requirement, levels, prices, at_worst=False):
         outcome = scores.leave_with(thresholds)
         points.append(_point(PlannedPoint(thresholds, None), None, outcome, scores, prices))
-    kept = sum(point.outcome.agreement >= requirement.agreement - 1e-12 for point in points)
-    return Choice(tuple(points), kept, full_depth_seconds(scores.num_layers, prices))
+    allowed = requirement.risk * len(scores.documents) + ROUNDING
+    kept = fixed_sequence([point.outcome.disagreements.sum() for point in points], allowed)
+    return Choice(tuple(points), kept, prices.full_depth(1))
 
 
 def _point(
@@ -199,16 +203,29 @@ def _frontier(
 ) -> list[tuple[float, ...]]:
     """For ascending numbers of tokens that may differ, the fastest thresholds, as far as they beat full depth."""
     tokens, risk = len(scores.documents), requirement.risk
-    exits = _few_exits(scores, levels, prices, risk * tokens, at_worst)
-    grid = threshold_grid(scores, levels, prices, exits)
+
+    @cache
+    def seconds(thresholds: tuple[float, ...]) -> float:
+        return seconds_per_token(scores, first_exits(scores.confidences, thresholds), thresholds, prices)
+
+    exits = _few_exits(scores, levels, prices, at_worst, risk * tokens, seconds)
     limits = np.linspace(0.0, 2.0 * risk, 2 * STEPS + 1)
     limits = [*limits, *np.linspace(2.0 * risk, max(SHOWN_RISK, 2.0 * risk), SHOWN_STEPS + 1)[1:]]
-    found = grid.fastest(at_worst, [tokens * limit + 1e-6 for limit in limits])
-    return [each for each in found if each != nothing_leaves(scores.layers)]
+    path = [nothing_leaves(scores.layers)]
+    grid = threshold_grid(scores, levels, prices, exits)
+    for vectors in grid.fastest(at_worst, [tokens * limit + ROUNDING for limit in limits]):
+        best = min((path[-1], *vectors), key=seconds)
+        path += [best] * (best != path[-1])
+    return path[1:]
 
 
 def _few_exits(
-    scores: TokenScores, levels: int, prices: PassPrices, limit: float, at_worst: bool
+    scores: TokenScores,
+    levels: int,
+    prices: PassPrices,
+    at_worst: bool,
+    limit: float,
+    seconds: Callable[[tuple[float, ...]], float],
 ) -> list[int]:
     """Positions of all exits, or of the few that are searched together: one after the other, each that which makes a
     token fastest beside those before it, with `limit` tokens that differ."""
@@ -216,13 +233,12 @@ def _few_exits(
     if len(left) <= GRID_EXITS:
         return left
 
-    def seconds(n: int) -> float:
+    def with_it(n: int) -> float:
         grid = threshold_grid(scores, min(levels, SHOWN_STEPS), prices, sorted([*taken, n]))
-        (thresholds,) = grid.fastest(at_worst, [limit])
-        return seconds_per_token(scores, scores.leave_with(thresholds).exits, thresholds, prices)
+        return min(map(seconds, grid.fastest(at_worst, [limit])[0]))
 
     while len(taken) < GRID_EXITS:
-        best = min(left, key=seconds)
+        best = min(left, key=with_it)
         left.remove(best)
         taken.append(best)
     return sorted(taken)

@@ -41,21 +41,26 @@ class ThresholdGrid:
     at_worst: np.ndarray
     seconds: np.ndarray
 
-    def fastest(self, at_worst: bool, limits: Sequence[float]) -> list[tuple[float, ...]]:
-        """The fastest vector for each ascending limit; one that is the fastest for several comes once.
+    def fastest(self, at_worst: bool, limits: Sequence[float]) -> list[list[tuple[float, ...]]]:
+        """For each limit, of every set of exits that are asked, the fastest vector that keeps it.
 
         Args:
             at_worst: what is limited: `at_worst`, else `disagreements`.
             limits: tokens.
         """
-        bad = self.at_worst if at_worst else self.disagreements
-        order = np.lexsort((bad.ravel(), self.seconds.ravel()))
-        ranked, found = bad.ravel()[order], []
+        bad = (self.at_worst if at_worst else self.disagreements).ravel()
+        asked = np.zeros(self.seconds.shape, dtype=int)
+        for n, size in enumerate(asked.shape):
+            asked += (2**n * (np.arange(size) > 0)).reshape(-1, *(1,) * (asked.ndim - n - 1))
+        order = np.lexsort((bad, self.seconds.ravel()))
+        ranked = [order[asked.ravel()[order] == each] for each in np.unique(asked)]
+        found = []
         for limit in limits:
-            places = np.unravel_index(order[np.argmax(ranked <= limit)], bad.shape)
-            vector = tuple(ladder[at] for ladder, at in zip(self.ladders, places, strict=True))
-            if vector not in found[-1:]:
-                found.append(vector)
+            first = [places[np.argmax(bad[places] <= limit)] for places in ranked]
+            kept = [np.unravel_index(place, asked.shape) for place in first if bad[place] <= limit]
+            found.append(
+                [tuple(row[at] for row, at in zip(self.ladders, each, strict=True)) for each in kept]
+            )
         return found
 
 

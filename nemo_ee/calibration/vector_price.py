@@ -27,7 +27,7 @@ def seconds_per_token(
         prices: of passes.
     """
     starts = np.flatnonzero(np.diff(scores.documents, prepend=-1))
-    before = (starts - 1)[np.cumsum(np.isin(np.arange(len(exits)), starts)) - 1]
+    before = np.repeat(starts - 1, np.diff(starts, append=len(exits)))
     going, low, seconds = np.arange(len(exits)), 0, 0.0
     for n in np.flatnonzero(is_asked(np.asarray(thresholds))):
         layer = scores.layers[n]
@@ -35,11 +35,6 @@ def seconds_per_token(
         going, low = going[exits[going] > n], layer
     seconds += _passes(going, before, low, scores.num_layers, prices) + len(going) * prices.output(1)
     return seconds / len(exits)
-
-
-def full_depth_seconds(num_layers: int, prices: PassPrices) -> float:
-    """Of a token without exits."""
-    return prices.segment(0, num_layers, 1) + prices.output(1)
 
 
 def pass_seconds(prices: PassPrices, low: int, high: int, tokens: int) -> float:
@@ -52,6 +47,5 @@ def _passes(going: np.ndarray, before: np.ndarray, low: int, high: int, prices: 
     """Seconds of the passes between two layers, one per token that goes there; `before` is the place in front of each
     token's document."""
     last = np.maximum(np.concatenate([[-1], going[:-1]]), before[going])
-    widths, counts = np.unique(going - last, return_counts=True)
-    each = [pass_seconds(prices, low, high, width) for width in widths.tolist()]
-    return float(np.dot(counts, each))
+    counts = np.bincount(going - last)
+    return sum(counts[w] * pass_seconds(prices, low, high, w) for w in np.flatnonzero(counts).tolist())
