@@ -199,20 +199,31 @@ class TrainingConfig:
         return ExitObjective(token_weighting=self.token_weighting, loss_chunk_tokens=self.loss_chunk_tokens)
 
 
+BEFORE_CALIBRATION = 0.8
+"""A threshold, as one number for all exits, that configurations had by default and that training wrote into every
+checkpoint. Calibration writes a list."""
+
+
 @dataclass(frozen=True)
 class InferenceConfig:
     """Defaults for generation; each request may override them.
 
     Attributes:
         threshold: leave at an exit whose confidence is strictly above it. One number, or one per exit layer.
-            1.0 never exits.
+            1.0 never exits. null: none is known yet, and exits are not used by themselves; calibration writes one
+            per exit. `BEFORE_CALIBRATION` counts as null.
         exits: the exit layers in use; null means all.
         confidence: the rule by which exits are sure, one of `nemo_ee.decoding.confidence_rules`.
     """
 
-    threshold: float | tuple[float, ...] = 0.8
+    threshold: float | tuple[float, ...] | None = None
     exits: tuple[int, ...] | None = None
     confidence: str = "max_probability"
+
+    @property
+    def known_threshold(self) -> float | tuple[float, ...] | None:
+        """The threshold, if anybody has chosen one."""
+        return None if self.threshold == BEFORE_CALIBRATION else self.threshold
 
 
 @dataclass(frozen=True)
@@ -389,6 +400,8 @@ def _check_inference(config: EarlyExitConfig, key: str) -> list[Fault]:
         rule = "exits must ascend, each named once"
         faults.append(Fault(name, list(exits), rule, f"write {sorted(set(exits))}"))
     count = len(config.layers if exits is None else exits)
+    if config.inference.threshold is None:
+        return faults
     return faults + check_thresholds(config.inference.threshold, count, f"{key}.inference.threshold")
 
 

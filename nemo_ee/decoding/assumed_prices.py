@@ -27,6 +27,11 @@ BANDWIDTH = {"cpu": 25e9, "gpu": 2e12}
 """Bytes per second; decisions do not depend on it."""
 
 
+def prices_of(model: DecodingModel) -> PassPrices:
+    """The model's prices as they were measured, or by bytes."""
+    return model.prices or assumed_prices(model)
+
+
 def assumed_prices(model: DecodingModel) -> PassPrices:
     """Prices by the bytes of weights that passes read, and `START`.
 
@@ -55,5 +60,6 @@ def assumed_prices(model: DecodingModel) -> PassPrices:
         exits=exits,
         heads=tuple(seconds(heads[n], start) for n in exits),
         draft_heads=tuple(seconds(drafts[n], start) for n in exits),
+        weights=model.weights,
         source=ASSUMED,
     )

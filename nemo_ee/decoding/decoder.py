@@ -16,12 +16,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from nemo_ee.decoding.assumed_prices import prices_of
 from nemo_ee.decoding.confidence_rules import CONFIDENCE_RULES
 from nemo_ee.decoding.cuda.captured_decoding import passes_for
 from nemo_ee.decoding.decoding_model import DecodingModel
 from nemo_ee.decoding.exit_point import ExitPoint, Trail
 from nemo_ee.decoding.layers.packed_tokens import PackedTokens
 from nemo_ee.decoding.leaving import is_asked, leaves
+from nemo_ee.decoding.pass_prices import PassPrices
 from nemo_ee.decoding.prediction import Prediction
 from nemo_ee.decoding.step import Part, Step
 from nemo_ee.decoding.transfer import to_device
@@ -46,10 +48,12 @@ class EarlyExitDecoder:
         max_length: positions to reserve per sequence.
         kv_policy: see `KV_POLICIES`.
         confidence: name of the rule by which exits are sure, see `CONFIDENCE_RULES`.
+        prices: of passes; None for the model's.
 
     Attributes:
         filled: [segments][sequences] tokens that went through each segment.
         layers_run: [sequences] passes of one token through one layer so far, without exits' own blocks.
+        spent: price of all passes so far but prompts'.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class EarlyExitDecoder:
         max_length: int,
         kv_policy: str = "catch_up",
         confidence: str = "max_probability",
+        prices: PassPrices | None = None,
     ):
         assert kv_policy in KV_POLICIES, kv_policy
         assert model.output is not None, "the whole model, on one pipeline stage"
@@ -75,6 +80,7 @@ class EarlyExitDecoder:
         self.segments = [memory.segment(low, high) for low, high in pairwise(self._edges)]
         self.filled: list[list[int]] = [[] for _ in self.segments]
         self.layers_run: list[int] = []
+        self.prices, self.spent = prices or prices_of(model), 0.0
         self._written = [0] * rows  # positions of each row that may hold what no sequence there reads
         self.history = None
         if kv_policy == "recompute":
@@ -98,6 +104,15 @@ class EarlyExitDecoder:
     def pending(self, exit_index: int, row: int) -> int:
         """How many tokens of a sequence wait at the exit of that index (in order of depth)."""
         return self.filled[exit_index][row] - self.filled[exit_index + 1][row]
+
+    @property
+    def owed(self) -> int:
+        """Tokens times layers that wait at exits."""
+        edges = pairwise(self._edges)
+        return sum(
+            (high - low) * (sum(self.filled[0]) - sum(counts))
+            for (low, high), counts in zip(edges, self.filled, strict=True)
+        )
 
     def drop(self, rows: Sequence[int]) -> list[int]:
         """Removes sequences; the last ones move into the gaps.
@@ -225,6 +240,8 @@ class EarlyExitDecoder:
                 before = x[last]
                 behind = before if inside is x else inside[last]
                 prediction, sure, best = point.predict(before, behind, indices, trail, drafts)
+                price = self.prices.draft_head if drafts else self.prices.head
+                self.spent += price(point.layer, len(asked))
                 out = [n for n, i in enumerate(indices) if leaves(sure[n], thresholds[i][k])]
                 leaving = [indices[n] for n in out]
                 if leaving:
@@ -241,7 +258,7 @@ class EarlyExitDecoder:
                 x = point.pending(packed)
             here = staying
         x = self._run_segments(first, len(self.exits), x, packed)
-        prediction = self.passes.predict("the final exit", self.output, x[packed.last])
+        prediction = self._final_prediction(x[packed.last])
         answer.add(self.final_layer, Part(here, prediction, list(range(len(here)))))
         return answer
 
@@ -265,7 +282,11 @@ class EarlyExitDecoder:
                     self.exits[last].enter_block(x, packed)
             first = last
         assert packed.rows == list(rows), "every sequence must have pending tokens"
-        return self.passes.predict("the final exit", self.output, x), packed.counts
+        return self._final_prediction(x), packed.counts
+
+    def _final_prediction(self, x: Tensor) -> Prediction:
+        self.spent += self.prices.output(len(x))
+        return self.passes.predict("the final exit", self.output, x)
 
     def _feed(self, tokens: Tensor, rows: list[int]) -> tuple[PackedTokens, Tensor]:
         """The pack that enters the first layer and its states [T, H]: one token of each sequence, or all that
@@ -299,6 +320,7 @@ class EarlyExitDecoder:
         """Several segments in a row, without asking the exits between them."""
         low, high = self._edges[first], self._edges[last + 1]
         x = self.passes.run(low, high, x, packed)
+        self.spent += self.prices.segment(low, high, len(x))
         for row, start, count in zip(packed.rows, packed.starts, packed.counts, strict=True):
             for k in range(first, last + 1):
                 self.filled[k][row] = start + count

@@ -16,6 +16,7 @@ from nemo_ee.decoding.layers.lean_head import LeanHead, LeanOutput, Readout
 from nemo_ee.decoding.layers.lean_layer import layer_mathematics
 from nemo_ee.decoding.layers.packed_tokens import PackedTokens, PositionTable
 from nemo_ee.decoding.layers.segment import Segment
+from nemo_ee.decoding.pass_prices import PassPrices
 from nemo_ee.modeling.gpt import EarlyExitGPTModel
 
 _COMPILED: set[tuple[str, torch.dtype]] = set()
@@ -36,6 +37,7 @@ class DecodingModel:
     Attributes:
         weights: as given.
         captured: caches and captured passes that its decoders may borrow; None where all passes run eagerly.
+        prices: of its passes, as measured; None where nobody has.
         layers: global 1-based layer number -> mathematics, ascending.
         heads: exit layer -> head, all of this stage.
         output: the final exit; None on stages before the last.
@@ -56,6 +58,7 @@ class DecodingModel:
         self.captured: Any = (
             None  # a `nemo_ee.decoding.cuda.captured_decoding.CapturedDecoding`, of an outer ring
         )
+        self.prices: PassPrices | None = None
         self._copies_heads = draft_heads and weights != "int8"
         some = gpt.decoder.layers[0].self_attention.linear_proj.weight
         self.device, self.dtype = some.device, compute_dtype(some)

@@ -3,11 +3,12 @@
 
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import inf
 from pathlib import Path
+from typing import Any
 
 from nemo_ee.errors import CheckpointError, ConfigError, Fault
 from nemo_ee.files.output import write_text
@@ -28,7 +29,8 @@ class PassPrices:
         exits: exit layers, ascending.
         heads: per exit, of asking it: its block and head, until the answer is on the host.
         draft_heads: likewise where the full model verifies what it says.
-        source: where they come from: what was measured, or `ASSUMED`.
+        weights: how decoding holds them, see `nemo_ee.decoding.cpu.lean_weights.WEIGHT_KINDS`.
+        source: where they come from.
     """
 
     num_layers: int
@@ -39,6 +41,7 @@ class PassPrices:
     exits: tuple[int, ...]
     heads: tuple[tuple[float, ...], ...]
     draft_heads: tuple[tuple[float, ...], ...]
+    weights: str = "native"
     source: str = ""
 
     def segment(self, low: int, high: int, tokens: float) -> float:
@@ -60,6 +63,25 @@ class PassPrices:
     def full_depth(self, tokens: float) -> float:
         """Tokens in one pass through all layers and the final exit."""
         return self.segment(0, self.num_layers, tokens) + self.output(tokens)
+
+    def shown(self) -> dict[str, Any]:
+        """Milliseconds of passes by number of tokens, and where they come from."""
+
+        def row(price: Callable[[int], float]) -> dict[str, float]:
+            return {str(n): float(f"{1e3 * price(n):.3g}") for n in self.tokens}
+
+        heads = {f"exit {n}": row(lambda tokens, n=n: self.head(n, tokens)) for n in self.exits}
+        return {
+            "source": self.source,
+            "full depth": row(self.full_depth),
+            "output": row(self.output),
+            **heads,
+        }
+
+    @cached_property
+    def later_layer(self) -> float:
+        """A token through one layer along with others, on average."""
+        return (self.layer[-1] - self.layer[0]) / (self.tokens[-1] - self.tokens[0])
 
     @cached_property
     def _heads(self) -> dict[int, tuple[float, ...]]:

@@ -66,7 +66,8 @@ class LengthOptions:
 
 @dataclass(frozen=True)
 class ExitOptions:
-    """When tokens may leave; null takes the model's `early_exit.inference`.
+    """When tokens may leave; null takes the model's `early_exit.inference`. Where that has no threshold, exits are off
+    unless the request has one, or is lossless.
 
     Attributes:
         threshold: leave at a confidence strictly above it; one number, or one per exit in use. 1.0 never
@@ -74,6 +75,8 @@ class ExitOptions:
         exits: exit layers in use, ascending.
         max_pending: tokens of a sequence that may wait at an exit; the next one goes through all layers.
         lossless: exits only draft; the full model verifies every token, and the text is the full model's.
+        always: ask exits for every token, whether that pays or not: the text then depends neither on what decodes
+            beside it nor on the machine's prices. Null means no; where tokens are drawn with an explicit seed, yes.
         confidence: the rule by which exits are sure: a name in `CONFIDENCE_RULES`. Thresholds belong to a rule:
             with another one than the model's, `threshold` must be given.
         kv_policy: see `nemo_ee.decoding.decoder.KV_POLICIES`.
@@ -83,6 +86,7 @@ class ExitOptions:
     exits: tuple[int, ...] | None = None
     max_pending: int | None = None
     lossless: bool | None = None
+    always: bool | None = None
     confidence: str | None = None
     kv_policy: str = "catch_up"
 
@@ -98,6 +102,7 @@ class GenerationRequest:
         exits: exit layer -> threshold; empty generates at full depth.
         max_pending: see `EarlyExitDecoder.step`.
         lossless: see `ExitOptions`.
+        always: see `ExitOptions`.
         confidence: see `ExitOptions`.
         kv_policy: see `ExitOptions`.
     """
@@ -108,6 +113,7 @@ class GenerationRequest:
     exits: dict[int, float] = field(default_factory=dict)
     max_pending: int | None = None
     lossless: bool = False
+    always: bool = False
     confidence: str = "max_probability"
     kv_policy: str = "catch_up"
 
@@ -130,6 +136,7 @@ def parse_request(
     sampling_params: Mapping | None,
     early_exit: Mapping | bool | None,
     config: EarlyExitConfig,
+    seeded: bool = False,
 ) -> GenerationRequest:
     """Checks and completes a request.
 
@@ -140,6 +147,7 @@ def parse_request(
         early_exit: fields of `ExitOptions`, each optional; False for full depth. Goes before
             `sampling_params["early_exit"]`, which goes before the model's `early_exit.inference`.
         config: the model's.
+        seeded: the caller has chosen the seed of what is drawn, and wants the same text again.
 
     Raises:
         ConfigError: listing every fault.
@@ -172,9 +180,15 @@ def parse_request(
         exits,
         others.max_pending,
         bool(others.lossless),
+        not others.lossless and (_is_repeatable(options, seeded) if others.always is None else others.always),
         others.confidence or config.inference.confidence,
         others.kv_policy,
     )
+
+
+def _is_repeatable(sampling: SamplingOptions, seeded: bool) -> bool:
+    """Whether the same request is to get the same text, whatever decodes beside it."""
+    return seeded and not sampling.use_greedy
 
 
 def parse_exits(
@@ -226,7 +240,27 @@ def parse_exits(
         rule = f"the model's thresholds are for confidence={own}, not for {options.confidence}"
         faults.append(Fault("early_exit.threshold", None, rule, "give one, or one per exit"))
         return {}, ExitOptions()
+    if config.inference.known_threshold is None:
+        return _no_thresholds(options, faults), options
     return _default_thresholds(layers, usual, config, faults), options
+
+
+EXITS_ARE_OFF = (
+    "early exits are off, as the model has no thresholds for them: scripts/calibrate_early_exit.py writes some that "
+    "keep an agreement into a copy of the checkpoint; early_exit.threshold=0.8 takes one without"
+)
+"""Said once where a request says nothing of exits, and the model was never calibrated."""
+
+
+def _no_thresholds(options: ExitOptions, faults: list[Fault]) -> dict[int, float]:
+    """Of exits that nobody has chosen a threshold for: none is used."""
+    asked = {"exits": list(options.exits or ()), "always": options.always, "max_pending": options.max_pending}
+    named = [f"early_exit.{name}={value}" for name, value in asked.items() if value not in (None, [], False)]
+    if named:
+        rule = f"the model has none, as it was never calibrated, and without one {', '.join(named)} means nothing"
+        remedy = "give one, e.g. early_exit.threshold=0.8, or calibrate (scripts/calibrate_early_exit.py)"
+        faults.append(Fault("early_exit.threshold", None, rule, remedy))
+    return {}
 
 
 def _decoding_faults(options: ExitOptions, config: EarlyExitConfig) -> list[Fault]:
@@ -247,6 +281,9 @@ def _decoding_faults(options: ExitOptions, config: EarlyExitConfig) -> list[Faul
         known = ", ".join(rule for rule in rules if not CONFIDENCE_RULES[rule].looks_back)
         rule = "lossless decoding asks one exit per token, and this rule compares exits"
         faults.append(Fault("early_exit.confidence", name, rule, f"use one of {known}, or lossless=false"))
+    if options.lossless and options.always:
+        rule = "lossless decoding chooses by itself when an exit drafts, and its text does not depend on that"
+        faults.append(Fault("early_exit.always", True, rule, "use null, or lossless=false"))
     if options.lossless and options.max_pending is not None:
         rule = "lossless decoding chooses by itself how many tokens wait"
         faults.append(
@@ -259,7 +296,8 @@ def _default_thresholds(
     layers: Sequence[int], usual: Sequence[int], config: EarlyExitConfig, faults: list[Fault]
 ) -> dict[int, float]:
     """The model's thresholds of these exits."""
-    threshold = config.inference.threshold
+    threshold = config.inference.known_threshold
+    assert threshold is not None, "the model has thresholds"
     if not isinstance(threshold, tuple):
         return dict.fromkeys(layers, threshold)
     known = dict(zip(usual, threshold, strict=True))

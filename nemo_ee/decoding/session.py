@@ -3,24 +3,28 @@
 
 from collections.abc import Sequence
 
+from nemo_ee.decoding.assumed_prices import prices_of
 from nemo_ee.decoding.choosing import Chooser, TokenDistributions, TokenSlot
+from nemo_ee.decoding.confidence_rules import CONFIDENCE_RULES
 from nemo_ee.decoding.decoder import EarlyExitDecoder
 from nemo_ee.decoding.decoding_model import DecodingModel
-from nemo_ee.decoding.drafts.drafting import DraftingPolicy
 from nemo_ee.decoding.drafts.lossless import LosslessRounds
-from nemo_ee.decoding.drafts.pass_costs import pass_costs
 from nemo_ee.decoding.drafts.verification import Acceptance, agreeing_prefix
+from nemo_ee.decoding.exit_policy import ExitPolicy
 from nemo_ee.decoding.generated_sequence import Draft, GeneratedSequence
-from nemo_ee.decoding.step import Step
+from nemo_ee.decoding.leaving import NEVER, is_asked
+from nemo_ee.decoding.step import UNANSWERED, Step
 from nemo_ee.decoding.transfer import to_device, to_host
 
 
 class DecodingSession:
     """Continues sequences, each right behind its own end and with exits of its own.
 
-    Prompts run through all layers and the first token of each comes from the final exit. A sequence's greedy
-    tokens do not depend on its neighbours; sampled ones neither, as each draws from its own seed, unless it is
-    lossless: how many drafts a round has, and so which random number is for what, depends on all in it. All
+    Prompts run through all layers and the first token of each comes from the final exit. Which exits a step asks
+    depends on all that decode together, and on prices, see `ExitPolicy`. A sequence of a request that asks always
+    has tokens that do not depend on its neighbours; sampled ones neither, as each draws from its own seed. A lossless
+    one's greedy tokens neither; of sampled ones how many drafts a round has, and so which random number is for what,
+    depends on all in it. All
     tensor-parallel ranks make the same calls and get the same tokens. Use it under `generating`, from one
     thread, and as a context manager, so that what the model lends it is given back in time.
 
@@ -31,7 +35,7 @@ class DecodingSession:
         max_length: positions per sequence: prompt and generated tokens but the last.
         kv_policy: see `EarlyExitDecoder`; lossless sequences need catch_up.
         confidence: see `EarlyExitDecoder`.
-        drafting: of lossless sequences; None for one that knows what the model's passes cost.
+        policy: when exits are asked, and draft; None for one by the prices of the model's passes.
 
     Attributes:
         running: the sequences, in the order of the decoder's rows.
@@ -45,15 +49,19 @@ class DecodingSession:
         max_length: int,
         kv_policy: str = "catch_up",
         confidence: str = "max_probability",
-        drafting: DraftingPolicy | None = None,
+        policy: ExitPolicy | None = None,
     ):
         self.slots, self.max_length = slots, max_length
         self.running: list[GeneratedSequence] = []
         self._model, self._layers = model, list(exit_layers)
         self._chooser = Chooser(model.gpt)
-        self._decoder = EarlyExitDecoder(model, exit_layers, slots, max_length, kv_policy, confidence)
-        policy = drafting or DraftingPolicy(pass_costs(model, exit_layers))
-        self._rounds = LosslessRounds(policy, exit_layers)
+        self._policy = policy or ExitPolicy(prices_of(model), exit_layers)
+        self._decoder = EarlyExitDecoder(
+            model, exit_layers, slots, max_length, kv_policy, confidence, self._policy.prices
+        )
+        # What rules that look back and other KV policies do depends on exits that are asked before, and later.
+        self._asks_all = kv_policy != "catch_up" or CONFIDENCE_RULES[confidence].looks_back
+        self._rounds = LosslessRounds(self._policy)
 
     def __enter__(self) -> "DecodingSession":
         return self
@@ -88,20 +96,24 @@ class DecodingSession:
         Returns:
             Those that are finished; they have left the session.
         """
-        rounds = self._rounds
-        rounds.begin([s for s in self.running if _drafts(s)])
-        rows = [row for row, s in enumerate(self.running) if s not in rounds.waiting]
+        rounds, before, running = self._rounds, self._decoder.spent, list(self.running)
+        tokens = sum(len(s.tokens) for s in running)
+        rounds.begin([s for s in running if _drafts(s)])
+        rows = [row for row, s in enumerate(running) if s not in rounds.waiting]
         if rows:
             self._feed(rows)
         if rounds.round is not None and rounds.members == rounds.waiting:
-            self._verify([s for s in self.running if s in rounds.members])
+            self._verify([s for s in running if s in rounds.members])
+        if running and not any(self._asks_always(s) for s in running):
+            made = sum(len(s.tokens) for s in running) - tokens
+            self._policy.settle(made, self._decoder.spent - before, len(running), self._decoder.owed)
         return self._retire()
 
     def _feed(self, rows: list[int]) -> None:
         """One token of each of some sequences, through the layers or no deeper than the round's exit."""
         rounds, going = self._rounds, [self.running[row] for row in rows]
         held = [s in rounds.members for s in going]
-        thresholds = [rounds.thresholds(s) if _drafts(s) else self._thresholds(s) for s in going]
+        thresholds = self._thresholds(going)
         waits_at = None if rounds.round is None else rounds.round.exit_index
         step = self._decoder.step(
             to_device([s.last_token for s in going], self._model.device),
@@ -110,9 +122,11 @@ class DecodingSession:
             max_pending=[None if h else s.request.max_pending for s, h in zip(going, held, strict=True)],
             hold=[waits_at if h else None for h in held],
         )
-        if any(held):
-            drafts = sum(held[i] for i in step.answered)
-            rounds.note_pass([t for t, h in zip(thresholds, held, strict=True) if h], drafts)
+        for sequence, row, layer in zip(going, thresholds, step.exit_layers, strict=True):
+            if sequence in rounds.members:
+                rounds.note_asked(sequence, layer != UNANSWERED)
+            elif not _drafts(sequence):
+                self._policy.observe(row, layer)
         self._take(step, going, held)
 
     def remove(self, sequence: GeneratedSequence) -> None:
@@ -120,9 +134,23 @@ class DecodingSession:
         sequence.finish_reason = sequence.finish_reason or "cancelled"
         self._retire()
 
-    def _thresholds(self, sequence: GeneratedSequence) -> list[float]:
-        """Of all exits, for a token that the first sure one answers."""
-        return [sequence.request.threshold(n) for n in self._layers]
+    def _thresholds(self, going: Sequence[GeneratedSequence]) -> list[list[float]]:
+        """[sequences][exits] for their next tokens: `NEVER` for exits that are not asked."""
+        rows = [
+            self._rounds.thresholds(s) if _drafts(s) else [s.request.threshold(n) for n in self._layers]
+            for s in going
+        ]
+        free = [i for i, s in enumerate(going) if not _drafts(s) and not self._asks_always(s)]
+        if any(is_asked(threshold) for i in free for threshold in rows[i]):
+            asked = self._policy.ask([rows[i] for i in free], len(going) - len(free))
+            for i in free:
+                rows[i] = [threshold if k in asked else NEVER for k, threshold in enumerate(rows[i])]
+        return rows
+
+    def _asks_always(self, sequence: GeneratedSequence) -> bool:
+        """Whether a sequence's exits are asked every time, whether that pays or not."""
+        request = sequence.request
+        return bool(request.asked) and not request.lossless and (request.always or self._asks_all)
 
     def _take(self, step: Step, sequences: list[GeneratedSequence], held: list[bool]) -> None:
         """Gives a step's answers to its sequences: as final tokens, or as drafts where they are held."""
@@ -176,7 +204,6 @@ class DecodingSession:
                 good = agreeing_prefix(drafts, greedy)
                 following = greedy[good] if good < count else None
             self._decoder.roll_back(row, self._decoder.lengths[row] - count + good + 1)
-            before = len(sequence.tokens)
             for n, draft in enumerate(drafts[:good]):
                 if not self._commit(
                     sequence, draft.token, draft.exit_layer, draft.confidence, found, first + n
@@ -185,11 +212,11 @@ class DecodingSession:
             if sequence.finish_reason is None and following is not None:
                 n = first + good
                 self._commit(sequence, following, self._model.final_layer, confidences[n], found, n)
-            self._rounds.note_verified(len(sequence.tokens) - before, good, good < len(drafts))
+            self._rounds.note_verified(sequence, good, len(drafts))
             sequence.statistics.drafts += len(drafts)
             sequence.statistics.accepted += good
             first += count
-        self._rounds.end(sum(counts), len(sequences))
+        self._rounds.end()
 
     def _commit(
         self,

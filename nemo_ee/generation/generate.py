@@ -9,6 +9,7 @@ import torch
 from megatron.core import parallel_state
 from nemo.utils import logging
 
+from nemo_ee.decoding.assumed_prices import prices_of
 from nemo_ee.decoding.confidence_rules import CONFIDENCE_RULES
 from nemo_ee.decoding.decoder import EarlyExitDecoder
 from nemo_ee.decoding.decoding_model import DecodingModel
@@ -55,7 +56,9 @@ def generate(
     tokenizer, limit = model.text_tokenizer, position_limit(model.cfg)
 
     def read() -> tuple[GenerationRequest, list[list[int]], list[int], list[str] | None]:
-        request = parse_request(length_params, sampling_params, early_exit, model.early_exit)
+        request = parse_request(
+            length_params, sampling_params, early_exit, model.early_exit, generator is not None
+        )
         sampling = request.sampling
         prompts = tokenize_prompts(inputs, tokenizer, sampling.add_BOS, limit)
         drawn = [0] * len(prompts) if sampling.use_greedy else seeds(len(prompts), generator)
@@ -75,12 +78,14 @@ def generate(
             stop.begin(prompt, request, min(request.max_length, limit + 1 - len(prompt)), seed)
             for prompt, seed in zip(prompts, drawn, strict=True)
         ]
+        decoding = model.decoding_model()
         if request.max_length > 0:
             if parallel_state.get_pipeline_model_parallel_world_size() == 1:
-                continue_sequences(model.decoding_model(), results)
+                continue_sequences(decoding, results)
             else:
-                continue_over_stages(model.pipeline_groups(), model.decoding_model(), results)
-    return to_output(results, tokenizer)
+                continue_over_stages(model.pipeline_groups(), decoding, results)
+        prices = prices_of(decoding).shown() if decoding.is_whole else None
+    return {**to_output(results, tokenizer), "pass_prices": prices}
 
 
 def continue_sequences(model: DecodingModel, sequences: list[GeneratedSequence]) -> None:

@@ -16,7 +16,9 @@ from nemo.utils.nemo_logging import LogMode
 from nemo_ee.decoding.cpu.lean_weights import WEIGHT_KINDS
 from nemo_ee.decoding.cuda.captured_decoding import captured_decoding
 from nemo_ee.decoding.decoding_model import DecodingModel
+from nemo_ee.decoding.measured_prices import prices_for
 from nemo_ee.decoding.pipeline.channel import PipelineGroups
+from nemo_ee.decoding.request import EXITS_ARE_OFF
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.generation.generate import generate
 from nemo_ee.generation.generating import check_model_can_generate, generating, position_limit
@@ -32,7 +34,7 @@ USUAL_LENGTH = 2048
 class GenerationMixin:
     """Generation with early exits, through NeMo's own signature. Mix it in before `MegatronGPTModel`."""
 
-    _looked_for_untuned_exits = False
+    _looked_for_untuned_exits = _said_exits_are_off = False
     _decoding_model: DecodingModel | None = None
     _pipeline_groups: PipelineGroups | None = None
     _text_tokenizer: TextTokenizer | None = None
@@ -59,8 +61,8 @@ class GenerationMixin:
         """Generates text.
 
         Without a strategy, our own loop: each sequence continues right behind its own prompt, leaves its
-        layers at the first exit that is sure enough, and its tokens do not depend on the other prompts of the
-        batch. With a strategy, NeMo's loop (`megatron_gpt_generate`).
+        layers at the first exit that is sure enough, where asking it pays; with `always` its tokens do not depend
+        on the other prompts of the batch. With a strategy, NeMo's loop (`megatron_gpt_generate`).
 
         Args:
             inputs: a list of texts; a pair of tensors, token ids [B, S] and lengths [B]; or chats (see
@@ -71,17 +73,18 @@ class GenerationMixin:
                 `EarlyExitTextGenerationStrategy(model)`, or `GPTModelTextGenerationStrategy(model)` for full
                 depth on any pipeline.
             early_exit: any of the fields of `nemo_ee.decoding.request.ExitOptions`: `threshold` (a number, or
-                one per exit in use), `exits` (layers in use), `max_pending`, `lossless`, `confidence`,
+                one per exit in use), `exits` (layers in use), `max_pending`, `lossless`, `always`, `confidence`,
                 `kv_policy`; False for full depth. Defaults are those of `model.early_exit.inference`. The same
                 mapping may come as `sampling_params["early_exit"]`.
             generator: source of randomness for sampling on the model's device; the same seed gives the same
-                tokens.
+                tokens, as exits are then asked for every one (unless `early_exit` says `always=False`).
 
         Returns:
             NeMo's `OutputType` (`sentences`, `tokens`, `logprob`, `full_logprob`, `token_ids`, `offsets`) and
             `early_exit`: per sentence `{"exit_layers": [int], "confidences": [float]}` of its generated
             tokens (`num_layers` stands for the final exit), and `layers_run` (passes of one token through one
-            layer), `drafts` and `accepted` (of lossless decoding).
+            layer), `drafts` and `accepted` (of lossless decoding). `pass_prices`: what passes cost, by which exits
+            are asked, in milliseconds by number of tokens; None over several pipeline stages.
 
         Raises:
             ConfigError: parameters that break a rule.
@@ -92,6 +95,8 @@ class GenerationMixin:
             self.start_distributed()
             if early_exit is not False:
                 self.warn_of_untuned_exits()
+                if early_exit is None and not (sampling_params or {}).get("early_exit"):
+                    self.say_if_exits_are_off()
             return generate(self, inputs, length_params, sampling_params, early_exit, generator)
         ignored = {
             "early_exit": early_exit,
@@ -128,12 +133,15 @@ class GenerationMixin:
         cuda_graphs: bool = True,
         rows: int = 16,
         max_length: int | None = None,
+        prices_file: str | None = None,
     ) -> None:
         """Reads the weights for decoding once, for all calls of `generate` until `release_decoding`.
 
         Otherwise every call reads them: at once where they have the dtype that is computed in, as copies where
         not, and all calls decode without CUDA graphs. Weights that change in between (training, loading) need
         another call. On a CPU, lossless decoding with weights prepared here drafts with 8-bit copies of the exits'.
+        What passes cost is measured, in under a second: by that exits are asked only where it pays (see
+        `nemo_ee.decoding.exit_policy`). Otherwise it is assumed, by the bytes of weights.
 
         Args:
             weights: `native`; `bf16`, rounded to bfloat16 and computed in float32, which changes nothing where a
@@ -147,9 +155,12 @@ class GenerationMixin:
                 their own and decode without graphs, after a warning. No effect without graphs.
             max_length: positions of a sequence, prompt and generated tokens, at most; None for the model's limit, or
                 2048 if that is lower.
+            prices_file: a JSON file with what passes cost: read if it is there, else written; null measures each time.
+                With the same file a model decodes alike on any machine.
 
         Raises:
-            ConfigError: unknown weights; `rows` below 1; `max_length` below 1 or beyond the model's positions.
+            ConfigError: a file of other prices; unknown weights; `rows` below 1; `max_length` below 1 or beyond the
+                model's positions.
             NotImplementedError: weights that this model or device cannot have.
         """
         check_model_can_generate(self)
@@ -161,6 +172,8 @@ class GenerationMixin:
             decoding = self._read_weights(weights)
             if cuda_graphs:
                 decoding.captured = captured_decoding(decoding, rows, max_length or min(limit, USUAL_LENGTH))
+            if decoding.is_whole and decoding.heads:
+                decoding.prices = prices_for(decoding, prices_file)
             self._decoding_model = decoding
 
     def release_decoding(self) -> None:
@@ -187,6 +200,12 @@ class GenerationMixin:
         if self._pipeline_groups is None:
             self._pipeline_groups = PipelineGroups.make()
         return self._pipeline_groups
+
+    def say_if_exits_are_off(self) -> None:
+        """Says once how to get thresholds, if the model has exits and no threshold for them."""
+        if not self._said_exits_are_off and self.early_exit.inference.known_threshold is None:
+            logging.warning(EXITS_ARE_OFF)
+        self._said_exits_are_off = True
 
     def warn_of_untuned_exits(self) -> None:
         """Warns once of exits whose own projection is all zeros; only the first call looks."""

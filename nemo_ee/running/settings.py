@@ -59,9 +59,10 @@ class GenerateConfig(Settings):
         inference: how tokens are chosen.
         early_exit: when they may leave.
         batch_size: prompts at a time.
-        seed: of sampling.
+        seed: of sampling; null for torch's own.
         output_file: a JSONL file to write, one line per prompt; null for none.
         color: mark exits by colour: `always`, `never`, or `auto` (in a terminal).
+        prices_file: JSON, see `prepare_decoding`.
         weights: how decoding holds them: `native`, `bf16` or `int8`, see `prepare_decoding`.
         tensor_model_parallel_size: processes that share each layer.
         pipeline_model_parallel_size: stages of layers; trainer.devices is the product of both sizes.
@@ -78,10 +79,11 @@ class GenerateConfig(Settings):
     early_exit: ExitOptions = field(default_factory=ExitOptions)
     batch_size: Positive = 8
     seed: Annotated[
-        int, holds(lambda seed: -(2**63) <= seed < 2**63, "must fit in 64 bits", "use e.g. 1234")
-    ] = 1234
+        int | None, holds(lambda seed: -(2**63) <= seed < 2**63, "must fit in 64 bits", "use e.g. 1234")
+    ] = None
     output_file: str | None = None
     color: Annotated[str, choice("auto", "always", "never")] = "auto"
+    prices_file: str | None = None
     weights: Annotated[str, choice(*WEIGHT_KINDS)] = "native"
     tensor_model_parallel_size: Positive = 1
     pipeline_model_parallel_size: Positive = 1

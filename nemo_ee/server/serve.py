@@ -132,8 +132,12 @@ def create_service(config: ServerConfig, model: Any) -> Service:
         raise ConfigError(Fault("add_BOS", config.add_BOS, rule, "set add_BOS=null")) from error
     usual = usual_request(config, model.early_exit)
     longest = max(config.max_prompt_tokens + config.max_tokens - 1, POSITIONS)  # the last token is not fed
-    model.prepare_decoding(config.weights, rows=config.slots, max_length=longest)
+    model.prepare_decoding(
+        config.weights, rows=config.slots, max_length=longest, prices_file=config.prices_file
+    )
     model.warn_of_untuned_exits()
+    if not usual.exits and config.early_exit.exits is None:
+        model.say_if_exits_are_off()
     metrics = Metrics()
     engine = Engine(
         lambda: decoding_session(model, config.slots, longest, usual),

@@ -53,6 +53,7 @@ class ServerConfig(Settings):
             and this machine's name where there is none.
         early_exit: when tokens may leave, for requests that do not say; confidence and kv_policy are those of
             all requests.
+        prices_file: JSON, see `prepare_decoding`.
         weights: how decoding holds weights, see `nemo_ee.decoding.cpu.lean_weights`.
         add_BOS: put the tokenizer's BOS before each prompt that is a text, or not; null for the model's rule.
         slots: sequences that decode together.
@@ -80,6 +81,7 @@ class ServerConfig(Settings):
     insecure: bool = False
     allowed_hosts: tuple[str, ...] | None = None
     early_exit: ExitOptions = field(default_factory=ExitOptions)
+    prices_file: str | None = None
     weights: Annotated[str, choice(*WEIGHT_KINDS)] = "native"
     add_BOS: bool | None = None
     slots: Positive = 8

@@ -80,17 +80,17 @@ class Ours:
         decoding: returns what `prepare_decoding` has made.
         early_exit: as for `model.generate`; False for full depth.
         sampling: likewise.
-        drafting: of lossless decoding, a policy in place of the session's own.
+        policy: when exits are asked and draft, in place of the session's own.
     """
 
     session: DecodingSession
     sequences: list[GeneratedSequence]
 
     def __init__(
-        self, model: Any, decoding: Callable, early_exit: Any, sampling: dict = SAMPLING, drafting: Any = None
+        self, model: Any, decoding: Callable, early_exit: Any, sampling: dict = SAMPLING, policy: Any = None
     ):
         self._model, self._decoding, self._early_exit = model, decoding, early_exit
-        self._sampling, self._drafting = sampling, drafting
+        self._sampling, self._policy = sampling, policy
 
     @contextmanager
     def begun(self, prompts: Tokens, count: int) -> Iterator[None]:
@@ -103,7 +103,7 @@ class Ours:
         size = exits, len(prompts), len(prompts[0]) + count - 1, request.kv_policy, request.confidence
         with (
             generating(self._model),
-            DecodingSession(self._decoding(), *size, self._drafting) as self.session,
+            DecodingSession(self._decoding(), *size, self._policy) as self.session,
         ):
             self.session.add(self.sequences)
             yield

@@ -21,8 +21,9 @@ from decoding_ways import SAMPLING, Clock, HuggingFace, Tokens
 from result import Result
 from tokens import check_graphs, warnings_about_graphs
 
-from nemo_ee.decoding.drafts.drafting import DraftingPolicy, Round
-from nemo_ee.decoding.drafts.pass_costs import pass_costs
+from nemo_ee.decoding.assumed_prices import prices_of
+from nemo_ee.decoding.exit_policy import ExitPolicy, Round
+from nemo_ee.decoding.leaving import is_asked
 from nemo_ee.generation.generating import generating
 from nemo_ee.report.statistics import spread
 from nemo_ee.runtime.upstream.cuda_graphs import counted_replays
@@ -100,10 +101,11 @@ class Speed:
         return f"{self.way}{how}"
 
 
-class AlwaysDrafting(DraftingPolicy):
+class AlwaysDrafting(ExitPolicy):
     """Rounds of up to `DRAFTS` drafts from the first exit, so that their passes are measured on any model."""
 
-    def next(self, sequences: int, exits: Sequence[int]) -> Round | None:
+    def draft(self, rows: Sequence[Sequence[float]]) -> Round | None:
+        exits = [k for k in range(len(self.layers)) if any(is_asked(row[k]) for row in rows)]
         return Round(exits[0], DRAFTS) if exits else None
 
 
@@ -119,8 +121,8 @@ class Ours(decoding_ways.Ours):
 
     def __init__(self, model: Any, decoding: Any, early_exit: dict | bool, drafting: bool = False):
         with generating(model):
-            policy = AlwaysDrafting(pass_costs(decoding, model.early_exit.layers)) if drafting else None
-        super().__init__(model, lambda: decoding, early_exit, drafting=policy)
+            policy = AlwaysDrafting(prices_of(decoding), model.early_exit.layers) if drafting else None
+        super().__init__(model, lambda: decoding, early_exit, policy=policy)
         self._prepared = decoding
         self.eager: float | None = None
 

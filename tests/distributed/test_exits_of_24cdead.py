@@ -65,7 +65,7 @@ def says(folder: Path, files: list[str]) -> dict[str, dict]:
             (ids, lengths),
             dict(max_length=length),
             dict(use_greedy=True),
-            early_exit=dict(threshold=then["threshold"]),
+            early_exit=dict(threshold=then["threshold"], always=True),
         )
         found[file] = dict(logits={n: value[:3] for n, value in logits.items()}, answer=answer)
         save = model.save_to if form == "whole" else model.save_adapters

@@ -6,7 +6,7 @@ import torch
 
 from tests.support.tiny_gpt import HEADS, NEMO, TEXTS
 
-EARLY = dict(threshold=[0.6, 0.5, 0.7])
+EARLY = dict(threshold=[0.6, 0.5, 0.7], always=True)
 
 
 def generate(tp, head, sequence_parallel=False):

@@ -22,7 +22,9 @@ def generated(tp, backbone, of_te):
         model = (tiny_te_model if of_te else tiny_model)(config, tp, torch.float64)
         assert all(type(layer) is LeanLayer for layer in model.decoding_model().layers.values())
         texts = TEXTS if torch.distributed.get_rank() == 0 else None
-        out = model.generate(texts, dict(max_length=12), dict(add_BOS=False), early_exit=dict(threshold=0.5))
+        out = model.generate(
+            texts, dict(max_length=12), dict(add_BOS=False), early_exit=dict(threshold=0.5, always=True)
+        )
     return out["token_ids"], [row["exit_layers"] for row in out["early_exit"]]
 
 

@@ -13,7 +13,7 @@ from tests.support.script import ROOT, run_script
 
 HEAD = dict(block=True, mlp=True, linear=True, projection="shortlist", shortlist_size=100)
 PROMPTS = ["w1 w2 w3", "w9 w10 w11 w12 w13", "w40"]
-ARGUMENTS = ["inference.tokens_to_generate=8", "early_exit.threshold=0.6"]
+ARGUMENTS = ["inference.tokens_to_generate=8", "early_exit.threshold=0.6", "early_exit.always=true"]
 
 
 def write_checkpoints(directory):
@@ -38,7 +38,9 @@ def write_checkpoints(directory):
     )
     fill(model)
     model.save_adapters(f"{directory}/exits.nemo")
-    return full.generate(PROMPTS, dict(max_length=8), dict(add_BOS=False), early_exit=dict(threshold=0.6))
+    return full.generate(
+        PROMPTS, dict(max_length=8), dict(add_BOS=False), early_exit=dict(threshold=0.6, always=True)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -99,10 +99,12 @@ def with_exits(source, head):
     prompts, results = SMOLLM2_PROMPTS[:5], []
     sampling, lengths = dict(add_BOS=False), dict(max_length=STEPS, min_length=0)
     for threshold in (0.3, 0.6, 0.9):
-        batch = model.generate(prompts, lengths, sampling, early_exit=dict(threshold=threshold))
+        batch = model.generate(prompts, lengths, sampling, early_exit=dict(threshold=threshold, always=True))
         for row, prompt in enumerate(prompts):
             ids = model.tokenizer.text_to_ids(prompt)
-            single = model.generate([prompt], lengths, sampling, early_exit=dict(threshold=threshold))
+            single = model.generate(
+                [prompt], lengths, sampling, early_exit=dict(threshold=threshold, always=True)
+            )
             ours = [
                 list(zip(out["token_ids"][i][len(ids) :], out["early_exit"][i]["exit_layers"], strict=True))
                 for out, i in ((single, 0), (batch, row))

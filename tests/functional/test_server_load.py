@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 HEAD = dict(block=True, mlp=True, linear=True, projection="shortlist", shortlist_size=100)
 MODES = {
     "usual": None,
-    "eager": {"threshold": 0.3},
-    "one exit": {"threshold": 0.6, "exits": [4]},
+    "eager": {"threshold": 0.3, "always": True},
+    "one exit": {"threshold": 0.6, "exits": [4], "always": True},
     "full depth": False,
     "lossless": {"threshold": 0.3, "lossless": True},
 }
@@ -34,7 +34,7 @@ SETTINGS = dict(
     max_prompt_tokens=40,
     max_tokens=24,
     queue_size=48,
-    early_exit={"threshold": 0.5},
+    early_exit={"threshold": 0.5, "always": True},
 )
 FLAT_MIB = 24
 """How much memory may grow in the second half of the time."""

@@ -6,7 +6,7 @@ import json
 OUTPUT, MLP = "output_layer.weight", "decoder.layers.5.mlp.linear_fc2.weight"
 CASES = {
     "full depth": (OUTPUT, {"early_exit": False}),
-    "exits": (MLP, {"early_exit": {"threshold": 0.3}}),
+    "exits": (MLP, {"early_exit": {"threshold": 0.3, "always": True}}),
     "lossless": (OUTPUT, {"early_exit": {"threshold": 0.3, "lossless": True}}),
     "sampling": (MLP, {"temperature": 1.5, "seed": 1}),
 }

@@ -16,7 +16,7 @@ import pytest
 from tests.functional.test_generate_script import HEAD, ROOT
 
 PROMPTS = ["w1 w2 w3", "w9 w10 w11 w12 w13", "w40"]
-EXITS = {"threshold": 0.5, "exits": [2, 6]}
+EXITS = {"threshold": 0.5, "exits": [2, 6], "always": True}
 TOKENS = 12
 SETTINGS = [
     "gpt_model_file=full.nemo",
@@ -26,6 +26,7 @@ SETTINGS = [
     "max_tokens=32",
     "model_name=tiny",
     "early_exit.threshold=0.6",
+    "early_exit.always=true",
     "shutdown_grace_s=30",
 ]
 
@@ -45,7 +46,7 @@ def write_checkpoint(directory):
         ]
 
     chat = [[{"role": "user", "content": "w5 w6"}]]
-    usual = dict(threshold=0.6)
+    usual = dict(threshold=0.6, always=True)
     return (
         generated(PROMPTS, usual),
         generated(PROMPTS, EXITS),

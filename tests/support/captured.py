@@ -75,6 +75,7 @@ def sequences_for(draw, exits, lossless):
             sampling=sampling,
             exits={n: draw.choice([0.0, 0.2, 0.3, 0.5, 1.0]) for n in exits},
             lossless=lossless and draw.random() < 0.5,
+            always=draw.random() < 0.7,
             max_pending=draw.choice([None, None, 0, 2]),
         )
         prompt = [draw.randint(3, 200) for _ in range(draw.randint(1, 10))]

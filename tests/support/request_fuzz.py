@@ -39,6 +39,7 @@ EXIT_OPTIONS = st.fixed_dictionaries(
         "exits": st.none() | EXITS,
         "max_pending": st.none() | st.integers(0, 2**40),
         "lossless": st.none() | st.just(False),
+        "always": st.none() | st.booleans(),
         "kv_policy": st.just("catch_up"),
         "confidence": st.just("max_probability"),
     },

@@ -38,7 +38,9 @@ def server_config(**settings: Any) -> ServerConfig:
 
 def served_model(config: ServerConfig, tokenizer: Any = None) -> ServedModel:
     """The fake session's model."""
-    exits = parse_early_exit({"layers": list(EXIT_LAYERS[:-1])}, num_layers=EXIT_LAYERS[-1])
+    exits = parse_early_exit(
+        {"layers": list(EXIT_LAYERS[:-1]), "inference": {"threshold": [0.9, 0.8]}}, num_layers=EXIT_LAYERS[-1]
+    )
     shared = SharedTokenizer(TextTokenizer(tokenizer or tiny_tokenizer()), config.add_BOS)
     usual = usual_request(config, exits)
     return ServedModel(config.served_name, shared, exits, usual, EXIT_LAYERS[-1], VOCABULARY)

@@ -127,7 +127,7 @@ def test_what_is_no_number_stays_with_the_sequence_that_made_it(tape):
             ([11], 20),
         ]
         for prompt, limit in texts:
-            request = GenerationRequest(max_length=limit, exits=exits)
+            request = GenerationRequest(max_length=limit, exits=exits, always=True)
             yield GeneratedSequence(prompt, request, frozenset(), None, limit, 0)
 
     def run(model, waiting):
@@ -169,7 +169,8 @@ def test_prepared_models_generate_with_captured_passes(monkeypatch):
         out = model.generate(ids, dict(max_length=12), dict(add_BOS=False), early_exit=early_exit or False)
         return out["token_ids"], out["early_exit"]
 
-    ways = [dict(), dict(threshold=0.8), dict(threshold=0.8, exits=[2]), dict(threshold=0.5, lossless=True)]
+    asked = dict(threshold=0.8, always=True)
+    ways = [dict(), asked, dict(asked, exits=[2]), dict(threshold=0.5, lossless=True)]
     expected = [generated(**way) for way in ways]
     tape = TapeCapture()
     monkeypatch.setattr(captured_decoding, "capture_for", lambda model: tape)

@@ -15,7 +15,7 @@ from tests.support.tiny_tokenizer import EOS, save_tiny_tokenizer
 from tests.unit.test_generation import NEMO, generated, lengths
 from tests.unit.test_generation import TEXTS as PROMPTS
 
-EARLY = dict(threshold=[0.6, 0.5, 0.7])
+EARLY = dict(threshold=[0.6, 0.5, 0.7], always=True)
 WAYS = {
     "exits": (EARLY, {}),
     "full depth": (False, {}),

@@ -10,14 +10,20 @@ from tests.support.uncached import generate_uncached
 
 GREEDY = dict(use_greedy=True, add_BOS=False)
 EXITS = {2: 0.6, 4: 0.5, 6: 0.7}
-EARLY = dict(threshold=list(EXITS.values()))
+EARLY = dict(threshold=list(EXITS.values()), always=True)
 
 
 @pytest.fixture(scope="module")
 def model():
+    """Calibrated, as one threshold per exit says."""
     head = HEADS["block, MLP, linear, untied"]
     return tiny_model(
-        tiny_model_config(head=head, share_embeddings_and_output_weights=False), dtype=torch.float64
+        tiny_model_config(
+            head=head,
+            share_embeddings_and_output_weights=False,
+            early_exit__inference={"threshold": [0.8, 0.7, 0.6]},
+        ),
+        dtype=torch.float64,
     )
 
 
@@ -55,8 +61,9 @@ def test_equals_uncached_and_reports_every_token(model):
 
 def test_defaults_come_from_the_configuration(model):
     usual = model.generate(TEXTS, lengths(12), GREEDY)
-    explicit = model.generate(TEXTS, lengths(12), GREEDY, early_exit=dict(threshold=0.8, exits=[2, 4, 6]))
-    in_params = model.generate(TEXTS, lengths(12), {**GREEDY, "early_exit": dict(threshold=0.8)})
+    own = dict(threshold=[0.8, 0.7, 0.6])
+    explicit = model.generate(TEXTS, lengths(12), GREEDY, early_exit=dict(**own, exits=[2, 4, 6]))
+    in_params = model.generate(TEXTS, lengths(12), {**GREEDY, "early_exit": own})
     assert usual == explicit == in_params
 
 
@@ -408,7 +415,7 @@ def test_options_that_a_strategy_would_ignore_are_refused(model):
 
 def test_bfloat16_generates():
     model = tiny_model(tiny_model_config(head=HEADS["block, shortlist"], precision=32), dtype=torch.bfloat16)
-    output = model.generate(TEXTS, lengths(12), GREEDY, early_exit=dict(threshold=0.4))
+    output = model.generate(TEXTS, lengths(12), GREEDY, early_exit=dict(threshold=0.4, always=True))
     layers = {layer for row in output["early_exit"] for layer in row["exit_layers"]}
     assert len(layers) > 1 and all(len(row["exit_layers"]) == 12 for row in output["early_exit"])
 
@@ -426,7 +433,7 @@ def test_mixed_precision_generates_in_both_loops(o2):
     single = tiny_model(tiny_model_config(head=head))
     half = tiny_model(tiny_model_config(head=head, precision="bf16", megatron_amp_O2=o2))
     assert half.gpt.output_weight().dtype == (torch.bfloat16 if o2 else torch.float32)
-    prompts, early = 40, dict(threshold=0.99)
+    prompts, early = 40, dict(threshold=0.99, always=True)
     drawn = torch.randint(6, 200, (prompts, 7), generator=torch.Generator().manual_seed(0))
     firsts = [
         [(row["exit_layers"][0], row["confidences"][0]) for row in output["early_exit"]]

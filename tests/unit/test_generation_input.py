@@ -112,12 +112,76 @@ def test_lossless_requests_draft_above_a_threshold_of_their_own(model):
     def thresholds(**options):
         return set(parse_request(None, None, options, model.early_exit).exits.values())
 
-    usual = {model.early_exit.inference.threshold}
-    assert thresholds(lossless=True) == {DRAFTS_ABOVE} and usual != {DRAFTS_ABOVE}
+    assert model.early_exit.inference.threshold is None and thresholds(lossless=True) == {DRAFTS_ABOVE}
     assert thresholds(lossless=True, threshold=0.7) == {0.7}
-    assert thresholds() == thresholds(lossless=False) == usual
+    assert thresholds() == thresholds(lossless=False) == set(), "exits are off"
     with pytest.raises(ConfigError, match="thresholds are for confidence=max_probability, not for margin"):
         thresholds(lossless=True, confidence="margin")
+
+
+@pytest.mark.parametrize("stored", [None, 0.8], ids=["null", "what training wrote before"])
+def test_exits_that_were_never_calibrated_are_off(stored):
+    from nemo_ee.config import parse_early_exit
+    from nemo_ee.decoding.request import parse_request
+
+    config = parse_early_exit(dict(layers=[10, 20], inference=dict(threshold=stored)), 30)
+
+    def exits(*options):
+        return parse_request(None, None, *options, config).exits
+
+    assert exits(None) == exits(dict(always=False)) == exits(dict(exits=[])) == {}
+    assert exits(dict(threshold=0.8)) == {10: 0.8, 20: 0.8}
+    for options in (dict(exits=[10]), dict(always=True), dict(max_pending=2)):
+        with pytest.raises(
+            ConfigError, match=r"^early_exit.threshold=None: .*never calibrated.*threshold=0.8"
+        ) as error:
+            exits(options)
+        assert next(iter(options)) in str(error.value)
+
+
+@pytest.mark.parametrize("stored", [[0.8, 0.8], [0.8, 1.0], 0.7, 0.0], ids=str)
+def test_thresholds_that_somebody_has_chosen_are_used(stored):
+    from nemo_ee.config import parse_early_exit
+    from nemo_ee.decoding.request import parse_request
+
+    config = parse_early_exit(dict(layers=[10, 20], inference=dict(threshold=stored)), 30)
+    expected = stored if isinstance(stored, list) else [stored] * 2
+    assert list(parse_request(None, None, None, config).exits.values()) == expected
+
+
+def test_the_line_that_says_that_exits_are_off_comes_once(caplog):
+    from nemo.utils import logging
+
+    logging._logger.addHandler(caplog.handler)
+    try:
+        never = tiny_model(tiny_model_config(num_layers=2, exits=[1]))
+        calibrated = tiny_model(
+            tiny_model_config(num_layers=2, exits=[1], early_exit__inference={"threshold": [0.9]})
+        )
+        for model, options in ((calibrated, None), (never, False), (never, dict(threshold=0.5))):
+            model.generate(["w1 w2"], dict(max_length=1), dict(add_BOS=False), early_exit=options)
+        assert not [r for r in caplog.records if "exits are off" in r.getMessage()]
+        for _ in range(2):
+            never.generate(["w1 w2"], dict(max_length=1), dict(add_BOS=False))
+    finally:
+        logging._logger.removeHandler(caplog.handler)
+    (message,) = (r.getMessage() for r in caplog.records if "exits are off" in r.getMessage())
+    assert "scripts/calibrate_early_exit.py" in message and "early_exit.threshold=0.8" in message
+
+
+def test_who_asks_always():
+    from nemo_ee.config import parse_early_exit
+    from nemo_ee.decoding.request import parse_request
+
+    config = parse_early_exit(dict(layers=[10, 20], inference=dict(threshold=[0.5, 0.6])), 30)
+
+    def always(sampled, seeded, **options):
+        return parse_request(None, dict(use_greedy=not sampled), options, config, seeded).always
+
+    assert [always(*each) for each in ((0, 0), (0, 1), (1, 0), (1, 1))] == [False, False, False, True]
+    assert always(0, 0, always=True) and not always(1, 1, always=False) and not always(1, 1, lossless=True)
+    with pytest.raises(ConfigError, match="early_exit.always=True: lossless decoding chooses"):
+        always(0, 0, always=True, lossless=True)
 
 
 def test_the_lowest_temperature_is_greedy():

@@ -104,7 +104,9 @@ def generated(model, **early_exit):
     return model.generate((ids, lengths), dict(max_length=24), dict(add_BOS=False), early_exit=early_exit)
 
 
-@pytest.mark.parametrize("early_exit", [dict(threshold=0.5), dict(threshold=0.5, lossless=True)], ids=str)
+@pytest.mark.parametrize(
+    "early_exit", [dict(threshold=0.5, always=True), dict(threshold=0.5, lossless=True)], ids=str
+)
 def test_a_model_decodes_with_bfloat16_and_eight_bit_weights(model, early_exit):
     native = generated(model, **early_exit)["token_ids"]
     kept = {name: weight.detach().clone() for name, weight in model.gpt.named_parameters()}
@@ -146,7 +148,7 @@ def test_eight_bit_heads_draft_and_change_nothing(model):
             patch.setattr(LeanHead, "predict", noted)
             drafted = generated(model, threshold=0.0, lossless=True)
             assert set(calls) == {Int8Linear}
-            generated(model, threshold=0.0)
+            generated(model, threshold=0.0, always=True)
             assert calls[-1] is DenseLinear
     finally:
         model.release_decoding()

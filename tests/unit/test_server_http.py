@@ -191,7 +191,7 @@ def test_the_model_is_listed_with_its_exits(client):
     assert card["early_exit"] == {
         "exits": [2, 4],
         "num_layers": 8,
-        "default_thresholds": {"2": 0.8, "4": 0.8},
+        "default_thresholds": {"2": 0.9, "4": 0.8},
         "default_lossless": False,
         "confidence": "max_probability",
         "kv_policy": "catch_up",

@@ -26,12 +26,19 @@ def gpt():
     return tiny_model(config, dtype=torch.float64).gpt
 
 
-def sequence(prompt, exits, lossless=False, limit=STEPS, seed=0, ends=frozenset(), **sampling):
+def sequence(prompt, exits, lossless=False, limit=STEPS, seed=0, ends=frozenset(), always=None, **sampling):
+    """One whose exits are asked for every token, unless told otherwise."""
     from nemo_ee.decoding.generated_sequence import GeneratedSequence
     from nemo_ee.decoding.request import GenerationRequest, SamplingOptions
 
     options = SamplingOptions(use_greedy=not sampling, **sampling)
-    request = GenerationRequest(max_length=limit, sampling=options, exits=exits, lossless=lossless)
+    request = GenerationRequest(
+        max_length=limit,
+        sampling=options,
+        exits=exits,
+        lossless=lossless,
+        always=not lossless if always is None else always,
+    )
     return GeneratedSequence(list(prompt), request, ends, EOS, limit, seed)
 
 
@@ -43,13 +50,13 @@ def full_text(gpt, prompt, steps=STEPS):
 
 def new_session(gpt, slots, layers=LAYERS, **options):
     """Lossless sequences draft whether it pays or not."""
+    from nemo_ee.decoding.assumed_prices import prices_of
     from nemo_ee.decoding.decoding_model import DecodingModel
-    from nemo_ee.decoding.drafts.pass_costs import pass_costs
     from nemo_ee.decoding.session import DecodingSession
 
     model = DecodingModel(gpt)
-    drafting = EagerDrafts(pass_costs(model, layers))
-    return DecodingSession(model, layers, slots, 64, **{"drafting": drafting, **options})
+    policy = EagerDrafts(prices_of(model), layers)
+    return DecodingSession(model, layers, slots, 64, **{"policy": policy, **options})
 
 
 def run(gpt, sequences, slots=None, layers=LAYERS, **options):

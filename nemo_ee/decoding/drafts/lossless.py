@@ -3,7 +3,7 @@
 
 from collections.abc import Sequence
 
-from nemo_ee.decoding.drafts.drafting import DraftingPolicy, Outcome, Round
+from nemo_ee.decoding.exit_policy import ExitPolicy, Round
 from nemo_ee.decoding.generated_sequence import GeneratedSequence
 from nemo_ee.decoding.leaving import NEVER, is_asked
 
@@ -11,7 +11,7 @@ from nemo_ee.decoding.leaving import NEVER, is_asked
 class LosslessRounds:
     """Which lossless sequences of a session draft and which wait.
 
-    In a round each drafts until the round's exit is not sure of a token, until it has as many drafts as the
+    In a round each that uses its exit drafts until that is not sure of a token, until it has as many drafts as the
     round allows, or until the drafts end it. That token, or the last draft, is fed no deeper than that exit,
     and the sequence waits. When all wait they are verified together: a pass over the deeper layers costs
     about the same for one sequence as for all. A sequence that comes while a round goes on decodes at full depth
@@ -19,77 +19,58 @@ class LosslessRounds:
 
     Args:
         policy: chooses rounds.
-        exit_layers: of the session, ascending.
 
     Attributes:
         round: that goes on; None for a token at full depth.
-        members: sequences that the round was chosen for.
+        members: sequences that take part in it.
         waiting: those of them that wait to be verified.
     """
 
-    def __init__(self, policy: DraftingPolicy, exit_layers: Sequence[int]):
+    def __init__(self, policy: ExitPolicy):
         self.round: Round | None = None
         self.members: set[GeneratedSequence] = set()
         self.waiting: set[GeneratedSequence] = set()
-        self._policy, self._layers = policy, list(exit_layers)
-        self._outcome = Outcome()
+        self._policy = policy
 
     def begin(self, lossless: Sequence[GeneratedSequence]) -> None:
         """Chooses a round for some sequences, unless one goes on that some of them are in."""
         self.members.intersection_update(lossless)
         if self.members:
             return
-        self.abandon()
+        self.end()
         if not lossless:
             return
-        asked = [
-            k for k in range(len(self._layers)) if any(is_asked(self._threshold(s, k)) for s in lossless)
-        ]
-        self.round, self._outcome = self._policy.next(len(lossless), asked), Outcome()
-        if self.round is None:
-            self._policy.observe_full_depth(len(lossless))
-        else:
-            self.members.update(lossless)
-
-    def abandon(self) -> None:
-        """Ends a round whose sequences were all removed, if there is one: what it cost is lost."""
+        self.round = self._policy.draft([self._own(s) for s in lossless])
         if self.round is not None:
-            self._close(self.round, sequences=1)
-
-    def thresholds(self, sequence: GeneratedSequence) -> list[float]:
-        """Of all exits, for the sequence's next token."""
-        row = [NEVER] * len(self._layers)
-        if self.round is not None and sequence in self.members and len(sequence.drafts) < self.round.length:
             k = self.round.exit_index
-            row[k] = self._threshold(sequence, k)
-        return row
+            self.members.update(s for s in lossless if is_asked(self._own(s)[k]))
 
-    def note_pass(self, thresholds: Sequence[Sequence[float]], drafts: int) -> None:
-        """Counts a pass to the round's exit, of sequences with these thresholds, and the drafts that it gave."""
-        assert self.round is not None, "a round goes on"
-        costs, k = self._policy.costs, self.round.exit_index
-        asked = sum(is_asked(row[k]) for row in thresholds)
-        self._outcome.cost += costs.shallow(k, len(thresholds)) + (costs.asked(k, asked) if asked else 0.0)
-        self._outcome.asked += asked
-        self._outcome.drafts += drafts
-
-    def note_verified(self, tokens: int, accepted: int, rejected: bool) -> None:
-        """Counts a sequence's share of a verification: tokens that it got, drafts accepted, one rejected or not."""
-        self._outcome.tokens += tokens
-        self._outcome.accepted += accepted
-        self._outcome.rejected += rejected
-
-    def end(self, verified: int, sequences: int) -> None:
-        """Ends a round of some sequences in which so many tokens went through the deeper layers."""
-        assert self.round is not None, "a round goes on"
-        self._outcome.cost += self._policy.costs.verify(self.round.exit_index, verified)
-        self._close(self.round, sequences)
-
-    def _close(self, round_: Round, sequences: int) -> None:
-        self._policy.observe(round_, self._outcome, sequences)
+    def end(self) -> None:
+        """Ends the round, if there is one."""
         self.round = None
         self.members.clear()
         self.waiting.clear()
 
-    def _threshold(self, sequence: GeneratedSequence, exit_index: int) -> float:
-        return sequence.request.threshold(self._layers[exit_index])
+    def thresholds(self, sequence: GeneratedSequence) -> list[float]:
+        """Of all exits, for the sequence's next token."""
+        own, row = self._own(sequence), [NEVER] * len(self._policy.layers)
+        if self.round is not None and sequence in self.members and len(sequence.drafts) < self.round.length:
+            row[self.round.exit_index] = own[self.round.exit_index]
+        return row
+
+    def note_asked(self, sequence: GeneratedSequence, is_sure: bool) -> None:
+        """A member whose exit was asked, or that had as many drafts as the round allows."""
+        assert self.round is not None, "a round goes on"
+        k = self.round.exit_index
+        if len(sequence.drafts) < self.round.length:
+            self._policy.share("sure", k, self._own(sequence)[k]).observe(is_sure, 1)
+
+    def note_verified(self, sequence: GeneratedSequence, accepted: int, drafts: int) -> None:
+        """A member's drafts; those behind the first one that is not accepted say nothing."""
+        assert self.round is not None, "a round goes on"
+        k = self.round.exit_index
+        share = self._policy.share("right", k, self._own(sequence)[k])
+        share.observe(accepted, accepted + (accepted < drafts))
+
+    def _own(self, sequence: GeneratedSequence) -> list[float]:
+        return [sequence.request.threshold(n) for n in self._policy.layers]

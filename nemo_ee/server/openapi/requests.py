@@ -78,6 +78,7 @@ def _exits(model: ServedModel) -> Schema:
         },
         "max_pending": {"type": "integer", "minimum": 0},
         "lossless": {"type": "boolean"},
+        "always": {"type": "boolean"},
         "confidence": {"enum": [usual.confidence]},
         "kv_policy": {"enum": [usual.kv_policy]},
     }

@@ -138,6 +138,7 @@ def _generation_request(
             sampling,
             exit_options(call.early_exit, config, model.usual),
             model.early_exit,
+            call.seed is not None,
         )
     except ConfigError as error:
         raise ApiError.from_faults(error) from error
@@ -166,7 +167,7 @@ def exit_options(
     if asked is False:
         return {**usual, "exits": [], "threshold": None, "lossless": False}
     if own.get("lossless"):
-        usual["max_pending"] = None  # which lossless decoding does not have
+        usual |= {"max_pending": None, "always": None}  # which lossless decoding does not have
     layers = own.get("exits")
     if "threshold" not in own and isinstance(layers, list) and isinstance(usual["threshold"], tuple):
         if without := [n for n in layers if n not in server.exits]:

@@ -26,15 +26,15 @@ TEXTS = ["w1 w2 w3", "w9 w10 w11 w12 w13 w14 w15", "w40"]
 LENGTH = dict(max_length=16, min_length=4)
 GREEDY = dict(use_greedy=True, add_BOS=False)
 REQUESTS: dict[str, tuple[dict, Any]] = {
-    "exits": (GREEDY, dict(threshold=[0.6, 0.5, 0.7])),
+    "exits": (GREEDY, dict(threshold=[0.6, 0.5, 0.7], always=True)),
     "lossless": (GREEDY, dict(threshold=0.3, lossless=True)),
     "full depth": (GREEDY, False),
     "sampled": (
         dict(use_greedy=False, add_BOS=False, temperature=0.9, top_k=20, top_p=0.9, repetition_penalty=1.2),
-        dict(threshold=0.5),
+        dict(threshold=0.5, always=True),
     ),
     "sampled, lossless": (dict(use_greedy=False, add_BOS=False), dict(threshold=0.3, lossless=True)),
-    "probabilities": ({**GREEDY, "all_probs": True}, dict(threshold=0.5)),
+    "probabilities": ({**GREEDY, "all_probs": True}, dict(threshold=0.5, always=True)),
 }
 """Sampling parameters and `early_exit` of calls of `model.generate`."""
 
@@ -244,7 +244,7 @@ def served(directory: str) -> dict[str, tuple[list[str], list[list[int]]]]:
 
     def client(name: str, prompts: list[str], temperature: float) -> None:
         body = dict(model="tiny", prompt=prompts, max_tokens=12, temperature=temperature, seed=5)
-        body["early_exit"] = dict(threshold=0.5)
+        body["early_exit"] = dict(threshold=0.5, always=True)
         together.wait()
         answer = httpx.post(f"{url}/v1/completions", json=body, timeout=120).json()
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])

@@ -1,0 +1,142 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""When asking an exit pays, and drafting with it: by prices of passes, and by what the exits said so far."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nemo_ee.decoding.forecast import round_rate, step_price, worst_asking, worst_round
+from nemo_ee.decoding.leaving import is_asked
+from nemo_ee.decoding.observed_share import Share
+from nemo_ee.decoding.pass_prices import PassPrices
+
+LOSS = 0.01
+"""Share of full depth's price that exits may lose, all in all, whatever they say."""
+CREDIT, SAVED = 50, 256
+"""Tokens whose share may be lost before they are decoded: without it a text would begin at full depth. Tokens whose
+share may be saved up while nothing is lost: what one bad text may lose beyond its own."""
+MARGIN = 0.01, 0.03
+"""Gain that asking and drafting must promise at least: prices are not more exact than that."""
+PRIOR = {"left": 0.5, "sure": 0.5, "right": 0.8}
+"""What is expected of an exit before it is asked: hopeful, since `LOSS` bounds what hope costs."""
+LONGEST, PLAN_STEPS = 8, 8
+"""Tokens drafted at most; steps until what is asked is thought over."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """So many drafts of each sequence, at most, by the exit of that index."""
+
+    exit_index: int
+    length: int
+
+
+class ExitPolicy:
+    """Decides for a session's sequences what is asked of exits, by equal numbers on all ranks and without a clock.
+
+    All is priced, and an account kept against full depth. What may not pay is done only while the account, after the
+    worst that can come of it, is no lower than `LOSS` of full depth's price so far (`CREDIT` and `SAVED` apart). So
+    exits that never pay are hardly asked, whatever was expected of them, and learning goes on at that price.
+    """
+
+    def __init__(self, prices: PassPrices, exit_layers: Sequence[int]):
+        self.prices, self.layers = prices, list(exit_layers)
+        self._shares: dict[tuple[str, int, float], Share] = {}
+        self._saved, self._worst, self._steps, self._owed = 0.0, 0.0, 0, 0
+        self._asked_for: tuple = ()
+        self._plan: tuple[int, ...] = ()
+
+    def share(self, kind: str, exit_index: int, threshold: float) -> Share:
+        """How often a token has "left" by an exit, a draft of it was "sure", and then "right"."""
+        key = kind, exit_index, round(threshold, 2)
+        return self._shares.setdefault(key, Share(PRIOR[kind]))
+
+    def settle(self, tokens: int, spent: float, sequences: int, owed: int) -> None:
+        """Books a step.
+
+        Args:
+            tokens: that it gave.
+            spent: price of its passes.
+            sequences: that decode together.
+            owed: tokens times layers that wait at exits; they are booked before they are run.
+        """
+        full = self.prices.full_depth(sequences)
+        spent += (owed - self._owed) * self.prices.later_layer
+        self._owed = owed
+        self._saved = min(self._saved + (1 + LOSS) * tokens / sequences * full - spent, LOSS * SAVED * full)
+
+    def ask(self, rows: Sequence[Sequence[float]], others: int) -> tuple[int, ...]:
+        """Indices of the exits to ask in a step.
+
+        Args:
+            rows: thresholds of all exits, of the sequences that it is decided for.
+            others: sequences beside them, which go through all layers.
+        """
+        state = tuple(map(tuple, rows)), others
+        if state != self._asked_for or self._steps >= PLAN_STEPS:
+            self._asked_for, self._steps = state, 0
+            self._plan, self._worst = self._best_plan(rows, others)
+        self._steps += 1
+        if self._worst > self._allowance(len(rows) + others):
+            self._steps = PLAN_STEPS
+            return ()
+        return self._plan
+
+    def observe(self, row: Sequence[float], layer: int) -> None:
+        """Counts a token that these thresholds were asked for, `NEVER` for none, and that left at a layer."""
+        for k, threshold in enumerate(row):
+            if is_asked(threshold):  # one that has left is sure enough for deeper exits, too
+                self.share("left", k, threshold).observe(layer <= self.layers[k], 1)
+
+    def _best_plan(self, rows: Sequence[Sequence[float]], others: int) -> tuple[tuple[int, ...], float]:
+        """The exits that together promise most, found one after the other, and what asking them may lose."""
+        count = len(rows)
+        users = {k: [row[k] for row in rows if is_asked(row[k])] for k in range(len(self.layers))}
+        left = {k: sum(self.share("left", k, t).hoped for t in u) / count for k, u in users.items() if u}
+        plan: tuple[int, ...] = ()
+        price = (1 - MARGIN[0]) * self.prices.full_depth(count + others)
+        while tries := {k: tuple(sorted((*plan, k))) for k in left if k not in plan}:
+            prices = {
+                k: step_price(
+                    self.prices, [self.layers[j] for j in each], [left[j] for j in each], count, others
+                )
+                for k, each in tries.items()
+            }
+            best = min(prices, key=prices.__getitem__)
+            if prices[best] >= price:
+                break
+            plan, price = tries[best], prices[best]
+        for k in left.keys() - set(plan):
+            for threshold in {row[k] for row in rows}:
+                self.share("left", k, threshold).forget()
+        return plan, worst_asking(self.prices, [self.layers[k] for k in plan], count, others) if plan else 0.0
+
+    def draft(self, rows: Sequence[Sequence[float]]) -> Round | None:
+        """The round to come of lossless sequences with these thresholds; None for a token at full depth."""
+        best, most = None, 0.0
+        for k, layer in enumerate(self.layers):
+            users = [row[k] for row in rows if is_asked(row[k])]
+            count, before = len(users), 0.0
+            for n in range(1, LONGEST + 1) if users else ():
+                if worst_round(self.prices, layer, n, count) > self._allowance(count):
+                    break
+                sure, right = (
+                    sum(self.share(kind, k, t).mean for t in users) / count for kind in ("sure", "right")
+                )
+                full, rate = (
+                    self.prices.full_depth(count),
+                    round_rate(self.prices, layer, n, count, sure, right),
+                )
+                gain = full - count / rate
+                if gain > max(most, full * (1 - 1 / (1 + MARGIN[1]))):
+                    best, most = Round(k, n), gain
+                if rate < before:  # longer rounds are worse still
+                    break
+                before = rate
+        if best is None:
+            for key, share in self._shares.items():
+                if key[0] != "left":
+                    share.forget()
+        return best
+
+    def _allowance(self, sequences: int) -> float:
+        return self._saved + LOSS * CREDIT * self.prices.full_depth(sequences)

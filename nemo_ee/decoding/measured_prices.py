@@ -1,0 +1,210 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Prices of passes, measured in well under a second on the machine and the weights that decode."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+
+from nemo_ee.decoding.assumed_prices import DRAFT_HEAD
+from nemo_ee.decoding.confidence_rules import CONFIDENCE_RULES
+from nemo_ee.decoding.cuda.captured_decoding import passes_for
+from nemo_ee.decoding.decoding_model import DecodingModel
+from nemo_ee.decoding.exit_point import ExitPoint
+from nemo_ee.decoding.layers.packed_tokens import PackedTokens
+from nemo_ee.decoding.pass_prices import PassPrices
+from nemo_ee.decoding.transfer import to_device, to_host
+from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.runtime.collective import on_first_rank
+
+TOKENS = (1, 2, 4, 5, 8, 16)
+"""Of the passes that are measured. Our CPU kernels take four tokens at a time, so that five cost a step more."""
+SECONDS = 0.5
+"""That measuring takes, about."""
+ROUNDS = 2, 6
+"""How often each pass is measured, at least and at most. The fastest counts: other work only slows a pass down."""
+PASS_SECONDS = 0.02
+"""Of a pass of one token that is measured: through as many layers as that takes, of layers that cost the same."""
+ROWS, POSITIONS, BEFORE = max(TOKENS), 48, 24
+"""Of the caches, where none are prepared; tokens that a sequence has already."""
+
+
+def measured_prices(model: DecodingModel) -> PassPrices:
+    """Times passes of the model as decoding makes them. Call it as they are made: under `generating`.
+
+    All tensor-parallel ranks get the first one's numbers, rounded to three digits. Collectives: the passes' own, and
+    broadcasts of a few numbers.
+
+    Args:
+        model: the whole model, on one pipeline stage; what it has captured is used if nobody has borrowed it.
+    """
+    exits = sorted(model.heads)
+    captured = model.captured
+    rows, positions = (ROWS, POSITIONS) if captured is None else (captured.rows, captured.max_length)
+    passes = passes_for(model, exits, rows, positions)
+    try:
+        return _Measurement(model, passes, exits, rows, min(BEFORE, positions // 2)).prices()
+    finally:
+        passes.give_back()
+
+
+def prices_for(model: DecodingModel, file: str | None) -> PassPrices:
+    """`measured_prices`, or what a file says of them; a file that is not there is written.
+
+    All ranks of the model call it.
+
+    Args:
+        model: see `measured_prices`.
+        file: JSON; None always measures.
+
+    Raises:
+        ConfigError: a file that is none of prices, or of another model or other weights.
+        OutputError: it cannot be written.
+    """
+
+    def known() -> PassPrices | None:
+        if file is None or not Path(file).exists():
+            return None
+        prices = PassPrices.read(Path(file), "prices_file")
+        ours = model.final_layer, tuple(sorted(model.heads)), model.weights
+        theirs = prices.num_layers, prices.exits, prices.weights
+        if ours != theirs:
+            rule = "its {} layers, exits {} and weights={} are not the model's {}, {} and {}".format(
+                *theirs, *ours
+            )
+            raise ConfigError(Fault("prices_file", file, rule, "name another file, which is then written"))
+        return prices
+
+    found = on_first_rank(known, _group())
+    if found is None:
+        found = measured_prices(model)
+        if file is not None:
+            on_first_rank(lambda: found.write(Path(file)), _group())
+    return found
+
+
+def _group() -> torch.distributed.ProcessGroup | None:
+    return parallel_state.get_tensor_model_parallel_group() if torch.distributed.is_initialized() else None
+
+
+class _Measurement:
+    """Passes on caches of so many rows."""
+
+    def __init__(self, model: DecodingModel, passes, exits: list[int], rows: int, before: int):
+        self._model, self._passes, self._exits = model, passes, exits
+        table = passes.memory.table
+        self._most = min(len(table.positions) - before - 1, max(TOKENS)) * rows
+        self._packs = {n: _pack(table, n, rows, before) for n in TOKENS if n <= self._most}
+        rule = CONFIDENCE_RULES["max_probability"]
+        self._points = [ExitPoint(model, n, rule, passes) for n in exits]
+        self._states = {n: self._embed(pack) for n, pack in self._packs.items()}
+
+    def prices(self) -> PassPrices:
+        model, layers = self._model, self._model.final_layer
+        deep, shallow = self._depths()
+        work: dict[tuple[str, int, int], Callable[[], object]] = {}
+        for n in self._packs:
+            work["layers", deep, n] = self._layers(deep, n)
+            work["layers", shallow, n] = self._layers(shallow, n)
+            work["output", 0, n] = self._output(n)
+            work |= {("head", point.layer, n): self._head(point, n) for point in self._points}
+        seconds = self._fastest(work)
+        counts = tuple(self._packs)
+
+        def row(kind: str, which: int) -> list[float]:
+            best, out = 0.0, []
+            for n in counts:  # more tokens do not cost less
+                best = max(best, seconds[kind, which, n])
+                out.append(best)
+            return out
+
+        long, short = row("layers", deep), row("layers", shallow)
+        each = [(a - b) / (deep - shallow) if a > b else a / deep for a, b in zip(long, short, strict=True)]
+        start = [max(0.0, whole - deep * layer) for layer, whole in zip(each, long, strict=True)]
+        heads = tuple(_rounded(row("head", n)) for n in self._exits)
+        drafts = tuple(
+            _rounded([s * (DRAFT_HEAD if model.has_draft_head(n) else 1.0) for s in head])
+            for n, head in zip(self._exits, heads, strict=True)
+        )
+        return PassPrices(
+            num_layers=layers,
+            tokens=counts,
+            start=_rounded(start),
+            layer=_rounded(each),
+            output_layer=_rounded(row("output", 0)),
+            exits=tuple(self._exits),
+            heads=heads,
+            draft_heads=drafts,
+            weights=model.weights,
+            source=f"measured: {model.device.type}, {torch.get_num_threads()} threads, {model.dtype}",
+        )
+
+    def _depths(self) -> tuple[int, int]:
+        """Through how many layers passes are timed: all cost the same, and starting a pass is extra."""
+        layers = self._model.final_layer
+        if self._model.captured is not None:  # captures are cut at exits
+            return layers, min([n for n in self._exits if n < layers], default=layers)
+        few = min(4, layers)
+        seconds = self._fastest({"few": self._layers(few, 1)}, (2, 2))["few"]
+        deep = min(layers, max(few, int(few * PASS_SECONDS / seconds)))
+        return deep, max(1, deep // 8)
+
+    def _fastest(self, work: dict, rounds: tuple[int, int] = ROUNDS) -> dict:
+        """Seconds of each, the least of some rounds; in a round all take turns."""
+        fastest = dict.fromkeys(work, float("inf"))
+        begin, left = time.perf_counter(), rounds[1] + 1
+        for done in range(rounds[1] + 1):
+            for key, function in work.items():
+                seconds = self._timed(function)
+                if done:  # the first one warms up
+                    fastest[key] = min(fastest[key], seconds)
+            took = time.perf_counter() - begin
+            left = on_first_rank(lambda t=took, d=done: int(t * (d + 2) / (d + 1) < SECONDS), _group())
+            if done >= rounds[0] and not left:
+                break
+        return on_first_rank(lambda: fastest, _group())
+
+    def _timed(self, function: Callable) -> float:
+        self._wait()
+        begin = time.perf_counter()
+        function()
+        self._wait()
+        return time.perf_counter() - begin
+
+    def _wait(self) -> None:
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _embed(self, pack: PackedTokens) -> torch.Tensor:
+        tokens = to_device(list(range(1, pack.tokens + 1)), self._model.device)
+        return self._model.embed(tokens, pack.positions)
+
+    def _layers(self, high: int, n: int) -> Callable:
+        return lambda: self._passes.run(0, high, self._states[n], self._packs[n])
+
+    def _head(self, point: ExitPoint, n: int) -> Callable:
+        def ask() -> None:
+            inside = point.enter_block(self._states[n], self._packs[n])
+            point.predict(self._states[n], inside, list(range(n)), None)
+
+        return ask
+
+    def _output(self, n: int) -> Callable:
+        def answer() -> None:
+            prediction = self._passes.predict("the final exit", self._model.output, self._states[n])
+            to_host(prediction.confidence, prediction.tokens)
+
+        return answer
+
+
+def _pack(table, tokens: int, rows: int, before: int) -> PackedTokens:
+    """So many tokens of as many sequences as there are, several of each where there are fewer."""
+    used = min(tokens, rows)
+    counts = [tokens // used + (row < tokens % used) for row in range(used)]
+    return PackedTokens(table, list(range(used)), [before] * used, counts)
+
+
+def _rounded(values: list[float]) -> tuple[float, ...]:
+    return tuple(float(f"{value:.3g}") for value in values)
