@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from nemo_ee.calibration.documents import Documents, continue_documents, read_chats, read_documents
 from nemo_ee.calibration.exit_decisions import TokenScores
-from nemo_ee.calibration.prices import prices_here, read_prices
 from nemo_ee.calibration.promise import described, promise
 from nemo_ee.calibration.reliability import measure_reliability
 from nemo_ee.calibration.risk_control import documents_needed, log_wealth
@@ -91,10 +90,7 @@ def _calibrate(
     with tqdm(total=len(documents.tokens), file=sys.stderr, desc="documents", dynamic_ncols=True) as bar:
         score = score_with(model)
         scores = score_documents(score, documents, layers, model.cfg.num_layers, data.batch_size, bar.update)
-    if config.prices_file is None:
-        prices = prices_here(config, model)
-    else:
-        prices = read_prices(config.prices_file, model.cfg.num_layers, layers)
+    prices = _prices(config, model)
     tested = scores
     if config.guarantee:
         tuning, test = split_documents(len(documents.tokens), data.tuning_share, config.seed)
@@ -107,6 +103,15 @@ def _calibrate(
     written = store.write(report.thresholds, config.exits)
     prices.write(Path(config.report_dir, PRICES))
     return report, [written, *write_report(report, config.report_dir), Path(config.report_dir, PRICES)]
+
+
+def _prices(config: CalibrationConfig, model: Any) -> PassPrices:
+    """Of decoding with this model: of the file, or on this machine."""
+    model.prepare_decoding(config.weights, prices_file=config.prices_file)
+    prices = model.decoding_model().prices
+    assert prices is not None, "the whole model, with exits"
+    model.release_decoding()
+    return prices
 
 
 def _text(config: CalibrationConfig, model: Any, documents: Documents | None) -> Documents:
@@ -261,6 +266,6 @@ def exits_in_use(config: CalibrationConfig) -> tuple[int, ...]:
         faults.append(Fault(key, early_exit.inference.confidence, rule, remedy))
     if faults:
         raise ConfigError(*faults)
-    if config.prices_file is not None:
-        read_prices(config.prices_file, base.num_layers, layers)
+    if config.prices_file is not None and Path(config.prices_file).exists():
+        PassPrices.read(Path(config.prices_file), "prices_file")
     return layers

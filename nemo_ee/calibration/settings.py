@@ -62,7 +62,7 @@ class CalibrationConfig(Settings):
             estimate of which nothing is promised.
         delta: probability with which the choice of test documents may lead to thresholds that keep less.
         weights: of decoding whose passes are priced: `native`, or `bf16`.
-        prices_file: prices of passes, a JSON file that decoding has written; null: those of this machine.
+        prices_file: prices of passes, a JSON file: read if it is there, else measured here and written; null: measured.
         exits: exit layers that may be used, stored with the thresholds; null means those that the checkpoint uses.
         levels: thresholds per exit that are tried; fewer where there are many exits.
         bins: of the reliability plots.

@@ -20,7 +20,6 @@ from nemo_ee.calibration.calibrate import check_enough, exits_in_use, make_repor
 from nemo_ee.calibration.documents import Documents, continue_documents, read_chats, read_documents
 from nemo_ee.calibration.exit_decisions import TokenScores
 from nemo_ee.calibration.markdown import summary
-from nemo_ee.calibration.prices import read_prices
 from nemo_ee.calibration.reliability import measure_reliability
 from nemo_ee.calibration.scoring import score_documents
 from nemo_ee.calibration.settings import CalibrationConfig, CalibrationTextConfig
@@ -403,16 +402,6 @@ def test_continued_documents_count_behind_their_first_token():
     ]
     with pytest.raises(DataError, match="data.prompt_tokens=9"):
         continue_documents(documents, 9, 3, 2, generate)
-
-
-def test_prices_of_another_model_are_refused(tmp_path):
-    made_up_prices().write(tmp_path / "prices.json")
-    assert read_prices(str(tmp_path / "prices.json"), 30, (20,)) == made_up_prices()
-    for layers, exits in ((31, (20,)), (30, (15, 20))):
-        with pytest.raises(
-            ConfigError, match="prices_file=.*has prices of 30 layers and exits .*prices_file=null"
-        ):
-            read_prices(str(tmp_path / "prices.json"), layers, exits)
 
 
 def test_it_runs_in_one_process(tmp_path, monkeypatch):
