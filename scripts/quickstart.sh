@@ -100,7 +100,7 @@ echo "These answers are too few to certify that (docs/calibration.md), so it is 
 [ -f "$calibrated" ] || { # status 2: no exit pays at that agreement; the thresholds are then 1.0
     python scripts/calibrate_early_exit.py "gpt_model_file=$work/smollm2.nemo" "adapter_file=$exits" "output_file=$calibrated" \
         "data.chats_file=$work/chats_validation.jsonl" data.seq_length=200 target_agreement=0.95 guarantee=false \
-        "report_dir=$work/calibration" || [ $? -eq 2 ]
+        "report_dir=$work/calibration" || { status=$?; [ $status -eq 2 ] || exit $status; }
 }
 
 stage "9/10 generation with these thresholds, each token marked with the layer it left at"
