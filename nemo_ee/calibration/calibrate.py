@@ -79,7 +79,10 @@ def _calibrate(
         sizes = documents.sizes if data.prompt_tokens is None else documents.sizes * 0 + data.seq_length
         check_enough(config, sizes, documents.available, requirement)
     elif data.chats_file is not None:
-        JsonLines(data.chats_file)  # whether it can be read
+        try:
+            JsonLines(data.chats_file)
+        except DataError as error:
+            raise DataError(f"data.chats_file={data.chats_file}: {error}") from error
     model = restore(config, trainer)
     if data.prefix is not None:
         keys = dict(key="data.prefix", length_key="data.seq_length")
