@@ -1,10 +1,11 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""Chooses a threshold per exit that keeps an agreement with the final exit, with a finite-sample guarantee.
+"""Chooses the fastest thresholds that keep an agreement with the final exit, with a finite-sample guarantee.
 
     python scripts/calibrate_early_exit.py gpt_model_file=model.nemo adapter_file=exits.nemo \\
         data.prefix=text_validation target_agreement=0.95 output_file=calibrated.nemo
 
-The exit status is 2 where nothing could be certified: the thresholds written are then 1.0, nothing leaves early.
+The exit status is 2 where nothing could be certified, or no exit pays: the thresholds written are then 1.0, nothing
+leaves early.
 """
 
 import sys
@@ -13,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.runtime.script import script, user_errors
 
-NOTHING_CERTIFIED = 2
+NOTHING_CHOSEN = 2
 """Exit status; 1 is an error."""
 
 
@@ -36,9 +37,9 @@ def main(cfg: DictConfig) -> None:
         print(summary(report))
         for path in written:
             print(f"wrote {path}")
-        if not report.certified:
-            print("nothing certified: the thresholds written let no token leave early", file=sys.stderr)
-            sys.exit(NOTHING_CERTIFIED)
+        if report.chosen is None:
+            print("nothing chosen: the thresholds written let no token leave early", file=sys.stderr)
+            sys.exit(NOTHING_CHOSEN)
 
 
 if __name__ == "__main__":

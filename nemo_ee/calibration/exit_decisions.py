@@ -68,12 +68,18 @@ class TokenScores:
         left = exits < len(self.layers)
         wrong = np.zeros(len(exits), dtype=bool)
         wrong[left] = self.disagrees[exits[left], np.flatnonzero(left)]
+        risky = (would_leave(self.confidences, thresholds) & self.disagrees).any(axis=0)
         return ExitOutcome(
-            disagreements=np.bincount(self.documents, weights=wrong, minlength=len(self.sizes)),
+            exits=exits,
+            disagreements=self._per_document(wrong),
+            at_worst=self._per_document(risky),
             sizes=self.sizes,
             share_per_exit=np.bincount(exits, minlength=len(self.layers) + 1) / len(exits),
             mean_layers=float(self.depths[exits].mean()),
         )
+
+    def _per_document(self, tokens: np.ndarray) -> np.ndarray:
+        return np.bincount(self.documents, weights=tokens, minlength=len(self.sizes))
 
 
 @dataclass(frozen=True)
@@ -81,21 +87,36 @@ class ExitOutcome:
     """What thresholds did with given text.
 
     Attributes:
-        disagreements: [D] tokens per document whose token differs from the final exit's.
+        exits: [T] what `first_exits` says.
+        disagreements: [D] tokens per document whose token differs from the final exit's, every exit being asked.
+        at_worst: [D] tokens per document for which some exit would let another token go than the final exit's.
+            Whichever exits are asked at each token, no more than these differ.
         sizes: [D] tokens per document.
         share_per_exit: [E + 1] shares of tokens that leave at each exit, the final exit last.
         mean_layers: layers that run before a token is emitted, mean over tokens.
     """
 
+    exits: np.ndarray
     disagreements: np.ndarray
+    at_worst: np.ndarray
     sizes: np.ndarray
     share_per_exit: np.ndarray
     mean_layers: float
 
     @property
     def agreement(self) -> float:
-        """Share of tokens that equal the final exit's."""
+        """Share of tokens that equal the final exit's, every exit being asked."""
         return 1.0 - float(self.disagreements.sum() / self.sizes.sum())
+
+    @property
+    def agreement_at_worst(self) -> float:
+        """No lower than this, whichever exits are asked at each token."""
+        return 1.0 - float(self.at_worst.sum() / self.sizes.sum())
+
+
+def would_leave(confidences: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
+    """[E, T] whether each exit, were it asked, would let each token go."""
+    return leaves(confidences, np.asarray(thresholds, dtype=np.float64)[:, None])
 
 
 def first_exits(confidences: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
@@ -108,6 +129,5 @@ def first_exits(confidences: np.ndarray, thresholds: Sequence[float]) -> np.ndar
     Returns:
         [T] positions from 0 to E - 1, and E for the final exit.
     """
-    limits = np.asarray(thresholds, dtype=np.float64)[:, None]
-    sure = leaves(confidences, limits)
+    sure = would_leave(confidences, thresholds)
     return np.where(sure.any(axis=0), sure.argmax(axis=0), len(confidences))

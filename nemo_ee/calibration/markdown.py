@@ -1,60 +1,23 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""A calibration in words: its guarantee, a summary for the terminal, and a Markdown page."""
+"""A calibration in words: a summary for the terminal, and a Markdown page."""
 
 from collections.abc import Mapping
 
+from nemo_ee.calibration.promise import POINT_ESTIMATE, percent
 from nemo_ee.calibration.schema import CalibrationReport, ExitReliability, PathRecord
+from nemo_ee.decoding.leaving import is_asked
 from nemo_ee.report.page import page, provenance, table, with_interval
 
 SHOWN_POINTS = 20
 """Rows of the table of the path, at most; the JSON file has all of it."""
 
 
-def guarantee(target: float, delta: float, seq_length: int, documents: int) -> str:
-    """What certified thresholds promise, and on which assumptions.
-
-    Args:
-        target: agreement.
-        delta: probability of an unlucky choice of test documents.
-        seq_length: predicted tokens per document at most.
-        documents: that tested it.
-    """
-    return (
-        f"With a probability of at least {_percent(1 - delta)} over the choice of the {documents:,} test documents, "
-        f"the agreement with the final exit is at least {target:g}: of all tokens of further documents, up to the "
-        f"first {seq_length} predicted ones of each, a share of at most {1 - target:.4g} in the long run differs "
-        "from the token that the full model would emit. It holds exactly for this number of documents, however "
-        "their tokens depend on each other, if (1) test documents and further documents are independent draws "
-        "from one source, by which neither the model nor its exits were trained or chosen; (2) choices are "
-        "greedy, in the precision and by the confidence of this calibration, with an exact KV policy and no "
-        "max_pending; (3) each is made after the text itself (teacher-forced), not after text that was generated "
-        "with early exits. It is about this one calibration: k that were planned beforehand all keep their "
-        f"targets with a probability of at least 1 - k x {delta:g}; one that was planned after results on the "
-        "same documents were seen promises nothing."
-    )
-
-
-def no_guarantee(target: float, delta: float) -> str:
-    """What is stored where nothing could be certified, and why."""
-    return (
-        f"No thresholds could be certified for an agreement of {target:g} at delta={delta:g}: no point of "
-        "the path passed its test. The stored thresholds are 1.0: no token leaves early, so that every token is "
-        "the final exit's. Tune the exits further, or try a lower target_agreement or more documents: others than "
-        "these, as what was seen of them must not choose what is tested on them."
-    )
-
-
 def summary(report: CalibrationReport) -> str:
     """For the terminal."""
-    lines = [
-        f"exit {layer}: threshold {threshold:g}"
-        for layer, threshold in zip(report.layers, report.thresholds, strict=True)
-    ]
+    lines = [f"exit {layer}: threshold {_shown_threshold(each)}" for layer, each in _thresholds(report)]
     if report.chosen is not None:
-        lines.append(
-            f"measured on the {report.test.documents:,} test documents: {_measured(report, report.chosen)}"
-        )
-    return "\n".join([*lines, report.guarantee])
+        lines.append(f"measured on {_documents(report)}: {_measured(report, report.chosen)}")
+    return "\n".join([*lines, report.promise])
 
 
 def to_markdown(report: CalibrationReport, images: Mapping[str, str]) -> str:
@@ -69,77 +32,133 @@ def to_markdown(report: CalibrationReport, images: Mapping[str, str]) -> str:
         _verdict(report),
         _setting(report),
         _path(report),
+        _prices(report),
         _reliability(report.reliability),
     ]
     return page(sections, images)
 
 
+def _thresholds(report: CalibrationReport) -> list[tuple[int, float]]:
+    return list(zip(report.layers, report.thresholds, strict=True))
+
+
+def _shown_threshold(threshold: float) -> str:
+    return f"{threshold:g}" if is_asked(threshold) else "1 (not asked)"
+
+
+def _documents(report: CalibrationReport) -> str:
+    return f"the {report.test.documents:,} {'documents' if report.delta is None else 'test documents'}"
+
+
 def _verdict(report: CalibrationReport) -> str:
-    rows = [
-        [str(layer), f"{threshold:g}"]
-        for layer, threshold in zip(report.layers, report.thresholds, strict=True)
-    ]
+    rows = [[str(layer), _shown_threshold(threshold)] for layer, threshold in _thresholds(report)]
     text = table(["exit layer", "threshold"], rows)
     if report.chosen is None:
-        return f"{text}\n\n**{report.guarantee}**"
+        return f"{text}\n\n**{report.promise}**"
     return (
-        f"{text}\n\n{report.guarantee}\n\nMeasured on the test documents: {_measured(report, report.chosen)}. These "
+        f"{text}\n\n{report.promise}\n\nMeasured on {_documents(report)}: {_measured(report, report.chosen)}. These "
         "numbers are estimates and promise nothing; they are slightly too good, as the same documents chose the "
-        "point. Layers are those that run before a token is emitted. What a token leaves out is caught up on "
-        "together with a later token, so this is about latency rather than about arithmetic."
+        "point. The speed-up is what the prices of passes make of where tokens leave, one text at a time."
     )
 
 
 def _measured(report: CalibrationReport, point: PathRecord) -> str:
     early = 1.0 - point.share_per_exit[report.metadata.num_layers]
     return (
-        f"agreement {with_interval(point.agreement, report.agreement_ci, 4)}, {_percent(early)} of tokens leave "
-        f"early, {point.mean_layers:.1f} of {report.metadata.num_layers} layers on average"
+        f"agreement {with_interval(point.agreement, report.agreement_ci, 4)}, {percent(early)} of tokens leave "
+        f"early, {point.mean_layers:.1f} of {report.metadata.num_layers} layers on average, an expected speed-up of "
+        f"{point.speedup:.3f}"
     )
 
 
 def _setting(report: CalibrationReport) -> str:
     about = report.metadata
+    asked = f"{report.target_agreement:g}, {POINT_ESTIMATE[0].lower()}{POINT_ESTIMATE[1:]}"
     rows = [
         ["model", f"{about.model} ({about.num_layers} layers)"],
         ["exits", about.adapter or "part of the model"],
         ["confidence", report.confidence_rule],
-        ["target agreement, delta", f"{report.target_agreement:g}, {report.delta:g}"],
         [
-            "text that drew the path",
-            f"{report.tuning.documents:,} documents, {report.tuning.tokens:,} tokens",
+            "target agreement",
+            asked if report.delta is None else f"{report.target_agreement:g}, delta {report.delta:g}",
         ],
-        ["text that tested it", f"{report.test.documents:,} documents, {report.test.tokens:,} tokens"],
-        *provenance(about),
+        ["text", report.text],
     ]
-    return table(["", "value"], rows, numbers=False)
+    if report.delta is None:
+        rows.append(["of it", f"{report.test.documents:,} documents, {report.test.tokens:,} tokens"])
+    else:
+        rows += [
+            [
+                "of it drew the path",
+                f"{report.tuning.documents:,} documents, {report.tuning.tokens:,} tokens",
+            ],
+            ["of it tested the path", f"{report.test.documents:,} documents, {report.test.tokens:,} tokens"],
+        ]
+    return table(["", "value"], [*rows, *provenance(about)], numbers=False)
+
+
+def _prices(report: CalibrationReport) -> str:
+    prices = report.prices
+    rows = [
+        [f"all layers, {n} token{'s' if n > 1 else ''}", _milliseconds(each)]
+        for n, each in prices.layers.items()
+    ]
+    rows += [[f"asking exit {n}", _milliseconds(each)] for n, each in prices.heads.items()]
+    rows += [
+        ["the output layer", _milliseconds(prices.output)],
+        ["a token at full depth", _milliseconds(prices.full_depth)],
+    ]
+    return f"## Prices of passes\n\n{prices.source}.\n\n" + table(["pass", "ms"], rows)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.3f}"
 
 
 def _path(report: CalibrationReport) -> str:
-    final = report.metadata.num_layers
-    header = ["point", *(f"threshold {n}" for n in report.layers), "p", "agreement", "lower bound"]
-    header += [*(f"leave at {n}" for n in report.layers), "layers"]
+    tested = report.delta is not None
+    header = ["point", *(f"threshold {n}" for n in report.layers), "speed-up", "agreement"]
+    header += ["at worst", "lower bound", "p"] * tested + [
+        *(f"leave at {n}" for n in report.layers),
+        "layers",
+    ]
     rows = []
-    for number in _shown(len(report.path), report.certified):
+    for number in _shown(len(report.path), report.number):
         point = report.path[number - 1]
+        tests = [
+            f"{point.agreement_at_worst:.4f}",
+            f"{point.agreement_bound or 0.0:.4f}",
+            f"{point.p_value or 0.0:.2g}",
+        ]
         rows.append(
             [
-                f"{number} (chosen)" if number == report.certified else str(number),
+                f"{number} (chosen)" if number == report.number else str(number),
                 *(f"{threshold:g}" for threshold in point.thresholds),
-                f"{point.p_value:.2g}",
+                f"{point.speedup:.3f}",
                 f"{point.agreement:.4f}",
-                f"{point.agreement_bound:.4f}",
-                *(_percent(point.share_per_exit[layer]) for layer in report.layers),
+                *(tests if tested else []),
+                *(percent(point.share_per_exit[layer]) for layer in report.layers),
                 f"{point.mean_layers:.1f}",
             ]
         )
+    if tested:
+        how = (
+            f"{len(report.path)} points from strict to lenient, drawn on the tuning documents and tested in this "
+            f"order up to the first whose p-value exceeds {report.delta:g}: {report.kept} are certified, and the "
+            "fastest of them is chosen. The rows are some of them, measured on the test documents. *At worst* counts "
+            "a token as different if any exit would let another token go, so it holds whichever exits are asked; the "
+            "lower bound is of that, for each point taken alone."
+        )
+    else:
+        how = (
+            f"{len(report.path)} points from strict to lenient, drawn and measured on all documents; the first "
+            f"{report.kept} agree as often as is asked for, and the fastest of them is chosen. **Nothing is promised.**"
+        )
     note = (
-        f"{len(report.path)} points from strict to lenient, drawn on the tuning documents and tested in this order "
-        f"up to the first whose p-value exceeds {report.delta:g}: {report.certified} are certified. The rows are "
-        f"some of them, measured on the test documents; {final} layers are full depth. The lower bound is for "
-        "each point taken alone."
+        f"For more and more disagreements, the thresholds that make a token fastest by the prices below. {how} A "
+        "threshold of 1 leaves the exit out: it is not asked, and its head costs nothing."
     )
-    return "## The path of thresholds\n\n" + note + "\n\n" + table(header, rows)
+    return "## The frontier: agreement against speed-up\n\n" + note + "\n\n" + table(header, rows)
 
 
 def _shown(points: int, chosen: int) -> list[int]:
@@ -160,7 +179,3 @@ def _reliability(exits: tuple[ExitReliability, ...]) -> str:
     )
     header = ["exit layer", "agreement", "mean confidence", "ECE"]
     return "## Reliability\n\n" + note + "\n\n" + table(header, rows)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.4g} %"

@@ -10,38 +10,32 @@ from nemo_ee.calibration.schema import CalibrationReport, ExitReliability
 from nemo_ee.report.plots import legend_below
 from nemo_ee.report.style import FINAL_LINE_COLOUR, label, layer_colours, layer_name, new_figure
 
-MEASURED = "#0072b2"
+MEASURED, CHOSEN = "#0072b2", "#d55e00"
 PATH_STEPS = "point of the path, strict to lenient"
 
 
-def path_agreement(report: CalibrationReport) -> Figure:
-    """Agreement with its bound, and layers run, along the path."""
-    steps = range(1, len(report.path) + 1)
-    figure, (left, right) = new_figure(2)
-    left.plot(steps, [point.agreement for point in report.path], color=MEASURED, label="measured")
-    left.plot(
-        steps,
-        [point.agreement_bound for point in report.path],
-        color=MEASURED,
-        linestyle="--",
-        label=f"lower bound, {1 - report.delta:.0%}".replace("%", " %"),
-    )
-    left.axhline(report.target_agreement, color="black", linewidth=1.2, linestyle=":", label="target")
-    left.set_ylim(max(0.0, min(report.target_agreement, report.path[-1].agreement) - 0.05), 1.01)
-    label(left, "Agreement with the final exit", PATH_STEPS, "share of equal tokens")
-    right.plot(steps, [point.mean_layers for point in report.path], color=MEASURED)
-    final = report.metadata.num_layers
-    right.axhline(
-        final, color=FINAL_LINE_COLOUR, linestyle="--", linewidth=1.5, label=layer_name(final, final)
-    )
-    right.set_ylim(0.0, 1.05 * final)
-    label(right, "Layers before a token is emitted", PATH_STEPS, "mean over tokens (estimate)")
-    for axes in (left, right):
-        _mark_chosen(axes, report)
+def frontier(report: CalibrationReport) -> Figure:
+    """Agreement against the expected speed-up, point by point of the path; full depth is where both are 1."""
+    speeds = [1.0, *(point.speedup for point in report.path)]
+    figure, (axes,) = new_figure(1, width=8.0)
+    measured = [1.0, *(point.agreement for point in report.path)]
+    axes.plot(speeds, measured, color=MEASURED, marker=".", label="measured")
+    if report.delta is not None:
+        bounds = [1.0, *(point.agreement_bound or 0.0 for point in report.path)]
+        name = f"lower bound, {1 - report.delta:.0%}".replace("%", " %")
+        axes.plot(speeds, bounds, color=MEASURED, linestyle="--", label=name)
+    axes.axhline(report.target_agreement, color="black", linewidth=1.2, linestyle=":", label="target")
     if report.chosen is not None:
-        right.plot(report.certified, report.chosen.mean_layers, "o", color="#d55e00", markersize=8)
-        left.plot(report.certified, report.chosen.agreement, "o", color="#d55e00", markersize=8)
-    _legend_of_both(figure, left, right)
+        name = "chosen" if report.guaranteed else "chosen (point estimate, no guarantee)"
+        axes.plot(report.chosen.speedup, report.chosen.agreement, "o", color=CHOSEN, markersize=9, label=name)
+    axes.set_ylim(max(0.0, min(report.target_agreement, measured[-1]) - 0.05), 1.01)
+    label(
+        axes,
+        "What exits can gain",
+        "speed-up over full depth, by the prices of passes",
+        "agreement with the final exit",
+    )
+    legend_below(figure, axes)
     return figure
 
 
@@ -96,9 +90,7 @@ def reliability(report: CalibrationReport, exit_: ExitReliability) -> Figure:
     right.set_xlim(0.0, 1.0)
     label(right, "How sure it is", "confidence", "share of tokens, %")
     for axes in (left, right):
-        axes.axvline(
-            threshold, color="#d55e00", linewidth=1.5, linestyle="--", label=f"threshold {threshold:g}"
-        )
+        axes.axvline(threshold, color=CHOSEN, linewidth=1.5, linestyle="--", label=f"threshold {threshold:g}")
     legend_below(figure, left)
     return figure
 
@@ -107,7 +99,7 @@ def plots(report: CalibrationReport) -> dict[str, tuple[str, partial[Figure]]]:
     """File name -> caption and what draws it. A path without points has no plots."""
     drawn: dict[str, tuple[str, partial[Figure]]] = {}
     if report.path:
-        drawn["path_agreement.png"] = ("Agreement and depth along the path", partial(path_agreement, report))
+        drawn["frontier.png"] = ("Agreement against speed-up", partial(frontier, report))
         drawn["path_exits.png"] = ("Thresholds and exits along the path", partial(path_exits, report))
     for exit_ in report.reliability:
         caption = f"Reliability of exit {exit_.layer}"
@@ -116,15 +108,5 @@ def plots(report: CalibrationReport) -> dict[str, tuple[str, partial[Figure]]]:
 
 
 def _mark_chosen(axes: Axes, report: CalibrationReport) -> None:
-    if report.certified:
-        axes.axvline(report.certified, color="#d55e00", linewidth=1.5, label="chosen")
-
-
-def _legend_of_both(figure: Figure, left: Axes, right: Axes) -> None:
-    handles: dict[str, object] = {}
-    for axes in (left, right):
-        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
-            handles.setdefault(name, handle)
-    figure.legend(
-        handles.values(), handles, loc="outside lower center", ncols=len(handles), fontsize=11, frameon=False
-    )
+    if report.number:
+        axes.axvline(report.number, color=CHOSEN, linewidth=1.5, label="chosen")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from nemo_ee.report.schema import Interval, Metadata
 
-VERSION = 1
+VERSION = 2
 """Of the JSON layout; raised when a field changes its meaning or goes away."""
 
 
@@ -55,23 +55,28 @@ class ExitReliability:
 
 @dataclass(frozen=True)
 class PathRecord:
-    """One point of the path, as the test documents show it.
+    """One point of the path, as the test documents show it; of a point estimate, all documents.
 
     Attributes:
-        thresholds: one per exit in use.
-        p_value: of the hypothesis that the agreement is lower than the target.
-        agreement: measured.
-        agreement_bound: the agreement lies above it with a probability of 1 - delta, for this point taken alone.
+        thresholds: one per exit in use; 1.0 leaves the exit out.
+        p_value: of the hypothesis that the agreement at worst is lower than the target; None of a point estimate.
+        agreement: measured, every exit being asked.
+        agreement_at_worst: measured: no lower, whichever exits are asked at each token.
+        agreement_bound: the agreement at worst lies above it with a probability of 1 - delta, for this point taken
+            alone; None of a point estimate.
         share_per_exit: exit layer to its share of tokens; the final exit is the last layer.
         mean_layers: layers that run before a token is emitted, mean over tokens.
+        speedup: over full depth, expected by the prices of passes.
     """
 
     thresholds: tuple[float, ...]
-    p_value: float
+    p_value: float | None
     agreement: float
-    agreement_bound: float
+    agreement_at_worst: float
+    agreement_bound: float | None
     share_per_exit: Mapping[int, float]
     mean_layers: float
+    speedup: float
 
 
 @dataclass(frozen=True)
@@ -83,45 +88,71 @@ class TextSplit:
 
 
 @dataclass(frozen=True)
+class PricesRecord:
+    """What a token costs, in seconds.
+
+    Attributes:
+        source: of the prices.
+        full_depth: of a token without exits.
+        output: of the output layer.
+        heads: exit layer to what asking it for a token costs.
+        layers: tokens of a pass to what all layers cost.
+    """
+
+    source: str
+    full_depth: float
+    output: float
+    heads: Mapping[int, float]
+    layers: Mapping[int, float]
+
+
+@dataclass(frozen=True)
 class CalibrationReport:
     """A calibration.
 
     Attributes:
         metadata: where the numbers come from.
-        guarantee: what is promised, on which assumptions, in words.
+        guaranteed: whether anything is promised; else it is a point estimate, or nothing was found.
+        promise: what is promised, on which assumptions, in words.
         target_agreement: asked for.
-        delta: probability with which the choice of test documents may lead to less.
+        delta: probability with which the choice of test documents may lead to less; None of a point estimate.
         confidence_rule: how confidence was computed.
         layers: exits in use, ascending.
         thresholds: stored ones, one per exit in use.
-        certified: how many points of the path are; the last of them has the stored thresholds. 0 if none is, and
-            nothing leaves.
+        kept: how many points of the path, from the first on, keep the target: certified, or as measured.
+        number: of the fastest of them, from 1, whose thresholds are stored; 0 if there is none, and nothing leaves.
         agreement_ci: 95 % interval of the chosen point's agreement over test documents; None if there is none.
+        text: in words.
         seq_length: predicted tokens per document at most.
         tuning: text that drew the path.
-        test: text that tested it.
+        test: text that tested it; of a point estimate, all.
+        prices: by which thresholds were compared.
         path: from strict to lenient.
         reliability: of each exit in use.
         version: of the layout.
     """
 
     metadata: Metadata
-    guarantee: str
+    guaranteed: bool
+    promise: str
     target_agreement: float
-    delta: float
+    delta: float | None
     confidence_rule: str
     layers: tuple[int, ...]
     thresholds: tuple[float, ...]
-    certified: int
+    kept: int
+    number: int
     agreement_ci: Interval | None
+    text: str
     seq_length: int
     tuning: TextSplit
     test: TextSplit
+    prices: PricesRecord
     path: tuple[PathRecord, ...]
     reliability: tuple[ExitReliability, ...]
     version: int = VERSION
 
     @property
     def chosen(self) -> PathRecord | None:
-        """The point whose thresholds are stored; None if nothing is certified."""
-        return self.path[self.certified - 1] if self.certified else None
+        """The point whose thresholds are stored; None if nothing is."""
+        return self.path[self.number - 1] if self.number else None

@@ -20,7 +20,7 @@ def score_documents(
     batch_size: int,
     advance: Callable[[int], Any] = lambda count: None,
 ) -> TokenScores:
-    """Scores every predicted token of every document.
+    """Scores every predicted token of every document that counts.
 
     Args:
         score: of the model.
@@ -48,9 +48,9 @@ def score_documents(
                 t.cpu().numpy() for t in (scores.exits[layer].confidences, scores.exits[layer].tokens)
             )
             for row, number in enumerate(numbers):
-                place, size = slice(starts[number], starts[number + 1]), sizes[number]
-                confidences[index, place] = sure[row, :size]
-                disagrees[index, place] = tokens[row, :size] != final[row, :size]
+                place = slice(starts[number], starts[number + 1])
+                confidences[index, place] = documents.of(number, sure[row])
+                disagrees[index, place] = documents.of(number, tokens[row] != final[row])
         advance(len(numbers))
     for layer, row in zip(layers, confidences, strict=True):
         if broken := np.count_nonzero(~np.isfinite(row)):

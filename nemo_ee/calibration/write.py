@@ -12,6 +12,8 @@ from nemo_ee.report.serialise import to_json
 
 REPORT = "calibration.json"
 """The numbers."""
+PRICES = "prices.json"
+"""The prices, which another calibration or decoding can read."""
 
 
 def write_report(report: CalibrationReport, directory: str | Path) -> list[Path]:
@@ -33,9 +35,13 @@ def write_report(report: CalibrationReport, directory: str | Path) -> list[Path]
     directory = Path(directory)
     written = [write_text(directory / REPORT, to_json(report, "calibration"))]
     drawn = plots(report)
-    for old in (*directory.glob("reliability_exit_*.png"), *directory.glob("path_*.png")):
+    for old in (
+        *directory.glob("reliability_exit_*.png"),
+        *directory.glob("path_*.png"),
+        directory / "frontier.png",
+    ):
         if old.name not in drawn:
-            old.unlink()
+            old.unlink(missing_ok=True)
     for name, (_, draw) in drawn.items():
         written.append(write_with(directory / name, partial(draw().savefig, format="png")))
     images = {name: caption for name, (caption, _) in drawn.items()}

@@ -11,10 +11,11 @@ from tqdm import tqdm
 
 from nemo_ee.data.checks import check_indexed_dataset
 from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.evaluation.exit_thresholds import resolved_thresholds
 from nemo_ee.evaluation.held_out import held_out_sequences, measure_quality
 from nemo_ee.evaluation.scored_model import ANY_VOCABULARY, check_files, restore, score_with
 from nemo_ee.evaluation.settings import EvaluationConfig, SweepConfig
-from nemo_ee.evaluation.sweep import Sweep, document_prompts
+from nemo_ee.evaluation.sweep import BATCH, Sweep, document_prompts
 from nemo_ee.files.output import claim
 from nemo_ee.generation.prompts import tokenize_prompts
 from nemo_ee.report.provenance import metadata
@@ -64,7 +65,9 @@ def _evaluate(config: EvaluationConfig, trainer: Any, curve: tuple, chats: list[
         bar.set_description("generation")
         names = None if chats is None else [turns[-1]["content"] for turns in chats]
         sweep = Sweep(model, prompts, settings, config.seed, bar.update, names)
+        model.prepare_decoding(rows=BATCH)
         thresholds = sweep.run()
+        model.release_decoding()
     report = Report(
         metadata(config, model),
         quality.exits,
@@ -100,9 +103,10 @@ def _described(settings: SweepConfig, prompts: int) -> str:
 
 def _check(config: EvaluationConfig) -> None:
     """What the files' own configurations and sizes show to be wrong."""
-    base, _, faults = check_files(
+    base, early_exit, faults = check_files(
         config, "evaluate", "generation.exits", config.generation.exits, config.data.seq_length
     )
+    resolved_thresholds(config.generation, early_exit, faults)
     limit = base.encoder_seq_length
     longest = config.generation.prompt_tokens + config.generation.tokens_to_generate
     documents = config.generation.prompts is None and config.generation.chat_prompts_file is None

@@ -6,9 +6,12 @@ from typing import Annotated
 
 from nemo_ee.config import check_thresholds
 from nemo_ee.errors import Fault
-from nemo_ee.schema import Positive, Settings, holds
+from nemo_ee.schema import Positive, Settings, holds, one_of
 
 TWO = holds(lambda tokens: tokens >= 2, "only tokens after the first can leave early", "use 2 or more")
+CALIBRATED = "calibrated"
+"""Stands for the checkpoint's own thresholds."""
+Threshold = float | tuple[float, ...] | str
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,12 @@ class SweepConfig:
         num_prompts: how many documents.
         prompt_tokens: tokens of each document that are the prompt.
         tokens_to_generate: per prompt, at most.
-        thresholds: confidences above which a token leaves.
+        thresholds: each a confidence above which a token leaves, or a list of one per exit in use, or `CALIBRATED`: the
+            checkpoint's.
         exits: exit layers in use; null means all.
         timed_prompts: how many of the prompts are timed, one by one (batch 1).
         repeats: how often each timed prompt is generated at every threshold and at full depth, in turn.
-        sample_threshold: the threshold of the texts shown token by token; one of `thresholds`.
+        sample_threshold: the one of `thresholds` at which texts are shown token by token.
         samples: how many texts are shown.
     """
 
@@ -52,11 +56,11 @@ class SweepConfig:
     num_prompts: Positive = 16
     prompt_tokens: Positive = 32
     tokens_to_generate: Annotated[int, TWO] = 40
-    thresholds: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
+    thresholds: tuple[Threshold, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
     exits: tuple[int, ...] | None = None
     timed_prompts: Positive = 3
     repeats: Positive = 4
-    sample_threshold: float = 0.7
+    sample_threshold: Threshold = 0.7
     samples: int = 2
 
 
@@ -95,15 +99,23 @@ def _check_sweep(sweep: SweepConfig) -> list[Fault]:
         rule = "with generation.prompts there are two sets of prompts"
         remedy = "set one of them to null"
         faults.append(Fault("generation.chat_prompts_file", sweep.chat_prompts_file, rule, remedy))
-    values = list(sweep.thresholds)
-    if not values or values != sorted(set(values)):
-        rule = "must be thresholds in ascending order, each once"
-        faults.append(Fault("generation.thresholds", values, rule, "e.g. [0.5,0.7,0.9]"))
-    faults += check_thresholds(values, len(values), "generation.thresholds")
-    if sweep.samples and values and sweep.sample_threshold not in values:
+    values = [list(each) if isinstance(each, tuple) else each for each in sweep.thresholds]
+    if not values or len(set(sweep.thresholds)) < len(values):
+        rule = "must be thresholds, each once"
+        faults.append(Fault("generation.thresholds", values, rule, "e.g. [0.5,[0.4,0.7],calibrated]"))
+    for each in values:
+        if isinstance(each, str):
+            if each != CALIBRATED:
+                faults.append(one_of("generation.thresholds", each, (CALIBRATED,)))
+        else:
+            count = len(each) if isinstance(each, list) else 1
+            faults += check_thresholds(each, count, "generation.thresholds")
+    if sweep.samples and values and sweep.sample_threshold not in sweep.thresholds:
         rule = f"must be one of generation.thresholds={values}"
         remedy = "name one of them, or set generation.samples=0"
-        faults.append(Fault("generation.sample_threshold", sweep.sample_threshold, rule, remedy))
+        shown = sweep.sample_threshold
+        shown = list(shown) if isinstance(shown, tuple) else shown
+        faults.append(Fault("generation.sample_threshold", shown, rule, remedy))
     if sweep.prompts is not None and not sweep.prompts:
         faults.append(Fault("generation.prompts", [], "must have a prompt", "give one, or null"))
     return faults

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from nemo_ee.data.index_file import open_indexed_file
-from nemo_ee.errors import DataError, GenerationError
+from nemo_ee.errors import ConfigError, DataError, Fault, GenerationError
+from nemo_ee.evaluation.exit_thresholds import resolved_thresholds
 from nemo_ee.evaluation.held_out import HeldOutQuality, quality_of
-from nemo_ee.evaluation.settings import HeldOutConfig, SweepConfig
+from nemo_ee.evaluation.settings import HeldOutConfig, SweepConfig, Threshold
 from nemo_ee.evaluation.teacher_forced import CONFIDENCE_RULE, TextScores, score_final, score_text
 from nemo_ee.generation.generating import generating
 from nemo_ee.report.schema import Interval, Sample, Spread, ThresholdResult
@@ -84,8 +85,12 @@ class Sweep:
         self.model, self.prompts, self.settings, self.seed = model, list(prompts), settings, seed
         self.advance, self.names = advance, names
         self.exits = settings.exits or model.early_exit.layers
+        faults: list[Fault] = []
+        self.thresholds = resolved_thresholds(settings, model.early_exit, faults)
+        if faults:
+            raise ConfigError(*faults)
         self.final_layer = model.cfg.num_layers
-        self.texts: dict[float | None, list[GeneratedText]] = {}
+        self.texts: dict[Threshold | None, list[GeneratedText]] = {}
 
     @staticmethod
     def generations(settings: SweepConfig, prompts: int) -> int:
@@ -99,7 +104,7 @@ class Sweep:
         Raises:
             GenerationError: a prompt is too long, or nothing that could leave early was generated.
         """
-        ways = [FULL_DEPTH, *self.settings.thresholds]
+        ways = [FULL_DEPTH, *self.thresholds]
         for threshold in ways:
             self.texts[threshold] = []
             for first in range(0, len(self.prompts), BATCH):
@@ -114,19 +119,20 @@ class Sweep:
         scores = self.score(full)
         self.quality = quality_of(((each, mask) for each, _, mask in scores), self.seed)
         perplexity = self.perplexity(full)
-        return tuple(
-            self._result(threshold, scores, perplexity, speeds) for threshold in self.settings.thresholds
-        )
+        return tuple(self._result(threshold, scores, perplexity, speeds) for threshold in self.thresholds)
 
-    def generate(self, prompts: Sequence[list[int]], threshold: float | None) -> list[GeneratedText]:
-        """One call of the model's `generate`, greedy, until EOS."""
+    def generate(self, prompts: Sequence[list[int]], threshold: Threshold | None) -> list[GeneratedText]:
+        """One call of the model's `generate`, greedy, until EOS. Exits are asked for every token, so that the text is a
+        matter of thresholds alone."""
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
         for row, prompt in zip(ids, prompts, strict=True):
             row[: len(prompt)] = torch.tensor(prompt)
         early_exit: dict | bool = False
         if threshold is not None:  # by the rule that text is scored by, whatever the checkpoint's is
-            early_exit = {"threshold": threshold, "exits": list(self.exits), "confidence": CONFIDENCE_RULE}
+            values = list(self.thresholds[threshold].values)
+            early_exit = {"threshold": values, "exits": list(self.exits), "always": True}
+            early_exit["confidence"] = CONFIDENCE_RULE
         output = self.model.generate(
             (ids, lengths),
             {"max_length": self.settings.tokens_to_generate, "min_length": 0},
@@ -138,14 +144,14 @@ class Sweep:
             for prompt, all_ids, each in zip(prompts, output["token_ids"], output["early_exit"], strict=True)
         ]
 
-    def _time(self, ways: list[float | None]) -> dict[float | None, list[float]]:
+    def _time(self, ways: list[Threshold | None]) -> dict[Threshold | None, list[float]]:
         """Tokens per second, prompt included, of each way and repetition.
 
         Within a repetition all ways run on one prompt before the next prompt, starting with another way each
         time, so that drifts of the machine's speed meet all alike.
         """
         prompts = self.prompts[: self.settings.timed_prompts]
-        speeds: dict[float | None, list[float]] = {way: [] for way in ways}
+        speeds: dict[Threshold | None, list[float]] = {way: [] for way in ways}
         for repeat in range(self.settings.repeats):
             seconds, tokens = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0)
             for index, prompt in enumerate(prompts):
@@ -201,17 +207,18 @@ class Sweep:
 
     def _result(
         self,
-        threshold: float,
+        threshold: Threshold,
         scores: Sequence[tuple[TextScores, Tensor, Tensor]],
         full_depth_perplexity: float,
-        speeds: dict[float | None, list[float]],
+        speeds: dict[Threshold | None, list[float]],
     ) -> ThresholdResult:
-        agreement, interval = self.agreement(threshold, scores)
+        agreement, interval = self.agreement(self.thresholds[threshold].values, scores)
         texts = self.texts[threshold]
         left = [layer for text in texts for layer in text.exit_layers]
         full: list[float] = speeds[FULL_DEPTH]
         return ThresholdResult(
-            threshold=threshold,
+            name=self.thresholds[threshold].name,
+            thresholds=self.thresholds[threshold].values,
             tokens=len(left),
             share_per_exit={n: left.count(n) / len(left) for n in (*self.exits, self.final_layer)},
             agreement=agreement,
@@ -224,13 +231,14 @@ class Sweep:
         )
 
     def agreement(
-        self, threshold: float, scores: Sequence[tuple[TextScores, Tensor, Tensor]]
+        self, thresholds: Sequence[float], scores: Sequence[tuple[TextScores, Tensor, Tensor]]
     ) -> tuple[float, Interval | None]:
-        """Share of full depth's tokens that decoding at a threshold would give, with its interval over prompts."""
+        """Share of full depth's tokens that decoding with these thresholds, one per exit in use, would give, with its
+        interval over prompts."""
         agreements: list[float] = []
         counts: list[float] = []
         for text_scores, labels, mask in scores:
-            tokens, layers = text_scores.leaving(dict.fromkeys(self.exits, threshold))
+            tokens, layers = text_scores.leaving(dict(zip(self.exits, thresholds, strict=True)))
             # The final exit's token is the label but for rounding between decoding and this pass.
             equal = ((tokens == labels) | (layers == 0)) & mask
             agreements += equal.sum(1).double().tolist()
@@ -240,17 +248,19 @@ class Sweep:
     def samples(self) -> tuple[Sample, ...]:
         """The first texts at `sample_threshold`."""
         settings, tokenizer = self.settings, self.model.text_tokenizer
+        if not settings.samples:
+            return ()
         names = self.names or [tokenizer.decode(prompt) for prompt in self.prompts[: settings.samples]]
         return tuple(
             Sample(
                 name,
-                settings.sample_threshold,
+                self.thresholds[settings.sample_threshold].name,
                 tuple(token_pieces(text.tokens, tokenizer)),
                 tuple(text.exit_layers),
                 tuple(text.confidences),
             )
             for name, text in zip(
-                names[: settings.samples], self.texts.get(settings.sample_threshold, []), strict=False
+                names[: settings.samples], self.texts[settings.sample_threshold], strict=False
             )
         )
 

@@ -214,15 +214,22 @@ def open_files(cfg: DictConfig, section: str, text: TextTokenizer) -> list:
 
 
 def _chat_template(text: TextTokenizer) -> ChatTemplate | TurnTemplate:
-    tokenizer = text.nemo
-    inner = tokenizer.tokenizer if isinstance(tokenizer, AutoTokenizer) else tokenizer
-    there = getattr(inner, "chat_template", None) is not None
     rule = "the checkpoint's tokenizer has no chat template"
     remedy = (
         "give lines of input and output with model.data.chat=false, or NeMo's marks of turns, "
         "model.data.chat_prompt_tokens={system_turn_start:…,turn_start:…,label_start:…,end_of_turn:…,end_of_name:…}"
     )
-    require(there, "model.data.chat", True, rule, remedy)
+    template = chat_template_of(text)
+    require(template is not None, "model.data.chat", True, rule, remedy)
+    return template
+
+
+def chat_template_of(text: TextTokenizer) -> ChatTemplate | TurnTemplate | None:
+    """The chat template of a model's tokenizer; None if it has none."""
+    tokenizer = text.nemo
+    inner = tokenizer.tokenizer if isinstance(tokenizer, AutoTokenizer) else tokenizer
+    if getattr(inner, "chat_template", None) is None:
+        return None
     if inner is tokenizer:
         return TurnTemplate(partial(chat_tokens, inner))
     return ChatTemplate(inner, text.eos_ids)

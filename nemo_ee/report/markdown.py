@@ -87,7 +87,10 @@ def _thresholds(report: Report) -> str:
     ]
     note = (
         "Agreement is teacher-forced on full depth's continuation. Perplexity is the full model's, of the "
-        "text generated at the threshold. Speeds are medians with quartiles, measured alternately in one run."
+        "text generated at the threshold. Speeds are medians with quartiles, measured alternately in one run, exits "
+        "being asked for every token. Several thresholds are those of exits "
+        f'{", ".join(str(exit_.layer) for exit_ in report.exits)}; one of 1 leaves its exit out. "Calibrated" ones '
+        "are the checkpoint's."
     )
     rows = [_threshold_row(result) for result in report.thresholds]
     after = f"Greedy texts after {report.prompts}. " if report.prompts else ""
@@ -100,7 +103,7 @@ def _thresholds(report: Report) -> str:
 
 def _threshold_row(result: ThresholdResult) -> list[str]:
     return [
-        f"{result.threshold:g}",
+        result.name,
         with_interval(result.agreement, result.agreement_ci, 3),
         f"{result.perplexity:.2f} ({result.full_depth_perplexity:.2f})",
         with_quartiles(result.tokens_per_second, 1),
@@ -116,7 +119,7 @@ def _shares(report: Report) -> str:
     header = ["threshold", *(f"{layer} (final)" if layer == final else f"exit {layer}" for layer in layers)]
     rows = [
         [
-            f"{result.threshold:g}",
+            result.name,
             *(f"{100 * result.share_per_exit.get(layer, 0.0):.1f} %" for layer in layers),
         ]
         for result in report.thresholds

@@ -18,7 +18,7 @@ from nemo_ee.report.style import (
     text_colour,
 )
 
-_POINTS = "#0072b2"
+_POINTS, _VECTORS = "#0072b2", "#d55e00"
 
 
 def per_exit_loss(report: Report) -> Figure:
@@ -76,7 +76,8 @@ def loss_curves(report: Report) -> Figure | None:
 
 
 def speed_vs_agreement(report: Report) -> Figure | None:
-    """Speed against agreement and against perplexity, one point per threshold; None without thresholds."""
+    """Speed against agreement and against perplexity, a point per threshold, of another look where it is one per exit;
+    None without thresholds."""
     if not report.thresholds:
         return None
     figure, (left, right) = new_figure(2, height=4.8)
@@ -89,15 +90,20 @@ def speed_vs_agreement(report: Report) -> Figure | None:
         (right, [result.perplexity for result in report.thresholds], [None] * len(report.thresholds)),
     ):
         speeds = [result.speedup for result in report.thresholds]
-        axes.plot([speed.median for speed in speeds], values, color="#b0c4d8", linewidth=1.2, zorder=1)
+        line = [
+            (s.median, v)
+            for r, s, v in zip(report.thresholds, speeds, values, strict=True)
+            if r.is_one_number
+        ]
+        axes.plot(*zip(*line, strict=True), color="#b0c4d8", linewidth=1.2, zorder=1) if line else None
         for result, value, interval in zip(report.thresholds, values, intervals, strict=True):
             axes.errorbar(
                 result.speedup.median,
                 value,
                 xerr=_quartile_bars(result.speedup),
                 yerr=_bars(value, interval),
-                fmt="o",
-                color=_POINTS,
+                fmt="o" if result.is_one_number else "D",
+                color=_POINTS if result.is_one_number else _VECTORS,
                 markersize=7,
                 capsize=3,
                 linewidth=1.2,
@@ -134,7 +140,9 @@ def exit_histogram(report: Report) -> Figure | None:
                 axes.text(position, bottom + share / 2, f"{share:.0f}", ha="center", va="center", color=shade)
             bottom += share
     handles = [axes.bar([0], [0], color=colours[layer], label=layer_name(layer, final)) for layer in layers]
-    axes.set_xticks(range(len(report.thresholds)), [f"{result.threshold:g}" for result in report.thresholds])
+    axes.set_xticks(
+        range(len(report.thresholds)), [result.name.replace(" (", "\n(") for result in report.thresholds]
+    )
     axes.set_xlim(-0.6, len(report.thresholds) - 0.4)
     axes.set_ylim(0.0, 100.0)
     axes.grid(False, axis="x")
@@ -179,7 +187,7 @@ def _name_thresholds(
             groups.append([index])
     for group in groups:
         axes.annotate(
-            ", ".join(f"{results[index].threshold:g}" for index in group),
+            ", ".join(results[index].name for index in group),
             (results[group[0]].speedup.median, values[group[0]]),
             xytext=(7, 7 if above else -16),
             textcoords="offset points",

@@ -56,7 +56,7 @@ def _sample_html(sample: Sample, colours: dict[int, str], final: int) -> str:
     for token, layer, confidence in zip(sample.tokens, sample.exit_layers, sample.confidences, strict=True):
         title = f"{layer_name(layer, final)}, confidence {confidence:.3f}"
         spans.append(f'<span {_colour_style(colours[layer])} title="{title}">{html.escape(token)}</span>')
-    heading = f"<h2>threshold {sample.threshold:g}</h2>"
+    heading = f"<h2>threshold {html.escape(sample.threshold)}</h2>"
     return f"{heading}\n<pre>{html.escape(sample.prompt)}</pre>\n<pre>{''.join(spans)}</pre>"
 
 
@@ -106,7 +106,7 @@ def sample_figure(report: Report) -> Figure | None:
 
 def _layout(sample: Sample) -> Iterator[list[tuple[str, int | None]]]:
     """Lines of at most _COLUMNS characters, each a list of text and exit layer; uncoloured text has none."""
-    yield [(f"threshold {sample.threshold:g}", None)]
+    yield [(f"threshold {sample.threshold}", None)]
     yield from _wrap([(f"prompt: {sample.prompt}", None)])
     yield from _wrap(list(zip(sample.tokens, sample.exit_layers, strict=True)))
     yield []

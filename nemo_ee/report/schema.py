@@ -8,7 +8,7 @@ per second.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-VERSION = 2
+VERSION = 3
 """Of the JSON layout; raised when a field comes, goes away or changes its meaning."""
 
 
@@ -98,10 +98,11 @@ class ExitQuality:
 
 @dataclass(frozen=True)
 class ThresholdResult:
-    """Generation at one confidence threshold, measured alternately with full depth in the same run.
+    """Generation with given thresholds, measured alternately with full depth in the same run.
 
     Attributes:
-        threshold: confidence above which a token leaves.
+        name: of the thresholds, for people.
+        thresholds: one per exit in use, confidences above which a token leaves; 1.0 does not ask.
         tokens: generated tokens.
         share_per_exit: exit layer to its share of the generated tokens; the final exit is the last layer.
             Sums to 1.
@@ -115,7 +116,8 @@ class ThresholdResult:
         agreement_ci: 95 % interval over prompts, None if there was only one.
     """
 
-    threshold: float
+    name: str
+    thresholds: tuple[float, ...]
     tokens: int
     share_per_exit: Mapping[int, float]
     agreement: float
@@ -128,7 +130,12 @@ class ThresholdResult:
 
     def __post_init__(self):
         total = sum(self.share_per_exit.values())
-        assert abs(total - 1.0) < 1e-6, f"shares per exit at threshold {self.threshold} sum to {total}"
+        assert abs(total - 1.0) < 1e-6, f"shares per exit at threshold {self.name} sum to {total}"
+
+    @property
+    def is_one_number(self) -> bool:
+        """Whether it is one threshold for all exits."""
+        return self.name == f"{self.thresholds[0]:g}"
 
 
 @dataclass(frozen=True)
@@ -158,14 +165,14 @@ class Sample:
 
     Attributes:
         prompt: what was continued.
-        threshold: confidence above which a token leaves.
+        threshold: name of the thresholds, see `ThresholdResult`.
         tokens: text of each generated token.
         exit_layers: the 1-based layer each token left at; the last layer is the final exit.
         confidences: of each token at its exit.
     """
 
     prompt: str
-    threshold: float
+    threshold: str
     tokens: tuple[str, ...]
     exit_layers: tuple[int, ...]
     confidences: tuple[float, ...]
@@ -186,7 +193,7 @@ class Report:
         exits: the early exits in ascending order; the final exit is not among them.
         final_loss: of the final exit on the same held-out text.
         final_loss_ci: its 95 % interval, None if there was only one sequence.
-        thresholds: results in ascending order of the threshold.
+        thresholds: results in the order that was asked for.
         tuning_curve: validations during tuning, empty if unknown.
         samples: generated texts.
         prompts: what was generated after, in words.

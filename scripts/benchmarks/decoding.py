@@ -148,7 +148,7 @@ def measure(case: Mapping, arguments: Namespace) -> dict:
             each["agreement"] = sum(same) / sum(min(n + 1, count) for n in same)
             each["judged"] = count * len(same)
             if kind == EXITS:
-                each["agreement"] = sweep.agreement(threshold, scores)[0]
+                each["agreement"] = sweep.agreement([threshold] * len(sweep.exits), scores)[0]
             if kind in (NEMO, HUGGING_FACE) and 2 * same.count(0) > len(same):
                 raise GenerationError(
                     f"{name}: most texts begin otherwise: give --model and --hf of one model"

@@ -33,6 +33,8 @@ KINDS: dict[str, tuple[str, dict | None]] = {
     f"{LOSSLESS}, bf16": ("bf16", {"lossless": True}),
 }
 """Our ways -> weights (see `nemo_ee.decoding.cpu.lean_weights`), and their exits' options besides a threshold."""
+PAIRED = KINDS | {f"{EXITS}, bf16": ("bf16", {}), f"{EXITS}, always": ("native", {"always": True})}
+"""And more, for pairs."""
 SAMPLING = {"use_greedy": True, "add_BOS": False, "end_strings": ["<|endoftext|>"]}
 TOP_P = {**SAMPLING, "use_greedy": False, "temperature": 1.0, "top_k": 0, "top_p": 0.9}
 SAMPLINGS = {"greedy": SAMPLING, "top-p 0.9": TOP_P}
@@ -166,9 +168,9 @@ class HuggingFace:
         return self._model.generate(ids, attention_mask=torch.ones_like(ids), **how)[:, width:].tolist()
 
 
-def our_way(prepared: Prepared, kind: str, threshold: float | None = None, sampling: str = "greedy") -> Ours:
-    """A way of `KINDS`; the threshold is one for all exits."""
-    (weights, options), exits = KINDS[kind], False
+def our_way(prepared: Prepared, kind: str, threshold: Any = None, sampling: str = "greedy") -> Ours:
+    """A way of `PAIRED`; the threshold is one for all exits, or a list."""
+    (weights, options), exits = PAIRED[kind], False
     if options is not None:
         exits = {"exits": list(prepared.model.early_exit.layers), "threshold": threshold, **options}
     return Ours(prepared.model, lambda: prepared.of(weights), exits, SAMPLINGS[sampling])

@@ -188,7 +188,7 @@ def measure_exits(name: str, arguments: Namespace) -> dict:
         for n, counts in agreeing.items():
             counts += ((each.exits[int(n)].tokens == each.final.tokens) & mask).sum(1).tolist()
     for threshold in THRESHOLDS:
-        agreement, around = sweep.agreement(threshold, scores)
+        agreement, around = sweep.agreement([threshold] * len(sweep.exits), scores)
         left = [each.leaving(dict.fromkeys(sweep.exits, threshold))[1][mask] for each, _, mask in scores]
         layers = torch.cat(left).double()
         early, out = layers > 0, torch.where(layers > 0, sweep.final_layer - layers, 0)

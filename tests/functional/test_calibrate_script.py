@@ -3,6 +3,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,7 @@ def write_inputs(directory):
 
     from nemo_ee.checkpoint.exits.adapter import merge
     from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel as Model
+    from tests.support.calibration_population import made_up_prices
     from tests.support.tiny_gpt import VOCABULARY, fill, tiny_model, tiny_model_config, tiny_trainer
 
     config = tiny_model_config(head=HEAD)
@@ -37,6 +39,12 @@ def write_inputs(directory):
     for length in rng.integers(LENGTH - 2, LENGTH + 9, 160):
         builder.add_document(rng.integers(6, VOCABULARY, length), [length])
     builder.finalize(f"{directory}/text.idx")
+    made_up_prices((2, 4, 6), 8, head=0.1, output=1.0).write(Path(directory, "prices.json"))
+    with Path(directory, "chats.jsonl").open("w") as file:
+        for _ in range(40):
+            asked, said = (" ".join(f"w{n}" for n in rng.integers(1, 60, count)) for count in (4, 20))
+            turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+            file.write(json.dumps({"messages": turns}) + "\n")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +55,8 @@ def workspace(tmp_path_factory, workers):
 
 
 def run(directory, *arguments):
-    given = ["data.prefix=text", f"data.seq_length={LENGTH}", "data.batch_size=32", "levels=10", *arguments]
+    given = ["data.prefix=text", f"data.seq_length={LENGTH}", "data.batch_size=32", "levels=10"]
+    given += ["prices_file=prices.json", *arguments]
     return run_script(directory, "calibrate_early_exit.py", *given)
 
 
@@ -59,7 +68,7 @@ def generate(directory, thresholds):
     os.chdir(directory)
     model = Model.restore_with_exits("base.nemo", "calibrated.nemo", tiny_trainer()).eval()
     prompts, lengths = ["w1 w2 w3", "w50 w60"], {"max_length": 12, "min_length": 12}
-    ways = (None, {"threshold": thresholds}, {"threshold": 0.999})
+    ways = ({"always": True}, {"threshold": thresholds, "always": True}, {"threshold": 0.999, "always": True})
     texts = [model.generate(prompts, lengths, early_exit=way) for way in ways]
     return model.early_exit.inference.threshold, [
         [each["exit_layers"] for each in text["early_exit"]] for text in texts
@@ -82,6 +91,7 @@ def calibrate_merged(directory, overrides):
         "data.prefix=text",
         f"data.seq_length={LENGTH}",
         "data.batch_size=32",
+        "prices_file=prices.json",
     ]
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
         composed = compose("calibrate_early_exit", [*given, *overrides])
@@ -105,11 +115,13 @@ def test_generation_uses_what_the_script_wrote(workspace, workers, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads((workspace / "report" / "calibration.json").read_text())
     thresholds = report["thresholds"]
-    assert report["certified"] > 0 and min(thresholds) < 1.0
+    assert 0 < report["number"] <= report["kept"] and report["guaranteed"] and min(thresholds) < 1.0
+    assert json.loads((workspace / "report" / "prices.json").read_text())["source"] == "made up"
     for words in (
         "With a probability of at least 95 %",
         "wrote calibrated.nemo",
         f"exit 4: threshold {thresholds[1]:g}",
+        "an expected speed-up of",
     ):
         assert words in done.stdout
     assert report["metadata"]["command"].endswith("report_dir=report") and str(workspace) not in json.dumps(
@@ -125,15 +137,15 @@ def test_generation_uses_what_the_script_wrote(workspace, workers, tmp_path):
 
 
 def test_nothing_certified_has_a_status_of_its_own(workspace):
-    """One level: the path's first point lets every token leave at an exit."""
+    """One level besides 1: an exit that is asked lets every token go, and exits of random weights are mostly wrong."""
     files = ["gpt_model_file=base.nemo", "adapter_file=exits.nemo", "output_file=never.nemo", "exits=[4,6]"]
     done = run(workspace, *files, "target_agreement=0.96", "levels=1", "report_dir=failed")
     assert done.returncode == 2, done.stderr[-2000:]
-    assert "No thresholds could be certified for an agreement of 0.96" in done.stdout
-    assert "nothing certified" in done.stderr
+    assert "No thresholds" in done.stdout and "The stored thresholds are 1.0" in done.stdout
+    assert "nothing chosen" in done.stderr
     inference = archive.read_config(workspace / "never.nemo").early_exit.inference
     assert inference.threshold == [1.0, 1.0] and inference.exits == [4, 6]
-    assert json.loads((workspace / "failed" / "calibration.json").read_text())["certified"] == 0
+    assert json.loads((workspace / "failed" / "calibration.json").read_text())["number"] == 0
 
 
 def test_merged_models_keep_their_backbone(workspace, workers):
@@ -144,14 +156,34 @@ def test_merged_models_keep_their_backbone(workspace, workers):
         "report_dir=merged",
     ]
     report, before, after = workers(1).run(calibrate_merged, str(workspace), arguments)[0]
-    assert before == after and report.certified > 0
+    assert before == after and report.number > 0
     inference = archive.read_config(workspace / "merged_calibrated.nemo").early_exit.inference
     assert tuple(inference.threshold) == report.thresholds
+
+
+@pytest.mark.parametrize("text", ["prompt_tokens=5", "chats_file=chats.jsonl"])
+def test_point_estimates_on_other_text(workspace, workers, text):
+    """What the model says at full depth, and answers of chats; all documents choose, and nothing is promised."""
+    kind = text.partition("_")[0]
+    arguments = [f"output_file={kind}.nemo", f"report_dir={kind}", f"data.{text}", "guarantee=false"]
+    arguments += ["target_agreement=0.5"] + ["data.prefix=null"] * (kind == "chats")
+    report, _, _ = workers(1).run(calibrate_merged, str(workspace), arguments)[0]
+    assert not report.guaranteed and report.promise.startswith("Point estimate, no guarantee")
+    assert report.test.documents == {"prompt": 160, "chats": 40}[kind] and report.tuning.documents == 0
+    assert report.test.documents < report.test.tokens <= report.test.documents * LENGTH
+    assert report.chosen.agreement >= 0.5 and report.chosen.speedup > 1.0
+    assert (
+        tuple(archive.read_config(workspace / f"{kind}.nemo").early_exit.inference.threshold)
+        == report.thresholds
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"prices_file": "exits.nemo"}, "prices_file=exits.nemo: is no"),
+        ({"data": {"chats_file": "none.jsonl"}}, "data.chats_file=none.jsonl: "),
+        ({"data": {"prefix": "text", "prompt_tokens": 60, "seq_length": 8}}, "data.prompt_tokens=60: with"),
         ({"adapter_file": None}, "base.nemo: has no exits to calibrate; set adapter_file"),
         ({"exits": [3, 4]}, "exits=[3, 4]: not all of the model's exits [2, 4, 6]"),
         (

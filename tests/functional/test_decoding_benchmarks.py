@@ -84,3 +84,31 @@ def test_lossless_in_pairs(workspace):
     assert all(len(way["tokens/s"]) == 3 for row in rows for way in row["ways"].values())
     page = (workspace / "out/lossless_pairs.md").read_text()
     assert page.startswith("# Lossless against full depth in pairs") and page.count("| 3 of 3 |") == 2
+
+
+def test_calibrated_thresholds_in_pairs(workspace):
+    """Of reports with one threshold per exit; agreement is teacher-forced, and sinks with the target."""
+    names = []
+    for target, thresholds in ((0.9, [1.0, 0.05]), (0.5, [0.0, 0.0])):
+        names.append(f"calibrated_{target}.json")
+        report = {"target_agreement": target, "thresholds": thresholds}
+        (workspace / names[-1]).write_text(json.dumps(report))
+    small = ("--prompts", "8", "--new-tokens", "6", "--batches", "1", "--pairs", "3", "--seconds", "0")
+    for way in ("early exit, always", "early exit, bf16"):
+        output = ("--way", way, "--calibrated", *names, "--output", way)
+        done = run_script(workspace, "benchmarks/lossless_pairs.py", *FILES, *small, *output)
+        assert done.returncode == 0, done.stderr[-3000:]
+        rows = [
+            json.loads(line) for line in (workspace / way / "lossless_pairs.jsonl").read_text().splitlines()
+        ]
+        assert [(row["case"]["target"], row["case"]["threshold"]) for row in rows] == [
+            (0.9, [1.0, 0.05]),
+            (0.5, [0.0, 0.0]),
+        ]
+        strict, lenient = (row["ways"][way] for row in rows)
+        assert strict["judged"] == lenient["judged"] == 3 * 5
+        assert 0.0 <= lenient["agreement"]["low"] <= lenient["agreement"]["value"] < 1.0
+        page = (workspace / way / "lossless_pairs.md").read_text()
+        assert (
+            page.startswith(f"# {way.capitalize()} against full depth in pairs") and "| agreement |" in page
+        )

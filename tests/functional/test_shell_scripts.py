@@ -10,19 +10,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 STUB = """#!/bin/bash
-# Leaves the file that the real script would leave; a file `fail` in its folder names one that fails.
+# Leaves the file that the real script would leave; a file `fail` in its folder names one that fails, with the status in
+# a file `status`, or 7.
 here="$(dirname "$0")"
 echo "$*" >>"$here/calls"
 [ "$1" = -c ] && exit 1
-[ -e "$here/fail" ] && grep -q "$(basename "$1" .py)" "$here/fail" && exit 7
+[ -e "$here/fail" ] && grep -q "$(basename "$1" .py)" "$here/fail" && exit "$(cat "$here/status" 2>/dev/null || echo 7)"
 for word in "$@"; do
     case "$word" in
-    output_path=* | exp_manager.exp_dir=* | output_prefix=* | output=*) place="${word#*=}" ;;
+    output_file=* | output_path=* | exp_manager.exp_dir=* | output_prefix=* | output=*) place="${word#*=}" ;;
     name=*) name="${word#*=}" ;;
     esac
 done
 case "$1" in
-*convert*) touch "$place" ;;
+*convert* | *calibrate*) touch "$place" ;;
 *preprocess*) touch "$place.json" ;;
 *generate_tuning_text*) touch "${place}_train.jsonl" "${place}_validation.jsonl" "$place.json" ;;
 *train_tokenizer.py) mkdir -p "$place" ;;
@@ -98,6 +99,26 @@ def test_quickstart_tunes_on_answers_and_asks_other_questions_in_its_report(tmp_
     assert "chat=true" in tuned and "chats_train.jsonl]" in tuned and "data_prefix" not in tuned
     (report,) = [call for call in calls if "evaluate_early_exit.py" in call]
     assert f"chat_prompts_file={held_out} " in report and "data.prefix=" in report
+
+
+def test_quickstart_calibrates_on_answers_that_were_not_tuned_on(tmp_path, venv):
+    """Generation and report use what was calibrated; also where no exit pays, which has a status of its own."""
+    (venv / "bin" / "fail").write_text("calibrate_early_exit")
+    assert quickstart(tmp_path).returncode == 7
+    (venv / "bin" / "status").write_text("2")
+    done = quickstart(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "it is a point estimate, of which nothing is promised" in done.stdout
+    (venv / "bin" / "fail").unlink()
+    (venv / "bin" / "calls").unlink()
+    assert quickstart(tmp_path).returncode == quickstart(tmp_path).returncode == 0
+    calls = (venv / "bin" / "calls").read_text().splitlines()
+    (calibration,) = [call for call in calls if "calibrate_early_exit.py" in call]
+    for part in ("chats_validation.jsonl", "guarantee=false", "tuned.nemo", "target_agreement=0.95"):
+        assert part in calibration
+    for script in ("megatron_gpt_ee_generate.py", "evaluate_early_exit.py"):
+        assert all("/calibrated.nemo " in call for call in calls if script in call)
+    assert any(",calibrated] generation.sample_threshold=calibrated " in call for call in calls)
 
 
 def test_quickstart_refuses_other_options_in_the_same_directory(tmp_path, venv):

@@ -7,8 +7,20 @@ As the population is known, so is the agreement of any thresholds on further doc
 import numpy as np
 
 from nemo_ee.calibration.exit_decisions import TokenScores
+from nemo_ee.decoding.pass_prices import PassPrices
 
 LAYERS, NUM_LAYERS, LARGEST = (10, 20), 30, 40
+GROWTH = (1.0, 1.02, 1.16, 1.53, 6.0)
+"""Of a pass's time with 1, 2, 4, 8 and 40 tokens."""
+
+
+def made_up_prices(layers=LAYERS, num_layers=NUM_LAYERS, head=1.0, start=0.3, output=4.0) -> PassPrices:
+    """Of layers that take a second for a token, plausible beside each other."""
+    heads = (tuple(head * each for each in GROWTH),) * len(layers)
+    starts, outputs = (start,) * len(GROWTH), tuple(output * each for each in GROWTH)
+    return PassPrices(
+        num_layers, (1, 2, 4, 8, 40), starts, GROWTH, outputs, tuple(layers), heads, heads, source="made up"
+    )
 
 
 def population(seed: int, documents: int = 500, bad_share: float = 0.0) -> TokenScores:

@@ -67,7 +67,8 @@ def fake_threshold(threshold: float, layers=LAYERS) -> ThresholdResult:
     shares = {layer: leaving / len(layers) for layer in layers}
     shares[FINAL] = 1.0 - sum(shares.values())
     return ThresholdResult(
-        threshold=threshold,
+        name=f"{threshold:g}",
+        thresholds=(threshold,) * len(layers),
         tokens=2560,
         share_per_exit=shares,
         agreement=1.0 - 0.5 * leaving**2,
@@ -103,7 +104,7 @@ def fake_sample() -> Sample:
     layers = tuple((30, 10, 20, 30, 10, 30, 20)[(index * 5 + index // 7) % 7] for index in range(len(tokens)))
     return Sample(
         "What is the Eiffel Tower?",
-        0.7,
+        "0.7",
         tokens,
         layers,
         tuple(0.9 - 0.01 * (i % 40) for i in range(len(tokens))),

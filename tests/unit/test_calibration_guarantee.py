@@ -11,14 +11,16 @@ from scipy import stats
 
 from nemo_ee.calibration import risk_control
 from nemo_ee.calibration.exit_decisions import TokenScores
-from nemo_ee.calibration.threshold_choice import Requirement, certify, plan, split_documents
-from tests.support.calibration_population import LARGEST, draw, population
+from nemo_ee.calibration.threshold_choice import Requirement, certify, estimate, plan, split_documents
+from nemo_ee.calibration.vector_price import seconds_per_token
+from tests.support.calibration_population import LARGEST, draw, made_up_prices, population
 
 TARGET, DELTA = 0.85, 0.1
 REQUIREMENT = Requirement(TARGET, DELTA, LARGEST)
 TUNING, TEST, LEVELS = 60, 200, 10
-CALIBRATIONS = 250
+CALIBRATIONS, BROKEN = 120, 80
 BAD_SHARE = 0.12
+PRICES = made_up_prices()
 
 
 def test_wealth_is_the_product_of_the_bets():
@@ -129,27 +131,38 @@ def test_documents_needed_is_where_a_faultless_test_succeeds(sizes):
 
 
 @cache
-def calibrations(bad_share, choose):
-    """True agreements and depths of the thresholds that many calibrations chose; full depth where they failed."""
+def calibrations(bad_share, choose, count=CALIBRATIONS):
+    """What many calibrations chose, full depth where they failed: true agreements, these at worst, speed-ups."""
     people, rng = population(5, bad_share=bad_share), np.random.default_rng(7)
     found = []
-    for _ in range(CALIBRATIONS):
+    for _ in range(count):
         thresholds = choose(draw(people, TUNING, rng), draw(people, TEST, rng))
-        outcome = people.leave_with(thresholds or (1.0, 1.0))
-        found.append((outcome.agreement, outcome.mean_layers))
+        found.append(truth(people, thresholds or (1.0, 1.0)))
     return np.array(found).T
 
 
+def truth(people, thresholds):
+    outcome = people.leave_with(thresholds)
+    seconds = seconds_per_token(people, outcome.exits, thresholds, PRICES)
+    return outcome.agreement, outcome.agreement_at_worst, PRICES.full_depth(1) / seconds
+
+
 def calibrated(tuning, test):
-    choice = certify(plan(tuning, REQUIREMENT, LEVELS, len(test.sizes)), test, REQUIREMENT)
+    planned = plan(tuning, REQUIREMENT, LEVELS, len(test.sizes), PRICES)
+    choice = certify(planned, test, REQUIREMENT, PRICES)
     return choice.chosen and choice.chosen.planned.thresholds
 
 
 def measured_only(tuning, test):
-    """Takes the most lenient point that kept the target on the test documents, as if that were certain."""
-    points = plan(tuning, REQUIREMENT, LEVELS, len(test.sizes))
+    """Takes the last point that kept the target on the test documents, as if that were certain."""
+    points = plan(tuning, REQUIREMENT, LEVELS, len(test.sizes), PRICES)
     kept = [point.thresholds for point in points if test.leave_with(point.thresholds).agreement >= TARGET]
     return kept[-1] if kept else None
+
+
+def point_estimate(tuning, test):
+    choice = estimate(test, REQUIREMENT, LEVELS, PRICES)
+    return choice.chosen and choice.chosen.planned.thresholds
 
 
 def tokens_as_documents(tuning, test):
@@ -161,7 +174,7 @@ def tokens_as_documents(tuning, test):
 
     tuning, test = alone(tuning), alone(test)
     requirement = Requirement(TARGET, DELTA, 1)
-    choice = certify(plan(tuning, requirement, LEVELS, len(test.sizes)), test, requirement)
+    choice = certify(plan(tuning, requirement, LEVELS, len(test.sizes), PRICES), test, requirement, PRICES)
     return choice.chosen and choice.chosen.planned.thresholds
 
 
@@ -174,24 +187,47 @@ def violations(agreements):
 
 @pytest.mark.parametrize("bad_share", [0.0, BAD_SHARE])
 def test_the_target_is_missed_no_more_often_than_delta(bad_share):
-    agreements, _ = calibrations(bad_share, calibrated)
-    assert violations(agreements)[1] <= DELTA
+    """Also at worst, so whichever exits decoding asks; the agreement itself is no lower."""
+    agreements, at_worst, _ = calibrations(bad_share, calibrated)
+    assert violations(at_worst)[1] <= DELTA and (agreements >= at_worst).all()
     assert (agreements < 1.0).mean() > 0.9, "what certifies nothing keeps every promise"
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_agreement_at_worst_bounds_every_way_to_skip_exits(seed):
+    """Whatever decides at each token which exits are asked: here chance, and an adversary who knows the tokens."""
+    people, rng = population(seed, documents=60), np.random.default_rng(seed)
+    for thresholds in ((0.7, 0.6), (0.5, 0.8), (1.0, 0.4)):
+        outcome = people.leave_with(thresholds)
+        skipped = [rng.random(people.confidences.shape) < share for share in (0.2, 0.7)]
+        skipped.append(~people.disagrees)
+        for each in skipped:
+            asked = TokenScores(
+                people.layers,
+                people.num_layers,
+                np.where(each, 0.0, people.confidences),
+                people.disagrees,
+                people.documents,
+            )
+            wrong = asked.leave_with(thresholds).disagreements
+            assert (wrong <= outcome.at_worst).all()
+        assert (wrong == outcome.at_worst).all(), "the adversary reaches the bound"
+        assert thresholds[0] == 1.0 or (outcome.at_worst > outcome.disagreements).any()
+
+
 def test_power():
-    """Most of what the path could save, did one know the truth, is saved."""
-    agreements, layers = calibrations(0.0, calibrated)
+    """Most of what could be saved, did one know the truth, is saved."""
+    agreements, _, speedups = calibrations(0.0, calibrated)
     people = population(5)
-    kept = [people.leave_with(point.thresholds) for point in plan(people, REQUIREMENT, LEVELS, TEST)]
-    possible = min(outcome.mean_layers for outcome in kept if outcome.agreement >= TARGET)
-    assert (30 - layers.mean()) / (30 - possible) > 0.75
+    possible = estimate(people, REQUIREMENT, LEVELS, PRICES).chosen
+    best = truth(people, possible.planned.thresholds)[2]
+    assert best > 1.2 and (speedups.mean() - 1.0) / (best - 1.0) > 0.7
     assert TARGET < agreements.mean() < TARGET + 0.05
 
 
-@pytest.mark.parametrize("choose", [measured_only, tokens_as_documents])
+@pytest.mark.parametrize("choose", [measured_only, tokens_as_documents, point_estimate])
 def test_the_simulation_would_show_a_broken_promise(choose):
-    agreements, _ = calibrations(BAD_SHARE, choose)
+    agreements, _, _ = calibrations(BAD_SHARE, choose, BROKEN)
     assert violations(agreements)[0] > DELTA
 
 

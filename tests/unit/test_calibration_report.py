@@ -15,19 +15,20 @@ from omegaconf import OmegaConf
 from PIL import Image
 from sklearn.calibration import calibration_curve
 
+from nemo_ee.calibration import plots
 from nemo_ee.calibration.calibrate import check_enough, exits_in_use, make_report
-from nemo_ee.calibration.documents import Documents, read_documents
+from nemo_ee.calibration.documents import Documents, continue_documents, read_chats, read_documents
 from nemo_ee.calibration.exit_decisions import TokenScores
 from nemo_ee.calibration.markdown import summary
 from nemo_ee.calibration.reliability import measure_reliability
 from nemo_ee.calibration.scoring import score_documents
 from nemo_ee.calibration.settings import CalibrationConfig, CalibrationTextConfig
-from nemo_ee.calibration.threshold_choice import Requirement, certify, plan
+from nemo_ee.calibration.threshold_choice import Requirement, certify, estimate, plan
 from nemo_ee.calibration.write import write_report
 from nemo_ee.checkpoint.archive import CONFIG_NAME
 from nemo_ee.errors import ConfigError, DataError
 from nemo_ee.evaluation.teacher_forced import ExitScores, TextScores
-from tests.support.calibration_population import LARGEST, population
+from tests.support.calibration_population import LARGEST, made_up_prices, population
 from tests.support.fake_report import fake_metadata
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -163,19 +164,19 @@ def test_a_checkpoint_that_uses_no_exits_is_asked_which(tmp_path):
 @pytest.mark.parametrize(("documents", "enough"), [(81, False), (83, True)])
 def test_too_little_text_is_refused_with_the_number_needed(documents, enough):
     """62 full documents certify 0.95 at 0.05, and they are three quarters of 83."""
-    given = Documents((np.zeros(129, dtype=int),) * documents, documents)
-    requirement = Requirement(0.95, 0.05, 128)
-    tested = documents - round(documents / 4)
+    sizes, requirement = np.full(documents, 128), Requirement(0.95, 0.05, 128)
+    config = CalibrationConfig.from_dict(GIVEN)
+    check_enough(dataclasses.replace(config, guarantee=False), sizes, documents, requirement)
     if enough:
-        check_enough(given, tested, requirement, 0.25)
+        check_enough(config, sizes, documents, requirement)
         return
     with pytest.raises(DataError) as error:
-        check_enough(given, tested, requirement, 0.25)
+        check_enough(config, sizes, documents, requirement)
     assert "data.documents=81: 61 test documents cannot certify target_agreement=0.95" in str(error.value)
     assert "that takes 62 of these lengths, so 83 in all" in str(error.value)
-    assert "give more text" in str(error.value)
+    assert "give more text" in str(error.value) and "guarantee=false" in str(error.value)
     with pytest.raises(DataError, match="the text has 500: raise data.documents"):
-        check_enough(dataclasses.replace(given, available=500), tested, requirement, 0.25)
+        check_enough(config, sizes, 500, requirement)
 
 
 def test_reliability_equals_a_loop_over_tokens():
@@ -222,64 +223,185 @@ def test_bins_without_tokens_and_of_one_document():
     assert exit_.bins[1].tokens == 3 and exit_.bins[1].agreement == 1.0 and exit_.bins[1].agreement_ci is None
 
 
-def report_of(target):
+def report_of(target, **changes):
     people = population(5, documents=120)
-    requirement = Requirement(target, 0.1, LARGEST)
+    requirement, prices = Requirement(target, 0.1, LARGEST), made_up_prices()
     tuning, test = people.of_documents(range(30)), people.of_documents(range(30, 120))
     data = {"prefix": "text", "seq_length": LARGEST}
-    config = CalibrationConfig.from_dict(
-        {**GIVEN, "data": data, "target_agreement": target, "delta": 0.1, "bins": 5}
-    )
-    choice = certify(plan(tuning, requirement, 12, 90), test, requirement)
-    return make_report(config, fake_metadata(), people, test, choice), choice
+    values = {**GIVEN, "data": data, "target_agreement": target, "bins": 5, "delta": 0.1, **changes}
+    config = CalibrationConfig.from_dict(values)
+    if config.guarantee:
+        choice = certify(plan(tuning, requirement, 12, 90, prices), test, requirement, prices)
+    else:
+        test, choice = people, estimate(people, requirement, 12, prices)
+    return make_report(config, fake_metadata(), people, test, choice, prices), choice
+
+
+PLOTS = {"frontier.png", "path_exits.png", "reliability_exit_10.png", "reliability_exit_20.png"}
 
 
 def test_report_says_what_is_promised(tmp_path):
     report, choice = report_of(0.8)
-    assert report.thresholds == choice.chosen.planned.thresholds and 0 < report.certified < len(report.path)
+    assert report.thresholds == choice.chosen.planned.thresholds and 0 < report.kept < len(report.path)
+    assert report.guaranteed and report.number <= report.kept
     assert report.tuning.documents == 30 and report.test.documents == 90
     assert report.chosen.agreement == choice.chosen.outcome.agreement
     assert report.agreement_ci.low < report.chosen.agreement < report.agreement_ci.high
     assert report.chosen.agreement_bound >= 0.8 - 1e-6
+    assert report.chosen.speedup == max(point.speedup for point in report.path[: report.kept]) > 1.0
     assert sum(report.chosen.share_per_exit.values()) == pytest.approx(1.0)
+    assert report.prices.full_depth == pytest.approx(34.3) and report.prices.heads == {10: 1.0, 20: 1.0}
     written = write_report(report, tmp_path / "report")
-    names = {path.name for path in written}
-    plots = {"path_agreement.png", "path_exits.png", "reliability_exit_10.png", "reliability_exit_20.png"}
-    assert names == plots | {"calibration.json", "calibration.md"}
-    for name in plots:
+    assert {path.name for path in written} == PLOTS | {"calibration.json", "calibration.md"}
+    for name in PLOTS:
         with Image.open(tmp_path / "report" / name) as image:
-            assert min(image.size) > 500 and len(image.convert("RGB").getcolors(1 << 20)) > 20, "drawn on"
+            assert min(image.size) > 400 and len(image.convert("RGB").getcolors(1 << 20)) > 20, "drawn on"
     values = json.loads((tmp_path / "report" / "calibration.json").read_text())
-    assert values["thresholds"] == list(report.thresholds) and values["version"] == 1
+    assert values["thresholds"] == list(report.thresholds) and values["version"] == 2
     assert values["path"][0]["share_per_exit"].keys() == {"10", "20", "30"}
     page = (tmp_path / "report" / "calibration.md").read_text()
-    for part in (report.guarantee, "(chosen)", "teacher-forced", "independent draws", *plots):
+    for part in (report.promise, "(chosen)", "teacher-forced", "independent draws", "speed-up", *PLOTS):
         assert part in page
-    for part in ("at least 90 %", "90 test documents", "at least 0.8", "at most 0.2"):
-        assert part in report.guarantee
-    assert f"exit 20: threshold {report.thresholds[1]:g}" in summary(report)
+    assert f"| a token at full depth | {1000 * report.prices.full_depth:.3f} |" in page
+    for part in ("at least 90 %", "90 test documents", "at least 0.8", "at most 0.2", "whichever exits"):
+        assert part in report.promise
+    assert f"exit 10: threshold {report.thresholds[0]:g}" in summary(report)
+
+
+def test_a_point_estimate_is_named_so_everywhere(tmp_path):
+    report, choice = report_of(0.8, guarantee=False, delta=0.05)
+    assert not report.guaranteed and report.delta is None and report.tuning.documents == 0
+    assert report.test.documents == 120 and report.chosen.agreement >= 0.8
+    assert report.chosen.p_value is None and report.chosen.agreement_bound is None
+    write_report(report, tmp_path)
+    page = (tmp_path / "calibration.md").read_text()
+    for text in (page, summary(report), report.promise):
+        assert "Point estimate, no guarantee" in text and "With a probability" not in text
+    assert "no guarantee" in page.partition("target agreement |")[2].partition("\n")[0]
+    labels = [each.get_label() for each in plots.frontier(report).axes[0].get_lines()]
+    assert "chosen (point estimate, no guarantee)" in labels and not any("bound" in each for each in labels)
+    failed, _ = report_of(0.9999, guarantee=False, delta=0.05)
+    assert (
+        failed.number == 0
+        and "no thresholds that beat full depth" in failed.promise
+        and failed.thresholds == (1.0, 1.0)
+    )
+
+
+def test_settings_that_would_mean_nothing_are_refused():
+    for changes, words in (
+        ({"guarantee": False, "delta": 0.1}, "delta=0.1: means nothing with guarantee=false"),
+        ({"guarantee": False, "data": {"prefix": "t", "tuning_share": 0.5}}, "data.tuning_share=0.5: means"),
+        ({"data": {}}, "data.prefix=None: either this or data.chats_file"),
+        ({"data": {"prefix": "t", "chats_file": "c"}}, "data.prefix=t: either this or data.chats_file"),
+        (
+            {"data": {"chats_file": "c", "prompt_tokens": 4}},
+            "data.prompt_tokens=4: answers of data.chats_file",
+        ),
+        ({"data": {"prefix": "t", "prompt_tokens": 0}}, "data.prompt_tokens=0: must be positive"),
+        ({"weights": "int8"}, "weights=int8: not one of native, bf16"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            CalibrationConfig.from_dict({**GIVEN, **changes})
+        assert words in str(error.value)
+
+
+def test_the_frontier_is_drawn_point_by_point():
+    report, _ = report_of(0.8)
+    measured, bound, target, chosen = plots.frontier(report).axes[0].get_lines()
+    assert list(measured.get_xdata()) == [1.0, *(point.speedup for point in report.path)]
+    assert list(measured.get_ydata()) == [1.0, *(point.agreement for point in report.path)]
+    assert list(bound.get_ydata())[1:] == [point.agreement_bound for point in report.path]
+    assert (chosen.get_xdata()[0], chosen.get_ydata()[0]) == (report.chosen.speedup, report.chosen.agreement)
+    assert list(target.get_ydata()) == [0.8, 0.8]
 
 
 def test_report_where_nothing_is_certified(tmp_path):
     stale = tmp_path / "reliability_exit_7.png"
     stale.touch()
     report, choice = report_of(0.999)
-    assert choice.certified == 0 and report.thresholds == (1.0, 1.0) and report.chosen is None
+    assert choice.kept == 0 and report.thresholds == (1.0, 1.0) and report.chosen is None
     write_report(report, tmp_path)
     page = (tmp_path / "calibration.md").read_text()
     assert "No thresholds could be certified" in page and "With a probability" not in page
-    assert "no token leaves early" in summary(report) and "threshold 1\n" in summary(report)
+    assert "no token leaves early" in summary(report) and "threshold 1 (not asked)\n" in summary(report)
     assert not stale.exists() and (tmp_path / "reliability_exit_10.png").exists()
 
 
 def test_report_of_a_path_without_points(tmp_path):
     people = population(5, documents=20)
     unsure = dataclasses.replace(people, confidences=people.confidences * 0)
-    choice = certify([], unsure, Requirement(0.8, 0.1, LARGEST))
+    prices, old = made_up_prices(), tmp_path / "frontier.png"
+    choice = certify([], unsure, Requirement(0.8, 0.1, LARGEST), prices)
     config = CalibrationConfig.from_dict(GIVEN)
-    report = make_report(config, fake_metadata(), unsure, unsure.of_documents(range(5, 20)), choice)
+    old.touch()
+    report = make_report(config, fake_metadata(), unsure, unsure.of_documents(range(5, 20)), choice, prices)
     names = {path.name for path in write_report(report, tmp_path)}
-    assert "path_exits.png" not in names and "reliability_exit_10.png" in names
+    assert "path_exits.png" not in names and "reliability_exit_10.png" in names and not old.exists()
+    assert "No thresholds make decoding faster" in report.promise
+
+
+class Words:
+    """A template: a token per letter; answers are what assistants say, and an end."""
+
+    def tokens(self, messages, learnt):
+        ids, mask = [], []
+        for message, learn in zip(messages, learnt, strict=True):
+            said = [ord(letter) for letter in message["content"]] + [0]
+            ids, mask = ids + said, mask + [learn] * len(said)
+        return ids, mask
+
+
+def chat(*contents, **more):
+    roles = ("user", "assistant") * len(contents)
+    turns = [{"role": role, "content": each} for role, each in zip(roles, contents, strict=False)]
+    return json.dumps({"messages": turns, **more})
+
+
+def test_what_counts_of_chats_is_answers_behind_their_first_token(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    lines = [
+        chat("ab", "cde"),
+        chat("a", "b", "c", "defg"),
+        chat("xy", "z", finish_reason="length"),
+        chat("p", "qr"),
+    ]
+    path.write_text("\n".join(lines))
+    found = read_chats(str(path), Words(), 9, 4, 20, seed=0)
+    said = sorted("".join(map(chr, found.of(n, ids[1:]))) for n, ids in enumerate(found.tokens))
+    assert said == ["\0efg", "de\0", "r\0"], "four at most; nothing of an answer of one token that was cut"
+    assert found.available == 3 and sorted(found.sizes.tolist()) == [2, 3, 4]
+    longest = max(found.tokens, key=len)
+    assert "".join(map(chr, longest)) == "a\0b\0c\0defg", "nothing is read behind what counts"
+    again = read_chats(str(path), Words(), 2, 4, 20, seed=0)
+    assert [a.tolist() for a in again.tokens] == [a.tolist() for a in found.tokens[:2]]
+    with pytest.raises(DataError, match="data.chats_file=.*no chat has an answer of two tokens within the 2"):
+        read_chats(str(path), Words(), 9, 4, 2, seed=0)
+    path.write_text('{"messages": []}\n')
+    with pytest.raises(DataError, match="data.chats_file: .*line 1 has no list of turns"):
+        read_chats(str(path), Words(), 9, 4, 20, seed=0)
+
+
+def test_continued_documents_count_behind_their_first_token():
+    documents = Documents(tuple(np.arange(n) + 10 * n for n in (6, 3, 9, 5)), 4)
+    calls = []
+
+    def generate(prompts, tokens):
+        calls.append((len(prompts), tokens))
+        return [[prompt[0] + 1000 + i for i in range(1 if prompt[0] == 50 else tokens)] for prompt in prompts]
+
+    found = continue_documents(documents, 4, 3, 2, generate)
+    assert calls == [(2, 4), (1, 4)], "the document of three tokens is too short"
+    assert [ids.tolist() for ids in found.tokens] == [
+        [60, 61, 62, 63, 1060, 1061, 1062, 1063],
+        [90, 91, 92, 93, 1090, 1091, 1092, 1093],
+    ], "one that ends after a token is left out"
+    assert [found.of(n, ids[1:]).tolist() for n, ids in enumerate(found.tokens)] == [
+        [1061, 1062, 1063],
+        [1091, 1092, 1093],
+    ]
+    with pytest.raises(DataError, match="data.prompt_tokens=9"):
+        continue_documents(documents, 9, 3, 2, generate)
 
 
 def test_it_runs_in_one_process(tmp_path, monkeypatch):

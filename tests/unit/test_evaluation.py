@@ -1,6 +1,7 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Evaluation against slow references: scores of all exits, held-out quality, the sweep of thresholds."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from nemo_ee.config import EarlyExitConfig, InferenceConfig
 from nemo_ee.errors import ConfigError, DataError
-from nemo_ee.evaluation import held_out, settings, sweep
+from nemo_ee.evaluation import exit_thresholds, held_out, settings, sweep
 from nemo_ee.evaluation.teacher_forced import ExitScores, TextScores, score_text
 from nemo_ee.report import provenance
 from tests.support.tiny_gpt import HEADS, VOCABULARY, tiny_model, tiny_model_config
@@ -153,12 +155,16 @@ def test_quality_is_the_mean_over_all_tokens(shortlist_model):
         assert each.mean_confidence == pytest.approx(exit_.confidences.mean().item())
 
 
-def test_sweep_equals_brute_force(block_model):
+def test_sweep_equals_brute_force(block_model, monkeypatch):
     prompts = tokens(3, 7, seed=5).tolist()
     prompts[1] = prompts[1][:4]
+    thresholds = (0.3, 0.6, 1.0, (0.2, 1.0, 0.5), "calibrated")
     options = settings.SweepConfig(
-        tokens_to_generate=12, thresholds=(0.3, 0.6, 1.0), timed_prompts=2, repeats=2, sample_threshold=0.6
+        tokens_to_generate=12, thresholds=thresholds, timed_prompts=2, repeats=2, sample_threshold=0.6
     )
+    inference = dataclasses.replace(block_model.early_exit.inference, threshold=(1.0, 0.4, 0.3))
+    own = dataclasses.replace(block_model.early_exit, inference=inference)
+    monkeypatch.setattr(block_model, "early_exit", own)
     calls = []
     run = sweep.Sweep(block_model, prompts, options, seed=0, advance=lambda: calls.append(1))
     results = run.run()
@@ -166,10 +172,17 @@ def test_sweep_equals_brute_force(block_model):
     gpt, final = block_model.gpt, block_model.cfg.num_layers
     full = [generate_uncached(gpt, prompt, 12, {}).tokens for prompt in prompts]
     assert [text.tokens for text in run.texts[None]] == full
-    for result in results:
-        exits = dict.fromkeys(LAYERS, result.threshold)
+    assert [result.name for result in results] == [
+        "0.3",
+        "0.6",
+        "1",
+        "0.2, 1, 0.5",
+        "calibrated (1, 0.4, 0.3)",
+    ]
+    for way, result in zip(thresholds, results, strict=True):
+        exits = dict(zip(LAYERS, result.thresholds, strict=True))
         early = [generate_uncached(gpt, prompt, 12, exits) for prompt in prompts]
-        assert [text.tokens for text in run.texts[result.threshold]] == [each.tokens for each in early]
+        assert [text.tokens for text in run.texts[way]] == [each.tokens for each in early]
         left = [layer for each in early for layer in each.exit_layers]
         for layer in (*LAYERS, final):
             assert result.share_per_exit[layer] == pytest.approx(left.count(layer) / len(left))
@@ -177,13 +190,13 @@ def test_sweep_equals_brute_force(block_model):
         for prompt, continuation in zip(prompts, full, strict=True):
             for i in range(1, len(continuation)):
                 seen = torch.tensor([prompt + continuation[:i]])
-                equal.append(first_sure(block_model, seen, result.threshold) in (None, continuation[i]))
+                equal.append(first_sure(block_model, seen, exits) in (None, continuation[i]))
         assert result.agreement == pytest.approx(sum(equal) / len(equal))
         expected = perplexity(block_model, prompts, [each.tokens for each in early])
         assert result.perplexity == pytest.approx(expected)
         assert result.full_depth_perplexity == pytest.approx(perplexity(block_model, prompts, full))
         assert result.speedup.median > 0 and result.full_depth_tokens_per_second.median > 0
-    assert results[0].agreement < 1.0 and results[-1].agreement == 1.0, "the case must be tried"
+    assert results[0].agreement < 1.0 and results[2].agreement == 1.0, "the case must be tried"
     for each in run.quality.exits:
         right = [
             token == wanted
@@ -209,11 +222,11 @@ def said(model, layer, ids, first):
 
 
 @torch.no_grad()
-def first_sure(model, ids, threshold):
+def first_sure(model, ids, thresholds):
     """The token of the first exit that is sure at the last position, or None."""
     for layer in LAYERS:
         probabilities = naive_exit(model, layer, ids)[0, -1, :VOCABULARY].exp()
-        if probabilities.max() > threshold:
+        if thresholds[layer] < 1.0 and probabilities.max() > thresholds[layer]:
             return probabilities.argmax().item()
     return None
 
@@ -242,7 +255,7 @@ def test_settings_report_every_fault():
         "gpt_model_file": "m.nemo",
         "data": {"prefix": "text", "sequences": 0},
         "generation": {
-            "thresholds": [0.9, 1.5, 0.5],
+            "thresholds": [0.9, 1.5, 0.9, [0.5, -1], "calibratd"],
             "tokens_to_generate": 1,
             "sample_threshold": 0.8,
             "prompts": ["a text"],
@@ -251,10 +264,48 @@ def test_settings_report_every_fault():
     }
     with pytest.raises(ConfigError) as error:
         settings.EvaluationConfig.from_dict(values)
-    for part in ("data.sequences=0", "ascending", "[0, 1]", "tokens_to_generate=1", "sample_threshold=0.8"):
+    for part in (
+        "data.sequences=0",
+        "each once",
+        "1.5: a confidence",
+        "-1.0]: a confidence",
+        "did you mean calibrated?",
+        "tokens_to_generate=1",
+        "sample_threshold=0.8",
+    ):
         assert part in str(error.value)
     for part in ("generation.chat_prompts_file=chats.txt: with generation.prompts",):
         assert part in str(error.value)
+
+
+def test_thresholds_fit_the_checkpoint():
+    def faults_of(thresholds, **more):
+        faults = []
+        exits = more.pop("exits", None)
+        early_exit = EarlyExitConfig(layers=LAYERS, inference=InferenceConfig(**more))
+        sweep_ = settings.SweepConfig(thresholds=thresholds, exits=exits)
+        found = exit_thresholds.resolved_thresholds(sweep_, early_exit, faults)
+        return [each.values for each in found.values()], " ".join(map(str, faults))
+
+    assert faults_of((0.5, (0.1, 0.2, 0.3))) == ([(0.5,) * 3, (0.1, 0.2, 0.3)], "")
+    assert "[0.1, 0.2]: 2 thresholds for 3 exits" in faults_of(((0.1, 0.2),))[1].replace("(", "[").replace(
+        ")", "]"
+    )
+    assert "was never calibrated" in faults_of(("calibrated",))[1]
+    assert "was never calibrated" in faults_of(("calibrated",), threshold=0.8)[1], (
+        "what training wrote by default"
+    )
+    assert faults_of(("calibrated",), threshold=0.6) == ([(0.6, 0.6, 0.6)], "")
+    own = {"threshold": (0.7, 0.4), "exits": (2, 6)}
+    assert faults_of(("calibrated",), **own)[0] == [(0.7, 1.0, 0.4)], (
+        "an exit that it does not use is not asked"
+    )
+    early_exit = EarlyExitConfig(layers=LAYERS, inference=InferenceConfig(**own))
+    sweep_ = settings.SweepConfig(thresholds=("calibrated",), exits=(6,))
+    assert exit_thresholds.resolved_thresholds(sweep_, early_exit, [])["calibrated"].values == (0.4,)
+    assert (
+        "are of confidence=entropy" in faults_of(("calibrated",), threshold=(0.5,) * 3, confidence="entropy")[1]
+    )
 
 
 def test_command_shows_no_directories_outside_the_clone(monkeypatch):

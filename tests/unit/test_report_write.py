@@ -68,7 +68,7 @@ def test_shares_must_sum_to_one_and_samples_align():
     with pytest.raises(AssertionError, match="sum to"):
         replace(fake_threshold(0.5), share_per_exit={10: 0.5, FINAL: 0.4})
     with pytest.raises(AssertionError, match="one exit layer and confidence per token"):
-        Sample("p", 0.5, ("a", "b"), (10,), (0.5, 0.5))
+        Sample("p", "0.5", ("a", "b"), (10,), (0.5, 0.5))
 
 
 def test_curves_show_the_logged_points():
@@ -92,9 +92,29 @@ def test_speed_plot_has_a_labelled_point_per_threshold():
     figure = plots.speed_vs_agreement(fake_report())
     for axes in figure.axes:
         assert [text.get_text() for text in axes.texts] == ["0.3", "0.5", "0.6", "0.7", "0.8", "0.9", "1"]
-    near = tuple(replace(fake_threshold(0.9), threshold=t) for t in (0.9, 0.95))
+    near = tuple(fake_at(0.9, f"{t:g}", t) for t in (0.9, 0.95))
     figure = plots.speed_vs_agreement(fake_report(thresholds=(fake_threshold(0.3), *near)))
     assert [text.get_text() for text in figure.axes[0].texts] == ["0.3", "0.9, 0.95"]
+
+
+def fake_at(like, name, *thresholds):
+    return replace(fake_threshold(like), name=name, thresholds=thresholds)
+
+
+def test_thresholds_per_exit_are_shown_beside_the_others(tmp_path):
+    calibrated = fake_at(0.5, "calibrated (0.43, 1)", 0.43, 1.0)
+    report = fake_report(thresholds=(*map(fake_threshold, (0.3, 0.9)), calibrated))
+    page = to_markdown(report)
+    assert page.count("| calibrated (0.43, 1) |") == 2 and "those of exits 10, 20" in page
+    for axes in plots.speed_vs_agreement(report).axes:
+        assert "calibrated (0.43, 1)" in [text.get_text() for text in axes.texts]
+        line = axes.get_lines()[0]
+        assert len(line.get_xdata()) == 2, "the line goes through thresholds that are one number"
+    labels = [text.get_text() for text in plots.exit_histogram(report).axes[0].get_xticklabels()]
+    assert labels == ["0.3", "0.9", "calibrated\n(0.43, 1)"]
+    only = fake_report(thresholds=(calibrated,))
+    write_report(only, tmp_path)
+    assert read_report(tmp_path / "report.json") == only
 
 
 def test_histogram_bars_are_the_shares():
@@ -112,7 +132,7 @@ def test_layers_look_the_same_everywhere_and_differ_from_each_other():
 
 
 def test_html_escapes_and_names_the_exit_of_each_token():
-    sample = Sample("<script>", 0.5, ("<b>", "&\n"), (10, FINAL), (0.75, 0.5))
+    sample = Sample("<script>", "0.5", ("<b>", "&\n"), (10, FINAL), (0.75, 0.5))
     page = sample_html(fake_report(samples=(sample,)))
     assert "<script>" not in page and "<b>" not in page
     assert "&lt;script&gt;" in page and ">&lt;b&gt;</span>" in page
@@ -126,7 +146,7 @@ def test_sample_picture_keeps_text_and_order_and_wraps():
     drawn = [text.get_text() for text in sample_figure(report).axes[0].texts]
     text = "".join(report.samples[0].tokens).replace("\n", "\u21b5").replace("\u65e5\u672c", "\u25a1\u25a1")
     assert "".join(drawn[2:]) == text
-    long = Sample("p" * 300, 0.5, ("word " * 40, "x" * 200), (10, 20), (0.5, 0.5))
+    long = Sample("p" * 300, "0.5", ("word " * 40, "x" * 200), (10, 20), (0.5, 0.5))
     picture = sample_figure(fake_report(samples=(long,)))
     assert max(len(text.get_text()) + text.get_position()[0] for text in picture.axes[0].texts) <= 92
 

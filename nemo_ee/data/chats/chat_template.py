@@ -212,6 +212,20 @@ class TurnTemplate:
         return ids, mask
 
 
+def line_tokens(template: ChatTemplate | TurnTemplate, line: dict[str, Any]) -> tuple[list[int], list[bool]]:
+    """Token ids of one line's conversation, and which of them belong to answers that are learnt. Of an answer that was
+    cut (`finish_reason` is `length`) the end is not the model's, and left out.
+
+    Raises:
+        ValueError: see `messages_of` and `ChatTemplate.tokens`.
+    """
+    ids, mask = template.tokens(*messages_of(line))
+    if line.get("finish_reason") == "length" and any(mask):
+        said = max(place for place, learnt in enumerate(mask) if learnt)
+        ids, mask = ids[:said], mask[:said]
+    return ids, mask
+
+
 class _Shown:
     """A conversation as text and as tokens, as `apply_chat_template` makes them of it.
 

@@ -15,7 +15,7 @@ from megatron.core.datasets import helpers
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nemo_ee.data.chats.chat_template import ChatTemplate, TurnTemplate, messages_of
+from nemo_ee.data.chats.chat_template import ChatTemplate, TurnTemplate, line_tokens
 from nemo_ee.data.chats.json_lines import JsonLines
 from nemo_ee.errors import DataError
 from nemo_ee.runtime.upstream.hugging_face_datasets import datasets_or_stand_in
@@ -136,12 +136,7 @@ class TemplateChatDataset(MarkedChatDataset):
 
     def _process_example(self, example: dict) -> dict[str, Any]:
         template: ChatTemplate | TurnTemplate = self.special_tokens
-        ids, mask = template.tokens(*messages_of(example))
-        if example.get("finish_reason") == "length" and any(
-            mask
-        ):  # the answer was cut: its end is not the model's
-            said = max(place for place, learnt in enumerate(mask) if learnt)
-            ids, mask = ids[:said], mask[:said]
+        ids, mask = line_tokens(template, example)
         ids, none = torch.tensor(ids), torch.empty(0, dtype=torch.long)
         return dict(input_ids=ids, mask=torch.tensor(mask), context_ids=none, answer_ids=none, metadata={})
 
