@@ -149,13 +149,16 @@ class EarlyExitDecoder:
         for counts in self.filled:
             counts[row] = min(counts[row], length)
 
-    def prefill(self, prompts: Sequence[Sequence[int]], all_positions: bool = False) -> Step:
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], all_positions: bool = False, greedy: bool = False
+    ) -> Step:
         """Adds sequences behind those that are there, and feeds their prompts through all layers, eagerly.
 
         Args:
             prompts: non-empty token ids; at most as many as there are free rows.
             all_positions: predict after every token of the prompts, not only after each one's last: the step's
                 predictions are then those of all tokens, sequence after sequence.
+            greedy: nobody asks for more than the most probable tokens, see `DecodingModel.greedy_output`.
 
         Returns:
             The final exit's predictions.
@@ -175,7 +178,8 @@ class EarlyExitDecoder:
                 self.exits[k].fill_block(x, packed)
             self.filled[k] += counts
         self.layers_run += [count * self.final_layer for count in counts]
-        prediction = self.output.predict(x if all_positions else x[packed.last])
+        output = self.model.greedy_output if greedy else self.output
+        prediction = output.predict(x if all_positions else x[packed.last])
         return Step.of_final(prediction, self.final_layer)
 
     def step(
@@ -185,6 +189,7 @@ class EarlyExitDecoder:
         rows: Sequence[int] | None = None,
         max_pending: Sequence[int | None] | None = None,
         hold: Sequence[int | None] | None = None,
+        greedy: Sequence[bool] | None = None,
     ) -> Step:
         """Feeds one token to each of N sequences and predicts the next. Waits for the device once per exit asked; what
         the final exit says is read when it is asked for.
@@ -197,6 +202,8 @@ class EarlyExitDecoder:
                 pending; None sets no limit.
             hold: [N] index of the exit at which the token waits, unanswered, for `flush` if it has not left by
                 then; None holds no token, or not this one.
+            greedy: [N] whether nobody asks for more than the most probable token after it, see
+                `DecodingModel.greedy_output`; None: of none.
         """
         where = list(range(self.size)) if rows is None else list(rows)
         limits = [None] * len(where) if max_pending is None else max_pending
@@ -221,10 +228,9 @@ class EarlyExitDecoder:
             if asked:
                 last = _rows_of(packed.last, asked if len(asked) < len(here) else None, x.device)
                 indices = [here[j] for j in asked]
-                drafts = hold is not None and all(hold[i] == k for i in indices)
                 before = x[last]
                 behind = before if inside is x else inside[last]
-                prediction, sure, best = point.predict(before, behind, indices, trail, drafts)
+                prediction, sure, best = point.predict(before, behind, indices, trail)
                 out = [n for n, i in enumerate(indices) if leaves(sure[n], thresholds[i][k])]
                 leaving = [indices[n] for n in out]
                 if leaving:
@@ -241,12 +247,16 @@ class EarlyExitDecoder:
                 x = point.pending(packed)
             here = staying
         x = self._run_segments(first, len(self.exits), x, packed)
-        prediction = self.passes.predict("the final exit", self.output, x[packed.last])
+        prediction = self._final(x[packed.last], greedy is not None and all(greedy[i] for i in here))
         answer.add(self.final_layer, Part(here, prediction, list(range(len(here)))))
         return answer
 
-    def flush(self, rows: Sequence[int]) -> tuple[Prediction, list[int]]:
+    def flush(self, rows: Sequence[int], greedy: bool = False) -> tuple[Prediction, list[int]]:
         """Runs all pending tokens of some sequences, ascending, through all layers.
+
+        Args:
+            rows: of the sequences.
+            greedy: nobody asks for more than the most probable tokens.
 
         Returns:
             The final exit's predictions after each token that had not been through all layers, sequence after
@@ -265,7 +275,12 @@ class EarlyExitDecoder:
                     self.exits[last].enter_block(x, packed)
             first = last
         assert packed.rows == list(rows), "every sequence must have pending tokens"
-        return self.passes.predict("the final exit", self.output, x), packed.counts
+        return self._final(x, greedy), packed.counts
+
+    def _final(self, x: Tensor, greedy: bool) -> Prediction:
+        """The final exit's, from [N, H]; `greedy` as for `prefill`."""
+        output = self.model.greedy_output if greedy else self.output
+        return self.passes.predict("the final exit", output, x)
 
     def _feed(self, tokens: Tensor, rows: list[int]) -> tuple[PackedTokens, Tensor]:
         """The pack that enters the first layer and its states [T, H]: one token of each sequence, or all that

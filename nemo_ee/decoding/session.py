@@ -78,7 +78,8 @@ class DecodingSession:
         assert len(sequences) <= self.free, "no free slot"
         assert all(len(s.prompt) + s.limit - 1 <= self.max_length for s in sequences), "too long"
         self.running += sequences
-        step = self._decoder.prefill([s.prompt for s in sequences])
+        greedy = all(s.request.sampling.tokens_alone for s in sequences)
+        step = self._decoder.prefill([s.prompt for s in sequences], greedy=greedy)
         self._take(step, list(sequences), [False] * len(sequences))
         return self._retire()
 
@@ -109,6 +110,7 @@ class DecodingSession:
             rows,
             max_pending=[None if h else s.request.max_pending for s, h in zip(going, held, strict=True)],
             hold=[waits_at if h else None for h in held],
+            greedy=[s.request.sampling.tokens_alone for s in going],
         )
         if any(held):
             drafts = sum(held[i] for i in step.answered)
@@ -148,7 +150,8 @@ class DecodingSession:
     def _verify(self, sequences: list[GeneratedSequence]) -> None:
         """Ends a round: the full model accepts drafts, and says what comes behind them. Waits for the device once."""
         rows = [self.running.index(s) for s in sequences]
-        prediction, counts = self._decoder.flush(rows)
+        greedy = all(s.request.sampling.tokens_alone for s in sequences)
+        prediction, counts = self._decoder.flush(rows, greedy)
         places = [TokenSlot.after(s, j) for s, n in zip(sequences, counts, strict=True) for j in range(n)]
         found = self._chooser.of_prediction(prediction, places)
         spans = found.distributions

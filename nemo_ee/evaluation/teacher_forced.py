@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_ee.config import HeadConfig
 from nemo_ee.decoding.leaving import leaves
+from nemo_ee.head_config import HeadConfig
 from nemo_ee.modeling.gpt import EarlyExitGPTModel, StageStates
 from nemo_ee.modeling.projection import ExitProjection
 from nemo_ee.modeling.row_summary import summarise_rows

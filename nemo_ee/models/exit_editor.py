@@ -15,6 +15,7 @@ from nemo_ee.checkpoint.keys import EXITS_PREFIX
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.modeling.first_weights import exit_init
 from nemo_ee.models.checks.model_checks import from_checkpoint
+from nemo_ee.models.first_weights import shortlist_sizes
 from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel
 
 
@@ -59,18 +60,19 @@ class EditedExitsModel(MegatronGPTEarlyExitModel):
             ConfigError: a new shortlist, with no exit to take its tokens from.
         """
         config, new = self.early_exit, [n for n in self.gpt.exit_layers if n not in self.sources]
-        heads = {n: self.gpt.exits[str(n)] for n in new}
-        shortlist = None
-        if new and config.head.projection == "shortlist":
-            kept = [n for n in self.gpt.exit_layers if n in self.sources]
-            if not kept:
-                rule = "a new shortlist needs the text whose tokens it keeps, which tuning has"
-                remedy = "use projection=tied or untied, or scripts/megatron_gpt_ee_tuning.py"
-                raise ConfigError(Fault("early_exit.head.projection", "shortlist", rule, remedy))
-            shortlist = self.gpt.exits[str(kept[0])].projection.token_ids
         std, seed = self.cfg.get("init_method_std", 0.02), self.cfg.get("seed", 1234)
         random = config.init == "random"
-        exit_init.initialise_projections(self.gpt, shortlist, std if random else None, seed, heads)
+        kept = shortlist_sizes(config, self.sources)
+        for size, layers in shortlist_sizes(config, new).items():
+            shortlist = None
+            if size is not None:
+                if size not in kept:
+                    rule = "a new shortlist needs the text whose tokens it keeps, which tuning has"
+                    remedy = "use projection=tied or untied, or scripts/megatron_gpt_ee_tuning.py"
+                    raise ConfigError(Fault("early_exit.head.projection", "shortlist", rule, remedy))
+                shortlist = self.gpt.exits[str(kept[size][0])].projection.token_ids
+            exit_init.initialise_projections(self.gpt, shortlist, std if random else None, seed, layers)
+        heads = {n: self.gpt.exits[str(n)] for n in new}
         if random:
             exit_init.initialise_randomly(self.gpt, std, seed, heads)
         else:
@@ -94,7 +96,8 @@ def edit_exits(
         layers: the exits that it shall have; without any it becomes a plain checkpoint again.
         moves: exit layer of `path` -> the layer among `layers` that takes its weights.
         trainer: of one process.
-        early_exit: further keys of the section, e.g. `init` of new exits; `head` where `path` has no exits.
+        early_exit: further keys of the section, e.g. `init` of new exits; `head` where `path` has no exits, or a head
+            for each, and new ones come.
         overwrite: replace `output`.
 
     Raises:
@@ -106,6 +109,8 @@ def edit_exits(
     _check_layers(layers, early_exit or {})
     sources = _sources(saved, layers, moves)
     section = {**_section(saved), **(early_exit or {}), "layers": sorted(layers)}
+    if isinstance(section.get("head"), list) and "head" not in (early_exit or {}):
+        section["head"] = _moved_heads(section["head"], saved, sorted(layers), sources)
     config = EditedExitsModel.add_exits(_one_process(saved), section if layers else None)
     kind = type("EditedExits", (EditedExitsModel,), {"sources": sources})
     with from_checkpoint(path):
@@ -154,6 +159,18 @@ def _section(config: DictConfig) -> dict[str, Any]:
     if isinstance((section.get("inference") or {}).get("threshold"), list):
         section["inference"].pop("threshold")
     return section
+
+
+def _moved_heads(
+    heads: list[Any], saved: DictConfig, layers: Sequence[int], sources: Mapping[int, int]
+) -> list[Any]:
+    """A checkpoint's list of heads for its edited exits."""
+    of = dict(zip(saved.early_exit.layers, heads, strict=True))
+    if new := [n for n in layers if n not in sources]:
+        rule = f"the checkpoint has a head for each exit, and none for {new}"
+        remedy = f"give a list of {len(layers)}, one for each of {list(layers)}"
+        raise ConfigError(Fault("early_exit.head", None, rule, remedy))
+    return [of[sources[n]] for n in layers]
 
 
 def _sources(config: DictConfig, layers: Sequence[int], moves: Mapping[int, int]) -> dict[int, int]:

@@ -12,7 +12,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from nemo_ee.config import HeadConfig
+from nemo_ee.head_config import HeadConfig
 from nemo_ee.modeling.gpt import EarlyExitGPTModel
 from nemo_ee.modeling.projection import ExitProjection
 from nemo_ee.modeling.token_layout import by_position, whole_tokens

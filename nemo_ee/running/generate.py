@@ -94,7 +94,7 @@ def generate(model: Any, config: GenerateConfig, prompts: list[str]) -> Iterator
     ids = on_first_rank(lambda: tokenize_prompts(inputs, tokenizer, add_bos, limit))
     rows = min(config.batch_size, len(prompts))
     longest = min(max(map(len, ids)) + config.inference.tokens_to_generate, limit)
-    model.prepare_decoding(config.weights, rows=rows, max_length=longest)
+    model.prepare_decoding(config.weights, rows=rows, max_length=longest, output_layer=config.output_layer)
     generator = torch.Generator().manual_seed(config.seed)
     arguments = config.generate_arguments()
     for start in range(0, len(prompts), config.batch_size):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from nemo_ee.decoding.cpu.lean_weights import WEIGHT_KINDS
+from nemo_ee.decoding.cpu.output_search import OUTPUT_LAYERS
 from nemo_ee.decoding.request import ExitOptions
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.running.prompt_file import read_texts
@@ -63,6 +64,7 @@ class GenerateConfig(Settings):
         output_file: a JSONL file to write, one line per prompt; null for none.
         color: mark exits by colour: `always`, `never`, or `auto` (in a terminal).
         weights: how decoding holds them: `native`, `bf16` or `int8`, see `prepare_decoding`.
+        output_layer: how greedy tokens of full depth are found: `exact8` or `full`, see `prepare_decoding`.
         tensor_model_parallel_size: processes that share each layer.
         pipeline_model_parallel_size: stages of layers; trainer.devices is the product of both sizes.
         megatron_amp_O2: keep weights in the trainer's precision rather than in float32.
@@ -83,6 +85,7 @@ class GenerateConfig(Settings):
     output_file: str | None = None
     color: Annotated[str, choice("auto", "always", "never")] = "auto"
     weights: Annotated[str, choice(*WEIGHT_KINDS)] = "native"
+    output_layer: Annotated[str, choice(*OUTPUT_LAYERS)] = "exact8"
     tensor_model_parallel_size: Positive = 1
     pipeline_model_parallel_size: Positive = 1
     megatron_amp_O2: bool = False

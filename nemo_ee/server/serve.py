@@ -132,7 +132,9 @@ def create_service(config: ServerConfig, model: Any) -> Service:
         raise ConfigError(Fault("add_BOS", config.add_BOS, rule, "set add_BOS=null")) from error
     usual = usual_request(config, model.early_exit)
     longest = max(config.max_prompt_tokens + config.max_tokens - 1, POSITIONS)  # the last token is not fed
-    model.prepare_decoding(config.weights, rows=config.slots, max_length=longest)
+    model.prepare_decoding(
+        config.weights, rows=config.slots, max_length=longest, output_layer=config.output_layer
+    )
     model.warn_of_untuned_exits()
     metrics = Metrics()
     engine = Engine(
@@ -164,7 +166,6 @@ def decoding_session(
     """
     with generating(model):
         decoding, exits = model.decoding_model(), list(model.early_exit.layers)
-        decoding.prepare_drafts()
         if decoding.captured is not None:
             decoding.captured.capture_all()
         with DecodingSession(decoding, exits, slots, longest, usual.kv_policy, usual.confidence) as session:

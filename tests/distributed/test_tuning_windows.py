@@ -15,7 +15,7 @@ HEAD = dict(mlp=False, norm=True, linear=True, projection="shortlist", shortlist
 
 def step(stages: int, windows: list[int]) -> dict[int, tuple]:
     """One global batch with each size of windows: gradients, sums, and the most states alive at one time."""
-    from nemo_ee.config import HeadConfig
+    from nemo_ee.head_config import HeadConfig
     from nemo_ee.modeling.projection import ExitProjection
     from nemo_ee.training import tuning_step
 

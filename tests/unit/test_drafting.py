@@ -167,7 +167,7 @@ def test_costs_are_bytes_of_weights():
     )
     gpt = tiny_model(config).gpt
     with torch.inference_mode():
-        costs = pass_costs(DecodingModel(gpt), [1, 3])
+        costs = pass_costs(DecodingModel(gpt, eight_bit_heads=True), [1, 3])
 
     def matrices(module):
         return sum(p.nbytes for p in module.parameters() if p.dim() == 2)

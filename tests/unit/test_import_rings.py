@@ -16,6 +16,7 @@ LIBRARIES = {"torch", "numpy", "megatron"}
 LEVELS = [
     {"errors": set()},
     {"schema": set(), "files": {"yaml"}},
+    {"head_config": set()},
     {"config": {"omegaconf"}, "runtime": None},
     {"modeling": LIBRARIES},
     {"decoding": LIBRARIES | {"numba", "llvmlite", "flash_attn", "tqdm"}, "training": LIBRARIES},

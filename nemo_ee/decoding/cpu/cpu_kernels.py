@@ -16,6 +16,7 @@ from nemo_ee.decoding.cpu.kernels.compiled import team
 from nemo_ee.decoding.cpu.kernels.layer import Layer, addresses, kept_at, run_layers, shape_of
 from nemo_ee.decoding.cpu.kernels.norm import Norm
 from nemo_ee.decoding.cpu.kernels.products import Linear, product
+from nemo_ee.decoding.cpu.kernels.quantise import largest, quantise
 from nemo_ee.decoding.cpu.kernels.readout import Head, read_out
 from nemo_ee.modeling.row_summary import RowSummary
 
@@ -72,6 +73,38 @@ def run_product(linear: Linear, x: Tensor) -> Tensor:
     with ONE_AT_A_TIME:
         product(*linear, x.contiguous().numpy(), out.numpy(), threads())
     return out
+
+
+class EightBitRows(NamedTuple):
+    """A matrix in 8 bits.
+
+    Attributes:
+        scales: [O] bfloat16.
+        quantised: [O, I] int8.
+        lengths: [3, O] float64: of each row, of scale x quantised, and of their difference.
+    """
+
+    scales: Tensor
+    quantised: Tensor
+    lengths: Tensor
+
+
+def run_quantise(weight: Tensor) -> EightBitRows:
+    """Of [O, I] float32 or float64 on a CPU: each row over its scale, rounded; the scale is max |row| / 127."""
+    rows, count = weight.contiguous().numpy(), len(weight)
+    most = np.empty(count, rows.dtype)
+    with ONE_AT_A_TIME:
+        largest(rows, most, threads())
+    scales = eight_bit_scales(torch.from_numpy(most))
+    quantised, lengths = np.empty(rows.shape, np.int8), np.empty((3, count))
+    with ONE_AT_A_TIME:
+        quantise(rows, scales.to(weight.dtype).numpy(), quantised, lengths, threads())
+    return EightBitRows(scales, *map(torch.from_numpy, (quantised, lengths)))
+
+
+def eight_bit_scales(largest: Tensor) -> Tensor:
+    """[O] in bfloat16, of rows with these largest magnitudes [O]."""
+    return (largest.float() / 127).clamp_min(torch.finfo(torch.float32).tiny).to(torch.bfloat16)
 
 
 class HeadOutput(NamedTuple):

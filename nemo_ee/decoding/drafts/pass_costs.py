@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
+from nemo_ee.decoding.cpu.lean_weights import EightBitLinear
 from nemo_ee.decoding.decoding_model import DecodingModel
 
 GROWTH = {
@@ -82,12 +83,12 @@ class PassCosts:
 
 def pass_costs(model: DecodingModel, exit_layers: Sequence[int]) -> PassCosts:
     """Costs as the bytes of weights that passes read, and `START`."""
-    assert model.output is not None, "the whole model, on one pipeline stage"
+    assert model.greedy_output is not None, "the whole model, on one pipeline stage"
     sizes = {n: model.layer_bytes(n) for n in model.layers}
     return PassCosts(
         to_exit=tuple(float(sum(size for n, size in sizes.items() if n <= last)) for last in exit_layers),
         head=tuple(_head_cost(model, n) for n in exit_layers),
-        full=float(sum(sizes.values()) + model.output.bytes),
+        full=float(sum(sizes.values()) + model.greedy_output.bytes),
         growth=GROWTH[model.weights if model.device.type == "cpu" else "gpu"],
         start=START["cpu" if model.device.type == "cpu" else "gpu"],
     )
@@ -95,5 +96,6 @@ def pass_costs(model: DecodingModel, exit_layers: Sequence[int]) -> PassCosts:
 
 def _head_cost(model: DecodingModel, layer: int) -> float:
     """Of an exit that drafts."""
-    own_weights = model.draft_head(layer) is not model.heads[layer]
-    return model.heads[layer].bytes * (DRAFT_HEAD if own_weights else 1.0)
+    head = model.heads[layer]
+    own_weights = isinstance(head.projection, EightBitLinear) and model.weights != "int8"
+    return head.bytes * (4 * DRAFT_HEAD if own_weights else 1.0)
