@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nemo_ee.decoding.confidence_rules import CONFIDENCE_RULES
+from nemo_ee.decoding.cpu.one_sequence import OneSequence
 from nemo_ee.decoding.cuda.captured_decoding import passes_for
 from nemo_ee.decoding.decoding_model import DecodingModel
 from nemo_ee.decoding.exit_point import ExitPoint, Trail
@@ -75,6 +76,7 @@ class EarlyExitDecoder:
         self.segments = [memory.segment(low, high) for low, high in pairwise(self._edges)]
         self.filled: list[list[int]] = [[] for _ in self.segments]
         self.layers_run: list[int] = []
+        self._alone = OneSequence.made(model, self.passes, exit_layers, kv_policy, self.rule)
         self._written = [0] * rows  # positions of each row that may hold what no sequence there reads
         self.history = None
         if kv_policy == "recompute":
@@ -82,7 +84,7 @@ class EarlyExitDecoder:
 
     def close(self) -> None:
         """Gives back what the model lent, if anything, before the decoder is gone; it decodes no further."""
-        del self.passes, self.segments
+        del self.passes, self.segments, self._alone
         self._give_back()
 
     @property
@@ -184,7 +186,7 @@ class EarlyExitDecoder:
 
     def step(
         self,
-        tokens: Tensor,
+        tokens: Tensor | Sequence[int],
         thresholds: Sequence[Sequence[float]],
         rows: Sequence[int] | None = None,
         max_pending: Sequence[int | None] | None = None,
@@ -195,7 +197,7 @@ class EarlyExitDecoder:
         the final exit says is read when it is asked for.
 
         Args:
-            tokens: [N].
+            tokens: [N], on the device or the host.
             thresholds: [N][exits] see `leaves`.
             rows: which sequences, ascending; None means all.
             max_pending: [N] no token leaves at an exit where more than this many of its sequence would then be
@@ -207,6 +209,9 @@ class EarlyExitDecoder:
         """
         where = list(range(self.size)) if rows is None else list(rows)
         limits = [None] * len(where) if max_pending is None else max_pending
+        if len(where) == 1 and self._alone is not None and self._alone.fits(self, where[0]):
+            held, alone = None if hold is None else hold[0], greedy is not None and greedy[0]
+            return self._alone.step(self, where[0], int(tokens[0]), thresholds[0], limits[0], held, alone)
         packed, x = self._feed(tokens, where)
         answer = Step.unanswered(len(where))
         trail = Trail(len(where), self.model.hidden) if self.rule.looks_back else None
@@ -282,9 +287,11 @@ class EarlyExitDecoder:
         output = self.model.greedy_output if greedy else self.output
         return self.passes.predict("the final exit", output, x)
 
-    def _feed(self, tokens: Tensor, rows: list[int]) -> tuple[PackedTokens, Tensor]:
+    def _feed(self, tokens: Tensor | Sequence[int], rows: list[int]) -> tuple[PackedTokens, Tensor]:
         """The pack that enters the first layer and its states [T, H]: one token of each sequence, or all that
         are to be recomputed."""
+        if not isinstance(tokens, Tensor):
+            tokens = to_device(tokens, self.model.device)
         history = self.history
         starts = [(self.lengths if history is None else self.filled[-1])[row] for row in rows]
         counts = [self.lengths[row] + 1 - start for row, start in zip(rows, starts, strict=True)]

@@ -43,6 +43,7 @@ class DecodingModel:
         output: the final exit; None on stages before the last.
         greedy_output: the final exit for passes of which only the most probable tokens are asked; `output` itself
             where there is no search.
+        embedding_rows: [Vp, H] what a token alone is embedded as; None where its position or a module has a say.
         dtype: of the backbone's computation.
         device: of its weights.
         hidden: [0, H], an empty example of a hidden state.
@@ -85,13 +86,13 @@ class DecodingModel:
         self.hidden = torch.empty(0, gpt.config.hidden_size, dtype=self._hidden_dtype(), device=self.device)
         self.attention, self.refused_attention = self._choose_attention()
         self._compile_kernels()
-        self._embedding = None
+        self.embedding_rows: Tensor | None = None
         plain = parallel_state.get_tensor_model_parallel_world_size() == 1
         wide = gpt.config.fp32_residual_connection
         # NeMo makes a subclass of embeddings that it scales.
         known = gpt.pre_process and type(gpt.embedding) is LanguageModelEmbedding
         if known and plain and not wide and not gpt.embedding.add_position_embedding:
-            self._embedding = gpt.embedding.word_embeddings.weight.detach()
+            self.embedding_rows = gpt.embedding.word_embeddings.weight.detach()
 
     @property
     def is_whole(self) -> bool:
@@ -100,8 +101,8 @@ class DecodingModel:
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """[T] token ids and positions -> [T, H]. Collectives: an all-reduce of [T, H] where TP > 1."""
-        if self._embedding is not None:
-            return self._embedding[tokens]
+        if self.embedding_rows is not None:
+            return self.embedding_rows[tokens]
         return self.gpt.embedding(input_ids=tokens[None], position_ids=positions[None])[:, 0]
 
     def table(self, max_length: int) -> PositionTable:

@@ -12,7 +12,7 @@ from nemo_ee.decoding.drafts.pass_costs import pass_costs
 from nemo_ee.decoding.drafts.verification import Acceptance, agreeing_prefix
 from nemo_ee.decoding.generated_sequence import Draft, GeneratedSequence
 from nemo_ee.decoding.step import Step
-from nemo_ee.decoding.transfer import to_device, to_host
+from nemo_ee.decoding.transfer import to_host
 
 
 class DecodingSession:
@@ -105,7 +105,7 @@ class DecodingSession:
         thresholds = [rounds.thresholds(s) if _drafts(s) else self._thresholds(s) for s in going]
         waits_at = None if rounds.round is None else rounds.round.exit_index
         step = self._decoder.step(
-            to_device([s.last_token for s in going], self._model.device),
+            [s.last_token for s in going],
             thresholds,
             rows,
             max_pending=[None if h else s.request.max_pending for s, h in zip(going, held, strict=True)],

@@ -129,16 +129,22 @@ class HeadOutput(NamedTuple):
 
 
 def run_head(head: Head, emittable: int, x: Tensor) -> HeadOutput:
-    """From states [N, H]. NumPy makes the arrays: with cold caches each of torch's operations takes 20 to 100
-    microseconds."""
+    """From states [N, H]."""
+    logits, token, sure, *reduced = head_arrays(head, emittable, x.contiguous().numpy())
+    return HeadOutput(*map(torch.from_numpy, (logits, token, sure)), tuple(reduced))
+
+
+def head_arrays(head: Head, emittable: int, x: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Logits, tokens, confidences and the summary of `HeadOutput`. NumPy makes the arrays: with cold caches each of
+    torch's operations takes 20 to 100 microseconds."""
     kind, count = head.bucket.dtype, len(x)
     logits = np.empty((count, len(head.projection.weight) + bool(head.bucket.size)), kind)
     best, log_sum, sure = np.empty(count, kind), np.empty(count, kind), np.empty(count, kind)
     row, token = np.empty(count, np.int64), np.empty(count, np.int64)
     arrays = logits, best, row, log_sum, token, sure
     with ONE_AT_A_TIME:
-        read_out(head, emittable, x.contiguous().numpy(), *arrays, threads())
-    return HeadOutput(*map(torch.from_numpy, (logits, token, sure)), (best, row, log_sum))
+        read_out(head, emittable, x, *arrays, threads())
+    return logits, token, sure, best, row, log_sum
 
 
 class KernelLayers:
@@ -168,9 +174,14 @@ class KernelLayers:
             places: [T] rows of the caches, [T] positions.
             rotation: [L, features that rotate] cosines and sines; [0, 0] if no layer rotates.
         """
-        x = x.contiguous()
-        out = torch.empty_like(x)
-        arrays = (x.numpy(), out.numpy(), *places, self._rotates, *rotation)
+        return torch.from_numpy(self.run(x.contiguous().numpy(), places, rotation))
+
+    def run(
+        self, x: np.ndarray, places: tuple[np.ndarray, ...], rotation: tuple[np.ndarray, ...]
+    ) -> np.ndarray:
+        """The same, of arrays."""
+        out = np.empty_like(x)
+        arrays = (x, out, *places, self._rotates, *rotation)
         with ONE_AT_A_TIME:
             run_layers(self._table, self._shape, self._weights, *arrays, threads())
         return out

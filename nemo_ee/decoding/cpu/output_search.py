@@ -34,17 +34,26 @@ class OutputSearch:
             projection.kernels[-1][1].weight,
         )
         self.limit, self.bytes = INT8_TOKENS, rough.quantised.numel()
+        self._rows = len(projection.weight)
+        self._logits = np.empty(
+            self.limit * self._rows, exact.dtype if exact.dtype.kind == "f" else np.float32
+        )
         self._layer = Search(linear, exact, slack.numpy(), rounding.numpy(), kernel_norm(norm, dtype))
 
     def __call__(self, emittable: int, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """The most probable tokens [N] after states [N, H] and their probabilities [N] by 8-bit logits; None where
         one of them is for the layer itself to say. For at most `limit` tokens."""
-        count, kind = len(x), x.numpy().dtype
-        logits = np.empty((count, len(self._layer.exact)), kind)
+        found = self.arrays(emittable, x.contiguous().numpy())
+        return None if found is None else (torch.from_numpy(found[0]), torch.from_numpy(found[1]))
+
+    def arrays(self, emittable: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """The same, of arrays."""
+        count, kind = len(x), x.dtype
         token, sure, settled = np.empty(count, np.int64), np.empty(count, kind), np.empty(count, np.bool_)
         with ONE_AT_A_TIME:
-            search(self._layer, emittable, x.contiguous().numpy(), logits, token, sure, settled, threads())
-        return (torch.from_numpy(token), torch.from_numpy(sure)) if settled.all() else None
+            logits = self._logits[: count * self._rows].reshape(count, self._rows)
+            search(self._layer, emittable, x, logits, token, sure, settled, threads())
+        return (token, sure) if settled.all() else None
 
 
 def slack_of(lengths: Tensor, hidden: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

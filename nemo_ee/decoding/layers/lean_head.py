@@ -48,6 +48,11 @@ class Readout(ABC):
             extra = torch.cat(flat).numpy(), names.numpy()
             self.kernels = [(limit, Head.plain(part, *extra)) for limit, part in projection.kernels]
 
+    @property
+    def whole_kernels(self) -> list[tuple[int, Head]]:
+        """`kernels` where these read hidden states and say all that there is to say, on this rank alone; else none."""
+        return self.kernels if self._kernels_are_whole and self._alone else []
+
     @abstractmethod
     def state(self, x: Tensor) -> Tensor:
         """What the projection reads, [N, H] -> [N, H]. Collectives: an MLP's."""
@@ -173,9 +178,8 @@ class LeanOutput(Readout):
     def can_be_searched(self) -> bool:
         """Whether `SearchedOutput` knows it: through our kernels, whole on this rank, behind RMSNorm or no norm, and
         not in 8 bits itself."""
-        whole = self._alone and self._kernels_are_whole and bool(self.kernels)
         plain = self.norm is None or (self.norm.rms and self.norm.bias is None)
-        return whole and plain and not isinstance(self.projection, Int8Linear)
+        return bool(self.whole_kernels) and plain and not isinstance(self.projection, Int8Linear)
 
 
 class SearchedOutput:
@@ -189,18 +193,20 @@ class SearchedOutput:
         output: that `can_be_searched`.
 
     Attributes:
+        output: as given.
+        search: by the 8-bit weights.
         bytes: of weights that a prediction reads.
     """
 
     def __init__(self, output: LeanOutput):
-        self._output, self._search = output, OutputSearch(output.projection, output.norm, output.dtype)
-        self.rows, self.dtype, self.bytes = output.rows, output.dtype, self._search.bytes
+        self.output, self.search = output, OutputSearch(output.projection, output.norm, output.dtype)
+        self.rows, self.dtype, self.bytes = output.rows, output.dtype, self.search.bytes
 
     def predict(self, x: Tensor) -> Prediction:
         """From hidden states [N, H]."""
         found = None
-        if len(x) <= self._search.limit:
-            found = self._search(self.rows.emittable, x if x.dtype == self.dtype else x.to(self.dtype))
+        if len(x) <= self.search.limit:
+            found = self.search(self.rows.emittable, x if x.dtype == self.dtype else x.to(self.dtype))
         if found is None:
-            return self._output.predict(x)
-        return Prediction(self.rows, lambda: self._output.predict(x).logits, *found)
+            return self.output.predict(x)
+        return Prediction(self.rows, lambda: self.output.predict(x).logits, *found)
