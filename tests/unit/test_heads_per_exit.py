@@ -23,15 +23,15 @@ LISTS = [
 
 def test_each_exit_has_its_own():
     raw = {"layers": [3, 6, 9], "init": "copy", "head": [TIED, None, {"mlp": True, "shortlist_size": 60}]}
-    config = parse_early_exit(raw, 12, 100)
+    config = parse_early_exit(raw, 12)
     assert config.heads[3].projection == "tied" and not config.heads[3].linear
     assert config.heads[6] == HeadConfig(), "null is an entry of defaults"
     assert config.heads[9].mlp == "beside" and config.heads[9].shortlist_size == 60, (
         "in the words of before, too"
     )
     stored = OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(config.to_dict())))
-    assert parse_early_exit(stored, 12, 100) == config
-    one = parse_early_exit({**raw, "head": TIED}, 12, 100)
+    assert parse_early_exit(stored, 12) == config
+    one = parse_early_exit({**raw, "head": TIED}, 12)
     assert set(one.heads.values()) == {HeadConfig(**TIED)} and list(one.heads) == [3, 6, 9]
 
 
@@ -45,7 +45,12 @@ WRONG = {
         "lacks",
         "++model.early_exit.head.1.mlp=",
     ),
-    "a step": ([{"mlp": "residual"}, TIED], "head[0].mlp", "beside", "++model.early_exit.head.0.mlp=beside"),
+    "a step": (
+        [{"mlp": "residual", "shortlist_size": 60}, TIED],
+        "head[0].mlp",
+        "beside",
+        "++model.early_exit.head.0.mlp=beside",
+    ),
     "trains what is not its own": (
         [TIED, {**TIED, "train_projection": True}],
         "head[1].train_projection",
@@ -82,25 +87,22 @@ def test_on_the_command_line(script):
     entries = "{mlp:none,linear:false,projection:tied},{mlp:residual,linear:false,projection:untied}"
     given = ["model.early_exit.layers=[2,4]", f"+model.early_exit.head=[{entries}]"]
     given = ["~model.early_exit.head", *given, "model.early_exit.init=random"]
-    assert faults(script, *given) == {}
-    found = faults(script, *given, "++model.early_exit.head.1.linear=true")
+    assert faults(script, given) == {}
+    found = faults(script, [*given, "++model.early_exit.head.1.linear=true"])
     assert list(found) == ["model.early_exit.head[1].mlp"]
-    assert (
-        faults(
-            script, *given, "++model.early_exit.head.1.linear=true", "++model.early_exit.head.1.mlp=beside"
-        )
-        == {}
-    )
+    both = ["++model.early_exit.head.1.linear=true", "++model.early_exit.head.1.mlp=beside"]
+    assert faults(script, [*given, *both]) == {}
 
 
 def test_an_exit_without_parameters_is_not_tuned():
     given = ["~model.early_exit.head", "model.early_exit.layers=[2,4]", "model.early_exit.init=random"]
     bare = "{block:false,mlp:none,norm:false,linear:false,projection:tied}"
-    found = faults("tuning", *given, f"+model.early_exit.head=[{{}},{bare}]")
+    given.append(f"+model.early_exit.head=[{{}},{bare}]")
+    found = faults("tuning", given)
     assert list(found) == ["model.early_exit.head[1]"]
     remedy = "++model.early_exit.head.1.norm=true"
     assert remedy in found["model.early_exit.head[1]"].remedy
-    assert faults("tuning", *given, f"+model.early_exit.head=[{{}},{bare}]", remedy) == {}
+    assert faults("tuning", [*given, remedy]) == {}
 
 
 @pytest.mark.parametrize("heads", LISTS, ids=str)
@@ -121,7 +123,7 @@ def test_texts_are_those_of_the_uncached_model(heads):
         reference = generate_uncached(gpt, one.prompt, one.limit, exits)
         assert (one.tokens, one.exit_layers) == (reference.tokens, reference.exit_layers)
         assert other.tokens == full_text(gpt, tuple(one.prompt))
-    assert {2, 4, 6} <= {layer for one in early for layer in one.exit_layers}
+    assert len({layer for one in early for layer in one.exit_layers}) > 2
 
 
 def test_the_closed_form_fits_each_ones_bucket():

@@ -116,9 +116,10 @@ def initialise_projections(
     Collectives: for a shortlist one all-reduce of [k, H] over the tensor-parallel group.
     """
     for n in _chosen(gpt, only):
-        projection = gpt.exits[str(n)].projection
+        head = gpt.exits[str(n)]
+        projection = head.projection
         if projection.kind == "shortlist":
-            projection.set_shortlist(shortlist[: projection.num_kept])
+            projection.set_shortlist(shortlist[: head.head.shortlist_size])
         if projection.kind == "tied":
             continue
         with torch.no_grad():
