@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.head_config import HeadConfig, head_faults, heads_in_words
 from nemo_ee.schema import build_config, choice, holds, is_number
 
 ABOVE_0 = holds(lambda value: value > 0, "must be positive", "use e.g. 0.01")
@@ -22,40 +23,6 @@ PERIOD = holds(lambda steps: steps >= 1, "must be positive", "use null")
 Weight = Annotated[float, holds(lambda weight: weight >= 0, "must not be negative", "use 0 or more")]
 TokenWeighting = Annotated[str, choice("none", "confidence")]
 Chunk = Annotated[int | None, holds(lambda tokens: tokens >= 1, "must be positive", "use e.g. 256")]
-
-
-@dataclass(frozen=True)
-class HeadConfig:
-    """What stands between an exit layer's hidden state and its logits, in the order in which it is applied.
-
-    Attributes:
-        block: a full transformer layer (attention and MLP) of the backbone's kind, with its own KV cache.
-        mlp: an MLP of the backbone's kind with a norm of its own. `residual`: a step before `norm`, x + MLP(x), of
-            heads without a translator; `beside`: added to the translator's output; or `none`. Before there were
-            these words, true meant that of the two which the head can have, false none; both are still read.
-        norm: a norm of the backbone's kind, with its own gain.
-        linear: a linear translator [H] -> [H] with bias. The closed-form (`ridge`) initialisation fits it.
-        projection: to the vocabulary: `tied` shares the backbone's output weight, `untied` has its own,
-            `shortlist` has rows for the `shortlist_size` most frequent tokens of the tuning text and one
-            bucket for all others.
-        shortlist_size: tokens kept by a `shortlist` projection.
-        train_projection: tune the projection's weight. A tied projection belongs to the backbone: never.
-    """
-
-    block: bool = False
-    mlp: Annotated[str, choice("none", "residual", "beside")] = "beside"
-    norm: bool = True
-    linear: bool = True
-    projection: Annotated[str, choice("tied", "untied", "shortlist")] = "shortlist"
-    shortlist_size: int = 8192
-    train_projection: bool = False
-
-    def has_weights_of(self, other: "HeadConfig") -> bool:
-        """Whether both heads have the same weights, in the same shapes, and do the same with them."""
-        mine, theirs = (dataclasses.replace(head, train_projection=False) for head in (self, other))
-        if self.projection == other.projection != "shortlist":
-            mine, theirs = (dataclasses.replace(head, shortlist_size=0) for head in (mine, theirs))
-        return mine == theirs
 
 
 @dataclass(frozen=True)
@@ -232,7 +199,7 @@ class EarlyExitConfig:
 
     Attributes:
         layers: exit layers, 1-based: an exit at n reads the output of transformer layer n.
-        head: the modules of every exit.
+        head: the modules of every exit, or a list with those of each, in the order of `layers`.
         init: `ridge` (closed form), `copy` (from the backbone's own modules; an MLP beside a translator adds
             nothing at first) or `random`.
         ridge: settings of the closed form.
@@ -242,7 +209,7 @@ class EarlyExitConfig:
     """
 
     layers: tuple[int, ...]
-    head: HeadConfig = field(default_factory=HeadConfig)
+    head: tuple[HeadConfig, ...] | HeadConfig = field(default_factory=HeadConfig)
     init: Annotated[str, choice("ridge", "copy", "random")] = "ridge"
     ridge: RidgeConfig = field(default_factory=RidgeConfig)
     tuning: TuningConfig = field(default_factory=TuningConfig)
@@ -253,6 +220,12 @@ class EarlyExitConfig:
     def needs_final_exit(self) -> bool:
         """Whether tuning needs the final exit's state, i.e. the whole depth of the backbone."""
         return self.tuning.distils or self.init == "ridge"
+
+    @property
+    def heads(self) -> dict[int, HeadConfig]:
+        """Exit layer -> its modules."""
+        each = self.head if isinstance(self.head, tuple) else [self.head] * len(self.layers)
+        return dict(zip(self.layers, each, strict=True))
 
     def loss_weight(self, layer: int) -> float:
         """The weight of the exit at `layer` in the objective."""
@@ -280,26 +253,18 @@ def parse_early_exit(
             that break a rule.
     """
     faults: list[Fault] = []
-    if isinstance(raw, Mapping) and isinstance(head := raw.get("head") or {}, Mapping):
-        raw = {**raw, "head": _mlp_in_words(head)}
+    if isinstance(raw, Mapping):
+        raw = {**raw, "head": heads_in_words(raw.get("head"))}
     config = build_config(EarlyExitConfig, raw, key, faults)
     if config is not None:
         faults = _check_layers(config, num_layers, key) + faults
-        faults += _check_head(config, vocab_size, key)
+        faults += head_faults(config.head, config.layers, config.init, vocab_size, key)
         faults += _check_tuning(config, key)
         faults += _check_training(config, key)
         faults += _check_inference(config, key)
     if faults:
         raise ConfigError(*faults)
     return config
-
-
-def _mlp_in_words(head: Mapping) -> Mapping:
-    """A head whose `mlp` may be left out, or a truth value: how files of before say it."""
-    if not isinstance(mlp := head.get("mlp", True), bool):
-        return head
-    kind = "beside" if head.get("linear", True) else "residual"
-    return {**head, "mlp": kind if mlp else "none"}
 
 
 def check_thresholds(threshold, exits: int, key: str) -> list[Fault]:
@@ -328,31 +293,6 @@ def _check_layers(config: EarlyExitConfig, num_layers: int, key: str) -> list[Fa
         faults.append(Fault(key, layers, "an exit layer is named twice", "name each layer once"))
     elif layers != sorted(layers):
         faults.append(Fault(key, layers, "exit layers must ascend", f"write {sorted(layers)}"))
-    return faults
-
-
-def _check_head(config: EarlyExitConfig, vocab_size: int | None, key: str) -> list[Fault]:
-    head, faults = config.head, []
-    if head.mlp == "beside" and not head.linear:
-        rule = "it would stand beside the linear translator, which this head lacks"
-        remedy = f"set ++{key}.head.mlp=residual, or ++{key}.head.linear=true"
-        faults.append(Fault(f"{key}.head.mlp", head.mlp, rule, remedy))
-    elif head.mlp == "residual" and head.linear:
-        rule = "with a linear translator an MLP stands beside that"
-        remedy = f"set ++{key}.head.mlp=beside, or ++{key}.head.linear=false"
-        faults.append(Fault(f"{key}.head.mlp", head.mlp, rule, remedy))
-    if head.projection == "tied" and head.train_projection:
-        rule = "a tied projection is the backbone's, which stays frozen"
-        faults.append(Fault(f"{key}.head.train_projection", True, rule, "use projection=untied, or false"))
-    if head.shortlist_size < 1 or (
-        vocab_size and head.projection == "shortlist" and head.shortlist_size > vocab_size
-    ):
-        rule = f"must lie within 1..{vocab_size or 'the vocabulary size'}"
-        remedy = f"use e.g. {min(8192, vocab_size or 8192)}, or set {key}.head.projection=tied"
-        faults.append(Fault(f"{key}.head.shortlist_size", head.shortlist_size, rule, remedy))
-    if config.init == "ridge" and not head.linear:
-        rule = "ridge fits the linear translator, which this head lacks"
-        faults.append(Fault(f"{key}.init", "ridge", rule, "set head.linear=true, or init=copy"))
     return faults
 
 

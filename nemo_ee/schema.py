@@ -146,7 +146,16 @@ def _convert(hint, value, path: str, faults: list[Fault]):
             except _WrongTypeError:
                 continue
     elif origin is tuple and isinstance(value, list | tuple):
-        return tuple(_convert(arguments[0], item, path, faults) for item in value)
+        kind = arguments[0]
+        numbered = (
+            f"{path}[{{}}]" if dataclasses.is_dataclass(kind) else path
+        )  # sections are named one by one
+        return _all_of(
+            [
+                lambda i=i, item=item: _convert(kind, item, numbered.format(i), faults)
+                for i, item in enumerate(value)
+            ]
+        )
     elif dataclasses.is_dataclass(hint):
         section = build_config(hint, {} if value is None else value, path, faults)
         if section is None:
@@ -160,6 +169,23 @@ def _convert(hint, value, path: str, faults: list[Fault]):
         if hint is not int or not isinstance(value, bool):
             return value
     raise _WrongTypeError
+
+
+def _all_of(parts: list[Callable[[], Any]]) -> tuple:
+    """What the parts return; all are asked, so that no fault is missed.
+
+    Raises:
+        _NotBuiltError: of one of them.
+    """
+    built, complete = [], True
+    for part in parts:
+        try:
+            built.append(part())
+        except _NotBuiltError:
+            complete = False
+    if not complete:
+        raise _NotBuiltError
+    return tuple(built)
 
 
 def _type_name(hint) -> str:

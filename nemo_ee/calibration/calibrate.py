@@ -93,7 +93,8 @@ def _calibrate(
     with tqdm(total=len(documents.tokens), file=sys.stderr, desc="documents", dynamic_ncols=True) as bar:
         score = score_with(model)
         scores = score_documents(score, documents, layers, model.cfg.num_layers, data.batch_size, bar.update)
-    prices = _prices(config, model)
+    of_passes = _prices(config, model)
+    prices = of_passes.greedy  # agreement is of greedy tokens
     tested = scores
     if config.guarantee:
         tuning, test = split_documents(len(documents.tokens), data.tuning_share, config.seed)
@@ -104,7 +105,7 @@ def _calibrate(
         choice = estimate(scores, requirement, config.levels, prices)
     report = make_report(config, metadata(config, model), scores, tested, choice, prices)
     written = store.write(report.thresholds, config.exits)
-    prices.write(Path(config.report_dir, PRICES))
+    of_passes.write(Path(config.report_dir, PRICES))
     return report, [written, *write_report(report, config.report_dir), Path(config.report_dir, PRICES)]
 
 

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_ee.checkpoint.exits.exit_tensors import check_token_ids
 from nemo_ee.checkpoint.fit import fit_to_checkpoint, unclaimed
-from nemo_ee.checkpoint.keys import exit_layers, is_exit, is_extra_state
+from nemo_ee.checkpoint.keys import exit_layer, exit_layers, is_exit, is_extra_state
 from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint, handed_over
 from nemo_ee.errors import CheckpointError
 from nemo_ee.modeling.finite import not_finite
@@ -135,8 +135,8 @@ def least_rows(module: torch.nn.Module) -> Callable[[str], int]:
     vocab_size, early_exit = getattr(module, "true_vocab_size", 0), getattr(module, "early_exit", None)
 
     def of_tensor(key: str) -> int:
-        if is_exit(key) and early_exit.head.projection == "shortlist":
-            return early_exit.head.shortlist_size
+        if is_exit(key) and (head := early_exit.heads[exit_layer(key)]).projection == "shortlist":
+            return head.shortlist_size
         return vocab_size
 
     return of_tensor

@@ -50,7 +50,7 @@ class TokenSlot:
         """Whether the most probable token is not all that is asked for, or may not come yet. None for one that the
         host does not know."""
         too_early = self.too_short and (token is None or token in self.eos)
-        return not self.options.use_greedy or self.options.all_probs or too_early
+        return not self.options.tokens_alone or too_early
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nemo_ee.decoding.assumed_prices import prices_of
 from nemo_ee.decoding.confidence_rules import CONFIDENCE_RULES
+from nemo_ee.decoding.cpu.one_sequence import OneSequence
 from nemo_ee.decoding.cuda.captured_decoding import passes_for
 from nemo_ee.decoding.decoding_model import DecodingModel
 from nemo_ee.decoding.exit_point import ExitPoint, Trail
@@ -82,6 +83,7 @@ class EarlyExitDecoder:
         self.layers_run: list[int] = []
         self._entered: list[list[int]] = [[] for _ in self.exits]  # tokens that each exit's block has seen
         self.prices, self.spent = prices or prices_of(model), 0.0
+        self._alone = OneSequence.made(model, self.passes, exit_layers, kv_policy, self.rule)
         self._written = [0] * rows  # positions of each row that may hold what no sequence there reads
         self.history = None
         if kv_policy == "recompute":
@@ -89,7 +91,7 @@ class EarlyExitDecoder:
 
     def close(self) -> None:
         """Gives back what the model lent, if anything, before the decoder is gone; it decodes no further."""
-        del self.passes, self.segments
+        del self.passes, self.segments, self._alone
         self._give_back()
 
     @property
@@ -166,13 +168,16 @@ class EarlyExitDecoder:
         for counts in (*self.filled, *self._entered):
             counts[row] = min(counts[row], length)
 
-    def prefill(self, prompts: Sequence[Sequence[int]], all_positions: bool = False) -> Step:
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], all_positions: bool = False, greedy: bool = False
+    ) -> Step:
         """Adds sequences behind those that are there, and feeds their prompts through all layers, eagerly.
 
         Args:
             prompts: non-empty token ids; at most as many as there are free rows.
             all_positions: predict after every token of the prompts, not only after each one's last: the step's
                 predictions are then those of all tokens, sequence after sequence.
+            greedy: nobody asks for more than the most probable tokens, see `DecodingModel.greedy_output`.
 
         Returns:
             The final exit's predictions.
@@ -193,31 +198,38 @@ class EarlyExitDecoder:
                 self._entered[k] += counts
             self.filled[k] += counts
         self.layers_run += [count * self.final_layer for count in counts]
-        prediction = self.output.predict(x if all_positions else x[packed.last])
+        output = self.model.greedy_output if greedy else self.output
+        prediction = output.predict(x if all_positions else x[packed.last])
         return Step.of_final(prediction, self.final_layer)
 
     def step(
         self,
-        tokens: Tensor,
+        tokens: Tensor | Sequence[int],
         thresholds: Sequence[Sequence[float]],
         rows: Sequence[int] | None = None,
         max_pending: Sequence[int | None] | None = None,
         hold: Sequence[int | None] | None = None,
+        greedy: Sequence[bool] | None = None,
     ) -> Step:
         """Feeds one token to each of N sequences and predicts the next. Waits for the device once per exit asked; what
         the final exit says is read when it is asked for.
 
         Args:
-            tokens: [N].
+            tokens: [N], on the device or the host.
             thresholds: [N][exits] see `leaves`.
             rows: which sequences, ascending; None means all.
             max_pending: [N] no token leaves at an exit where more than this many of its sequence would then be
                 pending; None sets no limit.
             hold: [N] index of the exit at which the token waits, unanswered, for `flush` if it has not left by
                 then; None holds no token, or not this one.
+            greedy: [N] whether nobody asks for more than the most probable token after it, see
+                `DecodingModel.greedy_output`; None: of none.
         """
         where = list(range(self.size)) if rows is None else list(rows)
         limits = [None] * len(where) if max_pending is None else max_pending
+        if len(where) == 1 and self._alone is not None and self._alone.fits(self, where[0]):
+            held, alone = None if hold is None else hold[0], greedy is not None and greedy[0]
+            return self._alone.step(self, where[0], int(tokens[0]), thresholds[0], limits[0], held, alone)
         packed, x = self._feed(tokens, where)
         answer = Step.unanswered(len(where))
         trail = Trail(len(where), self.model.hidden) if self.rule.looks_back else None
@@ -238,12 +250,10 @@ class EarlyExitDecoder:
             if asked:
                 last = _rows_of(packed.last, asked if len(asked) < len(here) else None, x.device)
                 indices = [here[j] for j in asked]
-                drafts = hold is not None and all(hold[i] == k for i in indices)
                 before = x[last]
                 behind = before if point.block is None else self._behind_block(k, [where[i] for i in indices])
-                prediction, sure, best = point.predict(before, behind, indices, trail, drafts)
-                price = self.prices.draft_head if drafts else self.prices.head
-                self.spent += price(point.layer, len(asked))
+                prediction, sure, best = point.predict(before, behind, indices, trail)
+                self.spent += self.prices.head(point.layer, len(asked))
                 out = [n for n, i in enumerate(indices) if leaves(sure[n], thresholds[i][k])]
                 leaving = [indices[n] for n in out]
                 if leaving:
@@ -260,12 +270,16 @@ class EarlyExitDecoder:
                 x = point.pending(packed)
             here = staying
         x = self._run_segments(first, len(self.exits), x, packed)
-        prediction = self._final_prediction(x[packed.last])
+        prediction = self._final(x[packed.last], greedy is not None and all(greedy[i] for i in here))
         answer.add(self.final_layer, Part(here, prediction, list(range(len(here)))))
         return answer
 
-    def flush(self, rows: Sequence[int]) -> tuple[Prediction, list[int]]:
+    def flush(self, rows: Sequence[int], greedy: bool = False) -> tuple[Prediction, list[int]]:
         """Runs all pending tokens of some sequences, ascending, through all layers.
+
+        Args:
+            rows: of the sequences.
+            greedy: nobody asks for more than the most probable tokens.
 
         Returns:
             The final exit's predictions after each token that had not been through all layers, sequence after
@@ -282,15 +296,21 @@ class EarlyExitDecoder:
                 x = self._run_segments(first + 1, last, self.exits[first].pending(packed), packed)
             first = last
         assert packed.rows == list(rows), "every sequence must have pending tokens"
-        return self._final_prediction(x), packed.counts
+        return self._final(x, greedy), packed.counts
 
-    def _final_prediction(self, x: Tensor) -> Prediction:
-        self.spent += self.prices.output(len(x))
-        return self.passes.predict("the final exit", self.output, x)
+    def _final(self, x: Tensor, greedy: bool) -> Prediction:
+        """The final exit's, from [N, H]; `greedy` as for `prefill`."""
+        output, prices = (
+            (self.model.greedy_output, self.prices.greedy) if greedy else (self.output, self.prices)
+        )
+        self.spent += prices.output(len(x))
+        return self.passes.predict("the final exit", output, x)
 
-    def _feed(self, tokens: Tensor, rows: list[int]) -> tuple[PackedTokens, Tensor]:
+    def _feed(self, tokens: Tensor | Sequence[int], rows: list[int]) -> tuple[PackedTokens, Tensor]:
         """The pack that enters the first layer and its states [T, H]: one token of each sequence, or all that
         are to be recomputed."""
+        if not isinstance(tokens, Tensor):
+            tokens = to_device(tokens, self.model.device)
         history = self.history
         starts = [(self.lengths if history is None else self.filled[-1])[row] for row in rows]
         counts = [self.lengths[row] + 1 - start for row, start in zip(rows, starts, strict=True)]

@@ -9,17 +9,18 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from torch import Tensor
 
 from nemo_ee.decoding.cpu.cpu_kernels import KERNEL_TOKENS, run_head, runs_kernels
+from nemo_ee.decoding.cpu.lean_weights import HEAD_KIND
 from nemo_ee.decoding.cuda.flash_attention import MASKED, chosen_attention
 from nemo_ee.decoding.layers.cached_attention import CachedAttention
 from nemo_ee.decoding.layers.cached_layers import CachedLayer
-from nemo_ee.decoding.layers.lean_head import LeanHead, LeanOutput, Readout
+from nemo_ee.decoding.layers.lean_head import LeanHead, LeanOutput, Readout, SearchedOutput
 from nemo_ee.decoding.layers.lean_layer import layer_mathematics
 from nemo_ee.decoding.layers.packed_tokens import PackedTokens, PositionTable
 from nemo_ee.decoding.layers.segment import Segment
 from nemo_ee.decoding.pass_prices import PassPrices
 from nemo_ee.modeling.gpt import EarlyExitGPTModel
 
-_COMPILED: set[tuple[str, torch.dtype]] = set()
+_COMPILED: set[tuple] = set()
 
 
 class DecodingModel:
@@ -31,16 +32,21 @@ class DecodingModel:
     Args:
         gpt: in eval mode, sequence parallelism off.
         weights: see `nemo_ee.decoding.cpu.lean_weights.WEIGHT_KINDS`.
-        draft_heads: exits draft with 8-bit copies of their weights where our CPU kernels compute; worth making
-            for more than one call.
+        eight_bit_heads: exits are asked, and draft, with 8-bit copies of their weights (but for blocks) where our CPU
+            kernels compute; worth making for more than one call.
+        output_layer: see `nemo_ee.decoding.cpu.output_search.OUTPUT_LAYERS`; a search has an 8-bit copy of the layer.
 
     Attributes:
         weights: as given.
+        output_kind: `output_layer` as given.
         captured: caches and captured passes that its decoders may borrow; None where all passes run eagerly.
         prices: of its passes, as measured; None where nobody has.
         layers: global 1-based layer number -> mathematics, ascending.
         heads: exit layer -> head, all of this stage.
         output: the final exit; None on stages before the last.
+        greedy_output: the final exit for passes of which only the most probable tokens are asked; `output` itself
+            where there is no search.
+        embedding_rows: [Vp, H] what a token alone is embedded as; None where its position or a module has a say.
         dtype: of the backbone's computation.
         device: of its weights.
         hidden: [0, H], an empty example of a hidden state.
@@ -52,14 +58,14 @@ class DecodingModel:
         self,
         gpt: EarlyExitGPTModel,
         weights: str = "native",
-        draft_heads: bool = True,
+        eight_bit_heads: bool = False,
+        output_layer: str = "full",
     ):
-        self.gpt, self.weights = gpt, weights
+        self.gpt, self.weights, self.output_kind = gpt, weights, output_layer
         self.captured: Any = (
             None  # a `nemo_ee.decoding.cuda.captured_decoding.CapturedDecoding`, of an outer ring
         )
         self.prices: PassPrices | None = None
-        self._copies_heads = draft_heads and weights != "int8"
         some = gpt.decoder.layers[0].self_attention.linear_proj.weight
         self.device, self.dtype = some.device, compute_dtype(some)
         output_weight = gpt.output_weight()
@@ -67,27 +73,30 @@ class DecodingModel:
             layer.layer_number: layer_mathematics(layer, self.dtype, weights) for layer in gpt.decoder.layers
         }
         self.heads: dict[int, LeanHead] = {}
-        self._draft_heads: dict[int, LeanHead] = {}
         self.blocks = {}
         for n in gpt.exit_layers:
             head = gpt.exits[str(n)]
             assert output_weight is not None, "a stage with exits has an output weight or a copy of it"
             dtype = compute_dtype(next(head.parameters(), output_weight))
-            self.heads[n] = LeanHead(head, output_weight, dtype, weights)
+            kind = HEAD_KIND if eight_bit_heads and runs_kernels(self.device, dtype) else weights
+            self.heads[n] = LeanHead(head, output_weight, dtype, kind)
             if head.block is not None:
                 self.blocks[n] = layer_mathematics(head.block, dtype, weights)
         self.output = LeanOutput(gpt, self.dtype, weights) if gpt.post_process else None
+        self.greedy_output: LeanOutput | SearchedOutput | None = self.output
+        if output_layer == "exact8" and self.output is not None and self.output.can_be_searched:
+            self.greedy_output = SearchedOutput(self.output)
         self.final_layer = gpt.config.num_layers
         self.hidden = torch.empty(0, gpt.config.hidden_size, dtype=self._hidden_dtype(), device=self.device)
         self.attention, self.refused_attention = self._choose_attention()
         self._compile_kernels()
-        self._embedding = None
+        self.embedding_rows: Tensor | None = None
         plain = parallel_state.get_tensor_model_parallel_world_size() == 1
         wide = gpt.config.fp32_residual_connection
         # NeMo makes a subclass of embeddings that it scales.
         known = gpt.pre_process and type(gpt.embedding) is LanguageModelEmbedding
         if known and plain and not wide and not gpt.embedding.add_position_embedding:
-            self._embedding = gpt.embedding.word_embeddings.weight.detach()
+            self.embedding_rows = gpt.embedding.word_embeddings.weight.detach()
 
     @property
     def is_whole(self) -> bool:
@@ -96,8 +105,8 @@ class DecodingModel:
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """[T] token ids and positions -> [T, H]. Collectives: an all-reduce of [T, H] where TP > 1."""
-        if self._embedding is not None:
-            return self._embedding[tokens]
+        if self.embedding_rows is not None:
+            return self.embedding_rows[tokens]
         return self.gpt.embedding(input_ids=tokens[None], position_ids=positions[None])[:, 0]
 
     def table(self, max_length: int) -> PositionTable:
@@ -118,27 +127,6 @@ class DecodingModel:
             [CachedLayer(block, self.blocks[n], rows, max_length, dtype, self.device, self.attention)]
         )
 
-    def draft_head(self, n: int) -> LeanHead:
-        """The head of the exit on layer n for drafts that the full model verifies; an 8-bit copy is made in the
-        first call."""
-        if n not in self._draft_heads:
-            head = self.heads[n]
-            if self.has_draft_head(n):
-                output_weight = self.gpt.output_weight()
-                assert output_weight is not None, "as for the head itself"
-                head = LeanHead(self.gpt.exits[str(n)], output_weight, head.dtype, "int8")
-            self._draft_heads[n] = head
-        return self._draft_heads[n]
-
-    def has_draft_head(self, n: int) -> bool:
-        """Whether `draft_head` is an 8-bit copy rather than the head itself."""
-        return self._copies_heads and runs_kernels(self.device, self.heads[n].dtype)
-
-    def prepare_drafts(self) -> None:
-        """Makes all of `draft_head`, and compiles their kernels, so that no request waits for that."""
-        for n in self.heads:
-            self._run_head_kernels(self.draft_head(n))
-
     def layer_bytes(self, n: int) -> int:
         """Of weights that a pass through layer n reads."""
         return self.layers[n].bytes
@@ -158,7 +146,8 @@ class DecodingModel:
 
     def _compile_kernels(self) -> None:
         """Once per process, and before a request is waiting."""
-        kind = self.weights, self.dtype
+        head_kinds = frozenset(type(head.projection) for head in self.heads.values())
+        kind = self.weights, self.dtype, type(self.greedy_output), head_kinds
         if kind in _COMPILED or not runs_kernels(self.device, self.dtype):
             return
         layer = self._cached_layer(min(self.layers), 1, KERNEL_TOKENS)
@@ -168,8 +157,11 @@ class DecodingModel:
             Segment([layer])(x, PackedTokens(self.table(limit), [0], [0], [limit]))
         if self.output is not None:
             self._run_head_kernels(self.output)
+            self.greedy_output.predict(self.hidden.new_zeros(1, self.hidden.shape[-1]))
             for limit, _ in [] if whole else self.output.kernels:  # layers take their products one by one
                 self.output.projection(self.hidden.new_zeros(limit, self.hidden.shape[-1], dtype=self.dtype))
+        for head in self.heads.values():
+            self._run_head_kernels(head)
         _COMPILED.add(kind)
 
     def _run_head_kernels(self, readout: Readout) -> None:

@@ -59,7 +59,7 @@ class ExitPoint:
         passes: EagerPasses,
     ):
         self.head, self.layer, self.rule = model.heads[layer], layer, rule
-        self._model, self._passes = model, passes
+        self._passes = passes
         self.block, self.hidden = passes.memory.blocks[layer], passes.memory.hidden[layer]
 
     def clear_row(self, row: int, length: int) -> None:
@@ -90,7 +90,7 @@ class ExitPoint:
             self.block(x.to(self.head.dtype), packed)
 
     def predict(
-        self, x: Tensor, inside: Tensor, indices: list[int], trail: Trail | None, drafts: bool = False
+        self, x: Tensor, inside: Tensor, indices: list[int], trail: Trail | None
     ) -> tuple[Prediction, list[float], list[int]]:
         """The head's prediction, how sure it is and its most probable tokens, for the tokens with these indices in
         the step. Waits for the device once.
@@ -100,10 +100,8 @@ class ExitPoint:
             inside: [N, H] behind the block.
             indices: N of the step's tokens.
             trail: of the step, for rules that look back.
-            drafts: the full model verifies them all.
         """
-        head = self._model.draft_head(self.layer) if drafts else self.head
-        prediction = self._passes.predict(f"exit {self.layer}", head, inside)
+        prediction = self._passes.predict(f"exit {self.layer}", self.head, inside)
         evidence = ExitEvidence(prediction, x) if trail is None else trail.evidence(prediction, x, indices)
         sure, tokens = to_host(self.rule.sureness(evidence), prediction.tokens)
         return prediction, sure, tokens

@@ -39,15 +39,20 @@ class ExitPolicy:
 
     Attributes:
         owed: tokens times layers that wait at exits, as last booked.
+        greedy: whether nobody asks for more than the most probable tokens, in the step to come.
     """
 
     def __init__(self, prices: PassPrices, exit_layers: Sequence[int]):
         self.prices, self.layers = prices, list(exit_layers)
         self._shares: dict[tuple[str, int, float], Share] = {}
-        self.owed = 0
+        self.owed, self.greedy = 0, False
         self._saved, self._worst, self._steps = 0.0, 0.0, 0
         self._asked_for: tuple = ()
         self._plan = 0
+
+    @property
+    def _now(self) -> PassPrices:
+        return self.prices.greedy if self.greedy else self.prices
 
     def share(self, kind: str, exit_index: int, threshold: float) -> Share:
         """How often a token has "left" by an exit, a draft of it was "sure", and then "right"."""
@@ -63,8 +68,8 @@ class ExitPolicy:
             sequences: that decode together.
             owed: tokens times layers that wait at exits; they are booked before they are run.
         """
-        full = self.prices.full_depth(sequences)
-        spent += (owed - self.owed) * self.prices.later_layer
+        full = self._now.full_depth(sequences)
+        spent += (owed - self.owed) * self._now.later_layer
         self.owed = owed
         self._saved = min(self._saved + (1 + LOSS) * tokens / sequences * full - spent, LOSS * SAVED * full)
 
@@ -78,7 +83,7 @@ class ExitPolicy:
             rows: thresholds of all exits, of the sequences that it is decided for.
             others: sequences beside them, which go through all layers.
         """
-        state = tuple(map(tuple, rows)), others
+        state = tuple(map(tuple, rows)), others, self.greedy
         if state != self._asked_for or self._steps >= PLAN_STEPS:
             self._asked_for, self._steps = state, 0
             self._plan, self._worst = self._best_plan(rows, others)
@@ -97,7 +102,7 @@ class ExitPolicy:
     def _best_plan(self, rows: Sequence[Sequence[float]], others: int) -> tuple[int, float]:
         """The exits that promise most, and what asking them may lose."""
         count, plan, worst = len(rows), 0, 0.0
-        least = (1 - MARGIN[0]) * self.prices.full_depth(count + others)
+        least = (1 - MARGIN[0]) * self._now.full_depth(count + others)
         asked: list[int] = []
         left: list[float] = []
         for k, layer in enumerate(self.layers):
@@ -105,9 +110,9 @@ class ExitPolicy:
             if users:
                 asked.append(layer)
                 left.append(sum(self.share("left", k, threshold).hoped for threshold in users) / count)
-                price = step_price(self.prices, asked, left, count, others)
+                price = step_price(self._now, asked, left, count, others)
                 if price < least:
-                    plan, least, worst = k + 1, price, worst_asking(self.prices, asked, count, others)
+                    plan, least, worst = k + 1, price, worst_asking(self._now, asked, count, others)
         for k in range(plan, len(self.layers)):
             for threshold in {row[k] for row in rows if is_asked(row[k])}:
                 self.share("left", k, threshold).forget(PLAN_STEPS)
@@ -120,13 +125,13 @@ class ExitPolicy:
             users = [row[k] for row in rows if is_asked(row[k])]
             count, before = len(users), 0.0
             for n in range(1, LONGEST + 1) if users else ():
-                if worst_round(self.prices, layer, n, count) > self._allowance(count):
+                if worst_round(self._now, layer, n, count) > self._allowance(count):
                     break
                 sure, right = (
                     sum(self.share(kind, k, t).mean for t in users) / count for kind in ("sure", "right")
                 )
-                full = self.prices.full_depth(count)
-                rate = round_rate(self.prices, layer, n, count, sure, right)
+                full = self._now.full_depth(count)
+                rate = round_rate(self._now, layer, n, count, sure, right)
                 gain = full - count / rate
                 if gain > max(most, full * (1 - 1 / (1 + MARGIN[1]))):
                     best, most = Round(k, n), gain
@@ -140,4 +145,4 @@ class ExitPolicy:
         return best
 
     def _allowance(self, sequences: int) -> float:
-        return self._saved + LOSS * CREDIT * self.prices.full_depth(sequences)
+        return self._saved + LOSS * CREDIT * self._now.full_depth(sequences)

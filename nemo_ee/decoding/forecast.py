@@ -55,7 +55,7 @@ def round_rate(prices: PassPrices, layer: int, length: int, count: int, sure: fl
         if any_is > 0:
             together = drafting / any_is
             once = prices.segment(0, layer, together)
-            price += any_is * (once + (prices.draft_head(layer, together) if i < length else 0.0))
+            price += any_is * (once + (prices.head(layer, together) if i < length else 0.0))
         fed += drafting
         tokens += count * (sure * right) ** i
     return tokens / (price + prices.segment(layer, prices.num_layers, fed) + prices.output(fed))
@@ -65,4 +65,4 @@ def worst_round(prices: PassPrices, layer: int, length: int, count: int) -> floa
     """What a round loses whose drafts are all rejected; see `round_rate`."""
     once, fed = prices.segment(0, layer, count), count * (length + 1)
     deep = prices.segment(layer, prices.num_layers, fed) + prices.output(fed)
-    return length * (once + prices.draft_head(layer, count)) + once + deep - prices.full_depth(count)
+    return length * (once + prices.head(layer, count)) + once + deep - prices.full_depth(count)

@@ -8,18 +8,20 @@ from pathlib import Path
 import torch
 from megatron.core import parallel_state
 
-from nemo_ee.decoding.assumed_prices import DRAFT_HEAD
 from nemo_ee.decoding.confidence_rules import CONFIDENCE_RULES
+from nemo_ee.decoding.cpu.one_sequence import OneSequence, ask
 from nemo_ee.decoding.cuda.captured_decoding import passes_for
 from nemo_ee.decoding.decoding_model import DecodingModel
 from nemo_ee.decoding.exit_point import ExitPoint
+from nemo_ee.decoding.layers.lean_head import LeanOutput, SearchedOutput
 from nemo_ee.decoding.layers.packed_tokens import PackedTokens
 from nemo_ee.decoding.pass_prices import PassPrices, read_prices
 from nemo_ee.decoding.transfer import to_device, to_host
 from nemo_ee.runtime.collective import on_first_rank
 
-TOKENS = (1, 2, 4, 5, 8, 16)
-"""Of the passes that are measured. Our CPU kernels take four tokens at a time, so that five cost a step more."""
+TOKENS = (1, 2, 4, 5, 8, 9, 16)
+"""Of the passes that are measured. Our CPU kernels take four tokens at a time, so that five cost a step more, and the
+output layer is searched for at most eight."""
 SECONDS = 0.5
 """That measuring takes, about."""
 ROUNDS = 2, 6
@@ -63,7 +65,7 @@ def prices_for(model: DecodingModel, file: str | None) -> PassPrices:
         OutputError: it cannot be written.
     """
 
-    of = model.final_layer, sorted(model.heads), model.weights
+    of = model.final_layer, sorted(model.heads), model.weights, model.output_kind
     found = on_first_rank(lambda: read_prices(file, *of), _group())
     if found is None:
         found = measured_prices(model)
@@ -87,15 +89,25 @@ class _Measurement:
         rule = CONFIDENCE_RULES["max_probability"]
         self._points = [ExitPoint(model, n, rule, passes) for n in exits]
         self._states = {n: self._embed(pack) for n, pack in self._packs.items()}
+        # The output layer's are from behind the last layer: how long it is searched depends on them.
+        self._last = {
+            n: passes.run(0, model.final_layer, self._states[n], pack).clone()
+            for n, pack in self._packs.items()
+        }
+        self._alone = OneSequence.made(model, passes, exits, "catch_up", rule)
+        self._row, self._begin = 0, before
 
     def prices(self) -> PassPrices:
         model, layers = self._model, self._model.final_layer
         deep, shallow = self._depths()
+        searches = model.greedy_output is not model.output
         work: dict[tuple[str, int, int], Callable[[], object]] = {}
         for n in self._packs:
             work["layers", deep, n] = self._layers(deep, n)
             work["layers", shallow, n] = self._layers(shallow, n)
-            work["output", 0, n] = self._output(n)
+            work["output", 0, n] = self._output(model.output, n)
+            if searches:
+                work["output", 1, n] = self._output(model.greedy_output, n)
             work |= {("head", point.layer, n): self._head(point, n) for point in self._points}
         seconds = self._fastest(work)
         counts = tuple(self._packs)
@@ -110,21 +122,17 @@ class _Measurement:
         long, short = row("layers", deep), row("layers", shallow)
         each = [(a - b) / (deep - shallow) if a > b else a / deep for a, b in zip(long, short, strict=True)]
         start = [max(0.0, whole - deep * layer) for layer, whole in zip(each, long, strict=True)]
-        heads = tuple(_rounded(row("head", n)) for n in self._exits)
-        drafts = tuple(
-            _rounded([s * (DRAFT_HEAD if model.has_draft_head(n) else 1.0) for s in head])
-            for n, head in zip(self._exits, heads, strict=True)
-        )
         return PassPrices(
             num_layers=layers,
             tokens=counts,
             start=_rounded(start),
             layer=_rounded(each),
             output_layer=_rounded(row("output", 0)),
+            greedy_output=_rounded(row("output", int(searches))),
             exits=tuple(self._exits),
-            heads=heads,
-            draft_heads=drafts,
+            heads=tuple(_rounded(row("head", n)) for n in self._exits),
             weights=model.weights,
+            output_kind=model.output_kind,
             source=f"measured: {model.device.type}, {torch.get_num_threads()} threads, {model.dtype}",
         )
 
@@ -169,18 +177,26 @@ class _Measurement:
         return self._model.embed(tokens, pack.positions)
 
     def _layers(self, high: int, n: int) -> Callable:
+        if n == 1 and self._alone is not None:
+            return lambda: self._alone.layers(0, high, self._states[n].numpy(), self._row, self._begin)
         return lambda: self._passes.run(0, high, self._states[n], self._packs[n])
 
     def _head(self, point: ExitPoint, n: int) -> Callable:
-        def ask() -> None:
+        if n == 1 and self._alone is not None:
+            return lambda: ask(point.head, self._states[n].numpy())
+
+        def answer() -> None:
             inside = point.enter_block(self._states[n], self._packs[n])
             point.predict(self._states[n], inside, list(range(n)), None)
 
-        return ask
+        return answer
 
-    def _output(self, n: int) -> Callable:
+    def _output(self, output: LeanOutput | SearchedOutput, n: int) -> Callable:
+        if n == 1 and self._alone is not None:
+            return lambda: ask(output, self._last[n].numpy())
+
         def answer() -> None:
-            prediction = self._passes.predict("the final exit", self._model.output, self._states[n])
+            prediction = self._passes.predict("the final exit", output, self._last[n])
             to_host(prediction.confidence, prediction.tokens)
 
         return answer

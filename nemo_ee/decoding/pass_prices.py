@@ -4,7 +4,7 @@
 import json
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from math import inf
 from pathlib import Path
@@ -26,10 +26,11 @@ class PassPrices:
         start: seconds of a pass of so many tokens beside its layers.
         layer: of one layer.
         output_layer: of the final norm and the output layer.
+        greedy_output: likewise where nobody asks for more than the most probable tokens.
         exits: exit layers, ascending.
         heads: per exit, of asking it: its block and head, until the answer is on the host.
-        draft_heads: likewise where the full model verifies what it says.
         weights: how decoding holds them, see `nemo_ee.decoding.cpu.lean_weights.WEIGHT_KINDS`.
+        output_kind: how decoding finds greedy tokens, see `nemo_ee.decoding.cpu.output_search.OUTPUT_LAYERS`.
         source: where they come from.
     """
 
@@ -38,10 +39,11 @@ class PassPrices:
     start: tuple[float, ...]
     layer: tuple[float, ...]
     output_layer: tuple[float, ...]
+    greedy_output: tuple[float, ...]
     exits: tuple[int, ...]
     heads: tuple[tuple[float, ...], ...]
-    draft_heads: tuple[tuple[float, ...], ...]
     weights: str = "native"
+    output_kind: str = "full"
     source: str = ""
 
     def segment(self, low: int, high: int, tokens: float) -> float:
@@ -51,10 +53,6 @@ class PassPrices:
     def head(self, exit_layer: int, tokens: float) -> float:
         """Tokens at one exit that is asked."""
         return self._at(self._heads[exit_layer], tokens)
-
-    def draft_head(self, exit_layer: int, tokens: float) -> float:
-        """Tokens at one exit that drafts."""
-        return self._at(self._draft_heads[exit_layer], tokens)
 
     def output(self, tokens: float) -> float:
         """Tokens at the final exit, behind the last layer."""
@@ -75,8 +73,14 @@ class PassPrices:
             "source": self.source,
             "full depth": row(self.full_depth),
             "output": row(self.output),
+            "greedy output": row(self.greedy.output),
             **heads,
         }
+
+    @cached_property
+    def greedy(self) -> "PassPrices":
+        """Where nobody asks for more than the most probable tokens."""
+        return replace(self, output_layer=self.greedy_output)
 
     @cached_property
     def later_layer(self) -> float:
@@ -86,10 +90,6 @@ class PassPrices:
     @cached_property
     def _heads(self) -> dict[int, tuple[float, ...]]:
         return dict(zip(self.exits, self.heads, strict=True))
-
-    @cached_property
-    def _draft_heads(self) -> dict[int, tuple[float, ...]]:
-        return dict(zip(self.exits, self.draft_heads, strict=True))
 
     def _at(self, seconds: Sequence[float], tokens: float) -> float:
         """At least what the fewest tokens cost."""
@@ -133,21 +133,23 @@ class PassPrices:
 
     def _broken_rule(self) -> str:
         """What is wrong with numbers that a file has; empty where nothing is."""
-        rows = [self.start, self.layer, self.output_layer, *self.heads, *self.draft_heads]
+        rows = [self.start, self.layer, self.output_layer, self.greedy_output, *self.heads]
         if len(self.tokens) < 2 or any(
             low >= high for low, high in zip((0, *self.tokens), self.tokens, strict=False)
         ):
             return "tokens must be two ascending numbers or more"
         if any(len(row) != len(self.tokens) for row in rows):
             return "a row of seconds has not one number for each of tokens"
-        if not len(self.exits) == len(self.heads) == len(self.draft_heads):
+        if len(self.exits) != len(self.heads):
             return "heads are not as many as exits"
         if any(not 0 <= seconds < inf for row in rows for seconds in row) or not all(self.layer):
             return "seconds must be 0 or more, and a layer's above 0"
         return ""
 
 
-def read_prices(file: str | None, num_layers: int, exits: Sequence[int], weights: str) -> PassPrices | None:
+def read_prices(
+    file: str | None, num_layers: int, exits: Sequence[int], weights: str, output_kind: str
+) -> PassPrices | None:
     """What a file says of a model's passes; None where there is none yet.
 
     Args:
@@ -155,6 +157,7 @@ def read_prices(file: str | None, num_layers: int, exits: Sequence[int], weights
         num_layers: of the model.
         exits: all of its exit layers, ascending.
         weights: how decoding holds them.
+        output_kind: how it finds greedy tokens.
 
     Raises:
         ConfigError: a file that is none of prices, or of another model or other weights; no folder to write it to.
@@ -168,9 +171,10 @@ def read_prices(file: str | None, num_layers: int, exits: Sequence[int], weights
             )
         return None
     prices = PassPrices.read(Path(file), "prices_file")
-    ours, theirs = (num_layers, tuple(exits), weights), (prices.num_layers, prices.exits, prices.weights)
+    ours = num_layers, tuple(exits), weights, output_kind
+    theirs = prices.num_layers, prices.exits, prices.weights, prices.output_kind
     if ours != theirs:
-        rule = "its {} layers, exits {} and weights={} are not the model's {}, {} and {}".format(
+        rule = "its {} layers, exits {}, weights={} and output_layer={} are not the model's {}, {}, {} and {}".format(
             *theirs, *ours
         )
         raise ConfigError(Fault("prices_file", file, rule, "name another file, which is then written"))

@@ -4,7 +4,9 @@
 Suffixes: N tokens, R rows of this rank, V vocabulary, Vp vocabulary padded to a multiple of TP.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from megatron.core import parallel_state
 from torch import Tensor
@@ -52,15 +54,21 @@ class Prediction:
 
     Attributes:
         rows: what the logits stand for.
-        logits: [N, R] of this rank, padding at -inf.
+        source: `logits`, or what computes them if they are asked for.
         tokens: [N] the most probable emittable token.
-        confidence: [N] its probability, in float32 or wider.
+        confidence: [N] its probability, in float32 or wider. By logits of 8-bit weights where it comes from a search,
+            see `nemo_ee.decoding.layers.lean_head.SearchedOutput`: approximate, to be reported and no more.
     """
 
     rows: Rows
-    logits: Tensor
+    source: Tensor | Callable[[], Tensor]
     tokens: Tensor
     confidence: Tensor
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """[N, R] of this rank, padding at -inf. To be asked for before the decoder's next pass."""
+        return self.source if isinstance(self.source, Tensor) else self.source()
 
     @classmethod
     def from_logits(cls, logits: Tensor, rows: Rows) -> "Prediction":
@@ -79,7 +87,8 @@ class Prediction:
         if len(indices) == len(self.tokens):
             return self
         index = to_device(indices, self.tokens.device)
-        return Prediction(self.rows, self.logits[index], self.tokens[index], self.confidence[index])
+        logits = self.logits[index] if isinstance(self.source, Tensor) else lambda: self.logits[index]
+        return Prediction(self.rows, logits, self.tokens[index], self.confidence[index])
 
     def vocabulary_shard(self, shard_size: int) -> Tensor:
         """Logits [N, Vp/TP] of this rank's share of the vocabulary; -inf for what cannot be emitted.

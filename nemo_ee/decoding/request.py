@@ -51,6 +51,11 @@ class SamplingOptions:
     compute_logprob: bool = False
     end_strings: tuple[str, ...] = ("<|endoftext|>", "<extra_id_1>")
 
+    @property
+    def tokens_alone(self) -> bool:
+        """Whether a prediction's most probable token is all that is asked for, but for tokens that may not come yet."""
+        return self.use_greedy and not self.all_probs
+
 
 @dataclass(frozen=True)
 class LengthOptions:

@@ -13,7 +13,7 @@ from nemo_ee.decoding.exit_policy import ExitPolicy
 from nemo_ee.decoding.generated_sequence import Draft, GeneratedSequence
 from nemo_ee.decoding.leaving import NEVER, is_asked
 from nemo_ee.decoding.step import UNANSWERED, Step
-from nemo_ee.decoding.transfer import to_device, to_host
+from nemo_ee.decoding.transfer import to_host
 
 
 class DecodingSession:
@@ -83,7 +83,8 @@ class DecodingSession:
         assert len(sequences) <= self.free, "no free slot"
         assert all(len(s.prompt) + s.limit - 1 <= self.max_length for s in sequences), "too long"
         self.running += sequences
-        step = self._decoder.prefill([s.prompt for s in sequences])
+        greedy = all(s.request.sampling.tokens_alone for s in sequences)
+        step = self._decoder.prefill([s.prompt for s in sequences], greedy=greedy)
         self._take(step, list(sequences), [False] * len(sequences))
         return self._retire()
 
@@ -95,6 +96,7 @@ class DecodingSession:
         """
         rounds, before, running = self._rounds, self._decoder.spent, list(self.running)
         tokens = sum(len(s.tokens) for s in running)
+        self._policy.greedy = all(s.request.sampling.tokens_alone for s in running)
         rounds.begin([s for s in running if _drafts(s)])
         rows = [row for row, s in enumerate(running) if s not in rounds.waiting]
         if rows:
@@ -115,11 +117,12 @@ class DecodingSession:
         thresholds = self._thresholds(going)
         waits_at = None if rounds.round is None else rounds.round.exit_index
         step = self._decoder.step(
-            to_device([s.last_token for s in going], self._model.device),
+            [s.last_token for s in going],
             thresholds,
             rows,
             max_pending=[None if h else s.request.max_pending for s, h in zip(going, held, strict=True)],
             hold=[waits_at if h else None for h in held],
+            greedy=[s.request.sampling.tokens_alone for s in going],
         )
         for sequence, row, layer in zip(going, thresholds, step.exit_layers, strict=True):
             if sequence in rounds.members:
@@ -175,7 +178,8 @@ class DecodingSession:
     def _verify(self, sequences: list[GeneratedSequence]) -> None:
         """Ends a round: the full model accepts drafts, and says what comes behind them. Waits for the device once."""
         rows = [self.running.index(s) for s in sequences]
-        prediction, counts = self._decoder.flush(rows)
+        greedy = all(s.request.sampling.tokens_alone for s in sequences)
+        prediction, counts = self._decoder.flush(rows, greedy)
         places = [TokenSlot.after(s, j) for s, n in zip(sequences, counts, strict=True) for j in range(n)]
         found = self._chooser.of_prediction(prediction, places)
         spans = found.distributions

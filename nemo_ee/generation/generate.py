@@ -84,23 +84,25 @@ def generate(
         ]
         decoding = model.decoding_model()
         if request.max_length > 0:
-            for _ in continue_sequences(model, results, len(results)):
+            for _ in continue_sequences(model, decoding, results, len(results)):
                 pass
         prices = prices_of(decoding).shown() if decoding.is_whole else None
     return {**to_output(results, tokenizer), "pass_prices": prices}
 
 
-def continue_sequences(model: Any, sequences: list[GeneratedSequence], slots: int) -> Iterator[int]:
+def continue_sequences(
+    model: Any, decoding: DecodingModel, sequences: list[GeneratedSequence], slots: int
+) -> Iterator[int]:
     """Generates until all are finished; yields after each step how many of them that did. Use it under `generating`.
 
     Every rank of the model calls it, and their sequences are alike afterwards.
 
     Args:
         model: a `MegatronGPTEarlyExitModel`.
+        decoding: the model as decoding reads it.
         sequences: not begun, of the same request.
         slots: sequences at a time. On one pipeline stage others take the places of those that have ended.
     """
-    decoding = model.decoding_model()
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         for first in range(0, len(sequences), slots):
             batch = sequences[first : first + slots]

@@ -123,7 +123,7 @@ class EarlyExitGPTModel(GPTModel):
         heads_config = exit_config(config, exits_dtype)
         self.exits = ExitHeads(
             {
-                str(n): ExitHead(heads_config, early_exit.head, n, vocab_size, padded_vocab_size, use_te)
+                str(n): ExitHead(heads_config, early_exit.heads[n], n, vocab_size, padded_vocab_size, use_te)
                 for n in mine
             }
         )
@@ -141,7 +141,7 @@ class EarlyExitGPTModel(GPTModel):
             if n in here:
                 here[n].register_forward_hook(self._exit_hook(n))
         self.register_parameter("output_copy", None)
-        trains_copy = trains_backbone and self._exits_are_tied
+        trains_copy = trains_backbone and any(self._is_tied(n) for n in mine)
         if (
             mine
             and not self._has_output_weight()
@@ -163,9 +163,8 @@ class EarlyExitGPTModel(GPTModel):
         """Exit layers of this stage, ascending."""
         return tuple(int(n) for n in self.exits)
 
-    @property
-    def _exits_are_tied(self) -> bool:
-        return self.early_exit.head.projection == "tied"
+    def _is_tied(self, n: int) -> bool:
+        return self.early_exit.heads[n].projection == "tied"
 
     @cached_property
     def final_projection(self) -> ExitProjection:
@@ -217,7 +216,7 @@ class EarlyExitGPTModel(GPTModel):
         return hook
 
     def _apply_exit(self, n: int, hidden: Tensor) -> Tensor:
-        weight = self.output_weight() if self._exits_are_tied else None
+        weight = self.output_weight() if self._is_tied(n) else None
         return self._targets.attach(self.exits[str(n)], hidden, weight, self._surroundings)
 
     def _checkpointed_forward(self, hidden_states: Tensor, **kwargs) -> Tensor:

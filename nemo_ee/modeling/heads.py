@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from nemo_ee.config import HeadConfig
+from nemo_ee.head_config import HeadConfig
 from nemo_ee.modeling.norms import TorchNorm
 from nemo_ee.modeling.projection import ExitProjection
 from nemo_ee.modeling.replicated import replicated

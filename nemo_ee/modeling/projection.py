@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 
-from nemo_ee.config import HeadConfig
+from nemo_ee.head_config import HeadConfig
 from nemo_ee.modeling.replicated import replicated
 
 BUCKET = -1

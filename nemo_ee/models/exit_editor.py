@@ -59,7 +59,7 @@ class EditedExitsModel(MegatronGPTEarlyExitModel):
             ConfigError: a new shortlist, with no exit to take its tokens from.
         """
 
-        def no_text() -> Tensor:
+        def no_text(_: int) -> Tensor:
             rule = "a new shortlist needs the text whose tokens it keeps, which tuning has"
             remedy = "use projection=tied or untied, or scripts/megatron_gpt_ee_tuning.py"
             raise ConfigError(Fault("early_exit.head.projection", "shortlist", rule, remedy))
@@ -86,7 +86,8 @@ def edit_exits(
         layers: the exits that it shall have; without any it becomes a plain checkpoint again.
         moves: exit layer of `path` -> the layer among `layers` that takes its weights.
         trainer: of one process.
-        early_exit: further keys of the section, e.g. `init` of new exits; `head` where `path` has no exits.
+        early_exit: further keys of the section, e.g. `init` of new exits; `head` where `path` has no exits, or a head
+            for each, and new ones come.
         overwrite: replace `output`.
 
     Raises:
@@ -98,6 +99,8 @@ def edit_exits(
     _check_layers(layers, early_exit or {})
     sources = _sources(saved, layers, moves)
     section = {**_section(saved), **(early_exit or {}), "layers": sorted(layers)}
+    if isinstance(section.get("head"), list) and "head" not in (early_exit or {}):
+        section["head"] = _moved_heads(section["head"], saved, sorted(layers), sources)
     config = EditedExitsModel.add_exits(_one_process(saved), section if layers else None)
     kind = type("EditedExits", (EditedExitsModel,), {"sources": sources})
     with from_checkpoint(path):
@@ -146,6 +149,18 @@ def _section(config: DictConfig) -> dict[str, Any]:
     if isinstance((section.get("inference") or {}).get("threshold"), list):
         section["inference"].pop("threshold")
     return section
+
+
+def _moved_heads(
+    heads: list[Any], saved: DictConfig, layers: Sequence[int], sources: Mapping[int, int]
+) -> list[Any]:
+    """A checkpoint's list of heads for its edited exits."""
+    of = dict(zip(saved.early_exit.layers, heads, strict=True))
+    if new := [n for n in layers if n not in sources]:
+        rule = f"the checkpoint has a head for each exit, and none for {new}"
+        remedy = f"give a list of {len(layers)}, one for each of {list(layers)}"
+        raise ConfigError(Fault("early_exit.head", None, rule, remedy))
+    return [of[sources[n]] for n in layers]
 
 
 def _sources(config: DictConfig, layers: Sequence[int], moves: Mapping[int, int]) -> dict[int, int]:

@@ -9,6 +9,7 @@ from nemo.utils import logging
 from omegaconf import DictConfig
 
 from nemo_ee.checkpoint.keys import exit_layer
+from nemo_ee.config import EarlyExitConfig
 from nemo_ee.modeling.first_weights import exit_init
 from nemo_ee.modeling.gpt import EarlyExitGPTModel
 from nemo_ee.models.checks.model_checks import read_early_exit
@@ -38,14 +39,16 @@ class FirstWeights:
         return frozenset(self.early_exit.layers) - self.kept
 
     def take(self, here: Collection[int], saved: DictConfig) -> Collection[int]:
-        """Exits of a checkpoint at the same layers with the same modules; all others begin anew.
+        """Exits of a checkpoint at the same layers, each with the same modules; all others begin anew.
 
         Args:
             here: exit layers that the checkpoint has weights of.
             saved: the checkpoint's configuration.
         """
-        same = bool(here) and read_early_exit(saved).head.has_weights_of(self.early_exit.head)
-        self.kept = frozenset(here if same else ()) & frozenset(self.early_exit.layers)
+        theirs, mine = read_early_exit(saved).heads if here else {}, self.early_exit.heads
+        self.kept = frozenset(
+            n for n in here if n in mine and n in theirs and theirs[n].has_weights_of(mine[n])
+        )
         self.complete = not self.new
         if here:
             parts = {
@@ -64,20 +67,21 @@ class FirstWeights:
         copies = exit_init.copy_sources(self.gpt, self.cfg.num_layers, mlp_source)
         return {name: entry for name, entry in copies.items() if exit_layer(name) in self.new}
 
-    def set(self, most_frequent: Callable[[], torch.Tensor], fit: Callable[[], None]) -> None:
+    def set(self, most_frequent: Callable[[int], torch.Tensor], fit: Callable[[], None]) -> None:
         """Sets what is missing, as `early_exit.init` says; copied weights have come with the checkpoint.
 
         Collective over the world.
 
         Args:
-            most_frequent: [k] tokens for a shortlist; called on rank 0.
+            most_frequent: gives [k] tokens for a shortlist of that many, the most frequent first; called on rank 0.
             fit: sets the closed form's weights.
         """
         config, std = self.early_exit, self.cfg.get("init_method_std", 0.02)
         new, seed = self.new, self.cfg.get("seed", 1234)
-        shortlist = self._shortlist(most_frequent) if config.head.projection == "shortlist" else None
         random_std = std if config.init == "random" else None
-        exit_init.initialise_projections(self.gpt, shortlist, random_std, seed, new)
+        for size, layers in shortlist_sizes(config, new).items():
+            shortlist = None if size is None else self._shortlist(size, most_frequent)
+            exit_init.initialise_projections(self.gpt, shortlist, random_std, seed, layers)
         if config.init == "random":
             exit_init.initialise_randomly(self.gpt, std, seed, new)
         elif config.init == "copy":
@@ -86,10 +90,19 @@ class FirstWeights:
             fit()
         self.complete = True
 
-    def _shortlist(self, most_frequent: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """[k] the kept tokens: those of exits that are there already, or the training text's most frequent."""
-        if self.kept:
-            kept = [head.projection for n, head in self.gpt.exits.items() if int(n) in self.kept]
+    def _shortlist(self, size: int, most_frequent: Callable[[int], torch.Tensor]) -> torch.Tensor:
+        """[size] the kept tokens: those of exits that are there already, or the training text's most frequent."""
+        if alike := shortlist_sizes(self.early_exit, self.kept).get(size):
+            kept = [head.projection for n, head in self.gpt.exits.items() if int(n) in alike]
             mine = kept[0].token_ids.cpu() if kept else None
             return next(found for found in collective.gather(mine) if found is not None)
-        return collective.on_first_rank(most_frequent)
+        return collective.on_first_rank(lambda: most_frequent(size))
+
+
+def shortlist_sizes(config: EarlyExitConfig, layers: Collection[int]) -> dict[int | None, list[int]]:
+    """Tokens of a shortlist, None for exits without -> those of the exit layers that have as many."""
+    sizes: dict[int | None, list[int]] = {}
+    for n in sorted(layers):
+        head = config.heads[n]
+        sizes.setdefault(head.shortlist_size if head.projection == "shortlist" else None, []).append(n)
+    return sizes

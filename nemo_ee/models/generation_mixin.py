@@ -14,6 +14,7 @@ from nemo.utils import logging
 from nemo.utils.nemo_logging import LogMode
 
 from nemo_ee.decoding.cpu.lean_weights import WEIGHT_KINDS
+from nemo_ee.decoding.cpu.output_search import OUTPUT_LAYERS
 from nemo_ee.decoding.cuda.captured_decoding import captured_decoding
 from nemo_ee.decoding.decoding_model import DecodingModel
 from nemo_ee.decoding.measured_prices import prices_for
@@ -134,13 +135,15 @@ class GenerationMixin:
         rows: int = 16,
         max_length: int | None = None,
         prices_file: str | None = None,
+        output_layer: str = "exact8",
     ) -> None:
         """Reads the weights for decoding once, for all calls of `generate` until `release_decoding`.
 
         Otherwise every call reads them: at once where they have the dtype that is computed in, as copies where
         not, and all calls decode without CUDA graphs. Weights that change in between (training, loading) need
-        another call. On a CPU, lossless decoding with weights prepared here drafts with 8-bit copies of the exits'.
-        What passes cost is measured, in under a second: by that exits are asked only where it pays (see
+        another call. On a CPU, exits prepared here are asked and draft with 8-bit copies of their heads' weights, so
+        that confidences differ a little from those of heads that are not prepared (docs/decoding.md). What passes cost
+        is measured, in under a second: by that exits are asked only where it pays (see
         `nemo_ee.decoding.exit_policy`). Otherwise it is assumed, by the bytes of weights.
 
         Args:
@@ -157,19 +160,25 @@ class GenerationMixin:
                 2048 if that is lower.
             prices_file: a JSON file with what passes cost: read if it is there, else written; null measures each time.
                 With the same file a model decodes alike on any machine.
+            output_layer: `exact8` finds greedy tokens of full depth with an 8-bit copy of the output layer, and lets
+                the layer itself say what that does not prove: the same tokens, at a quarter of its bytes. Confidences
+                of such tokens are by the copy, approximate. It is for passes of at most 8 tokens of models with RMSNorm
+                or no norm before the output layer, on one tensor-parallel rank, through our CPU kernels, and not for
+                `weights="int8"`; all else, and all that asks for probabilities, is computed as with `full`: by the
+                whole layer.
 
         Raises:
-            ConfigError: a file of other prices; unknown weights; `rows` below 1; `max_length` below 1 or beyond the
-                model's positions.
+            ConfigError: a file of other prices; unknown weights or output layer; `rows` below 1; `max_length` below 1
+                or beyond the model's positions.
             NotImplementedError: weights that this model or device cannot have.
         """
         check_model_can_generate(self)
         limit = position_limit(self.cfg)
-        _check_preparation(weights, rows, max_length, limit)
+        _check_preparation(weights, output_layer, rows, max_length, limit)
         self.start_distributed()
         self.release_decoding()  # before memory is taken again
         with generating(self):
-            decoding = self._read_weights(weights)
+            decoding = self._read_weights(weights, eight_bit_heads=True, output_layer=output_layer)
             if cuda_graphs:
                 decoding.captured = captured_decoding(decoding, rows, max_length or min(limit, USUAL_LENGTH))
             if decoding.is_whole and decoding.heads:
@@ -182,7 +191,7 @@ class GenerationMixin:
 
     def decoding_model(self) -> DecodingModel:
         """What `prepare_decoding` has read, or the weights as they are now. Call it under `generating`."""
-        return self._read_weights(draft_heads=False) if self._decoding_model is None else self._decoding_model
+        return self._read_weights() if self._decoding_model is None else self._decoding_model
 
     def _read_weights(self, *kind: Any, **more: Any) -> DecodingModel:
         if next(self.gpt.parameters()).device.type == "cpu":
@@ -222,10 +231,14 @@ class GenerationMixin:
             )
 
 
-def _check_preparation(weights: str, rows: int, max_length: int | None, limit: int) -> None:
+def _check_preparation(
+    weights: str, output_layer: str, rows: int, max_length: int | None, limit: int
+) -> None:
     faults = []
     if weights not in WEIGHT_KINDS:
         faults.append(one_of("weights", weights, WEIGHT_KINDS))
+    if output_layer not in OUTPUT_LAYERS:
+        faults.append(one_of("output_layer", output_layer, OUTPUT_LAYERS))
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
         faults.append(Fault("rows", rows, "must be a whole number of at least 1", "set rows=16"))
     if max_length is not None and (

@@ -21,6 +21,7 @@ from nemo_ee.checkpoint.exits.adapter_mixin import EarlyExitAdapterMixin
 from nemo_ee.checkpoint.keys import exit_layer, is_exit
 from nemo_ee.data.token_rules import named_templates
 from nemo_ee.errors import CheckpointError, ConfigError, Fault, OutputError
+from nemo_ee.head_config import heads_in_words
 from nemo_ee.modeling.activations import tanh_gelu
 from nemo_ee.modeling.gpt import EarlyExitGPTModel
 from nemo_ee.models.checks.model_checks import (
@@ -66,7 +67,8 @@ class MegatronGPTEarlyExitModel(GenerationMixin, EarlyExitAdapterMixin, Megatron
         with open_dict(cfg):
             cfg.target = f"{type(self).__module__}.{type(self).__qualname__}"
             if early_exit.layers:  # in the words of today, for all that is written from it
-                OmegaConf.update(cfg, "early_exit.head.mlp", early_exit.head.mlp, force_add=True)
+                head = OmegaConf.to_container(cfg.early_exit, resolve=True).get("head")
+                cfg.early_exit.head = OmegaConf.create(heads_in_words(head))
         super().__init__(cfg, trainer)
         self.early_exit = early_exit
         self._adapted = {key: (given[key], adapted[key]) for key in given if given[key] != adapted[key]}

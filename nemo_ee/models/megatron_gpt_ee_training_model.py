@@ -60,13 +60,13 @@ class MegatronGPTEETrainingModel(MegatronGPTEarlyExitModel):
         """The closed form, for models that have one."""
         raise AssertionError("refused by the checks")
 
-    def most_frequent_tokens(self) -> torch.Tensor:
-        """[shortlist_size] token ids of the training text. Reads files only; call it on one rank."""
+    def most_frequent_tokens(self, count: int) -> torch.Tensor:
+        """[count] token ids of the training text. Reads files only; call it on one rank."""
         data = self.cfg.data
         counts = token_counts(
             data.data_prefix, self.true_vocab_size, data.get("splits_string"), max_tokens=ENOUGH_TOKENS
         )
-        return torch.topk(counts, self.early_exit.head.shortlist_size).indices
+        return torch.topk(counts, count).indices
 
     def exits_to_take(self, here: Collection[int], saved: DictConfig) -> Collection[int]:
         """See `FirstWeights.take`."""

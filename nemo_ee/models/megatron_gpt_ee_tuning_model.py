@@ -237,11 +237,11 @@ class MegatronGPTEETuningModel(MegatronGPTEETrainingModel):
         """What first weights and logs read of the training data."""
         return IndexedText(self._train_ds, self.cfg.data.seq_length) if self.files is None else self.files
 
-    def most_frequent_tokens(self) -> Tensor:
-        """[shortlist_size] token ids of the training text; of files those that are learnt."""
+    def most_frequent_tokens(self, count: int) -> Tensor:
+        """[count] token ids of the training text; of files those that are learnt."""
         if self.files is None:
-            return super().most_frequent_tokens()
-        return self.files.survey.most_frequent(self.early_exit.head.shortlist_size)
+            return super().most_frequent_tokens(count)
+        return self.files.survey.most_frequent(count)
 
     def fit_translators(self) -> None:
         """Ridge regression on the last `ridge.tokens` tokens of the training samples that count.
@@ -254,7 +254,7 @@ class MegatronGPTEETuningModel(MegatronGPTEETrainingModel):
         dp, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
         text, new, size = self.text, self.first_weights.new, self.cfg.micro_batch_size
         widest = self.transformer_config.hidden_size
-        if self.early_exit.head.mlp != "none":
+        if any(self.early_exit.heads[n].mlp != "none" for n in new):
             widest += self.transformer_config.ffn_hidden_size
         samples, tokens = text.samples_from_end(self.early_exit.ridge.tokens_for(widest))
         count = -(-samples // (size * dp))

@@ -76,7 +76,7 @@ def check(config: GenerateConfig, processes: int) -> None:
     if config.output_file is not None and Path(config.output_file).is_dir():
         raise ConfigError(Fault("output_file", config.output_file, "is a directory", "name a file in it"))
     base, early_exit = read_exits(config)
-    read_prices(config.prices_file, base.num_layers, early_exit.layers, config.weights)
+    read_prices(config.prices_file, base.num_layers, early_exit.layers, config.weights, config.output_layer)
     try:
         parse_request(**config.generate_arguments(), config=early_exit)
     except ConfigError as error:
@@ -96,7 +96,13 @@ def generate(model: Any, config: GenerateConfig, prompts: list[str]) -> Iterator
     ids = on_first_rank(lambda: tokenize_prompts(inputs, tokenizer, add_bos, limit))
     rows = min(config.batch_size, len(prompts))
     longest = min(max(map(len, ids)) + config.inference.tokens_to_generate, limit)
-    model.prepare_decoding(config.weights, rows=rows, max_length=longest, prices_file=config.prices_file)
+    model.prepare_decoding(
+        config.weights,
+        rows=rows,
+        max_length=longest,
+        prices_file=config.prices_file,
+        output_layer=config.output_layer,
+    )
     generator = None if config.seed is None else torch.Generator().manual_seed(config.seed)
     arguments = config.generate_arguments()
     for start in range(0, len(prompts), config.batch_size):

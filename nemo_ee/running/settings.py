@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from nemo_ee.decoding.cpu.lean_weights import WEIGHT_KINDS
+from nemo_ee.decoding.cpu.output_search import OUTPUT_LAYERS
 from nemo_ee.decoding.request import ExitOptions
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.running.prompt_file import read_texts
@@ -64,6 +65,7 @@ class GenerateConfig(Settings):
         color: mark exits by colour: `always`, `never`, or `auto` (in a terminal).
         prices_file: JSON, see `prepare_decoding`.
         weights: how decoding holds them: `native`, `bf16` or `int8`, see `prepare_decoding`.
+        output_layer: how greedy tokens of full depth are found: `exact8` or `full`, see `prepare_decoding`.
         tensor_model_parallel_size: processes that share each layer.
         pipeline_model_parallel_size: stages of layers; trainer.devices is the product of both sizes.
         megatron_amp_O2: keep weights in the trainer's precision rather than in float32.
@@ -85,6 +87,7 @@ class GenerateConfig(Settings):
     color: Annotated[str, choice("auto", "always", "never")] = "auto"
     prices_file: str | None = None
     weights: Annotated[str, choice(*WEIGHT_KINDS)] = "native"
+    output_layer: Annotated[str, choice(*OUTPUT_LAYERS)] = "exact8"
     tensor_model_parallel_size: Positive = 1
     pipeline_model_parallel_size: Positive = 1
     megatron_amp_O2: bool = False

@@ -80,7 +80,7 @@ def check(config: ServerConfig) -> None:
     most_connections(config)
     base, early_exit = read_exits(config)
     usual_request(config, early_exit)
-    read_prices(config.prices_file, base.num_layers, early_exit.layers, config.weights)
+    read_prices(config.prices_file, base.num_layers, early_exit.layers, config.weights, config.output_layer)
     limit = position_limit(base)
     if config.max_prompt_tokens + config.max_tokens > limit + 1:
         tokens = min(config.max_tokens, (limit + 1) // 2)
@@ -136,7 +136,11 @@ def create_service(config: ServerConfig, model: Any) -> Service:
     usual = usual_request(config, model.early_exit)
     longest = max(config.max_prompt_tokens + config.max_tokens - 1, POSITIONS)  # the last token is not fed
     model.prepare_decoding(
-        config.weights, rows=config.slots, max_length=longest, prices_file=config.prices_file
+        config.weights,
+        rows=config.slots,
+        max_length=longest,
+        prices_file=config.prices_file,
+        output_layer=config.output_layer,
     )
     model.warn_of_untuned_exits()
     if not usual.exits and config.early_exit.exits is None:
@@ -179,7 +183,6 @@ def decoding_session(
     """
     with generating(model):
         decoding, exits = model.decoding_model(), list(model.early_exit.layers)
-        decoding.prepare_drafts()
         if decoding.captured is not None:
             decoding.captured.capture_all()
         with DecodingSession(decoding, exits, slots, longest, usual.kv_policy, usual.confidence) as session:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 from nemo_ee.decoding.cpu.lean_weights import WEIGHT_KINDS
+from nemo_ee.decoding.cpu.output_search import OUTPUT_LAYERS
 from nemo_ee.decoding.request import ExitOptions
 from nemo_ee.errors import Fault
 from nemo_ee.schema import Positive, Rule, Settings, choice, holds
@@ -55,6 +56,7 @@ class ServerConfig(Settings):
             all requests.
         prices_file: JSON, see `prepare_decoding`.
         weights: how decoding holds weights, see `nemo_ee.decoding.cpu.lean_weights`.
+        output_layer: how it finds greedy tokens of full depth, see `nemo_ee.decoding.cpu.output_search`.
         add_BOS: put the tokenizer's BOS before each prompt that is a text, or not; null for the model's rule.
         slots: sequences that decode together.
         max_prompt_tokens: of one prompt.
@@ -83,6 +85,7 @@ class ServerConfig(Settings):
     early_exit: ExitOptions = field(default_factory=ExitOptions)
     prices_file: str | None = None
     weights: Annotated[str, choice(*WEIGHT_KINDS)] = "native"
+    output_layer: Annotated[str, choice(*OUTPUT_LAYERS)] = "exact8"
     add_BOS: bool | None = None
     slots: Positive = 8
     max_prompt_tokens: Positive = 1024

@@ -74,7 +74,9 @@ def _generate(config: TuningTextConfig, request: GenerationRequest, trainer: Any
     size = BATCHES_PER_BLOCK * config.batch_size
     done = on_first_rank(lambda: files.progress.prompts)
     longest = min(max(map(len, ids)) + request.max_length, limit)
-    model.prepare_decoding(config.weights, rows=config.batch_size, max_length=longest)
+    model.prepare_decoding(
+        config.weights, rows=config.batch_size, max_length=longest, output_layer=config.output_layer
+    )
     stop = StopRule(tokenizer, ())
     with tqdm(total=len(prompts), initial=done, unit="prompt", file=sys.stderr, disable=not first) as bar:
         while done < len(prompts) and on_first_rank(lambda: _is_time(config, files.progress, size)):
@@ -86,7 +88,7 @@ def _generate(config: TuningTextConfig, request: GenerationRequest, trainer: Any
                 for i, length in zip(chosen, lengths, strict=True)
             ]
             with generating(model):
-                for finished in continue_sequences(model, answers, config.batch_size):
+                for finished in continue_sequences(model, model.decoding_model(), answers, config.batch_size):
                     bar.update(finished)
             if first:
                 seconds = time.perf_counter() - began

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from nemo_ee.decoding.cpu.lean_weights import WEIGHT_KINDS
+from nemo_ee.decoding.cpu.output_search import OUTPUT_LAYERS
 from nemo_ee.errors import Fault
 from nemo_ee.schema import Positive, Settings, choice, holds, one_of
 
@@ -76,6 +77,7 @@ class TuningTextConfig(Settings):
             no limit.
         batch_size: answers that are written at a time.
         weights: how decoding holds them: `native`, `bf16` or `int8`, see `prepare_decoding`.
+        output_layer: how greedy tokens of full depth are found: `exact8` or `full`, see `prepare_decoding`.
         seed: of the order of prompts and of sampling.
         tensor_model_parallel_size: processes that share each layer.
         pipeline_model_parallel_size: stages of layers; trainer.devices is the product of both sizes.
@@ -91,6 +93,7 @@ class TuningTextConfig(Settings):
     minutes: Annotated[float | None, MINUTES] = None
     batch_size: Positive = 32
     weights: Annotated[str, choice(*WEIGHT_KINDS)] = "native"
+    output_layer: Annotated[str, choice(*OUTPUT_LAYERS)] = "exact8"
     seed: int = 1234
     tensor_model_parallel_size: Positive = 1
     pipeline_model_parallel_size: Positive = 1

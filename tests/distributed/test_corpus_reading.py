@@ -32,7 +32,7 @@ def start() -> tuple[list, list]:
 
     class Model(models.MegatronGPTEETrainingModel):
         cfg = OmegaConf.create(dict(data=dict(data_prefix=["text"], splits_string="1", seq_length=4)))
-        early_exit = SimpleNamespace(head=head, init="copy", layers=(2,))
+        early_exit = SimpleNamespace(heads={2: head}, init="copy", layers=(2,))
         gpt = SimpleNamespace(early_exit=early_exit)
         true_vocab_size, _validation_ds = 5, None
         trainer = SimpleNamespace(limit_val_batches=0, limit_test_batches=0)

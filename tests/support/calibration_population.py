@@ -19,7 +19,7 @@ def made_up_prices(layers=LAYERS, num_layers=NUM_LAYERS, head=1.0, start=0.3, ou
     heads = (tuple(head * each for each in GROWTH),) * len(layers)
     starts, outputs = (start,) * len(GROWTH), tuple(output * each for each in GROWTH)
     return PassPrices(
-        num_layers, (1, 2, 4, 8, 40), starts, GROWTH, outputs, tuple(layers), heads, heads, source="made up"
+        num_layers, (1, 2, 4, 8, 40), starts, GROWTH, outputs, outputs, tuple(layers), heads, source="made up"
     )
 
 

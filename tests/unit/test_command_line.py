@@ -137,6 +137,17 @@ def test_what_is_known_but_not_listed_is_added_by_the_pasted_remedy(word):
         compose("megatron_gpt_ee_pretraining", overrides=pasted)
 
 
+@pytest.mark.parametrize("plus", ["", "++"])
+def test_a_list_in_the_place_of_a_mapping_is_given_by_the_pasted_remedy(plus):
+    word = "model.early_exit.head=[{projection:tied},{block:true}]"
+    (fault,) = faults("pretraining", plus + word).values()
+    pasted = shlex.split(fault.remedy.removeprefix("set "))
+    assert pasted == ["~model.early_exit.head", f"+{word}"] and faults("pretraining", *pasted) == {}
+    with initialize_config_dir(f"{ROOT}/conf", version_base=None):
+        found = compose("megatron_gpt_ee_pretraining", overrides=pasted)
+        assert found.model.early_exit.head == [{"projection": "tied"}, {"block": True}]
+
+
 OTHER_NAMES = ["recompute_granularity=full", "add_qkv_bias=true", "params_dtype=bf16", "no_sync_func=null"]
 
 

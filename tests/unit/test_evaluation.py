@@ -304,7 +304,8 @@ def test_thresholds_fit_the_checkpoint():
     sweep_ = settings.SweepConfig(thresholds=("calibrated",), exits=(6,))
     assert exit_thresholds.resolved_thresholds(sweep_, early_exit, [])["calibrated"].values == (0.4,)
     assert (
-        "are of confidence=entropy" in faults_of(("calibrated",), threshold=(0.5,) * 3, confidence="entropy")[1]
+        "are of confidence=entropy"
+        in faults_of(("calibrated",), threshold=(0.5,) * 3, confidence="entropy")[1]
     )
 
 

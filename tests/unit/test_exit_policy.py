@@ -20,7 +20,7 @@ GROWTH = {
 LAYERS = 12
 
 
-def made_up(growth="cpu", head=0.06, output=0.2, start=0.01, exits=(4, 8)):
+def made_up(growth="cpu", head=0.06, output=0.2, start=0.01, exits=(4, 8), greedy=None):
     """A token at full depth costs 1: `output` of it in the output layer; a head and a start are in that unit, too."""
     rows = GROWTH[growth]
     layer = (1 - output - start) / LAYERS
@@ -31,9 +31,9 @@ def made_up(growth="cpu", head=0.06, output=0.2, start=0.01, exits=(4, 8)):
         start=(start,) * len(TOKENS),
         layer=price(layer),
         output_layer=price(output),
+        greedy_output=price(output if greedy is None else greedy),
         exits=exits,
         heads=(price(head),) * len(exits),
-        draft_heads=(price(head / 2),) * len(exits),
     )
 
 
@@ -231,9 +231,7 @@ def play_rounds(policy, sure, right, tokens, seed=0, sequences=1, thresholds=(0.
         while not all(waiting):
             going = [i for i in range(sequences) if not waiting[i]]
             asked = [i for i in going if drafts[i] < chosen.length]
-            price += prices.segment(0, layer, len(going)) + (
-                prices.draft_head(layer, len(asked)) if asked else 0
-            )
+            price += prices.segment(0, layer, len(going)) + (prices.head(layer, len(asked)) if asked else 0)
             for i in going:
                 is_sure = i in asked and rng.random() < chance_sure[k]
                 if i in asked:
@@ -265,7 +263,9 @@ def test_whatever_drafts_do_the_loss_is_bounded(kind, sequences):
         "one of ten": ((1, 1), lambda made: (made % 10 < 1,) * 2),
     }
     for (name, (sure, right)), tokens in itertools.product(texts.items(), (8, 64, 300)):
-        price, _ = play_rounds(ExitPolicy(made_up(kind), (4, 8)), sure, right, tokens, sequences=sequences)
+        price, _ = play_rounds(
+            ExitPolicy(made_up(kind, head=0.03), (4, 8)), sure, right, tokens, sequences=sequences
+        )
         assert price <= 1 + LOSS * (1 + CREDIT / tokens) + 1e-9, (name, tokens)
 
 
@@ -284,10 +284,14 @@ def test_a_bad_text_loses_little_after_many_good_ones(before):
 
 
 def test_it_drafts_where_that_pays_and_from_the_exit_that_is_better():
-    price, rounds = play_rounds(ExitPolicy(made_up("bytes"), (4, 8)), (0.9, 0.95), (0.95, 0.97), 400)
+    price, rounds = play_rounds(
+        ExitPolicy(made_up("bytes", head=0.03), (4, 8)), (0.9, 0.95), (0.95, 0.97), 400
+    )
     assert price < 0.75
     assert all(each is not None and each.exit_index == 0 for each in rounds[-50:])
-    price, rounds = play_rounds(ExitPolicy(made_up("bytes"), (4, 8)), (0.1, 0.95), (0.5, 0.97), 400)
+    price, rounds = play_rounds(
+        ExitPolicy(made_up("bytes", head=0.03), (4, 8)), (0.1, 0.95), (0.5, 0.97), 400
+    )
     assert price < 0.95
     assert sum(each == Round(1, each.length) for each in rounds[-50:] if each) > 40
 
@@ -296,7 +300,7 @@ def test_it_stops_where_drafts_are_wrong_and_comes_back_where_they_are_right_aga
     def right(made):
         return (0.0, 0.0) if made < 300 else (1.0, 1.0)
 
-    _, rounds = play_rounds(ExitPolicy(made_up("bytes"), (4, 8)), (0.9, 0.9), right, 3000)
+    _, rounds = play_rounds(ExitPolicy(made_up("bytes", head=0.03), (4, 8)), (0.9, 0.9), right, 3000)
     early = rounds[100:250]
     assert sum(each is not None for each in early) < 0.1 * len(early)
     assert all(each is not None for each in rounds[-20:])
@@ -314,21 +318,21 @@ def test_a_gain_within_the_error_of_prices_is_not_worth_a_round():
 def test_drafts_grow_longer_where_they_are_right():
     lengths = []
     for chance in (0.85, 0.99):
-        _, rounds = play_rounds(ExitPolicy(made_up("bytes"), (4, 8)), (0.95, 0), (chance, 0), 600)
+        _, rounds = play_rounds(ExitPolicy(made_up("bytes", head=0.03), (4, 8)), (0.95, 0), (chance, 0), 600)
         lengths.append([each.length for each in rounds if each is not None][-1])
     assert lengths[0] < lengths[1]
 
 
 def test_only_exits_with_a_threshold_draft_and_for_those_that_have_one():
-    policy = ExitPolicy(made_up(), (4, 8))
+    policy = ExitPolicy(made_up(head=0.03), (4, 8))
     _, rounds = play_rounds(policy, (1, 1), (1, 1), 100, thresholds=(NEVER, 0.5))
     assert {each.exit_index for each in rounds if each is not None} == {1}
-    assert ExitPolicy(made_up(), (4, 8)).draft([[NEVER, NEVER]]) is None
+    assert ExitPolicy(made_up(head=0.03), (4, 8)).draft([[NEVER, NEVER]]) is None
 
 
 def test_expected_rate_is_the_average():
     """Against played rounds, where the expectations are true."""
-    prices = made_up("bytes")
+    prices = made_up("bytes", head=0.03)
     for n in (1, 3):
 
         class Fixed(ExitPolicy):
@@ -354,3 +358,19 @@ def test_expected_price_is_the_average(kind, sequences):
             sequences
         )
         assert price == pytest.approx(expected, rel=0.04), plan
+
+
+def test_tokens_that_are_searched_for_are_priced_so():
+    """Decisions are those of a model whose output layer costs as much as the search."""
+    for greedy in (True, False):
+        policy = ExitPolicy(made_up(output=0.4, greedy=0.02), (4, 8))
+        policy.greedy = greedy
+        plain = ExitPolicy(policy.prices.greedy if greedy else made_up(output=0.4), (4, 8))
+        assert plain.prices.full_depth(1) == pytest.approx(0.62 if greedy else 1.0)
+        for sequences in (1, 4):
+            rows, others = [[0.5, 0.5]] * sequences, 1
+            assert policy._best_plan(rows, others) == plain._best_plan(rows, others)
+            assert policy.draft(rows) == plain.draft(rows)
+            for each in (policy, plain):
+                each.settle(sequences, 0.7, sequences, 5)
+            assert policy._saved == plain._saved

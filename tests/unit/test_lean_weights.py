@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nemo_ee.decoding.cpu.cpu_kernels import SWITCH
-from nemo_ee.decoding.cpu.lean_weights import INT8_TOKENS, DenseLinear, Int8Linear, lean_linear
+from nemo_ee.decoding.cpu.lean_weights import INT8_TOKENS, DenseLinear, EightBitLinear, lean_linear
 from nemo_ee.decoding.layers.lean_head import LeanHead
 from tests.support.drafting import drafting_eagerly
 from tests.support.tiny_gpt import HEADS, tiny_model, tiny_model_config
@@ -118,6 +118,7 @@ def test_a_model_decodes_with_bfloat16_and_eight_bit_weights(model, early_exit):
             for name, weight in model.gpt.named_parameters():
                 if weight.dim() > 1 and "position" not in name:
                     weight.copy_(weight.to(torch.bfloat16))
+        model.prepare_decoding()
         assert generated(model, **early_exit)["token_ids"] == halved != native
         with torch.no_grad():
             for name, weight in model.gpt.named_parameters():
@@ -134,7 +135,7 @@ def test_a_model_decodes_with_bfloat16_and_eight_bit_weights(model, early_exit):
     assert generated(model, **early_exit)["token_ids"] == native
 
 
-def test_eight_bit_heads_draft_and_change_nothing(model):
+def test_eight_bit_heads_are_asked_and_draft_where_decoding_is_prepared(model):
     native, calls = generated(model, threshold=1.0)["token_ids"], []
     predict = LeanHead.predict
 
@@ -147,7 +148,9 @@ def test_eight_bit_heads_draft_and_change_nothing(model):
         with drafting_eagerly(), pytest.MonkeyPatch.context() as patch:
             patch.setattr(LeanHead, "predict", noted)
             drafted = generated(model, threshold=0.0, lossless=True)
-            assert set(calls) == {Int8Linear}
+            generated(model, threshold=0.0, always=True)
+            assert set(calls) == {EightBitLinear}
+            model.release_decoding()
             generated(model, threshold=0.0, always=True)
             assert calls[-1] is DenseLinear
     finally:

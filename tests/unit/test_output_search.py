@@ -93,12 +93,12 @@ def test_no_number_is_for_the_layer_to_say(value):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_slack_bounds_what_eight_bits_and_rounding_change(dtype):
     """Against products in longer numbers, for states that point where a row's error does: no bound is larger."""
-    from nemo_ee.decoding.cpu.lean_weights import Int8Linear
+    from nemo_ee.decoding.cpu.cpu_kernels import run_quantise
     from nemo_ee.decoding.cpu.output_search import slack_of
 
     weight = weights().to(dtype)
-    rough = Int8Linear(weight, None, dtype)
-    slack, rounding = slack_of(weight, rough, dtype)
+    rough = run_quantise(weight)
+    slack, rounding = slack_of(rough.lengths, HIDDEN, dtype)
     eight = rough.quantised.double() * rough.scales.double()[:, None]
     worst = weight.double() - eight
     x = worst.to(dtype)

@@ -17,9 +17,9 @@ PRICES = PassPrices(
     start=(0.5, 0.5, 0.5),
     layer=(1.0, 2.0, 4.0),
     output_layer=(3.0, 3.0, 6.0),
+    greedy_output=(1.0, 2.0, 6.0),
     exits=(2, 4),
     heads=((0.2, 0.3, 0.4), (0.5, 0.5, 0.5)),
-    draft_heads=((0.1, 0.1, 0.2), (0.2, 0.2, 0.2)),
     source="made up",
 )
 
@@ -28,7 +28,8 @@ def test_prices_are_linear_between_numbers_of_tokens_and_beyond_the_last():
     layers = [PRICES.segment(3, 4, n) - 0.5 for n in (0.5, 1, 2, 3, 3.5, 4, 6)]
     assert layers == [1.0, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0]
     assert PRICES.segment(0, 8, 3) == 16.5 and PRICES.full_depth(3) == 19.5
-    assert PRICES.head(2, 3) == 0.3 and PRICES.draft_head(2, 4) == 0.2 and PRICES.output(3.5) == 4.5
+    assert PRICES.head(2, 3) == 0.3 and PRICES.output(3.5) == 4.5
+    assert PRICES.greedy.output(3.5) == 4.0 and PRICES.greedy.full_depth(1) == PRICES.full_depth(1) - 2.0
     assert PRICES.later_layer == 1.0
     assert PRICES.shown()["full depth"] == {"1": 11500.0, "3": 19500.0, "4": 38500.0}
 
@@ -45,6 +46,7 @@ def test_a_file_holds_them(tmp_path):
         ({"tokens": [1, 4, 3]}, "tokens must be two ascending"),
         ({"tokens": [0, 1, 2]}, "tokens must be two ascending"),
         ({"layer": [1.0, 2.0]}, "not one number for each"),
+        ({"greedy_output": [1.0, 2.0]}, "not one number for each"),
         ({"heads": [[1.0, 1.0, 1.0]]}, "not as many as exits"),
         ({"start": [-1.0, 0.0, 0.0]}, "must be 0 or more"),
         ({"layer": [0.0, 1.0, 1.0]}, "a layer's above 0"),
@@ -64,7 +66,7 @@ def test_a_file_that_is_none_of_prices_is_refused(change, rule, tmp_path):
 
 
 def test_assumed_prices_are_bytes_of_weights():
-    from nemo_ee.decoding.assumed_prices import BANDWIDTH, DRAFT_HEAD, START, assumed_prices
+    from nemo_ee.decoding.assumed_prices import BANDWIDTH, EIGHT_BIT, START, assumed_prices
     from nemo_ee.decoding.decoding_model import DecodingModel
 
     config = tiny_model_config(
@@ -73,6 +75,7 @@ def test_assumed_prices_are_bytes_of_weights():
     gpt = tiny_model(config).gpt
     with torch.inference_mode():
         prices = assumed_prices(DecodingModel(gpt))
+        prepared = assumed_prices(DecodingModel(gpt, eight_bit_heads=True, output_layer="exact8"))
 
     def matrices(module):
         return sum(p.nbytes for p in module.parameters() if p.dim() == 2)
@@ -83,9 +86,12 @@ def test_assumed_prices_are_bytes_of_weights():
     assert prices.full_depth(1) * second == pytest.approx(start + sum(layers) + gpt.output_weight().nbytes)
     for n in (1, 3):
         assert prices.head(n, 1) * second == pytest.approx(start + matrices(gpt.exits[str(n)]))
-        assert prices.draft_head(n, 1) * second == pytest.approx(
-            start + DRAFT_HEAD * matrices(gpt.exits[str(n)])
-        )
+        eight_bits = EIGHT_BIT * matrices(gpt.exits[str(n)]) / 4
+        assert prepared.head(n, 1) * second == pytest.approx(start + eight_bits)
+    assert prices.greedy.output(1) == prices.output(1) == prepared.output(1) == prepared.greedy.output(16)
+    searched = EIGHT_BIT * gpt.output_weight().nbytes / 4
+    assert prepared.greedy.output(1) * second == pytest.approx(searched)
+    assert prepared.greedy.output(9) == prepared.output(9) > prepared.greedy.output(8)
 
 
 @pytest.mark.parametrize("head", ["block, MLP, linear, untied", "linear, shortlist"])
@@ -100,7 +106,7 @@ def test_prices_are_measured_when_decoding_is_prepared(head, tmp_path):
     prices = model.decoding_model().prices
     assert prices == PassPrices.read(file, "prices_file") and prices.source.startswith("measured")
     assert (prices.num_layers, prices.exits, prices.tokens) == (6, (2, 4, 6), measured_prices.TOKENS)
-    for row in (prices.layer, prices.output_layer, *prices.heads):
+    for row in (prices.layer, prices.output_layer, prices.greedy_output, *prices.heads):
         assert 1e-7 < row[0] <= row[-1] < 1 and list(row) == sorted(row) or row is prices.layer
     assert prices.segment(0, 6, 16) > prices.segment(0, 3, 16)
     file.write_text(json.dumps({**json.loads(file.read_text()), "source": "another run"}))

@@ -453,7 +453,7 @@ def priced(growth=0.02, head=0.06):
         return tuple(price * (1 + growth * (n - 1)) for n in counts)
 
     each = row(head)
-    return PassPrices(8, counts, (0.0,) * 5, row(0.1), row(0.2), tuple(LAYERS), (each,) * 3, (each,) * 3)
+    return PassPrices(8, counts, (0.0,) * 5, row(0.1), row(0.2), row(0.2), tuple(LAYERS), (each,) * 3)
 
 
 def test_a_session_asks_where_prices_say_that_it_pays(gpt):

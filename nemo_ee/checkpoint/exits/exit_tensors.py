@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.checkpoint import keys
 from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint
-from nemo_ee.config import EarlyExitConfig, parse_early_exit
+from nemo_ee.config import EarlyExitConfig, HeadConfig, parse_early_exit
 from nemo_ee.errors import CheckpointError, ConfigError
 from nemo_ee.modeling.finite import not_finite
 
@@ -114,8 +114,18 @@ def _wanted(
         raise CheckpointError(
             f"{name}: has no embedding of {vocab_size} tokens; give the base that these exits name"
         )
-    hidden = embedding[1]
-    head, shapes = early_exit.head, {}
+    return {
+        f"{keys.EXITS_PREFIX}{n}.{name}": shape
+        for n, head in early_exit.heads.items()
+        for name, shape in _head_shapes(head, layer, norm, embedding[1], vocab_size).items()
+    }
+
+
+def _head_shapes(
+    head: HeadConfig, layer: Mapping[str, Shape], norm: Mapping[str, Shape], hidden: int, vocab_size: int
+) -> dict[str, Shape]:
+    """Of one exit, from those of a transformer layer and of the final norm."""
+    shapes: dict[str, Shape] = {}
     if head.block:
         shapes |= {f"block.{name}": shape for name, shape in layer.items()}
     if head.mlp != "none":
@@ -135,9 +145,7 @@ def _wanted(
         kept = head.shortlist_size
         shapes |= {"projection.weight": (-kept, hidden), "projection.token_ids": (kept,)}
         shapes |= {"projection.bucket_weight": (hidden,), "projection.bucket_bias": (1,)}
-    return {
-        f"{keys.EXITS_PREFIX}{n}.{name}": shape for n in early_exit.layers for name, shape in shapes.items()
-    }
+    return shapes
 
 
 def _layer_shapes(base: Mapping[str, Shape]) -> dict[str, Shape]:

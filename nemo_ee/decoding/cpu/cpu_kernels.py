@@ -16,6 +16,7 @@ from nemo_ee.decoding.cpu.kernels.compiled import team
 from nemo_ee.decoding.cpu.kernels.layer import Layer, addresses, kept_at, run_layers, shape_of
 from nemo_ee.decoding.cpu.kernels.norm import Norm
 from nemo_ee.decoding.cpu.kernels.products import Linear, product
+from nemo_ee.decoding.cpu.kernels.quantise import largest, quantise
 from nemo_ee.decoding.cpu.kernels.readout import Head, read_out
 from nemo_ee.modeling.row_summary import RowSummary
 
@@ -74,6 +75,38 @@ def run_product(linear: Linear, x: Tensor) -> Tensor:
     return out
 
 
+class EightBitRows(NamedTuple):
+    """A matrix in 8 bits.
+
+    Attributes:
+        scales: [O] bfloat16.
+        quantised: [O, I] int8.
+        lengths: [3, O] float64: of each row, of scale x quantised, and of their difference.
+    """
+
+    scales: Tensor
+    quantised: Tensor
+    lengths: Tensor
+
+
+def run_quantise(weight: Tensor) -> EightBitRows:
+    """Of [O, I] float32 or float64 on a CPU: each row over its scale, rounded; the scale is max |row| / 127."""
+    rows, count = weight.contiguous().numpy(), len(weight)
+    most = np.empty(count, rows.dtype)
+    with ONE_AT_A_TIME:
+        largest(rows, most, threads())
+    scales = eight_bit_scales(torch.from_numpy(most))
+    quantised, lengths = np.empty(rows.shape, np.int8), np.empty((3, count))
+    with ONE_AT_A_TIME:
+        quantise(rows, scales.to(weight.dtype).numpy(), quantised, lengths, threads())
+    return EightBitRows(scales, *map(torch.from_numpy, (quantised, lengths)))
+
+
+def eight_bit_scales(largest: Tensor) -> Tensor:
+    """[O] in bfloat16, of rows with these largest magnitudes [O]."""
+    return (largest.float() / 127).clamp_min(torch.finfo(torch.float32).tiny).to(torch.bfloat16)
+
+
 class HeadOutput(NamedTuple):
     """What a head says about N tokens, see `read_out`.
 
@@ -96,16 +129,22 @@ class HeadOutput(NamedTuple):
 
 
 def run_head(head: Head, emittable: int, x: Tensor) -> HeadOutput:
-    """From states [N, H]. NumPy makes the arrays: with cold caches each of torch's operations takes 20 to 100
-    microseconds."""
+    """From states [N, H]."""
+    logits, token, sure, *reduced = head_arrays(head, emittable, x.contiguous().numpy())
+    return HeadOutput(*map(torch.from_numpy, (logits, token, sure)), tuple(reduced))
+
+
+def head_arrays(head: Head, emittable: int, x: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Logits, tokens, confidences and the summary of `HeadOutput`. NumPy makes the arrays: with cold caches each of
+    torch's operations takes 20 to 100 microseconds."""
     kind, count = head.bucket.dtype, len(x)
     logits = np.empty((count, len(head.projection.weight) + bool(head.bucket.size)), kind)
     best, log_sum, sure = np.empty(count, kind), np.empty(count, kind), np.empty(count, kind)
     row, token = np.empty(count, np.int64), np.empty(count, np.int64)
     arrays = logits, best, row, log_sum, token, sure
     with ONE_AT_A_TIME:
-        read_out(head, emittable, x.contiguous().numpy(), *arrays, threads())
-    return HeadOutput(*map(torch.from_numpy, (logits, token, sure)), (best, row, log_sum))
+        read_out(head, emittable, x, *arrays, threads())
+    return logits, token, sure, best, row, log_sum
 
 
 class KernelLayers:
@@ -135,9 +174,14 @@ class KernelLayers:
             places: [T] rows of the caches, [T] positions.
             rotation: [L, features that rotate] cosines and sines; [0, 0] if no layer rotates.
         """
-        x = x.contiguous()
-        out = torch.empty_like(x)
-        arrays = (x.numpy(), out.numpy(), *places, self._rotates, *rotation)
+        return torch.from_numpy(self.run(x.contiguous().numpy(), places, rotation))
+
+    def run(
+        self, x: np.ndarray, places: tuple[np.ndarray, ...], rotation: tuple[np.ndarray, ...]
+    ) -> np.ndarray:
+        """The same, of arrays."""
+        out = np.empty_like(x)
+        arrays = (x, out, *places, self._rotates, *rotation)
         with ONE_AT_A_TIME:
             run_layers(self._table, self._shape, self._weights, *arrays, threads())
         return out

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear, rms_norm
 
-from nemo_ee.decoding.cpu.cpu_kernels import KERNEL_TOKENS, kernel_linear, run_product, runs_kernels
+from nemo_ee.decoding.cpu.cpu_kernels import (
+    KERNEL_TOKENS,
+    eight_bit_scales,
+    kernel_linear,
+    run_product,
+    run_quantise,
+    runs_kernels,
+)
 from nemo_ee.decoding.cpu.kernels.compiled import is_zen
 from nemo_ee.decoding.cpu.kernels.products import Linear
 from nemo_ee.modeling.vocab_parallel import reduce_over_ranks
@@ -131,13 +138,14 @@ class Int8Linear(DenseLinear):
         super().__init__(weight, bias, dtype)
         if self.weight.device.type != "cpu":
             raise NotImplementedError("weights=int8: there are kernels for CPUs only; use native weights")
-        wide = weight.detach().to(torch.float32)
-        scales = (wide.abs().amax(dim=1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
-        self.scales = scales.to(torch.bfloat16)
-        self.quantised = (wide / self.scales.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
         if self.kernels:
+            self.scales, self.quantised, _ = run_quantise(self.weight)
             eight_bit = kernel_linear(self.quantised, self.scales, self.bias, dtype)
             self.kernels.insert(0, (INT8_TOKENS, eight_bit))
+        else:
+            wide = weight.detach().to(torch.float32)
+            self.scales = eight_bit_scales(wide.abs().amax(dim=1))
+            self.quantised = (wide / self.scales.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, I] -> [T, O]."""
@@ -156,11 +164,28 @@ class Int8Linear(DenseLinear):
         return self.quantised.numel()
 
 
-_KINDS = {"native": DenseLinear, "bf16": Bfloat16Linear, "int8": Int8Linear}
+class EightBitLinear(Int8Linear):
+    """`Int8Linear` that reads 8 bits for passes of any size, in pieces of `KERNEL_TOKENS`, so that what it computes for
+    a token does not depend on how many come with it. With our kernels only."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
+        super().__init__(weight, bias, dtype)
+        self.kernels = [(KERNEL_TOKENS, self.kernels[0][1])]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, I] -> [T, O]."""
+        if len(x) <= KERNEL_TOKENS:
+            return super().__call__(x)
+        return torch.cat([super(EightBitLinear, self).__call__(part) for part in x.split(KERNEL_TOKENS)])
+
+
+HEAD_KIND = "int8 at any size"
+"""How exits' heads are held where they are asked through our CPU kernels: see `EightBitLinear`."""
+_KINDS = {"native": DenseLinear, "bf16": Bfloat16Linear, "int8": Int8Linear, HEAD_KIND: EightBitLinear}
 
 
 def lean_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, kind: str = "native") -> DenseLinear:
-    """A linear layer of that kind, see `WEIGHT_KINDS`."""
+    """A linear layer of that kind, see `WEIGHT_KINDS` and `HEAD_KIND`."""
     return _KINDS[kind](weight, bias, dtype)
 
 

@@ -25,7 +25,7 @@ from nemo_ee.decoding.cuda.cuda_capture import Capture, CapturedPass, CudaCaptur
 from nemo_ee.decoding.cuda.static_tokens import RowOrder, StaticTokens
 from nemo_ee.decoding.decoding_memory import DecodingMemory
 from nemo_ee.decoding.decoding_model import DecodingModel
-from nemo_ee.decoding.layers.lean_head import LeanHead, LeanOutput
+from nemo_ee.decoding.layers.lean_head import LeanHead, LeanOutput, SearchedOutput
 from nemo_ee.decoding.layers.lean_layer import LeanLayer
 from nemo_ee.decoding.layers.packed_tokens import PackedTokens
 from nemo_ee.decoding.prediction import Prediction
@@ -83,7 +83,7 @@ class EagerPasses:
         assert block is not None, "asked of exits with blocks only"
         return block(x, packed)
 
-    def predict(self, name: str, head: LeanHead | LeanOutput, x: Tensor) -> Prediction:
+    def predict(self, name: str, head: LeanHead | LeanOutput | SearchedOutput, x: Tensor) -> Prediction:
         """`head.predict(x)`.
 
         Args:

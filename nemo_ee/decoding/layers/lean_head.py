@@ -14,7 +14,8 @@ from torch.nn.functional import linear
 
 from nemo_ee.decoding.cpu.cpu_kernels import kernel_norm, run_head
 from nemo_ee.decoding.cpu.kernels.readout import Head
-from nemo_ee.decoding.cpu.lean_weights import DenseLinear, lean_linear
+from nemo_ee.decoding.cpu.lean_weights import DenseLinear, Int8Linear, lean_linear
+from nemo_ee.decoding.cpu.output_search import OutputSearch
 from nemo_ee.decoding.layers.lean_layer import ACTIVATIONS, LeanMLP
 from nemo_ee.decoding.layers.lean_modules import is_lean_mlp, is_lean_norm, read_norm
 from nemo_ee.decoding.prediction import Prediction, Rows
@@ -46,6 +47,11 @@ class Readout(ABC):
             names = torch.empty(0, dtype=torch.long) if rows.tokens is None else rows.tokens
             extra = torch.cat(flat).numpy(), names.numpy()
             self.kernels = [(limit, Head.plain(part, *extra)) for limit, part in projection.kernels]
+
+    @property
+    def whole_kernels(self) -> list[tuple[int, Head]]:
+        """`kernels` where these read hidden states and say all that there is to say, on this rank alone; else none."""
+        return self.kernels if self._kernels_are_whole and self._alone else []
 
     @abstractmethod
     def state(self, x: Tensor) -> Tensor:
@@ -167,3 +173,40 @@ class LeanOutput(Readout):
         """See `Readout`; [N, H] behind the last layer."""
         x = x if self.norm is None else self.norm(x)
         return x.to(self.dtype)
+
+    @property
+    def can_be_searched(self) -> bool:
+        """Whether `SearchedOutput` knows it: through our kernels, whole on this rank, behind RMSNorm or no norm, and
+        not in 8 bits itself."""
+        plain = self.norm is None or (self.norm.rms and self.norm.bias is None)
+        return bool(self.whole_kernels) and plain and not isinstance(self.projection, Int8Linear)
+
+
+class SearchedOutput:
+    """The final exit where nobody asks for more than its most probable tokens: they are found by 8-bit weights, at a
+    quarter of float32's bytes, and are the output layer's own all the same.
+
+    What is not proven, and passes of many tokens, the output layer computes. Logits are its own, if they are asked
+    for; confidences are by the 8-bit weights, approximate.
+
+    Args:
+        output: that `can_be_searched`.
+
+    Attributes:
+        output: as given.
+        search: by the 8-bit weights.
+        bytes: of weights that a prediction reads.
+    """
+
+    def __init__(self, output: LeanOutput):
+        self.output, self.search = output, OutputSearch(output.projection, output.norm, output.dtype)
+        self.rows, self.dtype, self.bytes = output.rows, output.dtype, self.search.bytes
+
+    def predict(self, x: Tensor) -> Prediction:
+        """From hidden states [N, H]."""
+        found = None
+        if len(x) <= self.search.limit:
+            found = self.search(self.rows.emittable, x if x.dtype == self.dtype else x.to(self.dtype))
+        if found is None:
+            return self.output.predict(x)
+        return Prediction(self.rows, lambda: self.output.predict(x).logits, *found)

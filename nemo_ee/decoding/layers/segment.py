@@ -45,6 +45,13 @@ class Segment:
             x = group(x, packed)
         return x
 
+    @property
+    def kernels(self) -> list[tuple[list[tuple[int, KernelLayers]], bool]] | None:
+        """Of groups of layers in a row: our kernels for passes of at most so many tokens, and whether one of
+        them rotates. None where some layers have none."""
+        kernels = [(group.kernels, group.rotates) for group in self._groups]
+        return kernels if all(each for each, _ in kernels) else None
+
     def fill(self, x: Tensor, packed: PackedTokens) -> Tensor:
         """Writes keys and values of all layers as if [T, H] were the input of each; returns it."""
         for layer in self._layers:
@@ -77,20 +84,20 @@ class _Group:
     def __init__(self, pairs: list[tuple[CachedLayer, Tensor | None]], has_kernels: bool):
         self._pairs = pairs
         rotates = [layer.rotary for layer, _ in pairs]
-        self._rotates = any(rotates)
-        self._kernels = []
+        self.rotates = any(rotates)
+        self.kernels: list[tuple[int, KernelLayers]] = []
         if has_kernels:
             kept = [None if hidden is None else hidden.numpy() for _, hidden in pairs]
             for kernels in zip(*(layer.mathematics.kernels for layer, _ in pairs), strict=True):
                 parts = [
                     (each, layer.cache.numpy()) for (_, each), (layer, _) in zip(kernels, pairs, strict=True)
                 ]
-                self._kernels.append((kernels[0][0], KernelLayers(parts, kept, rotates)))
+                self.kernels.append((kernels[0][0], KernelLayers(parts, kept, rotates)))
 
     def __call__(self, x: Tensor, packed: PackedTokens) -> Tensor:
-        for limit, kernel in self._kernels:
+        for limit, kernel in self.kernels:
             if len(x) <= limit:
-                return kernel(x, packed.places, packed.table.rotation(x.dtype, self._rotates))
+                return kernel(x, packed.places, packed.table.rotation(x.dtype, self.rotates))
         for layer, hidden in self._pairs:
             x = layer(x, packed)
             if hidden is not None:

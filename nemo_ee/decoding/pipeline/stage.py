@@ -160,8 +160,10 @@ class Stage:
             return []
         index = to_device(asked, x.device)
         if n is None:
-            assert self.model.output is not None, "the last stage asks the final exit"
-            step, leaving = Step.of_final(self.model.output.predict(x[index]), self.model.final_layer), asked
+            alone = all(self.sequences[tokens.keys[order[j]]].request.sampling.tokens_alone for j in asked)
+            output = self.model.greedy_output if alone else self.model.output
+            assert output is not None, "the last stage asks the final exit"
+            step, leaving = Step.of_final(output.predict(x[index]), self.model.final_layer), asked
         else:
             prediction = self.model.heads[n].predict(inside[index])
             sure, best = to_host(self.rule.sureness(ExitEvidence(prediction, x[index])), prediction.tokens)

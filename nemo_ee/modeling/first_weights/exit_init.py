@@ -2,6 +2,7 @@
 """First weights of exits: from the backbone's own modules, random, or in closed form (ridge)."""
 
 from collections.abc import Callable, Container
+from dataclasses import dataclass
 
 import torch
 from megatron.core import parallel_state
@@ -56,7 +57,7 @@ def copy_sources(
         if head.mlp is not None:
             where = ((0, mlp_layer(n) - 1, num_layers),)
             state = head.mlp.mlp.sharded_state_dict(f"{layers}mlp.", where)
-            if gpt.early_exit.head.mlp == "beside":  # see start_branches_at_zero
+            if head.head.mlp == "beside":  # see start_branches_at_zero
                 state = {key: entry for key, entry in state.items() if "linear_fc2." not in key}
             sources |= {f"{mine}mlp.{key.removeprefix(layers)}": entry for key, entry in state.items()}
             state = _norm_state(head.mlp.norm, f"{layers}pre_mlp_layernorm.", where)
@@ -78,7 +79,7 @@ def start_branches_at_zero(gpt: EarlyExitGPTModel, only: Container[int] | None =
     """
     for n in _chosen(gpt, only):
         head = gpt.exits[str(n)]
-        if gpt.early_exit.head.mlp == "beside":
+        if head.head.mlp == "beside":
             with torch.no_grad():
                 for parameter in head.mlp.mlp.linear_fc2.parameters():
                     parameter.zero_()
@@ -106,7 +107,8 @@ def initialise_projections(
 
     Args:
         gpt: this stage's module.
-        shortlist: [k] kept tokens, for shortlist projections.
+        shortlist: [k] kept tokens, the most frequent first, for shortlist projections: each keeps as many as it has
+            rows for.
         random_std: standard deviation of random rows; None copies the backbone's.
         seed: of random rows.
         only: exit layers that are meant; None means all.
@@ -114,9 +116,10 @@ def initialise_projections(
     Collectives: for a shortlist one all-reduce of [k, H] over the tensor-parallel group.
     """
     for n in _chosen(gpt, only):
-        projection = gpt.exits[str(n)].projection
+        head = gpt.exits[str(n)]
+        projection = head.projection
         if projection.kind == "shortlist":
-            projection.set_shortlist(shortlist)
+            projection.set_shortlist(shortlist[: head.head.shortlist_size])
         if projection.kind == "tied":
             continue
         with torch.no_grad():
@@ -159,6 +162,23 @@ def _noise(shape: tuple[int, ...], std: float, seed: int, which: int) -> Tensor:
     return torch.randn(shape, generator=generator) * std
 
 
+@dataclass(frozen=True)
+class _Bucket:
+    """What tokens off a shortlist have in common, for the exits of this stage with that shortlist.
+
+    Attributes:
+        shortlist: [k] tokens.
+        others: see `rows_of_others`.
+        sums: of the regression.
+        layers: of the exits.
+    """
+
+    shortlist: Tensor
+    others: Tensor
+    sums: RidgeAccumulator
+    layers: list[int]
+
+
 class RidgeInitialiser:
     """Fits the exits of a stage to the final exit in closed form; feed it to `run_backbone`.
 
@@ -174,7 +194,7 @@ class RidgeInitialiser:
     """
 
     def __init__(self, gpt: EarlyExitGPTModel, only: Container[int] | None = None):
-        self.gpt, self.sums, self.bucket_sums = gpt, {}, None
+        self.gpt, self.sums = gpt, {}
         layers = _chosen(gpt, only)
         size, device = gpt.config.hidden_size, next(gpt.parameters()).device
         self.inputs: dict[torch.nn.Module, Tensor] = {}
@@ -182,9 +202,15 @@ class RidgeInitialiser:
         for n in layers:
             self.sums[n] = RidgeAccumulator(features(gpt.exits[str(n)]), size, device)
             self.hooks += [module.register_forward_pre_hook(self._keep_input) for module in self._fitted(n)]
-        if any(gpt.exits[str(n)].projection.kind == "shortlist" for n in layers):
-            self.bucket_sums = RidgeAccumulator(size, 1, device)
-            self.others = rows_of_others(gpt.exits[str(layers[0])].projection, gpt)
+        self.buckets: list[_Bucket] = []
+        for n in layers:
+            projection = gpt.exits[str(n)].projection
+            if projection.kind == "shortlist":
+                same = [b for b in self.buckets if b.shortlist.equal(projection.token_ids)]
+                if not same:
+                    sums, others = RidgeAccumulator(size, 1, device), rows_of_others(projection, gpt)
+                    self.buckets += (same := [_Bucket(projection.token_ids, others, sums, [])])
+                same[0].layers.append(n)
 
     def _fitted(self, n: int) -> list[torch.nn.Module]:
         """The linear modules that the closed form sets, the translator first."""
@@ -211,9 +237,9 @@ class RidgeInitialiser:
             head(hidden, batch.attention_mask, states.rotary_pos_emb)
             read = [self._whole_input(module) for module in self._fitted(n)]
             sums.update(torch.cat(read, dim=1), target, counts)
-        if self.bucket_sums is not None:
-            log_sum = log_sum_of_rows(target, self.others, self.gpt)
-            self.bucket_sums.update(target, log_sum[:, None], counts)
+        for bucket in self.buckets:
+            log_sum = log_sum_of_rows(target, bucket.others, self.gpt)
+            bucket.sums.update(target, log_sum[:, None], counts)
 
     def _whole_input(self, module: torch.nn.Module) -> Tensor:
         """What a module read, [T, width], gathered over the tensor-parallel group."""
@@ -227,11 +253,13 @@ class RidgeInitialiser:
         for hook in self.hooks:
             hook.remove()
         rank = parallel_state.get_tensor_model_parallel_rank()
-        bucket = (
-            None
-            if self.bucket_sums is None
-            else _solve(self.bucket_sums, [self.gpt.config.hidden_size], penalty)
-        )
+        for bucket in self.buckets:
+            row, constant = _solve(bucket.sums, [self.gpt.config.hidden_size], penalty)
+            for n in bucket.layers:
+                projection = self.gpt.exits[str(n)].projection
+                with torch.no_grad():
+                    projection.bucket_weight.copy_(row[0])
+                    projection.bucket_bias.copy_(constant)
         for n in list(self.sums):
             head = self.gpt.exits[str(n)]
             weight, bias = _solve(
@@ -246,9 +274,6 @@ class RidgeInitialiser:
                     mine.copy_(part[:, rank * mine.shape[1] : (rank + 1) * mine.shape[1]])
                     if head.mlp.mlp.linear_fc2.bias is not None:
                         head.mlp.mlp.linear_fc2.bias.zero_()  # the translator's is the whole constant
-                if bucket is not None:
-                    head.projection.bucket_weight.copy_(bucket[0][0])
-                    head.projection.bucket_bias.copy_(bucket[1])
 
 
 def features(head: ExitHead) -> int:

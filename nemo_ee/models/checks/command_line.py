@@ -13,7 +13,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import OverrideParseException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.errors import ConfigError, Fault
 
@@ -62,6 +62,12 @@ def _faults(override: Override, listed: dict[str, Any], script: str, file: str) 
             remedy = "leave it out, or give it another value"
             yield Fault(f"~{override.key_or_group}", None, rule, remedy)
         return
+    if isinstance(override.value(), list) and not override.is_add():
+        if isinstance(OmegaConf.select(OmegaConf.create(listed), override.key_or_group), DictConfig):
+            rule = f"is a mapping in {file}, and Hydra puts no list in its place"
+            words = f"~{override.key_or_group}", f"+{override.input_line.lstrip('+')}"
+            yield Fault(override.key_or_group, override.value(), rule, f"set {shlex.join(words)}")
+            return
     if section not in (*listed, *OF_NEMOS_BUILDER, "hydra"):
         nearest = difflib.get_close_matches(section, listed, 1)
         remedy = f"did you mean {nearest[0]}?" if nearest else f"leave it out; see {file}"

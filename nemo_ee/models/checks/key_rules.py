@@ -95,7 +95,9 @@ def _is_missing(cfg: DictConfig, *optimizers: str) -> bool:
 
 
 def _copies_the_embedding(cfg: DictConfig) -> bool:
-    tied = OmegaConf.select(cfg, "early_exit.head.projection") == "tied"
+    head = OmegaConf.select(cfg, "early_exit.head")
+    heads = head if OmegaConf.is_list(head) else [head]
+    tied = any(OmegaConf.is_dict(each) and each.get("projection") == "tied" for each in heads)
     return tied and cfg.get("pipeline_model_parallel_size", 1) > 2
 
 

@@ -237,14 +237,21 @@ def check_tuning(cfg: DictConfig) -> None:
     """
     early_exit = read_early_exit(cfg)
     faults = _no_exit_faults(cfg, early_exit, "tune")
-    head = early_exit.head
-    has_bucket = head.projection == "shortlist"
-    if not (
-        head.block or head.mlp != "none" or head.norm or head.linear or head.train_projection or has_bucket
-    ):
-        rule = "no exit parameter would be tuned"
-        remedy = "turn on one of block, mlp, norm, linear, e.g. ++model.early_exit.head.norm=true"
-        faults.append(Fault("model.early_exit.head", str(head), rule, remedy))
+    several = isinstance(early_exit.head, tuple)
+    for i, head in enumerate(early_exit.head if several else [early_exit.head]):
+        has_bucket = head.projection == "shortlist"
+        if not (
+            head.block
+            or head.mlp != "none"
+            or head.norm
+            or head.linear
+            or head.train_projection
+            or has_bucket
+        ):
+            rule, entry = "no exit parameter would be tuned", f".{i}" if several else ""
+            remedy = f"turn on one of block, mlp, norm, linear, e.g. ++model.early_exit.head{entry}.norm=true"
+            name = f"model.early_exit.head[{i}]" if several else "model.early_exit.head"
+            faults.append(Fault(name, str(head), rule, remedy))
     faults += key_faults(cfg, TUNING)
     faults += document_faults(cfg, fine_tuning=True)
     faults += fine_tuning_faults(cfg)
