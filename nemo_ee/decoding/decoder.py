@@ -22,6 +22,7 @@ from nemo_ee.decoding.decoding_model import DecodingModel
 from nemo_ee.decoding.exit_point import ExitPoint, Trail
 from nemo_ee.decoding.layers.packed_tokens import PackedTokens
 from nemo_ee.decoding.leaving import is_asked, leaves
+from nemo_ee.decoding.logits_processing import TokenSlot, processed
 from nemo_ee.decoding.prediction import Prediction
 from nemo_ee.decoding.step import Part, Step
 from nemo_ee.decoding.transfer import to_device
@@ -149,16 +150,32 @@ class EarlyExitDecoder:
         for counts in self.filled:
             counts[row] = min(counts[row], length)
 
-    def prefill(self, prompts: Sequence[Sequence[int]], all_positions: bool = False) -> Step:
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        all_positions: bool = False,
+        slots: Sequence[TokenSlot] | None = None,
+    ) -> Step:
         """Adds sequences behind those that are there, and feeds their prompts through all layers, eagerly.
 
         Args:
-            prompts: non-empty token ids; at most as many as there are free rows.
+            prompts: see `feed_prompts`.
             all_positions: predict after every token of the prompts, not only after each one's last: the step's
                 predictions are then those of all tokens, sequence after sequence.
+            slots: of the predictions, see `processed`.
 
         Returns:
             The final exit's predictions.
+        """
+        x, packed = self.feed_prompts(prompts)
+        prediction = self.output.predict(x if all_positions else x[packed.last])
+        return Step.of_final(processed(prediction, slots, final=True), self.final_layer)
+
+    def feed_prompts(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, PackedTokens]:
+        """`prefill` without predictions: the states [T, H] behind the last layer of all tokens, sequence after sequence.
+
+        Args:
+            prompts: non-empty token ids; at most as many as there are free rows.
         """
         first, counts = self.size, [len(prompt) for prompt in prompts]
         assert first + len(prompts) <= self.rows, "no free rows"
@@ -175,8 +192,7 @@ class EarlyExitDecoder:
                 self.exits[k].fill_block(x, packed)
             self.filled[k] += counts
         self.layers_run += [count * self.final_layer for count in counts]
-        prediction = self.output.predict(x if all_positions else x[packed.last])
-        return Step.of_final(prediction, self.final_layer)
+        return x, packed
 
     def step(
         self,
@@ -185,6 +201,7 @@ class EarlyExitDecoder:
         rows: Sequence[int] | None = None,
         max_pending: Sequence[int | None] | None = None,
         hold: Sequence[int | None] | None = None,
+        slots: Sequence[TokenSlot] | None = None,
     ) -> Step:
         """Feeds one token to each of N sequences and predicts the next. Waits for the device once per exit asked; what
         the final exit says is read when it is asked for.
@@ -197,6 +214,7 @@ class EarlyExitDecoder:
                 pending; None sets no limit.
             hold: [N] index of the exit at which the token waits, unanswered, for `flush` if it has not left by
                 then; None holds no token, or not this one.
+            slots: [N] of the tokens to predict, see `processed`.
         """
         where = list(range(self.size)) if rows is None else list(rows)
         limits = [None] * len(where) if max_pending is None else max_pending
@@ -224,7 +242,8 @@ class EarlyExitDecoder:
                 drafts = hold is not None and all(hold[i] == k for i in indices)
                 before = x[last]
                 behind = before if inside is x else inside[last]
-                prediction, sure, best = point.predict(before, behind, indices, trail, drafts)
+                places = None if slots is None else [slots[i] for i in indices]
+                prediction, sure, best = point.predict(before, behind, indices, trail, drafts, places)
                 out = [n for n, i in enumerate(indices) if leaves(sure[n], thresholds[i][k])]
                 leaving = [indices[n] for n in out]
                 if leaving:
@@ -242,6 +261,8 @@ class EarlyExitDecoder:
             here = staying
         x = self._run_segments(first, len(self.exits), x, packed)
         prediction = self.passes.predict("the final exit", self.output, x[packed.last])
+        places = None if slots is None else [slots[i] for i in here]
+        prediction = processed(prediction, places, final=True)
         answer.add(self.final_layer, Part(here, prediction, list(range(len(here)))))
         return answer
 

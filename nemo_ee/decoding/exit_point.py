@@ -4,6 +4,8 @@
 Suffixes: T tokens of a pack, N sequences, H hidden size.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from nemo_ee.decoding.confidence_rules import ConfidenceRule, ExitEvidence
 from nemo_ee.decoding.cuda.segment_graphs import EagerPasses
 from nemo_ee.decoding.decoding_model import DecodingModel
 from nemo_ee.decoding.layers.packed_tokens import PackedTokens
+from nemo_ee.decoding.logits_processing import TokenSlot, processed
 from nemo_ee.decoding.prediction import Prediction
 from nemo_ee.decoding.transfer import to_device, to_host
 
@@ -90,7 +93,13 @@ class ExitPoint:
             self.block(x.to(self.head.dtype), packed)
 
     def predict(
-        self, x: Tensor, inside: Tensor, indices: list[int], trail: Trail | None, drafts: bool = False
+        self,
+        x: Tensor,
+        inside: Tensor,
+        indices: list[int],
+        trail: Trail | None,
+        drafts: bool = False,
+        slots: Sequence[TokenSlot] | None = None,
     ) -> tuple[Prediction, list[float], list[int]]:
         """The head's prediction, how sure it is and its most probable tokens, for the tokens with these indices in
         the step. Waits for the device once.
@@ -101,9 +110,10 @@ class ExitPoint:
             indices: N of the step's tokens.
             trail: of the step, for rules that look back.
             drafts: the full model verifies them all.
+            slots: N, see `processed`.
         """
         head = self._model.draft_head(self.layer) if drafts else self.head
-        prediction = self._passes.predict(f"exit {self.layer}", head, inside)
+        prediction = processed(self._passes.predict(f"exit {self.layer}", head, inside), slots)
         evidence = ExitEvidence(prediction, x) if trail is None else trail.evidence(prediction, x, indices)
         sure, tokens = to_host(self.rule.sureness(evidence), prediction.tokens)
         return prediction, sure, tokens

@@ -4,8 +4,9 @@
 Suffixes: N tokens, R rows of this rank, V vocabulary, Vp vocabulary padded to a multiple of TP.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
@@ -32,6 +33,14 @@ class Rows:
     emittable: int
     tokens: Tensor | None = None
 
+    def columns(self, tokens: Tensor, spare: int) -> Tensor:
+        """Where the logits of some tokens [k] are on this rank; `spare` for tokens that have no row here."""
+        row = tokens if self.tokens is None else torch.searchsorted(self.tokens, tokens)
+        column, here = row - self.first, torch.ones_like(tokens, dtype=torch.bool)
+        if self.tokens is not None:
+            here = self.tokens[row.clamp_max(len(self.tokens) - 1)] == tokens
+        return torch.where(here & (column >= 0) & (column < self.emittable), column, spare)
+
     @classmethod
     def of_exit(cls, projection: ExitProjection) -> "Rows":
         """The rows of an exit's projection."""
@@ -55,12 +64,14 @@ class Prediction:
         logits: [N, R] of this rank, padding at -inf.
         tokens: [N] the most probable emittable token.
         confidence: [N] its probability, in float32 or wider.
+        own_logits: the model's own, where `logits` are what a request makes of them; None where they are the same.
     """
 
     rows: Rows
     logits: Tensor
     tokens: Tensor
     confidence: Tensor
+    own_logits: Tensor | None = None
 
     @classmethod
     def from_logits(cls, logits: Tensor, rows: Rows) -> "Prediction":
@@ -79,20 +90,27 @@ class Prediction:
         if len(indices) == len(self.tokens):
             return self
         index = to_device(indices, self.tokens.device)
-        return Prediction(self.rows, self.logits[index], self.tokens[index], self.confidence[index])
+        own = None if self.own_logits is None else self.own_logits[index]
+        return Prediction(self.rows, self.logits[index], self.tokens[index], self.confidence[index], own)
 
-    def vocabulary_shard(self, shard_size: int) -> Tensor:
+    def with_own(self, logits: Tensor) -> "Prediction":
+        """The same, with the model's own logits [N, R] beside."""
+        return replace(self, own_logits=logits)
+
+    def vocabulary_shard(self, shard_size: int, own: bool = False) -> Tensor:
         """Logits [N, Vp/TP] of this rank's share of the vocabulary; -inf for what cannot be emitted.
 
         Args:
             shard_size: Vp/TP.
+            own: the model's own logits, whatever a request makes of them.
 
         Collectives: for a shortlist at TP > 1, one all-gather of [N, R].
         """
         rows = self.rows
+        given = self.own_logits if own and self.own_logits is not None else self.logits
         if rows.tokens is None:
-            return self.logits
-        gathered = gather_columns(self.logits[:, : rows.count])[:, : len(rows.tokens)]
+            return given
+        gathered = gather_columns(given[:, : rows.count])[:, : len(rows.tokens)]
         first = shard_size * parallel_state.get_tensor_model_parallel_rank()
         whole = shard_size * parallel_state.get_tensor_model_parallel_world_size()
         logits = gathered.new_full((len(gathered), whole), float("-inf"))

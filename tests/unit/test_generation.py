@@ -195,20 +195,6 @@ def test_sampling_follows_the_exits_distribution(shortlist_model):
     assert {row[4] for row in output["token_ids"]} <= kept
 
 
-def test_repetition_penalty_makes_seen_tokens_rarer():
-    from transformers import RepetitionPenaltyLogitsProcessor
-
-    from nemo_ee.decoding.sampling import penalise
-
-    logits = torch.tensor([[2.0, -1.0, 0.5, -3.0]])
-    assert penalise(logits, [[0, 1, 1]], 2.0).tolist() == [[1.0, -2.0, 0.5, -3.0]]
-    logits = 3 * torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
-    texts = torch.randint(0, 50, (4, 12), generator=torch.Generator().manual_seed(1))
-    for penalty in (0.7, 1.3):
-        theirs = RepetitionPenaltyLogitsProcessor(penalty)(texts, logits.clone())
-        assert penalise(logits, texts.tolist(), penalty).equal(theirs)
-
-
 def test_all_probs_are_those_of_the_exit_used(model):
     output = model.generate(TEXTS[:1], lengths(6), {**GREEDY, "all_probs": True}, early_exit=EARLY)
     full, chosen = output["full_logprob"][0], output["logprob"][0]

@@ -143,13 +143,13 @@ def test_prompts_files_keep_unicode_line_separators_and_drop_a_byte_order_mark(t
 def test_faults_have_the_keys_of_the_yaml():
     from nemo_ee.config import parse_early_exit
     from nemo_ee.decoding.request import parse_request
-    from nemo_ee.running.settings import in_own_keys
+    from nemo_ee.generation.inference_config import in_own_keys
 
     inference = dict(temperature=0, tokens_to_generate=-1, min_tokens_to_generate=-2, top_k=-3)
     config = settings(prompts=["x"], inference=inference, early_exit=dict(exits=[3]))
     with pytest.raises(ConfigError) as caught:
         parse_request(**config.generate_arguments(), config=parse_early_exit(dict(layers=[2]), 8))
-    keys = {fault.key for fault in in_own_keys(caught.value).faults}
+    keys = {fault.key for fault in in_own_keys(caught.value, "inference").faults}
     assert keys == {f"inference.{name}" for name in inference} | {"early_exit.exits"}
 
 
