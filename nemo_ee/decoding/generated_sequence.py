@@ -111,9 +111,7 @@ class GeneratedSequence:
         text: list[int] = []
         if options.repetition_penalty != 1.0:
             text = self.prompt + self.tokens + [draft.token for draft in self.drafts[:count]]
-        return TokenSlot(
-            self.eos if too_short else (), options.repetition_penalty, text, options.use_greedy
-        )
+        return TokenSlot(self.eos if too_short else (), options.repetition_penalty, text, options.use_greedy)
 
     @property
     def last_token(self) -> int:

@@ -62,7 +62,9 @@ def processed(prediction: Prediction, slots: Sequence[TokenSlot] | None, final: 
             return prediction
     own, rows = prediction.logits, prediction.rows
     wide = torch.promote_types(own.dtype, torch.float32)
-    padded = own.new_empty(len(own), own.shape[1] + 1, dtype=wide)  # the spare column: for tokens without a row here
+    padded = own.new_empty(
+        len(own), own.shape[1] + 1, dtype=wide
+    )  # the spare column: for tokens without a row here
     padded[:, :-1] = own
     padded[:, -1] = float("-inf")
     for logits, slot in zip(padded, slots, strict=True):

@@ -19,8 +19,8 @@ from nemo_ee.generation.generating import position_limit
 from nemo_ee.generation.inference_config import in_own_keys
 from nemo_ee.generation.prompts import tokenize_prompts
 from nemo_ee.running.display import DIM, RESET, marked, summary, token_pieces
-from nemo_ee.running.restore import check_processes, layout, read_exits, restore_model
 from nemo_ee.running.prompt_file import Prompt
+from nemo_ee.running.restore import check_processes, layout, read_exits, restore_model
 from nemo_ee.running.settings import GenerateConfig
 from nemo_ee.runtime.collective import on_first_rank
 

@@ -87,7 +87,11 @@ def _in_key(error: DataError, where: str, key: str) -> ConfigError:
 
 
 def _prompt(value: Any, where: str, key: str, token_ids: bool) -> Prompt:
-    held = next((value[name] for name in PROMPT_KEYS if name in value), None) if isinstance(value, dict) else value
+    held = (
+        next((value[name] for name in PROMPT_KEYS if name in value), None)
+        if isinstance(value, dict)
+        else value
+    )
     if token_ids and isinstance(held, list) and held and all(type(token) is int for token in held):
         return held
     return _text(value, where, key)

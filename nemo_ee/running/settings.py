@@ -11,6 +11,7 @@ from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.running.prompt_file import Prompt, read_texts
 from nemo_ee.schema import Positive, Settings, choice, holds
 
+
 @dataclass(frozen=True)
 class SamplingConfig:
     """NeMo's inference keys.
@@ -130,7 +131,15 @@ def _kind_faults(prompts: Sequence[Any], chat: bool, key: str) -> list[Fault]:
         return []
     shown = f"({sum(texts)} texts, {len(texts) - sum(texts)} lists of token ids)"
     if any(texts):
-        return [Fault(key, shown, "must all be texts, or all lists of token ids", "generate them one after another")]
+        return [
+            Fault(
+                key, shown, "must all be texts, or all lists of token ids", "generate them one after another"
+            )
+        ]
     if chat:
-        return [Fault("chat", True, "a chat template takes texts, and the prompts are token ids", "set chat=false")]
+        return [
+            Fault(
+                "chat", True, "a chat template takes texts, and the prompts are token ids", "set chat=false"
+            )
+        ]
     return []

@@ -22,8 +22,8 @@ from nemo_ee.decoding.session import DecodingSession
 from nemo_ee.errors import ConfigError
 from nemo_ee.files.output import claim
 from nemo_ee.generation.generate import continue_over_stages
-from nemo_ee.generation.inference_config import in_own_keys
 from nemo_ee.generation.generating import generating, position_limit
+from nemo_ee.generation.inference_config import in_own_keys
 from nemo_ee.generation.prompts import tokenize_prompts
 from nemo_ee.generation.stopping import StopRule
 from nemo_ee.running.restore import check_processes, layout, restore_model

@@ -70,9 +70,14 @@ class Processed:
 
 def generated(model, prompts, early_exit, least=0, **sampling):
     sampling = dict(use_greedy=True, add_BOS=False, end_strings=["<|endoftext|>"], **sampling)
-    output = model.generate(prompts, dict(max_length=LIMIT, min_length=least), sampling, early_exit=early_exit)
+    output = model.generate(
+        prompts, dict(max_length=LIMIT, min_length=least), sampling, early_exit=early_exit
+    )
     rows = zip(output["token_ids"], output["early_exit"], strict=True)
-    return [(ids[len(ids) - len(row["exit_layers"]) :], row["exit_layers"], row["confidences"]) for ids, row in rows]
+    return [
+        (ids[len(ids) - len(row["exit_layers"]) :], row["exit_layers"], row["confidences"])
+        for ids, row in rows
+    ]
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
@@ -112,7 +117,9 @@ def test_an_exit_that_is_sure_of_the_end_of_a_text_that_is_too_short_is_as_sure_
             monkeypatch.setattr(model.text_tokenizer, "_other_ends", (end,))
             plain = Processed(model, least=LIMIT - 2, thresholds={} if lossless else thresholds)
             expected = plain(prompt, LIMIT)
-            found = generated(model, [prompt], {**early, "lossless": True} if lossless else early, LIMIT - 2)[0]
+            found = generated(model, [prompt], {**early, "lossless": True} if lossless else early, LIMIT - 2)[
+                0
+            ]
             assert found[0] == expected[0] and end not in found[0][: LIMIT - 2]
             met += 1
             if lossless:
@@ -131,7 +138,9 @@ def test_sampled_texts_are_penalised_before_the_temperature(model):
     prompt, count = model.tokenizer.text_to_ids(TEXTS[0]), 3000
     sampling = dict(use_greedy=False, temperature=1.7, top_k=4, repetition_penalty=3.0)
     generator = torch.Generator().manual_seed(3)
-    output = model.generate([prompt] * count, dict(max_length=1), sampling, early_exit=False, generator=generator)
+    output = model.generate(
+        [prompt] * count, dict(max_length=1), sampling, early_exit=False, generator=generator
+    )
     drawn = torch.tensor([ids[-1] for ids in output["token_ids"]])
     with torch.no_grad():
         states = model.gpt.forward_states(torch.tensor([prompt]), torch.arange(len(prompt))[None], None)

@@ -23,7 +23,18 @@ KINDS = {
         1, torch.randperm(SIZE, generator=make)[: SIZE - 9], float("-inf")
     ),
 }
-OPTIONS = [(0, 1.0), (0, 0.0), (0, 0.9), (0, 0.5), (0, 0.999), (0, 1e-6), (40, 1.0), (1, 1.0), (40, 0.9), (3000, 0.7)]
+OPTIONS = [
+    (0, 1.0),
+    (0, 0.0),
+    (0, 0.9),
+    (0, 0.5),
+    (0, 0.999),
+    (0, 1e-6),
+    (40, 1.0),
+    (1, 1.0),
+    (40, 0.9),
+    (3000, 0.7),
+]
 OPTIONS += [(-1, 0.95), (SIZE, 0.3), (10 * SIZE, 0.3)]
 
 
@@ -64,7 +75,9 @@ def is_nucleus(kept, exact, top_p, rounding=2e-6):
 
 @pytest.mark.parametrize("first", ["few", "all"])
 def test_where_the_first_floor_holds_too_little_the_next_one_is_used(first, monkeypatch):
-    monkeypatch.setattr(nucleus, "FEW", 1e-9 if first == "few" else 1e9)  # far above all weights, or below them
+    monkeypatch.setattr(
+        nucleus, "FEW", 1e-9 if first == "few" else 1e9
+    )  # far above all weights, or below them
     make = torch.Generator().manual_seed(1)
     logits = 3 * torch.randn(4, SIZE, generator=make, dtype=torch.float64)
     for top_p in (0.1, 0.9, 0.9999999):
@@ -97,4 +110,7 @@ def test_the_gpus_way_keeps_the_same_tokens():
         for top_k, top_p in OPTIONS:
             kept = keep_most_probable(logits, top_k, top_p) > float("-inf")
             expected = plain_distribution(logits, 1.0, top_k, top_p) > 0
-            assert (kept & (logits - logits.max(-1, keepdim=True).values > -80)).equal(expected), (kind, top_k)
+            assert (kept & (logits - logits.max(-1, keepdim=True).values > -80)).equal(expected), (
+                kind,
+                top_k,
+            )

@@ -14,8 +14,8 @@ class LosslessRounds:
     In a round each drafts until the round's exit is not sure of a token, until it has as many drafts as the
     round allows, or until the drafts end it. That token, or the last draft, is fed no deeper than that exit,
     and the sequence waits. When all wait they are verified together: a pass over the deeper layers costs
-    about the same for one sequence as for all. A sequence that comes while a round goes on decodes at full depth
-    until the next one.
+    about the same for one sequence as for all. A sequence that does not use the round's exit, or that comes while
+    the round goes on, decodes at full depth until the next one, a token with every pass.
 
     Args:
         policy: chooses rounds.
@@ -23,7 +23,7 @@ class LosslessRounds:
 
     Attributes:
         round: that goes on; None for a token at full depth.
-        members: sequences that the round was chosen for.
+        members: sequences that draft in the round: those that use its exit.
         waiting: those of them that wait to be verified.
     """
 
@@ -49,7 +49,8 @@ class LosslessRounds:
         if self.round is None:
             self._policy.observe_full_depth(len(lossless))
         else:
-            self.members.update(lossless)
+            k = self.round.exit_index
+            self.members.update(s for s in lossless if is_asked(self._threshold(s, k)))
 
     def abandon(self) -> None:
         """Ends a round whose sequences were all removed, if there is one: what it cost is lost."""
