@@ -25,7 +25,8 @@ class TokenDistributions:
     """What n predictions say, beside the most probable tokens.
 
     Attributes:
-        distributions: [n, V] that drafts were drawn from, or are judged by; zeros where none is wanted, None if none is.
+        distributions: [n, V] that drafts were drawn from, or are judged by; zeros where none is wanted, and None where
+            none is at all.
         log_probs: [n, V] of the prediction itself, nats, whatever the request makes of it; None if nobody wants it.
     """
 

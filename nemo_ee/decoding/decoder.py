@@ -172,10 +172,13 @@ class EarlyExitDecoder:
         return Step.of_final(processed(prediction, slots, final=True), self.final_layer)
 
     def feed_prompts(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, PackedTokens]:
-        """`prefill` without predictions: the states [T, H] behind the last layer of all tokens, sequence after sequence.
+        """`prefill` without predictions.
 
         Args:
             prompts: non-empty token ids; at most as many as there are free rows.
+
+        Returns:
+            The states [T, H] of all tokens behind the last layer, sequence after sequence, and their pack.
         """
         first, counts = self.size, [len(prompt) for prompt in prompts]
         assert first + len(prompts) <= self.rows, "no free rows"

@@ -1,8 +1,8 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """What a request makes of logits before anything is decided by them: tokens that may not come, a repetition penalty.
 
-Every exit's prediction is processed before its confidence is read, as the final exit's is: so an exit is as sure as it is
-of the token that it would give. The order is that of transformers: processors first, then temperature, top-k and top-p.
+Every exit's prediction is processed before its confidence is read, as the final exit's is: so an exit is as sure as it
+is of the token that it would give. The order is that of transformers: processors first, then temperature, top-k, top-p.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,9 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """From logits over the vocabulary to the next token.
 
-Tokens are drawn by inversion: the same numbers give the same tokens on every tensor-parallel rank, and a sequence's token
-depends on its own number only. On a CPU only tokens that may be drawn are sorted and summed (`decoding.cpu.nucleus`).
+Tokens are drawn by inversion: the same numbers give the same tokens on every tensor-parallel rank, and a sequence's
+token depends on its own number only. On a CPU only tokens that may be drawn are sorted and summed
+(`decoding.cpu.nucleus`).
 """
 
 from collections.abc import Sequence

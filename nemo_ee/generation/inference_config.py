@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""NeMo's `inference` section, as `model.set_inference_config` and its evaluation script have it, for `model.generate`."""
+"""NeMo's `inference` section, as `model.set_inference_config` takes it, for `model.generate`."""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -26,8 +26,9 @@ def tokenize_prompts(
 
     Args:
         inputs: texts; or token ids, a list of them per prompt, or one list for a single prompt; or a tuple of two
-            tensors, token ids [B, S] and lengths [B]; or a chat in NeMo's form (a list of turns, each `{"role": [...], "content": [...]}` with one entry per conversation); or one
-            conversation, a list of `{"role": str, "content": str}`; or a list of conversations.
+            tensors, token ids [B, S] and lengths [B]; or a chat in NeMo's form (a list of turns, each `{"role":
+            [...], "content": [...]}` with one entry per conversation); or one conversation, a list of `{"role": str,
+            "content": str}`; or a list of conversations.
         tokenizer: the model's.
         add_bos: put BOS before each text that does not begin with it; None for the model's rule. Chats have what
             their template writes, and token ids are taken as they are.

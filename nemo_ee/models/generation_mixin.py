@@ -81,9 +81,9 @@ class GenerationMixin:
 
         Returns:
             NeMo's `OutputType` (`sentences`, `tokens`, `logprob`, `full_logprob`, `token_ids`, `offsets`),
-            `finish_reason` (per sentence "stop" or "length") and `early_exit`: per sentence `{"exit_layers": [int], "confidences": [float]}` of its generated
-            tokens (`num_layers` stands for the final exit), and `layers_run` (passes of one token through one
-            layer), `drafts` and `accepted` (of lossless decoding).
+            `finish_reason` (per sentence "stop" or "length") and `early_exit`: per sentence `{"exit_layers": [int],
+            "confidences": [float]}` of its generated tokens (`num_layers` stands for the final exit), and
+            `layers_run` (passes of one token through one layer), `drafts` and `accepted` (of lossless decoding).
 
         Raises:
             ConfigError: parameters that break a rule.
@@ -135,8 +135,8 @@ class GenerationMixin:
     ) -> Iterator[StreamedText]:
         """`generate`, as an iterator over what each step adds to each of the texts.
 
-        Between its steps the model may be used for other things, but its weights must stay; on several tensor-parallel
-        processes all iterate alike. An iterator that is not used up gives back what it holds when it is closed, or gone.
+        Between its steps the model may be used for other things, but its weights must stay; several tensor-parallel
+        processes iterate alike. An iterator that is not used up gives back what it holds when it is closed or gone.
 
         Args:
             inputs: as for `generate`, as are the others.
@@ -162,8 +162,8 @@ class GenerationMixin:
             dataloader_idx: of several.
 
         Returns:
-            What `generate` returns; with `compute_logprob` of the prompts, `full_logprob` included, as NeMo's does. None
-            without an inference configuration, as NeMo's.
+            What `generate` returns; with `compute_logprob` of the prompts, `full_logprob` included, as NeMo's does.
+            None without an inference configuration, as NeMo's.
 
         Raises:
             ConfigError, GenerationError: as `generate`.

@@ -47,8 +47,8 @@ class GenerateConfig(Settings):
         gpt_model_file: the base, or a model merged with its exits, a `.nemo`.
         adapter_file: the exits alone; null if they are part of the model.
         prompts: texts, or lists of token ids; null with `prompts_file`.
-        prompts_file: a `.jsonl` file with a `prompt`, `text` or `question` per line, each a text or a list of token ids,
-            or a text file with a prompt per line.
+        prompts_file: a `.jsonl` file with a `prompt`, `text` or `question` per line, each a text or a list of token
+            ids, or a text file with a prompt per line.
         chat: wrap every prompt in the tokenizer's chat template, as a question of the user.
         inference: how tokens are chosen.
         early_exit: when they may leave.

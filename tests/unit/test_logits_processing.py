@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""What may not come, and penalties, are in the logits before any exit is asked: against transformers and plain forwards."""
+"""What may not come, and penalties, are in the logits before any exit is asked: as transformers' processors do it."""
 
 import pytest
 import torch

@@ -1,8 +1,8 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """The tokens that top-k and top-p leave to draw from, without sorting the vocabulary.
 
-A row of logits costs a few passes over it: the maximum, the weights exp(logit - maximum), their sum, and a comparison that
-finds the tokens above a floor; these alone are sorted. NumPy computes: its calls cost a fifth of torch's.
+A row of logits costs a few passes over it: the maximum, the weights exp(logit - maximum), their sum, and a comparison
+that finds the tokens above a floor; these alone are sorted. NumPy computes: its calls cost a fifth of torch's.
 """
 
 from dataclasses import dataclass
@@ -76,8 +76,8 @@ def _highest(row: np.ndarray, count: int) -> np.ndarray:
 def _most_probable(row: np.ndarray, weights: np.ndarray, top_p: float) -> np.ndarray:
     """The fewest tokens that have more than `top_p` of the probability together, ascending; the first of equal ones.
 
-    What lies below a floor of total (1 - top_p) / n has at most 1 - top_p of it, if there are n tokens: so the nucleus is
-    found above that floor at the latest, and mostly above a higher one.
+    What lies below a floor of total (1 - top_p) / n has at most 1 - top_p of it, if there are n tokens: so the nucleus
+    is found above that floor at the latest, and mostly above a higher one.
     """
     total = weights.sum(dtype=np.float64)
     rest = total * (1.0 - top_p)
