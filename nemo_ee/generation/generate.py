@@ -132,10 +132,13 @@ class _Begun:
                 f"length_params.max_length={request.max_length}: cut at the model's {limit} positions"
             )
         stop = StopRule(model.text_tokenizer, request.sampling.end_strings, always_text)
-        return [
+        begun = [
             stop.begin(prompt, request, min(request.max_length, limit + 1 - len(prompt)), seed)
             for prompt, seed in zip(self.prompts, self.seeds, strict=True)
         ]
+        for sequence in begun if request.max_length == 0 else ():
+            sequence.finish_reason = "length"
+        return begun
 
 
 def _begin(

@@ -27,9 +27,7 @@ def to_output(results: Sequence[GeneratedSequence], tokenizer: TextTokenizer) ->
     with_probs = any(result.logprobs for result in results)
     output["logprob"] = [torch.stack(r.logprobs) for r in results] if with_probs else None
     output["full_logprob"] = [torch.stack(r.full_logprobs) for r in results] if with_probs else None
-    output["finish_reason"] = [
-        result.finish_reason or "length" for result in results
-    ]  # of no tokens: "length"
+    output["finish_reason"] = [result.finish_reason for result in results]
     output["early_exit"] = [
         {"exit_layers": result.exit_layers, "confidences": result.confidences, **vars(result.statistics)}
         for result in results

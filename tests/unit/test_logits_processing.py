@@ -36,14 +36,13 @@ class Processed:
             found = {}
             for n in LAYERS:
                 head = self.gpt.exits[str(n)]
-                state = head.readout(states.exits[n])[-1]
+                state = head(states.exits[n], None, states.rotary_pos_emb)[-1]
                 local = head.projection.local_logits(state, self.gpt.output_weight())[0]
-                bucket = local.new_empty(0)
-                if head.projection.kind == "shortlist":
-                    ids = head.projection.token_ids
-                    bucket = local[len(ids) :][-1:]
-                    local = local.new_full((201,), float("-inf")).index_copy(0, ids, local[: len(ids)])
-                found[n] = self.process(local[:201], text, prompt), bucket
+                kept = head.projection.num_kept
+                bucket = local[kept:]  # nothing, padding, or what stands for all other tokens
+                logits = local.new_full((201,), float("-inf"))
+                logits[head.projection.tokens_of(torch.arange(kept))] = local[:kept]
+                found[n] = self.process(logits, text, prompt), bucket
             final = (states.output[-1, 0] @ self.gpt.output_weight().T)[:201]
             found[self.gpt.config.num_layers] = self.process(final, text, prompt), final.new_empty(0)
         return found

@@ -84,8 +84,10 @@ def test_a_stream_that_is_left_gives_back_what_it_holds_and_others_may_run_meanw
     assert len(closed) == 1 and next(stream).index == 1
     stream.close()
     assert len(closed) == 2
-    (rest, *_), *_ = collected(model.stream(TEXTS[:1], lengths(0), GREEDY), 1)
-    assert rest == "" and between["finish_reason"] == ["length"] * len(TEXTS)
+    (rest, *_, reasons), *_ = collected(model.stream(TEXTS[:1], lengths(0), GREEDY), 1)
+    assert (rest, reasons) == ("", ["length"])
+    assert model.generate(TEXTS[:1], lengths(0), GREEDY)["finish_reason"] == ["length"]
+    assert between["finish_reason"] == ["length"] * len(TEXTS)
 
 
 @pytest.mark.parametrize(
