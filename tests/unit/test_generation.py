@@ -267,9 +267,9 @@ def test_prompts_that_are_refused(model, inputs, message):
     [
         (dict(max_length=-1), {}, None, "length_params.max_length=-1"),
         (dict(max_lenght=3), {}, None, "length_params.max_lenght=3: unknown key; did you mean max_length"),
-        ({}, dict(temperature=0.0), None, "sampling_params.temperature=0.0"),
+        ({}, dict(temperature=0.0, use_greedy=False), None, "sampling_params.temperature=0.0"),
         ({}, dict(top_p=1.5), None, "sampling_params.top_p=1.5"),
-        ({}, dict(top_k=-1), None, "sampling_params.top_k=-1"),
+        ({}, dict(top_k=-2), None, "sampling_params.top_k=-2"),
         ({}, dict(greedy=True), None, "did you mean use_greedy"),
         ({}, dict(end_strings="stop"), None, "sampling_params.end_strings"),
         ({}, {}, dict(threshold=1.5), "early_exit.threshold=1.5"),

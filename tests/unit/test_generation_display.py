@@ -172,7 +172,7 @@ def test_faults_have_the_keys_of_the_yaml():
     from nemo_ee.decoding.request import parse_request
     from nemo_ee.generation.inference_config import in_own_keys
 
-    inference = dict(temperature=0, tokens_to_generate=-1, min_tokens_to_generate=-2, top_k=-3)
+    inference = dict(temperature=-1, tokens_to_generate=-1, min_tokens_to_generate=-2, top_k=-3)
     config = settings(prompts=["x"], inference=inference, early_exit=dict(exits=[3]))
     with pytest.raises(ConfigError) as caught:
         parse_request(**config.generate_arguments(), config=parse_early_exit(dict(layers=[2]), 8))

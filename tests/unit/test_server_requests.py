@@ -88,7 +88,7 @@ def test_defaults_are_openais():
         (dict(temperature=2.1), "temperature", "less than or equal to 2"),
         (dict(temperature="hot"), "temperature", "valid number"),
         (dict(top_p=0), "top_p", "greater than 0"),
-        (dict(top_k=-1), "top_k", "greater than or equal"),
+        (dict(top_k=-2), "top_k", "greater than or equal to -1"),
         (dict(n=0), "n", "greater than or equal to 1"),
         (dict(stop=[""]), "stop", "non-empty"),
         (dict(stop=["a"] * 5), "stop", "at most 4"),
