@@ -71,7 +71,8 @@ def streamed(model: Any, sequences: list[GeneratedSequence]) -> Iterator[Streame
         sequences: not begun, of one request, each with a `TextStream`.
     """
     readers = [SequenceReader(sequence, i) for i, sequence in enumerate(sequences)]
-    request, session = sequences[0].request, None
+    request = sequences[0].request
+    session: DecodingSession | None = None
     longest = max(len(s.prompt) + s.limit - 1 for s in sequences)
     try:
         if request.max_length > 0:

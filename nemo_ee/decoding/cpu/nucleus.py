@@ -34,7 +34,8 @@ class Nucleus:
         highest = row.max()
         if not np.isfinite(highest):
             return cls(None, np.full_like(row, np.nan))
-        weights, tokens = np.exp(row - highest), None
+        weights = np.exp(row - highest)
+        tokens: np.ndarray | None = None
         if 0 < top_k < len(row):
             tokens = _highest(row, top_k)
             weights = weights[tokens]
