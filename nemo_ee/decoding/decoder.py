@@ -24,6 +24,7 @@ from nemo_ee.decoding.decoding_model import DecodingModel
 from nemo_ee.decoding.exit_point import ExitPoint, Trail
 from nemo_ee.decoding.layers.packed_tokens import PackedTokens
 from nemo_ee.decoding.leaving import is_asked, leaves
+from nemo_ee.decoding.logits_processing import TokenSlot, processed
 from nemo_ee.decoding.pass_prices import PassPrices
 from nemo_ee.decoding.prediction import Prediction
 from nemo_ee.decoding.step import Part, Step
@@ -169,18 +170,37 @@ class EarlyExitDecoder:
             counts[row] = min(counts[row], length)
 
     def prefill(
-        self, prompts: Sequence[Sequence[int]], all_positions: bool = False, greedy: bool = False
+        self,
+        prompts: Sequence[Sequence[int]],
+        all_positions: bool = False,
+        slots: Sequence[TokenSlot] | None = None,
+        greedy: bool = False,
     ) -> Step:
         """Adds sequences behind those that are there, and feeds their prompts through all layers, eagerly.
 
         Args:
-            prompts: non-empty token ids; at most as many as there are free rows.
+            prompts: see `feed_prompts`.
             all_positions: predict after every token of the prompts, not only after each one's last: the step's
                 predictions are then those of all tokens, sequence after sequence.
+            slots: of the predictions, see `processed`.
             greedy: nobody asks for more than the most probable tokens, see `DecodingModel.greedy_output`.
 
         Returns:
             The final exit's predictions.
+        """
+        x, packed = self.feed_prompts(prompts)
+        output = self.model.greedy_output if greedy else self.output
+        prediction = output.predict(x if all_positions else x[packed.last])
+        return Step.of_final(processed(prediction, slots, final=True), self.final_layer)
+
+    def feed_prompts(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, PackedTokens]:
+        """`prefill` without predictions.
+
+        Args:
+            prompts: non-empty token ids; at most as many as there are free rows.
+
+        Returns:
+            The states [T, H] of all tokens behind the last layer, sequence after sequence, and their pack.
         """
         first, counts = self.size, [len(prompt) for prompt in prompts]
         assert first + len(prompts) <= self.rows, "no free rows"
@@ -198,9 +218,7 @@ class EarlyExitDecoder:
                 self._entered[k] += counts
             self.filled[k] += counts
         self.layers_run += [count * self.final_layer for count in counts]
-        output = self.model.greedy_output if greedy else self.output
-        prediction = output.predict(x if all_positions else x[packed.last])
-        return Step.of_final(prediction, self.final_layer)
+        return x, packed
 
     def step(
         self,
@@ -210,6 +228,7 @@ class EarlyExitDecoder:
         max_pending: Sequence[int | None] | None = None,
         hold: Sequence[int | None] | None = None,
         greedy: Sequence[bool] | None = None,
+        slots: Sequence[TokenSlot] | None = None,
     ) -> Step:
         """Feeds one token to each of N sequences and predicts the next. Waits for the device once per exit asked; what
         the final exit says is read when it is asked for.
@@ -224,10 +243,12 @@ class EarlyExitDecoder:
                 then; None holds no token, or not this one.
             greedy: [N] whether nobody asks for more than the most probable token after it, see
                 `DecodingModel.greedy_output`; None: of none.
+            slots: [N] of the tokens to predict, see `processed`.
         """
         where = list(range(self.size)) if rows is None else list(rows)
         limits = [None] * len(where) if max_pending is None else max_pending
-        if len(where) == 1 and self._alone is not None and self._alone.fits(self, where[0]):
+        plain = slots is None or not any(slot.changes_logits for slot in slots)
+        if len(where) == 1 and plain and self._alone is not None and self._alone.fits(self, where[0]):
             held, alone = None if hold is None else hold[0], greedy is not None and greedy[0]
             return self._alone.step(self, where[0], int(tokens[0]), thresholds[0], limits[0], held, alone)
         packed, x = self._feed(tokens, where)
@@ -252,7 +273,8 @@ class EarlyExitDecoder:
                 indices = [here[j] for j in asked]
                 before = x[last]
                 behind = before if point.block is None else self._behind_block(k, [where[i] for i in indices])
-                prediction, sure, best = point.predict(before, behind, indices, trail)
+                places = None if slots is None else [slots[i] for i in indices]
+                prediction, sure, best = point.predict(before, behind, indices, trail, places)
                 self.spent += self.prices.head(point.layer, len(asked))
                 out = [n for n, i in enumerate(indices) if leaves(sure[n], thresholds[i][k])]
                 leaving = [indices[n] for n in out]
@@ -271,6 +293,8 @@ class EarlyExitDecoder:
             here = staying
         x = self._run_segments(first, len(self.exits), x, packed)
         prediction = self._final(x[packed.last], greedy is not None and all(greedy[i] for i in here))
+        places = None if slots is None else [slots[i] for i in here]
+        prediction = processed(prediction, places, final=True)
         answer.add(self.final_layer, Part(here, prediction, list(range(len(here)))))
         return answer
 

@@ -4,6 +4,8 @@
 Suffixes: T tokens of a pack, N sequences, H hidden size.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from nemo_ee.decoding.confidence_rules import ConfidenceRule, ExitEvidence
 from nemo_ee.decoding.cuda.segment_graphs import EagerPasses
 from nemo_ee.decoding.decoding_model import DecodingModel
 from nemo_ee.decoding.layers.packed_tokens import PackedTokens
+from nemo_ee.decoding.logits_processing import TokenSlot, processed
 from nemo_ee.decoding.prediction import Prediction
 from nemo_ee.decoding.transfer import to_device, to_host
 
@@ -90,7 +93,12 @@ class ExitPoint:
             self.block(x.to(self.head.dtype), packed)
 
     def predict(
-        self, x: Tensor, inside: Tensor, indices: list[int], trail: Trail | None
+        self,
+        x: Tensor,
+        inside: Tensor,
+        indices: list[int],
+        trail: Trail | None,
+        slots: Sequence[TokenSlot] | None = None,
     ) -> tuple[Prediction, list[float], list[int]]:
         """The head's prediction, how sure it is and its most probable tokens, for the tokens with these indices in
         the step. Waits for the device once.
@@ -100,8 +108,9 @@ class ExitPoint:
             inside: [N, H] behind the block.
             indices: N of the step's tokens.
             trail: of the step, for rules that look back.
+            slots: N, see `processed`.
         """
-        prediction = self._passes.predict(f"exit {self.layer}", self.head, inside)
+        prediction = processed(self._passes.predict(f"exit {self.layer}", self.head, inside), slots)
         evidence = ExitEvidence(prediction, x) if trail is None else trail.evidence(prediction, x, indices)
         sure, tokens = to_host(self.rule.sureness(evidence), prediction.tokens)
         return prediction, sure, tokens

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from nemo_ee.decoding.logits_processing import TokenSlot
 from nemo_ee.decoding.request import GenerationRequest
 
 
@@ -102,6 +103,15 @@ class GeneratedSequence:
     def twin(self) -> "GeneratedSequence":
         """The same request, not begun, for another process that only chooses tokens; it never ends by itself."""
         return GeneratedSequence(self.prompt, self.request, frozenset(), self.eos, self.limit, self.seed)
+
+    def slot(self, drafts: int | None = None) -> TokenSlot:
+        """Behind its tokens and some of its drafts; None means all."""
+        options, count = self.request.sampling, len(self.drafts) if drafts is None else drafts
+        too_short = len(self.tokens) + count < self.request.min_length
+        text: list[int] = []
+        if options.repetition_penalty != 1.0:
+            text = self.prompt + self.tokens + [draft.token for draft in self.drafts[:count]]
+        return TokenSlot(self.eos if too_short else (), options.repetition_penalty, text, options.use_greedy)
 
     @property
     def last_token(self) -> int:

@@ -5,9 +5,10 @@ Suffixes: N tokens, R rows of this rank, V vocabulary, Vp vocabulary padded to a
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
@@ -34,6 +35,14 @@ class Rows:
     emittable: int
     tokens: Tensor | None = None
 
+    def columns(self, tokens: Tensor, spare: int) -> Tensor:
+        """Where the logits of some tokens [k] are on this rank; `spare` for tokens that have no row here."""
+        row = tokens if self.tokens is None else torch.searchsorted(self.tokens, tokens)
+        column, here = row - self.first, torch.ones_like(tokens, dtype=torch.bool)
+        if self.tokens is not None:
+            here = self.tokens[row.clamp_max(len(self.tokens) - 1)] == tokens
+        return torch.where(here & (column >= 0) & (column < self.emittable), column, spare)
+
     @classmethod
     def of_exit(cls, projection: ExitProjection) -> "Rows":
         """The rows of an exit's projection."""
@@ -58,12 +67,14 @@ class Prediction:
         tokens: [N] the most probable emittable token.
         confidence: [N] its probability, in float32 or wider. By logits of 8-bit weights where it comes from a search,
             see `nemo_ee.decoding.layers.lean_head.SearchedOutput`: approximate, to be reported and no more.
+        own_logits: the model's own, where `logits` are what a request makes of them; None where they are the same.
     """
 
     rows: Rows
     source: Tensor | Callable[[], Tensor]
     tokens: Tensor
     confidence: Tensor
+    own_logits: Tensor | None = None
 
     @cached_property
     def logits(self) -> Tensor:
@@ -88,20 +99,27 @@ class Prediction:
             return self
         index = to_device(indices, self.tokens.device)
         logits = self.logits[index] if isinstance(self.source, Tensor) else lambda: self.logits[index]
-        return Prediction(self.rows, logits, self.tokens[index], self.confidence[index])
+        own = None if self.own_logits is None else self.own_logits[index]
+        return Prediction(self.rows, logits, self.tokens[index], self.confidence[index], own)
 
-    def vocabulary_shard(self, shard_size: int) -> Tensor:
+    def with_own(self, logits: Tensor) -> "Prediction":
+        """The same, with the model's own logits [N, R] beside."""
+        return replace(self, own_logits=logits)
+
+    def vocabulary_shard(self, shard_size: int, own: bool = False) -> Tensor:
         """Logits [N, Vp/TP] of this rank's share of the vocabulary; -inf for what cannot be emitted.
 
         Args:
             shard_size: Vp/TP.
+            own: the model's own logits, whatever a request makes of them.
 
         Collectives: for a shortlist at TP > 1, one all-gather of [N, R].
         """
         rows = self.rows
+        given = self.own_logits if own and self.own_logits is not None else self.logits
         if rows.tokens is None:
-            return self.logits
-        gathered = gather_columns(self.logits[:, : rows.count])[:, : len(rows.tokens)]
+            return given
+        gathered = gather_columns(given[:, : rows.count])[:, : len(rows.tokens)]
         first = shard_size * parallel_state.get_tensor_model_parallel_rank()
         whole = shard_size * parallel_state.get_tensor_model_parallel_world_size()
         logits = gathered.new_full((len(gathered), whole), float("-inf"))

@@ -24,16 +24,16 @@ class SamplingOptions:
     """NeMo's sampling parameters. Defaults are NeMo's (`get_default_sampling_params`), but for `add_BOS`.
 
     Attributes:
-        use_greedy: take the most probable token; the next four are then ignored.
-        temperature: divides logits before sampling; at least `LOWEST_TEMPERATURE`.
-        top_k: sample among the k most probable tokens; 0 for all.
+        use_greedy: take the most probable token; the next three are then ignored.
+        temperature: divides logits before sampling; at least `LOWEST_TEMPERATURE`, or anything from 0 on if greedy.
+        top_k: sample among the k most probable tokens; 0 or -1 for all.
         top_p: sample among the most probable tokens that together have this probability; 0 or 1 for all.
         repetition_penalty: logits of tokens that the text has already are divided by it where positive and
-            multiplied where negative (arXiv:1909.05858). NeMo 2.4.1 ignores it unless it computes
-            log-probabilities.
+            multiplied where negative (arXiv:1909.05858), before any exit is asked and also for greedy decoding, as in
+            transformers. (NeMo 2.4.1 ignores it then.)
         add_BOS: put the tokenizer's BOS before each text that does not begin with it. None is the model's rule,
             see `TextTokenizer`; the dictionary of NeMo's own defaults says True.
-        all_probs: also return the log-probabilities of the generated tokens and of the whole vocabulary.
+        all_probs: also return the log-probabilities of the tokens and of the whole vocabulary.
         compute_logprob: return the log-probabilities of the prompts' own tokens, and generate nothing.
         end_strings: a sequence ends with the token that completes one in its generated text. As with NeMo, tokens and
             text are returned with it, here with all of that token: NeMo goes on where a token has more than the
@@ -54,7 +54,7 @@ class SamplingOptions:
     @property
     def tokens_alone(self) -> bool:
         """Whether a prediction's most probable token is all that is asked for, but for tokens that may not come yet."""
-        return self.use_greedy and not self.all_probs
+        return self.use_greedy and not self.all_probs and self.repetition_penalty == 1.0
 
 
 @dataclass(frozen=True)
@@ -227,6 +227,8 @@ def parse_exits(
     elif list(layers) != sorted(set(layers)):
         rule = "exits must ascend, each named once"
         faults.append(Fault("early_exit.exits", list(layers), rule, f"write {sorted(set(layers))}"))
+    elif not layers:
+        faults += _faults_without_exits(options, config)
     elif options.threshold is not None:
         faults += check_thresholds(options.threshold, len(layers), "early_exit.threshold")
     if options.max_pending is not None and options.max_pending < 0:
@@ -267,6 +269,24 @@ def _no_thresholds(options: ExitOptions, faults: list[Fault]) -> dict[int, float
         remedy = "give one, e.g. early_exit.threshold=0.8, or calibrate (scripts/calibrate_early_exit.py)"
         faults.append(Fault("early_exit.threshold", None, rule, remedy))
     return {}
+
+
+def _faults_without_exits(options: ExitOptions, config: EarlyExitConfig) -> list[Fault]:
+    """What is asked of exits where none is in use: who forgets the exits' file asks just so."""
+    rule, remedy = "early_exit.exits=[] uses no exit", "name exits, or leave it null"
+    if not config.layers:
+        rule, remedy = "the model has no exits", "load tuned ones (adapter_file=exits.nemo), or leave it null"
+    asked = {
+        "threshold": options.threshold not in (None, NEVER) and options.threshold != (),
+        "lossless": bool(options.lossless),
+        "always": bool(options.always),
+        "max_pending": options.max_pending is not None,
+    }
+    return [
+        Fault(f"early_exit.{name}", getattr(options, name), rule, remedy)
+        for name, given in asked.items()
+        if given
+    ]
 
 
 def _decoding_faults(options: ExitOptions, config: EarlyExitConfig) -> list[Fault]:
@@ -328,11 +348,11 @@ def _given(values: Any) -> Any:
 def _sampling_faults(options: SamplingOptions) -> list[Fault]:
     rules = {
         "temperature": (
-            options.temperature >= LOWEST_TEMPERATURE,
-            f"must be at least {LOWEST_TEMPERATURE}",
+            options.temperature >= (0 if options.use_greedy else LOWEST_TEMPERATURE),
+            "must be 0 or more" if options.use_greedy else f"must be at least {LOWEST_TEMPERATURE} to sample",
             "use 1.0, or decode greedily",
         ),
-        "top_k": (options.top_k >= 0, "must be a whole number, 0 or more", "use 0 for all tokens"),
+        "top_k": (options.top_k >= -1, "must be a whole number, -1 or more", "use 0 or -1 for all tokens"),
         "top_p": (0 <= options.top_p <= 1, "lies within [0, 1]", "use 1.0 for all tokens"),
         "repetition_penalty": (options.repetition_penalty > 0, "must be above 0", "use 1.0 for none"),
         "end_strings": ("" not in options.end_strings, "every text ends with an empty one", "leave that out"),

@@ -4,7 +4,7 @@
 from collections.abc import Sequence
 
 from nemo_ee.decoding.assumed_prices import prices_of
-from nemo_ee.decoding.choosing import Chooser, TokenDistributions, TokenSlot
+from nemo_ee.decoding.choosing import Chooser, TokenDistributions
 from nemo_ee.decoding.decoder import EarlyExitDecoder
 from nemo_ee.decoding.decoding_model import DecodingModel
 from nemo_ee.decoding.drafts.lossless import LosslessRounds
@@ -12,6 +12,7 @@ from nemo_ee.decoding.drafts.verification import Acceptance, agreeing_prefix
 from nemo_ee.decoding.exit_policy import ExitPolicy
 from nemo_ee.decoding.generated_sequence import Draft, GeneratedSequence
 from nemo_ee.decoding.leaving import NEVER, is_asked
+from nemo_ee.decoding.logits_processing import processed
 from nemo_ee.decoding.step import UNANSWERED, Step
 from nemo_ee.decoding.transfer import to_host
 
@@ -83,8 +84,11 @@ class DecodingSession:
         assert len(sequences) <= self.free, "no free slot"
         assert all(len(s.prompt) + s.limit - 1 <= self.max_length for s in sequences), "too long"
         self.running += sequences
-        greedy = all(s.request.sampling.tokens_alone for s in sequences)
-        step = self._decoder.prefill([s.prompt for s in sequences], greedy=greedy)
+        slots, greedy = (
+            [s.slot() for s in sequences],
+            all(s.request.sampling.tokens_alone for s in sequences),
+        )
+        step = self._decoder.prefill([s.prompt for s in sequences], slots=slots, greedy=greedy)
         self._take(step, list(sequences), [False] * len(sequences))
         return self._retire()
 
@@ -123,6 +127,7 @@ class DecodingSession:
             max_pending=[None if h else s.request.max_pending for s, h in zip(going, held, strict=True)],
             hold=[waits_at if h else None for h in held],
             greedy=[s.request.sampling.tokens_alone for s in going],
+            slots=[s.slot() for s in going],
         )
         for sequence, row, layer in zip(going, thresholds, step.exit_layers, strict=True):
             if sequence in rounds.members:
@@ -161,7 +166,7 @@ class DecodingSession:
         answered = [sequences[i] for i in step.answered]
         if not answered:
             return
-        tokens, found = self._chooser.of_step(step, answered)
+        tokens, found = self._chooser.of_step(step, answered, [held[i] for i in step.answered])
         for n, (i, sequence, token) in enumerate(zip(step.answered, answered, tokens, strict=True)):
             layer, confidence = step.exit_layers[i], step.confidences[i]
             if not held[i]:
@@ -180,8 +185,9 @@ class DecodingSession:
         rows = [self.running.index(s) for s in sequences]
         greedy = all(s.request.sampling.tokens_alone for s in sequences)
         prediction, counts = self._decoder.flush(rows, greedy)
-        places = [TokenSlot.after(s, j) for s, n in zip(sequences, counts, strict=True) for j in range(n)]
-        found = self._chooser.of_prediction(prediction, places)
+        places = [(s, j) for s, n in zip(sequences, counts, strict=True) for j in range(n)]
+        prediction = processed(prediction, [s.slot(j) for s, j in places], final=True)
+        found = self._chooser.of_prediction(prediction, [s for s, _ in places])
         spans = found.distributions
         judges: dict[GeneratedSequence, Acceptance] = {}
         ahead = self._model.device.type != "cpu"
@@ -192,9 +198,8 @@ class DecodingSession:
                 span, random = spans[first : first + count], sequence.random("verify")
                 judges[sequence] = Acceptance(sequence.drafts, span, random, ahead)
             first += count
-        chosen = prediction.tokens if found.greedy is None else found.greedy
         readings = [tensor for judge in judges.values() for tensor in judge.readings()]
-        confidences, chosen_tokens, *values = to_host(prediction.confidence, chosen, *readings)
+        confidences, chosen_tokens, *values = to_host(prediction.confidence, prediction.tokens, *readings)
         first = 0
         for sequence, row, count in zip(sequences, rows, counts, strict=True):
             drafts, greedy = sequence.drafts, chosen_tokens[first : first + count]

@@ -120,9 +120,9 @@ class Step:
         """[n] the most probable token of each answer on the device, in the order of `answered`."""
         return self._join([part.prediction.tokens for part in self.parts])
 
-    def vocabulary_shard(self, shard_size: int) -> Tensor:
+    def vocabulary_shard(self, shard_size: int, own: bool = False) -> Tensor:
         """Logits [n, Vp/TP] of this rank's share of the vocabulary, see `Prediction.vocabulary_shard`."""
-        return self._join([part.prediction.vocabulary_shard(shard_size) for part in self.parts])
+        return self._join([part.prediction.vocabulary_shard(shard_size, own) for part in self.parts])
 
     def _note(self, part: Part, confidences: list[float], tokens: list[int]) -> None:
         for i, place in zip(part.indices, part.places, strict=True):

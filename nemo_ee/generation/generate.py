@@ -4,11 +4,13 @@
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from nemo.utils import logging
+from torch import Tensor
 
 from nemo_ee.decoding.assumed_prices import prices_of
 from nemo_ee.decoding.confidence_rules import CONFIDENCE_RULES
@@ -19,16 +21,21 @@ from nemo_ee.decoding.pipeline.channel import PipelineGroups, StageGone
 from nemo_ee.decoding.pipeline.session import PipelineSession, serve
 from nemo_ee.decoding.request import GenerationRequest, parse_request
 from nemo_ee.decoding.session import DecodingSession
-from nemo_ee.errors import GenerationError
+from nemo_ee.decoding.transfer import to_device
+from nemo_ee.errors import ConfigError, Fault, GenerationError
 from nemo_ee.generation.generating import check_model_can_generate, generating, position_limit
 from nemo_ee.generation.output import to_output, to_prompt_logprobs
 from nemo_ee.generation.prompts import tokenize_prompts
 from nemo_ee.generation.stopping import StopRule
+from nemo_ee.generation.stream import StreamedText, streamed
 from nemo_ee.modeling.vocab_parallel import gather_columns
 from nemo_ee.runtime.collective import on_first_rank
 
 JOINING = 8
 """New prompts join when an eighth of the slots is free: a pass for one alone costs as much as for several."""
+FED, POSITIONS = 2048, 256
+"""Of prompts whose own log-probabilities are computed: tokens that are fed at once, if there are several; and positions
+whose logits exist at once."""
 
 
 def generate(
@@ -56,6 +63,97 @@ def generate(
         ConfigError: parameters that break a rule.
         GenerationError: a model or prompts that cannot be served.
     """
+    begun = _begin(model, inputs, length_params, sampling_params, early_exit, generator)
+    with generating(model):
+        check_pipeline_can(begun.request)
+        if begun.request.sampling.compute_logprob:
+            return _prompt_logprobs(model, begun)
+        results = begun.sequences(model)
+        decoding = model.decoding_model()
+        if begun.request.max_length > 0:
+            for _ in continue_sequences(model, decoding, results, len(results)):
+                pass
+        prices = prices_of(decoding).shown() if decoding.is_whole else None
+    return {**to_output(results, model.text_tokenizer), "pass_prices": prices}
+
+
+def stream(
+    model: Any,
+    inputs: Any,
+    length_params: Mapping | None = None,
+    sampling_params: Mapping | None = None,
+    early_exit: Mapping | bool | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[StreamedText]:
+    """Generates step by step; see `GenerationMixin.stream`. All is checked before it returns.
+
+    Args:
+        model: as for `generate`, as are the others.
+        inputs: likewise.
+        length_params: likewise.
+        sampling_params: likewise.
+        early_exit: likewise.
+        generator: likewise.
+
+    Raises:
+        ConfigError: parameters that break a rule, or ask for log-probabilities.
+        GenerationError: a model or prompts that cannot be served; several pipeline stages.
+    """
+    begun = _begin(model, inputs, length_params, sampling_params, early_exit, generator)
+    asked = [name for name in ("all_probs", "compute_logprob") if getattr(begun.request.sampling, name)]
+    if asked:
+        rule, remedy = "a stream has no log-probabilities", "call model.generate, or leave it out"
+        raise ConfigError(*(Fault(f"sampling_params.{name}", True, rule, remedy) for name in asked))
+    if (stages := parallel_state.get_pipeline_model_parallel_world_size()) > 1:
+        raise GenerationError(
+            f"model.pipeline_model_parallel_size={stages}: a stream needs all layers on one stage; call "
+            "model.generate, or restore with pipeline_model_parallel_size=1"
+        )
+    return streamed(model, begun.sequences(model, always_text=True))
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A call whose arguments are checked; the same on all ranks.
+
+    Attributes:
+        request: how to generate.
+        prompts: token ids of each.
+        seeds: of each one's random numbers.
+        texts: the prompts as they were given, where they are texts.
+    """
+
+    request: GenerationRequest
+    prompts: list[list[int]]
+    seeds: list[int]
+    texts: list[str] | None
+
+    def sequences(self, model: Any, always_text: bool = False) -> list[GeneratedSequence]:
+        """To be generated, with texts of their own where end strings are looked for, or always."""
+        request, limit = self.request, position_limit(model.cfg)
+        if max(map(len, self.prompts)) + request.max_length > limit + 1:
+            logging.warning(
+                f"length_params.max_length={request.max_length}: cut at the model's {limit} positions"
+            )
+        stop = StopRule(model.text_tokenizer, request.sampling.end_strings, always_text)
+        begun = [
+            stop.begin(prompt, request, min(request.max_length, limit + 1 - len(prompt)), seed)
+            for prompt, seed in zip(self.prompts, self.seeds, strict=True)
+        ]
+        for sequence in begun if request.max_length == 0 else ():
+            sequence.finish_reason = "length"
+        return begun
+
+
+def _begin(
+    model: Any,
+    inputs: Any,
+    length_params: Mapping | None,
+    sampling_params: Mapping | None,
+    early_exit: Mapping | bool | None,
+    generator: torch.Generator | None,
+) -> _Begun:
+    """Raises what `generate` raises for its arguments, on every rank."""
     check_model_can_generate(model)
     tokenizer, limit = model.text_tokenizer, position_limit(model.cfg)
 
@@ -68,26 +166,7 @@ def generate(
         drawn = [0] * len(prompts) if sampling.use_greedy else seeds(len(prompts), generator)
         return request, prompts, drawn, list(inputs) if isinstance(inputs[0], str) else None
 
-    request, prompts, drawn, texts = on_first_rank(read, parallel_state.get_model_parallel_group())
-    with generating(model):
-        check_pipeline_can(request)
-        if request.sampling.compute_logprob:
-            return _prompt_logprobs(model, prompts, texts)
-        if max(map(len, prompts)) + request.max_length > limit + 1:
-            logging.warning(
-                f"length_params.max_length={request.max_length}: cut at the model's {limit} positions"
-            )
-        stop = StopRule(tokenizer, request.sampling.end_strings)
-        results = [
-            stop.begin(prompt, request, min(request.max_length, limit + 1 - len(prompt)), seed)
-            for prompt, seed in zip(prompts, drawn, strict=True)
-        ]
-        decoding = model.decoding_model()
-        if request.max_length > 0:
-            for _ in continue_sequences(model, decoding, results, len(results)):
-                pass
-        prices = prices_of(decoding).shown() if decoding.is_whole else None
-    return {**to_output(results, tokenizer), "pass_prices": prices}
+    return _Begun(*on_first_rank(read, parallel_state.get_model_parallel_group()))
 
 
 def continue_sequences(
@@ -175,15 +254,52 @@ def seeds(count: int, generator: torch.Generator | None) -> list[int]:
     return torch.randint(2**62, (count,), generator=generator, device=device).tolist()
 
 
-def _prompt_logprobs(model: Any, prompts: list[list[int]], texts: list[str] | None) -> dict[str, Any]:
-    size = len(prompts), max(map(len, prompts))
+def _prompt_logprobs(model: Any, begun: _Begun) -> dict[str, Any]:
+    """Prompts go through the layers some at a time, and to the output layer some positions at a time: logits of
+    [POSITIONS, V] are all that exists at once, but for `full_logprob`, which is kept where `all_probs` asks for it."""
+    whole = begun.request.sampling.all_probs
+    logprobs: list[Tensor] = []
+    full: list[Tensor] = []
+    groups = list(_groups(begun.prompts))
+    size = max(map(len, groups)), max(map(len, begun.prompts))
     with closing(EarlyExitDecoder(model.decoding_model(), [], *size)) as decoder:
-        step = decoder.prefill(prompts, all_positions=True)
-    shard = step.vocabulary_shard(len(model.gpt.output_weight()))
-    logits = gather_columns(shard)[:, : model.gpt.true_vocab_size]
-    log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    rows = log_probs.split([len(prompt) for prompt in prompts])
-    return to_prompt_logprobs(prompts, rows, model.text_tokenizer, texts)
+        for prompts in groups:
+            states, _ = decoder.feed_prompts(prompts)
+            # Behind a prompt's last token its most probable one is scored, as in NeMo 2.4.1: -1 stands for that.
+            following = [token for prompt in prompts for token in (*prompt[1:], -1)]
+            scored, rows = [], []
+            for first in range(0, len(states), POSITIONS):
+                chunk = slice(first, first + POSITIONS)
+                log_probs = _log_probs(model.gpt, decoder, states[chunk])
+                tokens = to_device(following[chunk], states.device)
+                given = log_probs.gather(1, tokens.clamp_min(0)[:, None])[:, 0]
+                scored.append(torch.where(tokens < 0, log_probs.max(-1).values, given))
+                rows += [log_probs] if whole else []
+            lengths = [len(prompt) for prompt in prompts]
+            logprobs += torch.cat(scored).split(lengths)
+            full += torch.cat(rows).split(lengths) if whole else ()
+            decoder.drop(range(len(prompts)))
+    return to_prompt_logprobs(
+        begun.prompts, logprobs, full if whole else None, model.text_tokenizer, begun.texts
+    )
+
+
+def _groups(prompts: list[list[int]]) -> Iterator[list[list[int]]]:
+    """Prompts that are fed together, in their order: of `FED` tokens at most, or a single one."""
+    group: list[list[int]] = []
+    for prompt in prompts:
+        if group and sum(map(len, group)) + len(prompt) > FED:
+            yield group
+            group = []
+        group.append(prompt)
+    yield group
+
+
+def _log_probs(gpt: Any, decoder: EarlyExitDecoder, states: Tensor) -> Tensor:
+    """[positions, V] in float32 or wider, from states [positions, H] behind the last layer."""
+    shard = decoder.output.predict(states).vocabulary_shard(len(gpt.output_weight()))
+    logits = gather_columns(shard)[:, : gpt.true_vocab_size]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 def check_pipeline_can(request: GenerationRequest) -> None:

@@ -18,6 +18,7 @@ def to_output(results: Sequence[GeneratedSequence], tokenizer: TextTokenizer) ->
 
     `sentences`, `tokens`, `token_ids` and `offsets` cover prompt and continuation, each sentence up to its
     own end. `logprob` and `full_logprob` are None, or per sentence [n] and [n, V] for the n generated tokens.
+    `finish_reason` has per sentence "stop" or "length".
     `early_exit` has per sentence the `exit_layers` and `confidences` of the n generated tokens, and the fields
     of `SequenceStatistics`.
     """
@@ -26,6 +27,7 @@ def to_output(results: Sequence[GeneratedSequence], tokenizer: TextTokenizer) ->
     with_probs = any(result.logprobs for result in results)
     output["logprob"] = [torch.stack(r.logprobs) for r in results] if with_probs else None
     output["full_logprob"] = [torch.stack(r.full_logprobs) for r in results] if with_probs else None
+    output["finish_reason"] = [result.finish_reason for result in results]
     output["early_exit"] = [
         {"exit_layers": result.exit_layers, "confidences": result.confidences, **vars(result.statistics)}
         for result in results
@@ -35,7 +37,8 @@ def to_output(results: Sequence[GeneratedSequence], tokenizer: TextTokenizer) ->
 
 def to_prompt_logprobs(
     prompts: Sequence[list[int]],
-    log_probs: Sequence[Tensor],
+    logprobs: Sequence[Tensor],
+    full_logprobs: Sequence[Tensor] | None,
     tokenizer: TextTokenizer,
     texts: list[str] | None = None,
 ) -> dict[str, Any]:
@@ -44,20 +47,15 @@ def to_prompt_logprobs(
 
     Args:
         prompts: token ids.
-        log_probs: [n, V] per prompt; row i predicts token i + 1.
+        logprobs: per prompt [n]: entry i is that of token i + 1, the last one that of the most probable token after
+            the prompt (as in NeMo 2.4.1).
+        full_logprobs: [n, V] per prompt; row i predicts token i + 1. None where they are not asked for.
         tokenizer: the model's.
         texts: the prompts as they were given, for `sentences`; None decodes them.
-
-    Returns:
-        `logprob`, per prompt [n]: entry i is that of token i + 1, the last one that of the most probable
-        token after the prompt (as in NeMo 2.4.1); `full_logprob`, the `log_probs`.
     """
     output = text_fields(list(prompts), tokenizer)
-    output["logprob"] = [
-        rows.gather(1, torch.tensor([*prompt[1:], int(rows[-1].argmax())], device=rows.device)[:, None])[:, 0]
-        for prompt, rows in zip(prompts, log_probs, strict=True)
-    ]
-    output["full_logprob"] = list(log_probs)
+    output["logprob"] = list(logprobs)
+    output["full_logprob"] = None if full_logprobs is None else list(full_logprobs)
     if texts is not None:
         output["sentences"] = texts
     return output

@@ -2,6 +2,7 @@
 """From what a caller hands to `generate` to token ids, checked before anything is computed."""
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -24,9 +25,10 @@ def tokenize_prompts(
     """Token ids of every prompt.
 
     Args:
-        inputs: texts; or a tuple of two tensors, token ids [B, S] and lengths [B]; or a chat in NeMo's form (a
-            list of turns, each `{"role": [...], "content": [...]}` with one entry per conversation); or one
-            conversation, a list of `{"role": str, "content": str}`; or a list of conversations.
+        inputs: texts; or token ids, a list of them per prompt, or one list for a single prompt; or a tuple of two
+            tensors, token ids [B, S] and lengths [B]; or a chat in NeMo's form (a list of turns, each `{"role":
+            [...], "content": [...]}` with one entry per conversation); or one conversation, a list of `{"role": str,
+            "content": str}`; or a list of conversations.
         tokenizer: the model's.
         add_bos: put BOS before each text that does not begin with it; None for the model's rule. Chats have what
             their template writes, and token ids are taken as they are.
@@ -42,6 +44,10 @@ def tokenize_prompts(
         raise GenerationError(
             f"inputs={inputs!r}: must be a non-empty list of prompts; wrap a single prompt in []"
         )
+    elif _are_ids(inputs):
+        prompts = _known_tokens([list(inputs)], tokenizer.vocab_size)
+    elif all(isinstance(x, list | tuple) and (not x or _are_ids(x)) for x in inputs):
+        prompts = _known_tokens([list(x) for x in inputs], tokenizer.vocab_size)
     elif is_chat_input(inputs):
         prompts = [chat_tokens(tokenizer.nemo, turns) for turns in _conversations(inputs)]
     elif all(isinstance(x, str) for x in inputs):
@@ -51,7 +57,8 @@ def tokenize_prompts(
     else:
         kinds = sorted({type(x).__name__ for x in inputs})
         raise GenerationError(
-            f"inputs: a list of {', '.join(kinds)}; give texts, chats, or a tuple of two tensors"
+            f"inputs: a list of {', '.join(kinds)}; give texts, lists of token ids, chats, or a tuple of two "
+            "tensors"
         )
     for i, prompt in enumerate(prompts):
         if (outside := max(prompt, default=0)) >= tokenizer.vocab_size:
@@ -143,13 +150,22 @@ def _given_tokens(tokens: Tensor, lengths: Tensor, vocabulary: int) -> list[list
             raise GenerationError(
                 f"prompt {i}: its length is {length}; give 1 to the tensor's {len(row)} tokens"
             )
-        outside = [token for token in row[:length] if not 0 <= token < vocabulary]
-        if outside:
+        prompts.append(row[:length])
+    return _known_tokens(prompts, vocabulary)
+
+
+def _are_ids(values: Sequence[Any]) -> bool:
+    """Whether they are whole numbers, one at least."""
+    return bool(values) and all(isinstance(x, Integral) and not isinstance(x, bool) for x in values)
+
+
+def _known_tokens(prompts: Sequence[Sequence[int]], vocabulary: int) -> list[list[int]]:
+    for i, prompt in enumerate(prompts):
+        if outside := [token for token in prompt if not 0 <= token < vocabulary]:
             raise GenerationError(
                 f"prompt {i}: token id {outside[0]} is not in the vocabulary; use 0 to {vocabulary - 1}"
             )
-        prompts.append(row[:length])
-    return prompts
+    return [[int(token) for token in prompt] for prompt in prompts]
 
 
 def _conversations(turns: Sequence[dict]) -> list[list[dict[str, str]]]:

@@ -18,14 +18,15 @@ class StopRule:
     Args:
         tokenizer: the model's.
         end_strings: see `SamplingOptions`.
+        always_text: sequences have a `TextStream` also where there is no end string to look for.
 
     Attributes:
         token_ids: tokens that end a sequence.
         texts: end strings to look for in decoded text.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, end_strings: Sequence[str]):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: TextTokenizer, end_strings: Sequence[str], always_text: bool = False):
+        self._tokenizer, self._always = tokenizer, always_text
         said = [text for text in end_strings if text != END_OF_SEQUENCE or not tokenizer.eos_ids]
         self.token_ids, self.texts = end_tokens(tokenizer, said)
 
@@ -33,7 +34,7 @@ class StopRule:
         self, prompt: list[int], request: GenerationRequest, limit: int, seed: int = 0
     ) -> GeneratedSequence:
         """A sequence that is still to be generated; see there."""
-        text = TextStream(self._tokenizer.decode, prompt, self.texts) if self.texts else None
+        text = TextStream(self._tokenizer.decode, prompt, self.texts) if self.texts or self._always else None
         return GeneratedSequence(prompt, request, self.token_ids, self._tokenizer.eos_ids, limit, seed, text)
 
 

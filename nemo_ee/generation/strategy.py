@@ -15,6 +15,7 @@ from torch import Tensor
 from nemo_ee.decoding.decoder import EarlyExitDecoder
 from nemo_ee.decoding.generated_sequence import GeneratedSequence
 from nemo_ee.decoding.leaving import NEVER, is_asked
+from nemo_ee.decoding.logits_processing import TokenSlot
 from nemo_ee.decoding.request import GenerationRequest, parse_exits
 from nemo_ee.decoding.step import UNANSWERED, Step
 from nemo_ee.errors import ConfigError, Fault, GenerationError
@@ -198,7 +199,9 @@ class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
         """
         tokens, length, maxlen = batch
         gpt, first = self.model.gpt, self.decoder is None
-        shard = len(gpt.output_weight())
+        shard, ends = len(gpt.output_weight()), self.model.text_tokenizer.eos_ids
+        short = [length - start < self._min_length for start in self.lengths]
+        slots = [TokenSlot(ends if each else (), greedy=False) for each in short]
         with generating(self.model, torch.no_grad):
             if self.decoder is None:
                 self.decoder = EarlyExitDecoder(
@@ -209,24 +212,22 @@ class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
                     confidence=self.confidence,
                 )
                 rows = list(range(len(tokens)))
-                step = self.decoder.prefill(tokens[:, :length].tolist(), all_positions=self.prompt_logits)
+                step = self.decoder.prefill(
+                    tokens[:, :length].tolist(), self.prompt_logits, None if self.prompt_logits else slots
+                )
                 logits = step.vocabulary_shard(shard).view(len(tokens), -1, shard)
             else:
                 rows = [b for b, sequence in enumerate(self.sequences) if sequence.finish_reason is None]
                 never, usual = [NEVER] * len(self.exits), list(self.exits.values())
                 thresholds = [usual if length > self.lengths[b] else never for b in rows]
                 limits = [self.max_pending] * len(rows)
-                step = self.decoder.step(tokens[rows, length - 1], thresholds, rows, limits)
+                places = [slots[b] for b in rows]
+                step = self.decoder.step(tokens[rows, length - 1], thresholds, rows, limits, slots=places)
                 logits = step.vocabulary_shard(shard)[:, None]
         if len(rows) < len(tokens):
             whole = logits.new_zeros(len(tokens), 1, shard)
             whole[rows] = logits
             logits = whole
-        short = [b for b in rows if length - self.lengths[b] < self._min_length and not self.prompt_logits]
-        offset = shard * parallel_state.get_tensor_model_parallel_rank()
-        here = [token - offset for token in self.model.text_tokenizer.eos_ids if 0 <= token - offset < shard]
-        for b in short if here else ():
-            logits[b, -1, here] = float("-inf")
         self._note(step, rows, last=length if first and self.prompt_logits else 1)
         return [{"logits": logits}]
 
@@ -251,12 +252,15 @@ class EarlyExitTextGenerationStrategy(GPTModelTextGenerationStrategy):
         return [stop.begin(prompt, request, sys.maxsize) for prompt in self._prompts]
 
     def post_generation_process(self, output: dict[str, Any]) -> dict[str, Any]:
-        """Adds `early_exit`, writes `sentences` as we decode them, and forgets the batch."""
+        """Adds `early_exit` and `finish_reason`, writes `sentences` as we decode them, and forgets the batch."""
         decode = self.model.text_tokenizer.decode
         output["sentences"] = [decode(ids) for ids in output["token_ids"]]
+        sequences = self.sequences or self._begun([])
+        if not self.prompt_logits:
+            output["finish_reason"] = [sequence.finish_reason or "length" for sequence in sequences]
         output["early_exit"] = [
             {"exit_layers": sequence.exit_layers, "confidences": sequence.confidences}
-            for sequence in self.sequences or self._begun([])
+            for sequence in sequences
         ]
         self.forget()
         self._prompt_lengths, self.prompt_logits, self._min_length = None, True, 0

@@ -80,7 +80,9 @@ def summary(
         return "no tokens"
     paint, count, shares = painter({*exits, *exit_layers}, final_layer), len(exit_layers), []
     for layer, tokens in sorted(Counter(exit_layers).items()):
-        name = "all layers" if layer == final_layer else f"layer {layer}"
+        name = f"layer {layer}" if layer != final_layer else "all layers"
+        if layer == final_layer and layer in exits:  # which saves none; both are at the same layer
+            name = f"all layers (exit {layer} or the final exit)"
         shares.append(f"{paint(name, layer) if colour else name} {100 * tokens / count:.0f} %")
     mean = sum(confidences) / count
     return f"{count} tokens: {', '.join(shares)}; mean confidence {mean:.2f}"

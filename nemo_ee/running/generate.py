@@ -17,10 +17,12 @@ from nemo_ee.decoding.request import parse_request
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.files.output import claim, replaced_file
 from nemo_ee.generation.generating import position_limit
+from nemo_ee.generation.inference_config import in_own_keys
 from nemo_ee.generation.prompts import tokenize_prompts
 from nemo_ee.running.display import DIM, RESET, marked, summary, token_pieces
+from nemo_ee.running.prompt_file import Prompt
 from nemo_ee.running.restore import check_processes, layout, read_exits, restore_model
-from nemo_ee.running.settings import GenerateConfig, in_own_keys
+from nemo_ee.running.settings import GenerateConfig
 from nemo_ee.runtime.collective import on_first_rank
 
 
@@ -44,7 +46,7 @@ def run(config: GenerateConfig, trainer: Any) -> None:
         _run(config, trainer, prompts)
 
 
-def _run(config: GenerateConfig, trainer: Any, prompts: list[str]) -> None:
+def _run(config: GenerateConfig, trainer: Any, prompts: list[Prompt]) -> None:
     model = restore_model(config.gpt_model_file, config.adapter_file, trainer, layout(config, trainer))
     first = trainer.global_rank == 0
     colour = config.color == "always" or (
@@ -80,12 +82,12 @@ def check(config: GenerateConfig, processes: int) -> None:
     try:
         parse_request(**config.generate_arguments(), config=early_exit)
     except ConfigError as error:
-        raise in_own_keys(error) from None
+        raise in_own_keys(error, "inference") from None
 
 
-def generate(model: Any, config: GenerateConfig, prompts: list[str]) -> Iterator[dict[str, Any]]:
-    """One record per prompt, in their order: prompt, text, tokens, exit_layers, confidences, seconds of its
-    batch.
+def generate(model: Any, config: GenerateConfig, prompts: list[Prompt]) -> Iterator[dict[str, Any]]:
+    """One record per prompt, in their order: prompt, text, tokens, finish_reason, exit_layers, confidences, seconds of
+    its batch.
 
     All prompts are tokenized, and so checked, before the first batch runs, and before memory for them is
     reserved.
@@ -118,6 +120,7 @@ def generate(model: Any, config: GenerateConfig, prompts: list[str]) -> Iterator
                 "text": tokenizer.decode(new),
                 "tokens": token_pieces(new, tokenizer, ids[: len(ids) - len(new)]),
                 "token_ids": new,
+                "finish_reason": output["finish_reason"][i],
                 **exits,
                 "batch_seconds": round(seconds, 3),
                 "batch_tokens": sum(len(row["exit_layers"]) for row in output["early_exit"]),
@@ -130,6 +133,7 @@ def show(record: dict[str, Any], model: Any, colour: bool) -> None:
     dim, reset = (DIM, RESET) if colour else ("", "")
     speed = record["batch_tokens"] / max(record["batch_seconds"], 1e-3)
     line = summary(record["exit_layers"], record["confidences"], final, colour, exits)
-    print(f"{dim}prompt: {record['prompt']}{reset}")
+    prompt = record["prompt"]
+    print(f"{dim}prompt: {prompt if isinstance(prompt, str) else model.text_tokenizer.decode(prompt)}{reset}")
     print(marked(record["tokens"], record["exit_layers"], final, colour, exits))
     print(f"{dim}({line}{dim}; {speed:.1f} tokens/s in its batch){reset}\n", flush=True)

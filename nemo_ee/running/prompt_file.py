@@ -9,24 +9,27 @@ from nemo_ee.errors import ConfigError, DataError, Fault
 
 Turns = list[dict[str, str]]
 """A conversation that waits for an answer: `{"role": "system" | "user" | "assistant", "content": …}` each."""
+Prompt = str | list[int]
+"""A text to continue, or its token ids."""
 PROMPT_KEYS = ("prompt", "text", "question")
 """Keys under which a JSONL line may hold its prompt."""
 LARGEST = 256 * 2**20
 """Characters of a file of prompts, which are all held in memory."""
 
 
-def read_texts(path: str, key: str) -> list[str]:
+def read_texts(path: str, key: str, token_ids: bool = False) -> list[Prompt]:
     """Texts of a `.jsonl` file, or of a text file with one per line.
 
     Args:
         path: of the file.
         key: what the user sets to it.
+        token_ids: a line of a `.jsonl` file may also have a list of token ids.
 
     Raises:
         ConfigError: it cannot be read, holds none, or a line of it is no text.
     """
     return [
-        line if where is None else _text(_value(line, where, key), where, key)
+        line if where is None else _prompt(_value(line, where, key), where, key, token_ids)
         for line, where in _lines(path, key)
     ]
 
@@ -81,6 +84,17 @@ def _in_key(error: DataError, where: str, key: str) -> ConfigError:
     """What is wrong with a file, under the key that names it."""
     rule, _, remedy = str(error).removeprefix(where).removeprefix(":").strip().rpartition("; ")
     return ConfigError(Fault(key, where, rule, remedy))
+
+
+def _prompt(value: Any, where: str, key: str, token_ids: bool) -> Prompt:
+    held = (
+        next((value[name] for name in PROMPT_KEYS if name in value), None)
+        if isinstance(value, dict)
+        else value
+    )
+    if token_ids and isinstance(held, list) and held and all(type(token) is int for token in held):
+        return held
+    return _text(value, where, key)
 
 
 def _text(value: Any, where: str, key: str, or_else: str = "") -> str:

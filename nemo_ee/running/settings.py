@@ -1,22 +1,16 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """The settings of a generation run, read once from `conf/megatron_gpt_ee_generate.yaml` and its overrides."""
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from nemo_ee.decoding.cpu.lean_weights import WEIGHT_KINDS
 from nemo_ee.decoding.cpu.output_search import OUTPUT_LAYERS
 from nemo_ee.decoding.request import ExitOptions
 from nemo_ee.errors import ConfigError, Fault
-from nemo_ee.running.prompt_file import read_texts
+from nemo_ee.running.prompt_file import Prompt, read_texts
 from nemo_ee.schema import Positive, Settings, choice, holds
-
-OWN_NAMES = {
-    "max_length": "tokens_to_generate",
-    "min_length": "min_tokens_to_generate",
-    "use_greedy": "greedy",
-}
-"""What NeMo's YAML calls parameters that have another name in `generate`."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +19,7 @@ class SamplingConfig:
 
     Attributes:
         greedy: take the most probable token; otherwise sample.
-        top_k: sample among the k most probable tokens; 0 for all.
+        top_k: sample among the k most probable tokens; 0 or -1 for all.
         top_p: sample among the most probable tokens that together have this probability.
         temperature: divides logits before sampling.
         add_BOS: put the tokenizer's BOS before each prompt, or not; null for the model's rule.
@@ -53,9 +47,9 @@ class GenerateConfig(Settings):
     Attributes:
         gpt_model_file: the base, or a model merged with its exits, a `.nemo`.
         adapter_file: the exits alone; null if they are part of the model.
-        prompts: texts; null with `prompts_file`.
-        prompts_file: a `.jsonl` file with a `prompt`, `text` or `question` per line, or a text file with a
-            prompt per line.
+        prompts: texts, or lists of token ids; null with `prompts_file`.
+        prompts_file: a `.jsonl` file with a `prompt`, `text` or `question` per line, each a text or a list of token
+            ids, or a text file with a prompt per line.
         chat: wrap every prompt in the tokenizer's chat template, as a question of the user.
         inference: how tokens are chosen.
         early_exit: when they may leave.
@@ -74,7 +68,7 @@ class GenerateConfig(Settings):
 
     gpt_model_file: str
     adapter_file: str | None = None
-    prompts: tuple[str, ...] | None = None
+    prompts: tuple[str | tuple[int, ...], ...] | None = None
     prompts_file: str | None = None
     chat: bool = False
     inference: SamplingConfig = field(default_factory=SamplingConfig)
@@ -102,6 +96,8 @@ class GenerateConfig(Settings):
         elif self.prompts is not None and not self.prompts:
             remedy = "write e.g. prompts=['Once upon a time']"
             faults.append(Fault("prompts", [], "at least one prompt is needed", remedy))
+        elif self.prompts is not None:
+            faults += _kind_faults(self.prompts, self.chat, "prompts")
         if self.chat and self.inference.add_BOS is not None:
             rule = "with chat=true the tokenizer's template says where BOS stands"
             faults.append(
@@ -109,16 +105,19 @@ class GenerateConfig(Settings):
             )
         return faults
 
-    def read_prompts(self) -> list[str]:
-        """The prompts' texts.
+    def read_prompts(self) -> list[Prompt]:
+        """The prompts, all of one kind.
 
         Raises:
-            ConfigError: see `read_texts`.
+            ConfigError: see `read_texts`; or they are of several kinds.
         """
         if self.prompts is not None:
-            return list(self.prompts)
+            return [p if isinstance(p, str) else list(p) for p in self.prompts]
         assert self.prompts_file is not None, "checked on construction"
-        return read_texts(self.prompts_file, "prompts_file")
+        prompts = read_texts(self.prompts_file, "prompts_file", token_ids=True)
+        if faults := _kind_faults(prompts, self.chat, "prompts_file"):
+            raise ConfigError(*faults)
+        return prompts
 
     def generate_arguments(self) -> dict[str, Any]:
         """`length_params`, `sampling_params` and `early_exit` of `model.generate`."""
@@ -130,13 +129,22 @@ class GenerateConfig(Settings):
         return {"length_params": lengths, "sampling_params": sampling, "early_exit": exits}
 
 
-def in_own_keys(error: ConfigError) -> ConfigError:
-    """What `parse_request` found in `generate_arguments`, under the keys that the user wrote."""
-    return ConfigError(*(replace(fault, key=_own_key(fault.key)) for fault in error.faults))
-
-
-def _own_key(key: str) -> str:
-    section, _, name = key.partition(".")
-    if section not in ("length_params", "sampling_params"):
-        return key
-    return f"inference.{OWN_NAMES.get(name, name)}"
+def _kind_faults(prompts: Sequence[Any], chat: bool, key: str) -> list[Fault]:
+    """Of prompts that are not all texts, or all token ids, or are token ids that a chat has no place for."""
+    texts = [isinstance(prompt, str) for prompt in prompts]
+    if all(texts):
+        return []
+    shown = f"({sum(texts)} texts, {len(texts) - sum(texts)} lists of token ids)"
+    if any(texts):
+        return [
+            Fault(
+                key, shown, "must all be texts, or all lists of token ids", "generate them one after another"
+            )
+        ]
+    if chat:
+        return [
+            Fault(
+                "chat", True, "a chat template takes texts, and the prompts are token ids", "set chat=false"
+            )
+        ]
+    return []

@@ -20,10 +20,10 @@ from nemo_ee.errors import ConfigError
 from nemo_ee.files.output import claim
 from nemo_ee.generation.generate import continue_sequences
 from nemo_ee.generation.generating import generating, position_limit
+from nemo_ee.generation.inference_config import in_own_keys
 from nemo_ee.generation.prompts import tokenize_prompts
 from nemo_ee.generation.stopping import StopRule
 from nemo_ee.running.restore import check_processes, layout, restore_model
-from nemo_ee.running.settings import in_own_keys
 from nemo_ee.runtime.collective import on_first_rank
 from nemo_ee.tuning_text.answer_files import AnswerFiles, Progress, check_prefix
 from nemo_ee.tuning_text.prompts import Turns, read_prompts
@@ -107,7 +107,7 @@ def _request(config: TuningTextConfig) -> GenerationRequest:
     try:
         return parse_request(**config.inference.generate_arguments(), early_exit=False, config=_NO_EXITS)
     except ConfigError as error:
-        raise in_own_keys(error) from None
+        raise in_own_keys(error, "inference") from None
 
 
 _NO_EXITS = EarlyExitConfig(layers=())

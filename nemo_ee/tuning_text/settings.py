@@ -43,9 +43,9 @@ class AnswersConfig:
     Attributes:
         greedy: take the most probable token; otherwise sample.
         temperature: divides logits before sampling.
-        top_k: sample among the k most probable tokens; 0 for all.
+        top_k: sample among the k most probable tokens; 0 or -1 for all.
         top_p: sample among the most probable tokens that together have this probability.
-        repetition_penalty: above 1 makes tokens that the text has already rarer (sampling only).
+        repetition_penalty: above 1 makes tokens that the text has already rarer.
         tokens_to_generate: per answer, at most.
     """
 

@@ -82,7 +82,7 @@ def expect(records, expected):
     assert [record["prompt"] for record in records] == PROMPTS
     for record, ids, exits in zip(records, expected["token_ids"], expected["early_exit"], strict=True):
         assert record["token_ids"] == ids[-8:]
-        assert record["exit_layers"] == exits["exit_layers"]
+        assert record["exit_layers"] == exits["exit_layers"] and record["finish_reason"] == "length"
         assert record["confidences"] == pytest.approx(exits["confidences"], rel=1e-4)
         shown = "".join(record["tokens"]).replace(
             "<bos>", ""

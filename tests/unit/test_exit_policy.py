@@ -272,7 +272,7 @@ def test_whatever_drafts_do_the_loss_is_bounded(kind, sequences):
 @pytest.mark.parametrize("before", ["right", "never sure"])
 def test_a_bad_text_loses_little_after_many_good_ones(before):
     """A server's policy lives as long as the server."""
-    policy = ExitPolicy(made_up(exits=(4,)), (4,))
+    policy = ExitPolicy(made_up(head=0.03, exits=(4,)), (4,))
     own = dict(thresholds=(0.5,))
     price, _ = play_rounds(policy, (0.95 if before == "right" else 0.0,), (0.98,), 3000, **own)
     assert price < 0.9 or before == "never sure"
@@ -309,7 +309,7 @@ def test_it_stops_where_drafts_are_wrong_and_comes_back_where_they_are_right_aga
 def test_a_gain_within_the_error_of_prices_is_not_worth_a_round():
     shares = []
     for sure in (0.03, 0.2):
-        policy = ExitPolicy(made_up("bytes", exits=(4,)), (4,))
+        policy = ExitPolicy(made_up("bytes", head=0.03, exits=(4,)), (4,))
         _, rounds = play_rounds(policy, (sure,), (0.95,), 2000, thresholds=(0.5,))
         shares.append(sum(each is not None for each in rounds[200:]) / len(rounds[200:]))
     assert shares[0] < 0.4 and shares[1] > 0.9, shares

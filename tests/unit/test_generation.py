@@ -202,20 +202,6 @@ def test_sampling_follows_the_exits_distribution(shortlist_model):
     assert {row[4] for row in output["token_ids"]} <= kept
 
 
-def test_repetition_penalty_makes_seen_tokens_rarer():
-    from transformers import RepetitionPenaltyLogitsProcessor
-
-    from nemo_ee.decoding.sampling import penalise
-
-    logits = torch.tensor([[2.0, -1.0, 0.5, -3.0]])
-    assert penalise(logits, [[0, 1, 1]], 2.0).tolist() == [[1.0, -2.0, 0.5, -3.0]]
-    logits = 3 * torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
-    texts = torch.randint(0, 50, (4, 12), generator=torch.Generator().manual_seed(1))
-    for penalty in (0.7, 1.3):
-        theirs = RepetitionPenaltyLogitsProcessor(penalty)(texts, logits.clone())
-        assert penalise(logits, texts.tolist(), penalty).equal(theirs)
-
-
 def test_all_probs_are_those_of_the_exit_used(model):
     output = model.generate(TEXTS[:1], lengths(6), {**GREEDY, "all_probs": True}, early_exit=EARLY)
     full, chosen = output["full_logprob"][0], output["logprob"][0]
@@ -288,9 +274,9 @@ def test_prompts_that_are_refused(model, inputs, message):
     [
         (dict(max_length=-1), {}, None, "length_params.max_length=-1"),
         (dict(max_lenght=3), {}, None, "length_params.max_lenght=3: unknown key; did you mean max_length"),
-        ({}, dict(temperature=0.0), None, "sampling_params.temperature=0.0"),
+        ({}, dict(temperature=0.0, use_greedy=False), None, "sampling_params.temperature=0.0"),
         ({}, dict(top_p=1.5), None, "sampling_params.top_p=1.5"),
-        ({}, dict(top_k=-1), None, "sampling_params.top_k=-1"),
+        ({}, dict(top_k=-2), None, "sampling_params.top_k=-2"),
         ({}, dict(greedy=True), None, "did you mean use_greedy"),
         ({}, dict(end_strings="stop"), None, "sampling_params.end_strings"),
         ({}, {}, dict(threshold=1.5), "early_exit.threshold=1.5"),

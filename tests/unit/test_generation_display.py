@@ -132,6 +132,33 @@ def test_every_setting_is_documented_in_the_yaml():
         assert set(values[section]) == set(getattr(ours, section).__dataclass_fields__)
 
 
+def test_prompts_may_be_token_ids(tmp_path):
+    assert settings(prompts=[[1, 2], [3]]).read_prompts() == [[1, 2], [3]]
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": [7, 8]}\n[9]\n')
+    assert settings(prompts_file=str(path)).read_prompts() == [[7, 8], [9]]
+    path.write_text('{"prompt": [7, 8]}\n"a"\n')
+    for make, key in (
+        (lambda: settings(prompts=["a", [1]]), r"prompts=.1 texts, 1 lists of token ids.: must all be texts"),
+        (lambda: settings(prompts_file=str(path)).read_prompts(), "prompts_file=.*: must all be texts"),
+        (lambda: settings(prompts=[[1]], chat=True), "chat=True: .*; set chat=false"),
+        (lambda: settings(prompts=[1, 2]), "prompts=.*expected a list of str or a list of int or null"),
+        (lambda: settings(prompts=[[True]]), "prompts=.*expected a list of"),
+    ):
+        with pytest.raises(ConfigError, match=key):
+            make()
+    for wrong in ('{"prompt": [1.5]}', '{"prompt": []}', '{"prompt": [true]}'):
+        path.write_text(wrong + "\n")
+        with pytest.raises(ConfigError, match="has no text under prompt, text, question"):
+            settings(prompts_file=str(path)).read_prompts()
+
+
+def test_an_exit_on_the_last_layer_is_not_called_the_final_one():
+    line = summary([4, 8, 8, 8], [0.5] * 4, 8, False, exits=[4, 8])
+    assert line.startswith("4 tokens: layer 4 25 %, all layers (exit 8 or the final exit) 75 %;")
+    assert "all layers 75 %" in summary([4, 8, 8, 8], [0.5] * 4, 8, False, exits=[4])
+
+
 def test_prompts_files_keep_unicode_line_separators_and_drop_a_byte_order_mark(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text('\ufeff{"prompt": "a\u2028b\x85c"}\r\n{"prompt": "d"}\n', encoding="utf-8")
@@ -143,13 +170,13 @@ def test_prompts_files_keep_unicode_line_separators_and_drop_a_byte_order_mark(t
 def test_faults_have_the_keys_of_the_yaml():
     from nemo_ee.config import parse_early_exit
     from nemo_ee.decoding.request import parse_request
-    from nemo_ee.running.settings import in_own_keys
+    from nemo_ee.generation.inference_config import in_own_keys
 
-    inference = dict(temperature=0, tokens_to_generate=-1, min_tokens_to_generate=-2, top_k=-3)
+    inference = dict(temperature=-1, tokens_to_generate=-1, min_tokens_to_generate=-2, top_k=-3)
     config = settings(prompts=["x"], inference=inference, early_exit=dict(exits=[3]))
     with pytest.raises(ConfigError) as caught:
         parse_request(**config.generate_arguments(), config=parse_early_exit(dict(layers=[2]), 8))
-    keys = {fault.key for fault in in_own_keys(caught.value).faults}
+    keys = {fault.key for fault in in_own_keys(caught.value, "inference").faults}
     assert keys == {f"inference.{name}" for name in inference} | {"early_exit.exits"}
 
 

@@ -190,7 +190,7 @@ def test_the_lowest_temperature_is_greedy():
 
     logits = torch.tensor([[300.0, 299.0, -300.0, float("-inf")]])
     options = SamplingOptions(use_greedy=False, temperature=LOWEST_TEMPERATURE)
-    assert token_distribution(logits, options, [[]]).tolist() == [[1, 0, 0, 0]]
+    assert token_distribution(logits, options).tolist() == [[1, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("top_k, top_p", [(0, 0.0), (5, 1.0), (0, 0.7), (20, 0.9), (3, 1e-6), (99, 0.5)])
@@ -244,7 +244,6 @@ def test_predictions_of_several_exits_join_in_the_widest_dtype():
 
 
 def test_without_eos_nothing_is_forbidden_and_the_end_string_is_text(bytes_tokenizer):
-    from nemo_ee.decoding.choosing import TokenSlot
     from nemo_ee.decoding.request import GenerationRequest
     from nemo_ee.generation.stopping import StopRule
 
@@ -253,7 +252,7 @@ def test_without_eos_nothing_is_forbidden_and_the_end_string_is_text(bytes_token
     assert not stop.token_ids and stop.texts == ["<|endoftext|>"]
     sequence = stop.begin([5], GenerationRequest(min_length=3), 9)
     assert sequence.eos == ()
-    assert not any(TokenSlot.after(sequence).needs_logits(token) for token in range(9))
+    assert not sequence.slot().changes_logits
 
 
 def test_an_end_string_that_is_one_token_also_ends_within_others(bytes_tokenizer):

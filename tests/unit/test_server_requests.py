@@ -88,7 +88,7 @@ def test_defaults_are_openais():
         (dict(temperature=2.1), "temperature", "less than or equal to 2"),
         (dict(temperature="hot"), "temperature", "valid number"),
         (dict(top_p=0), "top_p", "greater than 0"),
-        (dict(top_k=-1), "top_k", "greater than or equal"),
+        (dict(top_k=-2), "top_k", "greater than or equal to -1"),
         (dict(n=0), "n", "greater than or equal to 1"),
         (dict(stop=[""]), "stop", "non-empty"),
         (dict(stop=["a"] * 5), "stop", "at most 4"),
@@ -201,16 +201,46 @@ def test_parts_of_a_message_are_joined():
     assert chat(messages=[{"role": "user", "content": parts}]) == chat()
 
 
-def test_a_plan_has_n_choices_per_prompt_with_seeds_that_do_not_depend_on_other_prompts():
+def test_a_plan_has_n_choices_per_prompt_each_with_random_numbers_of_its_own():
     made = plan(completion(prompt=["w1", "w2 w3"], n=2, seed=-1, temperature=0, echo=True))
     ids = tiny_tokenizer().text_to_ids
     assert made.prompts == [ids("w1"), ids("w2 w3")] and made.echo == ["w1", "w2 w3"]
     sequences = made.choices
     assert [s.prompt for s in sequences] == [ids("w1")] * 2 + [ids("w2 w3")] * 2
-    assert [s.seed for s in sequences] == [2**64 - 1, 0] * 2
+    assert len({s.seed for s in sequences}) == 4
     assert all(s.request.sampling.use_greedy for s in sequences)
     seeds = {plan(completion()).choices[0].seed for _ in range(5)}
     assert len(seeds) == 5, "without a seed every request has another"
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, dict(seed=5), dict(n=2), dict(n=2, seed=-1), dict(seed=2**63 - 1)], ids=str
+)
+def test_equal_prompts_of_a_request_get_different_samples(fields):
+    prompts = ["w1"] * (4 // fields.get("n", 1))
+    made = plan(completion(prompt=prompts, temperature=1.0, **fields))
+    uniforms = [s.random("draw").random() for s in made.choices]
+    assert len(set(uniforms)) == 4
+    again = [s.random("draw").random() for s in plan(completion(prompt=prompts, **fields)).choices]
+    assert (again == uniforms) == ("seed" in fields), "only a seed repeats them"
+
+
+def test_choices_of_requests_with_neighbouring_seeds_share_no_random_numbers():
+    calls = [plan(completion(prompt=["w1"], n=4, seed=seed)) for seed in range(4)]
+    assert len({s.seed for made in calls for s in made.choices}) == 16
+
+
+def test_full_depth_by_name_needs_no_exits_of_the_servers_settings():
+    for asked in (False, dict(exits=[])):
+        settings = dict(early_exit=dict(threshold=0.5, max_pending=3))
+        request = plan(completion(early_exit=asked), **settings).choices[0].request
+        assert (request.exits, request.max_pending) == ({}, None)
+    assert refused(400, "early_exit.threshold", plan, completion(early_exit=dict(exits=[], threshold=0.5)))
+
+
+def test_all_tokens_are_a_top_k_of_0_or_minus_1():
+    assert [plan(completion(top_k=k)).choices[0].request.sampling.top_k for k in (0, -1)] == [0, -1]
+    assert "top_k" in refused(400, "top_k", completion, top_k=-2)
 
 
 def test_sampling_and_exits_reach_the_request():

@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 
+from nemo_ee.decoding.exit_policy import Round
 from nemo_ee.decoding.generated_sequence import Draft
 from tests.support.drafting import EagerDrafts
 from tests.support.tiny_gpt import HEADS, tiny_model, tiny_model_config
@@ -209,6 +210,25 @@ def test_removing_a_sequence_in_the_middle_of_a_round(gpt):
             session.step()
     for s in sequences[1:]:
         assert s.tokens == full_text(gpt, tuple(s.prompt))
+
+
+def test_a_round_does_not_slow_a_lossless_sequence_that_does_not_use_its_exit(gpt):
+    drafts, other = sequence(PROMPTS[0], {1: 0.0}, True), sequence(PROMPTS[1], {4: 0.0}, True)
+    with torch.inference_mode():
+        session = new_session(gpt, 2)
+        policy = session._rounds._policy
+        policy.draft = lambda rows: Round(0, 4)  # four drafts of the exit on layer 1
+        session.add([drafts, other])
+        steps = 0
+        while other.finish_reason is None:
+            session.step()
+            steps += 1
+            assert len(other.tokens) == 1 + steps, "a token with every pass"
+        while session.running:
+            session.step()
+    for s in (drafts, other):
+        assert s.tokens == full_text(gpt, tuple(s.prompt))
+    assert drafts.statistics.drafts and not other.statistics.drafts
 
 
 def test_those_that_come_during_a_round_do_not_prolong_it(gpt):

@@ -14,8 +14,8 @@ class LosslessRounds:
     In a round each that uses its exit drafts until that is not sure of a token, until it has as many drafts as the
     round allows, or until the drafts end it. That token, or the last draft, is fed no deeper than that exit,
     and the sequence waits. When all wait they are verified together: a pass over the deeper layers costs
-    about the same for one sequence as for all. A sequence that comes while a round goes on decodes at full depth
-    until the next one.
+    about the same for one sequence as for all. A sequence that does not use the round's exit, or that comes while
+    the round goes on, decodes at full depth until the next one, a token with every pass.
 
     Args:
         policy: chooses rounds.

@@ -15,6 +15,7 @@ from nemo_ee.decoding.generated_sequence import GeneratedSequence
 from nemo_ee.decoding.layers.packed_tokens import PackedTokens
 from nemo_ee.decoding.layers.segment import Segment
 from nemo_ee.decoding.leaving import is_asked, leaves
+from nemo_ee.decoding.logits_processing import processed
 from nemo_ee.decoding.step import Part, Step
 from nemo_ee.decoding.transfer import to_device, to_host
 
@@ -159,13 +160,15 @@ class Stage:
         if not asked:
             return []
         index = to_device(asked, x.device)
+        slots = [self.sequences[tokens.keys[order[j]]].slot() for j in asked]
         if n is None:
             alone = all(self.sequences[tokens.keys[order[j]]].request.sampling.tokens_alone for j in asked)
             output = self.model.greedy_output if alone else self.model.output
             assert output is not None, "the last stage asks the final exit"
-            step, leaving = Step.of_final(output.predict(x[index]), self.model.final_layer), asked
+            prediction = processed(output.predict(x[index]), slots, final=True)
+            step, leaving = Step.of_final(prediction, self.model.final_layer), asked
         else:
-            prediction = self.model.heads[n].predict(inside[index])
+            prediction = processed(self.model.heads[n].predict(inside[index]), slots)
             sure, best = to_host(self.rule.sureness(ExitEvidence(prediction, x[index])), prediction.tokens)
             out = [m for m, j in enumerate(asked) if leaves(sure[m], self._threshold(tokens, order[j], n))]
             if not out:

@@ -1,6 +1,7 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """From a checked request to the sequences that answer it."""
 
+import hashlib
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -54,11 +55,15 @@ def make_plan(call: AnyRequest, model: ServedModel, config: ServerConfig) -> Req
     shared = request, end_tokens, tokenizer.eos, limit
     seed = secrets.randbits(63) if call.seed is None else call.seed
     choices = [
-        GeneratedSequence(prompt, *shared, (seed + i) % 2**64, TextStream(decode, prompt, stop_strings))
-        for prompt in prompts
-        for i in range(call.n)
+        GeneratedSequence(prompt, *shared, _seed(seed, i), TextStream(decode, prompt, stop_strings))
+        for i, prompt in enumerate(prompt for prompt in prompts for _ in range(call.n))
     ]
     return RequestPlan(prompts, _echo(call, decode), choices)
+
+
+def _seed(seed: int, choice: int) -> int:
+    """Of a choice's random numbers: no other choice has them, of this request or of one with the next seed."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{choice}".encode()).digest()[:8], "big")
 
 
 def _echo(call: AnyRequest, decode: Callable[[list[int]], str]) -> list[str]:
@@ -158,7 +163,10 @@ def exit_options(
     """
     usual, own = asdict(config.early_exit), asked if isinstance(asked, dict) else {}
     if asked is False:
-        return {**usual, "exits": [], "threshold": None, "lossless": False}
+        usual |= {"threshold": None, "lossless": False, "max_pending": None, "always": None}
+        return {**usual, "exits": []}
+    if own.get("exits") == []:  # full depth; what the server has for exits is not meant then
+        usual |= {"threshold": None, "lossless": None, "max_pending": None, "always": None}
     if own.get("lossless"):
         usual |= {"max_pending": None, "always": None}  # which lossless decoding does not have
     layers = own.get("exits")

@@ -128,7 +128,7 @@ class Message(_Strict):
 
 
 class GenerationFields(_Strict):
-    """What both endpoints have. `temperature=0` is greedy; `top_k=0` is all tokens.
+    """What both endpoints have. `temperature=0` is greedy; `top_k` of 0 or -1 is all tokens.
 
     `early_exit` is ours: fields of `nemo_ee.decoding.request.ExitOptions`, or false for full depth.
     """
@@ -139,7 +139,7 @@ class GenerationFields(_Strict):
     max_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, lt=2**63)
+    top_k: int = Field(0, ge=-1, lt=2**63)
     n: int = Field(1, ge=1)
     stop: Annotated[tuple[str, ...], BeforeValidator(_stops), WithJsonSchema(STOP)] = ()
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
