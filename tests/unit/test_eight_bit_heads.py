@@ -79,21 +79,27 @@ def heads_of(gpt):
     return [(gpt.exits[str(n)], full.heads[n], eight.heads[n]) for n in gpt.exit_layers]
 
 
-@pytest.mark.parametrize("overrides", [{}, GPT3], ids=["gated", "GPT-3"])
+@pytest.mark.parametrize("overrides", [{}, GPT3], ids=["gated, RMSNorm", "GPT-3"])
 @pytest.mark.parametrize("head", HEADS)
 def test_confidences_are_off_by_what_rounding_weights_allows(head, overrides):
+    """The worst case of intervals is far from what happens where they go through several matrices."""
     config = tiny_model_config(head=HEADS[head], share_embeddings_and_output_weights=False, **overrides)
     gpt = tiny_model(config, dtype=torch.float64).gpt
-    if overrides and HEADS[head]["mlp"] and not HEADS[head]["linear"]:
-        pytest.skip("the interval of LayerNorm on what is off is not worked out here; RMSNorm's is")
     hidden = torch.randn(24, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     with torch.inference_mode():
         for module, full, eight in heads_of(gpt):
-            bound = most_off(module, gpt.output_weight(), hidden)
-            off = (full.predict(hidden).confidence - eight.predict(hidden).confidence).abs()
-            assert (off <= bound).all()
-            assert 0 < off.mean() < 0.02 and off.max() < 0.1 and bound.median() < 0.9
+            whole, rough = full.predict(hidden), eight.predict(hidden)
+            off = (whole.confidence - rough.confidence).abs()
+            emittable = whole.logits > float("-inf")
+            apart = (whole.logits - rough.logits).where(emittable, 0.0).abs().amax(1)
+            assert (off <= (apart / 2).tanh() + 1e-12).all()
+            assert 0 < off.mean() < 0.02 and off.max() < 0.12
             assert eight.bytes * 8 <= full.bytes
+            if overrides and module.mlp is not None:
+                continue  # the interval of LayerNorm on what is off is not worked out here; RMSNorm's is
+            bound = most_off(module, gpt.output_weight(), hidden)
+            assert (off <= bound).all()
+            assert bound.max() < 0.5 or module.mlp is not None or module.linear is not None
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float64], ids=["float32", "float64"])

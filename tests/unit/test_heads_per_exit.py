@@ -38,7 +38,7 @@ def test_each_exit_has_its_own():
 WRONG = {
     "too few": ([TIED], "head", "1 heads for 2 exit layers", "one per exit layer"),
     "none": ([], "head", "0 heads for 2 exit layers", "one per exit layer"),
-    "unknown key": ([TIED, {"nrom": True}], "head[1].nrom", "unknown key", "did you mean norm?"),
+    "unknown key": ([TIED, {**TIED, "nrom": True}], "head[1].nrom", "unknown key", "did you mean norm?"),
     "beside nothing": (
         [TIED, {**TIED, "mlp": "beside"}],
         "head[1].mlp",
@@ -70,7 +70,7 @@ def test_faults_name_the_entry(case):
 
 
 def test_all_entries_faults_are_listed():
-    found = faults_of({"layers": [6, 12], "head": [{"nrom": 1}, {"blok": 1}]})
+    found = faults_of({"layers": [6, 12], "init": "copy", "head": [{**TIED, "nrom": 1}, {**TIED, "blok": 1}]})
     assert [fault.key for fault in found] == [
         "model.early_exit.head[0].nrom",
         "model.early_exit.head[1].blok",

@@ -122,7 +122,7 @@ def test_a_token_takes_next_to_no_operation_of_torch(monkeypatch):
                 for _ in range(10):
                     session.step()
         counts.append(operations.count / 10)
-    assert counts[0] < 1 < 10 < counts[1]
+    assert counts[0] <= 3 < 20 < counts[1]
 
 
 @pytest.mark.parametrize(

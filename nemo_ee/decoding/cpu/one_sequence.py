@@ -141,12 +141,14 @@ class OneSequence:
         self, answer: Step, layer: int, head: Readout | SearchedOutput, said: Said, x: np.ndarray
     ) -> Step:
         token, sure, logits = said
-        arrays, last = map(torch.from_numpy, (token, sure)), torch.from_numpy(x[-1:])
 
         def whole() -> Tensor:
-            return torch.from_numpy(logits) if logits is not None else head.output.predict(last).logits
+            if logits is not None:
+                return torch.from_numpy(logits)
+            assert isinstance(head, SearchedOutput), "others compute them"
+            return head.output.predict(torch.from_numpy(x[-1:])).logits
 
-        prediction = Prediction(head.rows, whole, *arrays)
+        prediction = Prediction(head.rows, whole, *map(torch.from_numpy, (token, sure)))
         answer.add(layer, Part([0], prediction, [0]), sure.tolist(), token.tolist())
         return answer
 
