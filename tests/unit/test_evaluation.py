@@ -281,9 +281,9 @@ def test_settings_report_every_fault():
 def test_thresholds_fit_the_checkpoint():
     def faults_of(thresholds, **more):
         faults = []
-        exits = more.pop("exits", None)
+        used = more.pop("used", None)
         early_exit = EarlyExitConfig(layers=LAYERS, inference=InferenceConfig(**more))
-        sweep_ = settings.SweepConfig(thresholds=thresholds, exits=exits)
+        sweep_ = settings.SweepConfig(thresholds=thresholds, exits=used)
         found = exit_thresholds.resolved_thresholds(sweep_, early_exit, faults)
         return [each.values for each in found.values()], " ".join(map(str, faults))
 
