@@ -302,7 +302,8 @@ def test_thresholds_fit_the_checkpoint():
     )
     assert faults_of(("calibrated",), used=(6,), **own)[0] == [(0.4,)]
     assert (
-        "are of confidence=entropy" in faults_of(("calibrated",), threshold=(0.5,) * 3, confidence="entropy")[1]
+        "are of confidence=entropy"
+        in faults_of(("calibrated",), threshold=(0.5,) * 3, confidence="entropy")[1]
     )
 
 
