@@ -281,9 +281,9 @@ def test_settings_report_every_fault():
 def test_thresholds_fit_the_checkpoint():
     def faults_of(thresholds, **more):
         faults = []
-        exits = more.pop("exits", None)
+        used = more.pop("used", None)
         early_exit = EarlyExitConfig(layers=LAYERS, inference=InferenceConfig(**more))
-        sweep_ = settings.SweepConfig(thresholds=thresholds, exits=exits)
+        sweep_ = settings.SweepConfig(thresholds=thresholds, exits=used)
         found = exit_thresholds.resolved_thresholds(sweep_, early_exit, faults)
         return [each.values for each in found.values()], " ".join(map(str, faults))
 
@@ -300,9 +300,7 @@ def test_thresholds_fit_the_checkpoint():
     assert faults_of(("calibrated",), **own)[0] == [(0.7, 1.0, 0.4)], (
         "an exit that it does not use is not asked"
     )
-    early_exit = EarlyExitConfig(layers=LAYERS, inference=InferenceConfig(**own))
-    sweep_ = settings.SweepConfig(thresholds=("calibrated",), exits=(6,))
-    assert exit_thresholds.resolved_thresholds(sweep_, early_exit, [])["calibrated"].values == (0.4,)
+    assert faults_of(("calibrated",), used=(6,), **own)[0] == [(0.4,)]
     assert (
         "are of confidence=entropy"
         in faults_of(("calibrated",), threshold=(0.5,) * 3, confidence="entropy")[1]
