@@ -113,14 +113,12 @@ class _Measurement:
         counts = tuple(self._packs)
 
         def row(kind: str, which: int) -> list[float]:
-            best, out = 0.0, []
-            for n in counts:  # more tokens do not cost less
-                best = max(best, seconds[kind, which, n])
-                out.append(best)
-            return out
+            return _ascending([seconds[kind, which, n] for n in counts])
 
         long, short = row("layers", deep), row("layers", shallow)
-        each = [(a - b) / (deep - shallow) if a > b else a / deep for a, b in zip(long, short, strict=True)]
+        each = _ascending(
+            [(a - b) / (deep - shallow) if a > b else a / deep for a, b in zip(long, short, strict=True)]
+        )
         start = [max(0.0, whole - deep * layer) for layer, whole in zip(each, long, strict=True)]
         return PassPrices(
             num_layers=layers,
@@ -149,24 +147,25 @@ class _Measurement:
     def _fastest(self, work: dict, rounds: tuple[int, int] = ROUNDS) -> dict:
         """Seconds of each, the least of some rounds; in a round all take turns."""
         fastest = dict.fromkeys(work, float("inf"))
-        begin, left = time.perf_counter(), rounds[1] + 1
+        begin = time.perf_counter()
         for done in range(rounds[1] + 1):
             for key, function in work.items():
                 seconds = self._timed(function)
                 if done:  # the first one warms up
                     fastest[key] = min(fastest[key], seconds)
-            took = time.perf_counter() - begin
-            left = on_first_rank(lambda t=took, d=done: int(t * (d + 2) / (d + 1) < SECONDS), _group())
-            if done >= rounds[0] and not left:
+            after_next = (time.perf_counter() - begin) * (done + 2) / (done + 1)
+            if on_first_rank(lambda t=after_next: t > SECONDS, _group()) and done >= rounds[0]:
                 break
         return on_first_rank(lambda: fastest, _group())
 
     def _timed(self, function: Callable) -> float:
+        """Seconds; on a CPU no more than all threads have computed together: waiting for a core does not count."""
         self._wait()
-        begin = time.perf_counter()
+        begin, computed = time.perf_counter(), time.process_time()
         function()
         self._wait()
-        return time.perf_counter() - begin
+        took, computed = time.perf_counter() - begin, time.process_time() - computed
+        return took if self._model.device.type == "cuda" else min(took, computed)
 
     def _wait(self) -> None:
         if self._model.device.type == "cuda":
@@ -207,6 +206,11 @@ def _pack(table, tokens: int, rows: int, before: int) -> PackedTokens:
     used = min(tokens, rows)
     counts = [tokens // used + (row < tokens % used) for row in range(used)]
     return PackedTokens(table, list(range(used)), [before] * used, counts)
+
+
+def _ascending(seconds: list[float]) -> list[float]:
+    """No more for some tokens than for more of them: what took longer was held up by something else."""
+    return [min(seconds[n:]) for n in range(len(seconds))]
 
 
 def _rounded(values: list[float]) -> tuple[float, ...]:

@@ -195,6 +195,7 @@ def test_the_model_is_listed_with_its_exits(client):
         "default_lossless": False,
         "confidence": "max_probability",
         "kv_policy": "catch_up",
+        "pass_prices": {},
     }
 
 
