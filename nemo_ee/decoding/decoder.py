@@ -265,11 +265,12 @@ class EarlyExitDecoder:
             asked = [
                 j
                 for j, i in enumerate(here)
-                if is_asked(thresholds[i][k]) and _has_room(self.pending(k, where[i]), limits[i])
+                if is_asked(thresholds[i][k])
+                and ((limit := limits[i]) is None or self.pending(k, where[i]) <= limit)
             ]
             leaving: list[int] = []
             if asked:
-                last = _rows_of(packed.last, asked if len(asked) < len(here) else None, x.device)
+                last = packed.last_of(asked if len(asked) < len(here) else None, x.device)
                 indices = [here[j] for j in asked]
                 before = x[last]
                 behind = before if point.block is None else self._behind_block(k, [where[i] for i in indices])
@@ -324,10 +325,8 @@ class EarlyExitDecoder:
 
     def _final(self, x: Tensor, greedy: bool) -> Prediction:
         """The final exit's, from [N, H]; `greedy` as for `prefill`."""
-        output, prices = (
-            (self.model.greedy_output, self.prices.greedy) if greedy else (self.output, self.prices)
-        )
-        self.spent += prices.output(len(x))
+        output = self.model.greedy_output if greedy else self.output
+        self.spent += (self.prices.greedy if greedy else self.prices).output(len(x))
         return self.passes.predict("the final exit", output, x)
 
     def _feed(self, tokens: Tensor | Sequence[int], rows: list[int]) -> tuple[PackedTokens, Tensor]:
@@ -398,15 +397,3 @@ class EarlyExitDecoder:
         if self.history is not None:
             for row, part in zip(packed.rows, tokens.split(packed.counts), strict=True):
                 self.history[row, : len(part)] = part
-
-
-def _has_room(pending: int, limit: int | None) -> bool:
-    return limit is None or pending <= limit
-
-
-def _rows_of(last: Tensor | slice, some: list[int] | None, device: torch.device) -> Tensor | slice:
-    """Where the last tokens of some sequences of a pack are; None means all."""
-    if some is None:
-        return last
-    index = to_device(some, device)
-    return index + last.start if isinstance(last, slice) else last[index]

@@ -9,10 +9,10 @@ from nemo_ee.decoding.decoder import EarlyExitDecoder
 from nemo_ee.decoding.decoding_model import DecodingModel
 from nemo_ee.decoding.drafts.lossless import LosslessRounds
 from nemo_ee.decoding.drafts.verification import Acceptance, agreeing_prefix
-from nemo_ee.decoding.exit_policy import ExitPolicy
 from nemo_ee.decoding.generated_sequence import Draft, GeneratedSequence
 from nemo_ee.decoding.leaving import NEVER, is_asked
 from nemo_ee.decoding.logits_processing import processed
+from nemo_ee.decoding.policy.exit_policy import ExitPolicy
 from nemo_ee.decoding.step import UNANSWERED, Step
 from nemo_ee.decoding.transfer import to_host
 

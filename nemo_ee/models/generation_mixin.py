@@ -206,7 +206,7 @@ class GenerationMixin:
         another call. On a CPU, exits prepared here are asked and draft with 8-bit copies of their heads' weights, so
         that confidences differ a little from those of heads that are not prepared (docs/decoding.md). What passes cost
         is measured, in under a second: by that exits are asked only where it pays (see
-        `nemo_ee.decoding.exit_policy`). Otherwise it is assumed, by the bytes of weights.
+        `nemo_ee.decoding.policy.exit_policy`). Otherwise it is assumed, by the bytes of weights.
 
         Args:
             weights: `native`; `bf16`, rounded to bfloat16 and computed in float32, which changes nothing where a

@@ -22,8 +22,8 @@ from result import Result
 from tokens import check_graphs, warnings_about_graphs
 
 from nemo_ee.decoding.assumed_prices import prices_of
-from nemo_ee.decoding.exit_policy import ExitPolicy, Round
 from nemo_ee.decoding.leaving import is_asked
+from nemo_ee.decoding.policy.exit_policy import ExitPolicy, Round
 from nemo_ee.generation.generating import generating
 from nemo_ee.report.statistics import spread
 from nemo_ee.runtime.upstream.cuda_graphs import counted_replays

@@ -4,8 +4,8 @@
 import random
 from unittest.mock import patch
 
-from nemo_ee.decoding.exit_policy import ExitPolicy, Round
 from nemo_ee.decoding.leaving import is_asked
+from nemo_ee.decoding.policy.exit_policy import ExitPolicy, Round
 
 
 class EagerDrafts(ExitPolicy):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from nemo_ee.calibration.exit_decisions import first_exits
-from nemo_ee.decoding.exit_policy import ExitPolicy
 from nemo_ee.decoding.leaving import NEVER
+from nemo_ee.decoding.policy.exit_policy import ExitPolicy
 from tests.support.calibration_population import LAYERS, NUM_LAYERS, population
 from tests.unit.test_exit_policy import made_up
 

@@ -6,10 +6,10 @@ import random
 
 import pytest
 
-from nemo_ee.decoding.exit_policy import CREDIT, LOSS, SAVED, ExitPolicy, Round
-from nemo_ee.decoding.forecast import round_rate, step_price
 from nemo_ee.decoding.leaving import NEVER
 from nemo_ee.decoding.pass_prices import PassPrices
+from nemo_ee.decoding.policy.exit_policy import CREDIT, LOSS, SAVED, ExitPolicy, Round
+from nemo_ee.decoding.policy.forecast import round_rate, step_price
 
 TOKENS = (1, 2, 4, 5, 8, 16, 32)
 GROWTH = {

@@ -83,7 +83,7 @@ def generated(model, prompts, early_exit, least=0, **sampling):
 def test_a_repetition_penalty_is_transformers_for_greedy_texts_and_exits(model, penalty):
     thresholds = dict(zip(LAYERS, (0.6, 0.5, 0.7), strict=True))
     prompts = [model.tokenizer.text_to_ids(text) for text in TEXTS]
-    early = dict(threshold=list(thresholds.values()))
+    early = dict(threshold=list(thresholds.values()), always=True)
     seen = set()
     for exits, given in ((thresholds, early), ({}, False)):
         plain = Processed(model, penalty, thresholds=exits)
@@ -108,7 +108,7 @@ def test_an_exit_that_is_sure_of_the_end_of_a_text_that_is_too_short_is_as_sure_
 ):
     thresholds = dict.fromkeys(LAYERS, 0.35)
     prompts = [model.tokenizer.text_to_ids(text) for text in TEXTS]
-    early, met, left = dict(threshold=0.35), 0, 0
+    early, met, left = dict(threshold=0.35, always=True), 0, 0
     for prompt in prompts:
         (tokens, layers, _) = generated(model, [prompt], early)[0]
         for place in [i for i, n in enumerate(layers) if n < 8][:3]:
@@ -116,9 +116,9 @@ def test_an_exit_that_is_sure_of_the_end_of_a_text_that_is_too_short_is_as_sure_
             monkeypatch.setattr(model.text_tokenizer, "_other_ends", (end,))
             plain = Processed(model, least=LIMIT - 2, thresholds={} if lossless else thresholds)
             expected = plain(prompt, LIMIT)
-            found = generated(model, [prompt], {**early, "lossless": True} if lossless else early, LIMIT - 2)[
-                0
-            ]
+            found = generated(
+                model, [prompt], dict(threshold=0.35, lossless=True) if lossless else early, LIMIT - 2
+            )[0]
             assert found[0] == expected[0] and end not in found[0][: LIMIT - 2]
             met += 1
             if lossless:

@@ -8,8 +8,8 @@ import random
 import pytest
 import torch
 
-from nemo_ee.decoding.exit_policy import Round
 from nemo_ee.decoding.generated_sequence import Draft
+from nemo_ee.decoding.policy.exit_policy import Round
 from tests.support.drafting import EagerDrafts
 from tests.support.tiny_gpt import HEADS, tiny_model, tiny_model_config
 from tests.support.uncached import generate_uncached
@@ -478,7 +478,7 @@ def priced(growth=0.02, head=0.06):
 
 def test_a_session_asks_where_prices_say_that_it_pays(gpt):
     """The same model and requests; and text that asks always, whatever the prices."""
-    from nemo_ee.decoding.exit_policy import ExitPolicy
+    from nemo_ee.decoding.policy.exit_policy import ExitPolicy
 
     exits = {1: 0.0, 3: 0.0}
     left = {}
@@ -495,7 +495,7 @@ def test_a_session_asks_where_prices_say_that_it_pays(gpt):
 
 def test_what_a_session_spends_is_what_its_passes_cost(gpt):
     """By prices that count tokens through layers, so that catching up costs what running costs."""
-    from nemo_ee.decoding.exit_policy import ExitPolicy
+    from nemo_ee.decoding.policy.exit_policy import ExitPolicy
 
     policy = ExitPolicy(priced(growth=1.0, head=0.0), LAYERS)
     sequences = [sequence(p, {1: 0.02, 4: 0.3}) for p in PROMPTS[:3]]

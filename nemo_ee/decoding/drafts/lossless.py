@@ -3,9 +3,9 @@
 
 from collections.abc import Sequence
 
-from nemo_ee.decoding.exit_policy import ExitPolicy, Round
 from nemo_ee.decoding.generated_sequence import GeneratedSequence
 from nemo_ee.decoding.leaving import NEVER, is_asked
+from nemo_ee.decoding.policy.exit_policy import ExitPolicy, Round
 
 
 class LosslessRounds:

@@ -182,6 +182,13 @@ class PackedTokens:
             span = self.positions
         self.table, self._span = table, span
 
+    def last_of(self, some: list[int] | None, device: torch.device) -> Tensor | slice:
+        """Where the last tokens of some sequences of the pack are, by index among them; None means all."""
+        if some is None:
+            return self.last
+        index = to_device(some, device)
+        return index + self.last.start if isinstance(self.last, slice) else self.last[index]
+
     @property
     def tokens(self) -> int:
         """T."""

@@ -4,10 +4,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nemo_ee.decoding.forecast import round_rate, step_price, worst_asking, worst_round
 from nemo_ee.decoding.leaving import is_asked
-from nemo_ee.decoding.observed_share import Share
 from nemo_ee.decoding.pass_prices import PassPrices
+from nemo_ee.decoding.policy.forecast import round_rate, step_price, worst_asking, worst_round
+from nemo_ee.decoding.policy.observed_share import Share
 
 LOSS = 0.01
 """Share of full depth's price that exits may lose, all in all, whatever they say."""
