@@ -16,7 +16,7 @@ PROMPTS += [[n, 2 * n, 3 * n] for n in (11, 17, 23, 29)]
 STEPS = 12
 WAYS = {
     "full depth": False,
-    "exits": dict(threshold=[0.7, 0.5, 0.6]),
+    "exits": dict(threshold=[0.7, 0.5, 0.6], always=True),
     "lossless": dict(threshold=0.3, lossless=True),
 }
 KINDS = {"float32": (None, "native"), "bf16": (None, "bf16"), "float64": (torch.float64, "native")}
@@ -125,10 +125,13 @@ def test_who_wants_probabilities_is_not_searched_for(asked):
         gpt, [sequence(prompt, {2: 0.6}, limit=STEPS, **options) for prompt in PROMPTS[:3]], "exact8"
     )
     session_texts(gpt, [sequence(PROMPTS[0], {2: 0.4}, True, limit=STEPS, **options)], "exact8")
+    assert asked.searches == 0
     model = made()
     model.prepare_decoding(output_layer="full")
     expected = generated(model, 2, "exits", all_probs=True)[0]
     model.prepare_decoding(output_layer="exact8")
+    assert asked.searches > 0, "their price is measured"
+    asked.searches = 0
     found = generated(model, 2, "exits", all_probs=True)[0]
     assert found["token_ids"] == expected["token_ids"]
     assert all(
