@@ -4,7 +4,15 @@
 import pytest
 import torch
 
-from tests.unit.test_session import LAYERS, PROMPTS, STEPS, full_text, gpt, new_session, run, sequence  # noqa: F401
+from tests.support.tiny_gpt import HEADS, tiny_model, tiny_model_config
+from tests.unit.test_session import LAYERS, PROMPTS, STEPS, run, sequence
+
+
+@pytest.fixture(scope="module")
+def gpt():
+    head = HEADS["block, MLP, linear, untied"]
+    config = tiny_model_config(head=head, exits=LAYERS, share_embeddings_and_output_weights=False)
+    return tiny_model(config, dtype=torch.float64).gpt
 
 
 def priced(growth=0.02, head=0.06):
