@@ -12,17 +12,17 @@ TEXTS = ["w1 w2 w3", "w9 w10 w11 w12 w13 w14 w15", "w40", "w7 w7", "w100 w3 w55 
 EXITS = [1, 4, 6]
 """The first stage's, one on the last layer of a stage, one of the second half."""
 WAYS = {
-    "mixed": (dict(threshold=[0.7, 0.5, 0.6]), dict(add_BOS=False), dict(max_length=16)),
-    "always the first": (dict(threshold=0.0), dict(add_BOS=False), dict(max_length=12)),
+    "mixed": (dict(threshold=[0.7, 0.5, 0.6], always=True), dict(add_BOS=False), dict(max_length=16)),
+    "always the first": (dict(threshold=0.0, always=True), dict(add_BOS=False), dict(max_length=12)),
     "full depth": (False, dict(add_BOS=False), dict(max_length=8)),
     "some exits, margin": (
-        dict(threshold=0.3, exits=[4, 6], confidence="margin"),
+        dict(threshold=0.3, exits=[4, 6], confidence="margin", always=True),
         dict(add_BOS=False),
         dict(max_length=12),
     ),
-    "late end": (dict(threshold=0.5), dict(add_BOS=False), dict(max_length=16, min_length=9)),
+    "late end": (dict(threshold=0.5, always=True), dict(add_BOS=False), dict(max_length=16, min_length=9)),
     "sampled": (
-        dict(threshold=0.5),
+        dict(threshold=0.5, always=True),
         dict(add_BOS=False, use_greedy=False, temperature=1.3, top_k=30, repetition_penalty=1.2),
         dict(max_length=12),
     ),
@@ -58,7 +58,7 @@ def refusals(pp):
     model, messages = tiny_model(tiny_model_config(exits=EXITS, pp=pp), pp), []
     for early_exit, sampling in (
         (dict(lossless=True), {}),
-        (dict(max_pending=3), {}),
+        (dict(threshold=0.5, max_pending=3), {}),
         (dict(kv_policy="recompute"), {}),
         (dict(confidence="patience", threshold=0.8), {}),
         ({}, dict(all_probs=True)),
