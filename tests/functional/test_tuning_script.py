@@ -341,7 +341,7 @@ BAD = {
     "weights": (dict(model__early_exit__tuning__loss_weights="[1]"), "1 weights for 2 exit layers"),
     "a negative weight": (
         dict(model__early_exit__tuning__loss_weights="[1,-1]"),
-        "a weight is negative",
+        "loss_weights=-1.0: must not be negative",
     ),
     "threshold": (dict(model__early_exit__inference__threshold="1.5"), "within [0, 1]"),
     "shortlist above the vocabulary": (

@@ -18,6 +18,17 @@ from typing import Any
 from tests.support.distributed import context, start_server
 
 ROOT = Path(__file__).resolve().parents[2]
+TORCHRUN = {
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "NODE_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+}
+"""Variables that trainers in a test's own process leave there, and that a user's shell does not have."""
 
 
 def run_script(
@@ -119,9 +130,10 @@ class ForkedScript:
 def _run(arguments: list[str], directory: str, environment: dict[str, str], streams: tuple[str, str]) -> None:
     """In the forked process: becomes `python arguments…`, as far as the script can see."""
     os.setsid()
+    opened = {path: os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) for path in streams}
     for path, number in zip(streams, (1, 2), strict=True):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        os.dup2(descriptor, number)
+        os.dup2(opened[path], number)
+    for descriptor in opened.values():
         os.close(descriptor)
     os.environ.clear()
     os.environ.update(environment)

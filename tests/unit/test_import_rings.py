@@ -181,7 +181,9 @@ def test_light_modules_load_nothing_heavy(module):
 def test_files_are_small_licensed_and_named_for_what_they_hold():
     files = python_files("nemo_ee", "scripts", "tests")
     for path in files:
-        assert len(path.read_text().splitlines()) <= (500 if place(path).startswith("tests/") else 400), place(path)
+        assert len(path.read_text().splitlines()) <= (500 if place(path).startswith("tests/") else 400), (
+            place(path)
+        )
     assert [place(path) for path in files if not path.read_text().startswith(LICENCE)] == []
     assert [place(path) for path in files if path.name in CATCH_ALL_NAMES] == []
 
