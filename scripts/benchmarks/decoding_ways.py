@@ -184,13 +184,12 @@ def restore(model: str, adapter: str | None, precision: str, longest: int) -> An
     trainer |= {"enable_checkpointing": False, "enable_progress_bar": False}
     built = EarlyExitTrainerBuilder(OmegaConf.create({"trainer": trainer, "model": {"precision": kind}}))
     run = built.create_trainer()
-    keys = {"precision": run.precision, "megatron_amp_O2": kind == "bf16"}
-    restored = restore_model(model, adapter, run, keys)
-    if not restored.early_exit.layers:
+    ours = restore_model(model, adapter, run, {"precision": run.precision, "megatron_amp_O2": kind == "bf16"})
+    if not ours.early_exit.layers:
         raise CheckpointError(f"--model {model}: it has no exits; give --adapter")
-    if longest > (limit := position_limit(restored.cfg)):
+    if longest > (limit := position_limit(ours.cfg)):
         raise GenerationError(f"--prompts with --new-tokens: the model has {limit} positions")
-    return read(restored)
+    return read(ours)
 
 
 def load_hugging_face(path: str, dtype: torch.dtype) -> Any:

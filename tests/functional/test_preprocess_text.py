@@ -57,7 +57,7 @@ def test_errors_are_one_message_and_a_nonzero_status(workspace):
         workspace, "input=missing.txt", "output_prefix=new/wiki", "tokenizer.type=tokenizer", "document=page"
     )
     assert result.returncode == 1
-    assert "error: document=page: must be one of file, line, paragraph" in result.stderr
+    assert "error: document=page: not one of file, line, paragraph" in result.stderr
     assert "Traceback" not in result.stderr
     result = run(workspace, "input=missing.txt", "output_prefix=new/wiki", "tokenizer.type=tokenizer")
     assert result.returncode == 1 and "error: input=missing.txt: must exist" in result.stderr

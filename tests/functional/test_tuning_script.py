@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from nemo_ee.checkpoint import archive
 from nemo_ee.checkpoint.torch_dist import TorchDistCheckpoint
 from tests.support import tiny_llama
 from tests.support.distributed import DEFAULT_TIMEOUT
-from tests.support.script import ForkedScript, fork_script
+from tests.support.script import run_script
 from tests.support.tuning import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,14 +84,15 @@ def start(folder: Path, given: list[str]) -> subprocess.Popen:
     )
 
 
-def fork(folder: Path, given: list[str]) -> ForkedScript:
-    return fork_script(folder, SCRIPT.name, *given)
+def run_tuning(folder: Path, given: list[str]) -> tuple[int, str]:
+    """Its status, and what it wrote."""
+    done = run_script(folder, SCRIPT.name, *given, timeout=DEFAULT_TIMEOUT)
+    return done.returncode, done.stdout + done.stderr
 
 
-def succeed(folder: Path, given: list[str], start: Callable = fork) -> str:
-    process = start(folder, given)
-    output, _ = process.communicate(timeout=DEFAULT_TIMEOUT)
-    assert process.returncode == 0, output[-3000:]
+def succeed(folder: Path, given: list[str]) -> str:
+    status, output = run_tuning(folder, given)
+    assert status == 0, output[-3000:]
     return output
 
 
@@ -118,7 +118,9 @@ def restored(base: str, exits: str) -> tuple[list[int], bool, dict[str, torch.Te
 def uninterrupted(workspace) -> Path:
     """The exits of a run of STEPS steps, from the command line."""
     run = workspace / "whole"
-    succeed(workspace, long_run(workspace, run), start)
+    process = start(workspace, long_run(workspace, run))
+    output, _ = process.communicate(timeout=DEFAULT_TIMEOUT)
+    assert process.returncode == 0, output[-3000:]
     return run / "checkpoints" / NAME
 
 
@@ -227,9 +229,8 @@ def test_resuming_on_another_base_is_refused(workspace, uninterrupted, tmp_path)
     given = long_run(workspace, tmp_path / "run")
     other = tmp_path / "other.nemo"
     changed_base(workspace / "base.nemo", other)
-    process = fork(workspace, [*given, f"model.restore_from_path={other}"])
-    output, _ = process.communicate(timeout=DEFAULT_TIMEOUT)
-    assert process.returncode == 1 and "Traceback" not in output, output[-3000:]
+    status, output = run_tuning(workspace, [*given, f"model.restore_from_path={other}"])
+    assert status == 1 and "Traceback" not in output, output[-3000:]
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert f"model.restore_from_path={other}: has content hash" in line
     assert "was started on base.nemo" in line and "resume_if_exists=false" in line
@@ -341,7 +342,7 @@ BAD = {
     "weights": (dict(model__early_exit__tuning__loss_weights="[1]"), "1 weights for 2 exit layers"),
     "a negative weight": (
         dict(model__early_exit__tuning__loss_weights="[1,-1]"),
-        "a weight is negative",
+        "loss_weights=-1.0: must not be negative",
     ),
     "threshold": (dict(model__early_exit__inference__threshold="1.5"), "within [0, 1]"),
     "shortlist above the vocabulary": (

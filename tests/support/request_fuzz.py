@@ -108,7 +108,8 @@ def nearly_right_requests(draw: st.DrawFn, chat: bool) -> Any:
         if change == "drop":
             request.pop(name, None)
         elif change == "swap":
-            request[name] = request.get(draw(st.sampled_from(sorted(request))))
+            others = sorted(request) or [name]  # all may be dropped
+            request[name] = request.get(draw(st.sampled_from(others)))
         elif change == "wrap":
             request[name] = draw(st.sampled_from([[value], {"text": value}, [[value]], str(value)]))
         elif change == "rename":

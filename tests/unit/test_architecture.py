@@ -44,9 +44,8 @@ def test_where_it_is_decided():
 
 def test_rooms_are_those_of_the_package():
     said = set(re.findall(r"`(\w+)(?:/|\.py)`", "\n".join(row[0] for row in rooms())))
-    package = {
-        path.name.removesuffix(".py") for path in (ROOT / "nemo_ee").iterdir() if path.name[0] not in "_."
-    }
+    modules, folders = (ROOT / "nemo_ee").glob("[!_]*.py"), (ROOT / "nemo_ee").glob("*/__init__.py")
+    package = {path.stem for path in modules} | {path.parent.name for path in folders}
     assert said == package
 
 

@@ -252,7 +252,7 @@ def test_preprocessing_names_what_is_wrong(tmp_path):
     ):
         DocumentTokenizer(TokenizerConfig(type=str(tmp_path), add_bos=True))
     values = dict(input="a.txt", output_prefix="out", tokenizer=dict(type=str(tmp_path), add_bos="yes"))
-    with pytest.raises(ConfigError, match="tokenizer.add_bos=yes: must be true, false or null"):
+    with pytest.raises(ConfigError, match="tokenizer.add_bos=yes: expected bool or null, got str"):
         PreprocessConfig.from_dict(values)
 
 

@@ -109,7 +109,7 @@ def read_out(head, emittable, x, logits, best, row, log_sum, token, sure, thread
         multiply(weight, scale, none, state, logits, first, last)
         for t in range(tokens):
             tops[c, t], where[c, t] = _highest(logits[t], first, min(last, emittable))
-            sums[c, t] = _sum(logits[t], first, min(last, emittable), tops[c, t])
+            sums[c, t] = sum_of_exponentials(logits[t], first, min(last, emittable), tops[c, t])
             for i in range(max(first, emittable), last):
                 logits[t, i] = -np.inf
     bucket = head.bucket
@@ -147,7 +147,7 @@ def _highest(logits, first, last):
 
 
 @compiled
-def _sum(logits, first, last, top):
+def sum_of_exponentials(logits, first, last, top):
     """Of exp(logit - top)."""
     total = logits.dtype.type(0)
     for i in range(first, last):

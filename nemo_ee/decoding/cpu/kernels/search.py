@@ -16,10 +16,10 @@ import numpy as np
 from numba import prange
 
 from nemo_ee.decoding.cpu.kernels.compiled import compiled, widened
-from nemo_ee.decoding.cpu.kernels.exponential import exponential
 from nemo_ee.decoding.cpu.kernels.mlp import copy
 from nemo_ee.decoding.cpu.kernels.norm import Norm, normalise_all
 from nemo_ee.decoding.cpu.kernels.products import Linear, multiply
+from nemo_ee.decoding.cpu.kernels.readout import sum_of_exponentials
 
 MOST_CANDIDATES = 256
 """Of one thread and token; where more are as close, the layer itself is as fast."""
@@ -83,7 +83,7 @@ def search(layer, emittable, x, logits, token, sure, settled, threads):
         last = min(last, emittable)
         for t in range(tokens):
             floors[c, t], tops[c, t] = _floor(logits[t], slack, length[t], first, last)
-            sums[c, t] = _sum(logits[t], first, last, tops[c, t])
+            sums[c, t] = sum_of_exponentials(logits[t], first, last, tops[c, t])
     first_of = np.full((threads, tokens), -np.inf)
     first_low = np.full((threads, tokens), -np.inf)
     rival = np.full((threads, tokens), -np.inf)
@@ -154,13 +154,4 @@ def _exact(row, x):
     total = 0.0
     for j in range(len(x)):
         total += widened(row[j], 0.0) * np.float64(x[j])
-    return total
-
-
-@compiled
-def _sum(logits, first, last, top):
-    """Of exp(logit - top)."""
-    total = logits.dtype.type(0)
-    for i in range(first, last):
-        total += exponential(logits[i] - top)
     return total
