@@ -41,8 +41,8 @@ class Patch:
         """The patched symbol as a dotted path."""
         return f"{self.module}.{self.name}"
 
-    def apply(self) -> None:
-        """Replaces the symbol in its module, which must be imported.
+    def apply(self) -> bool:
+        """Replaces the symbol in its module, which must be imported; returns whether it was another before.
 
         Raises:
             AttributeError: the symbol does not exist; the installed release is not one this change was
@@ -54,7 +54,10 @@ class Patch:
             owner = getattr(owner, part)
         if not self.missing and not hasattr(owner, name):
             raise AttributeError(f"{self.target} does not exist; nemo_ee was checked against {self.upstream}")
-        setattr(owner, name, self.replacement(getattr(owner, name, None)))
+        original = getattr(owner, name, None)
+        replacement = self.replacement(original)
+        setattr(owner, name, replacement)
+        return replacement is not original
 
 
 class PatchingFinder(importlib.abc.MetaPathFinder):
@@ -62,18 +65,19 @@ class PatchingFinder(importlib.abc.MetaPathFinder):
 
     Attributes:
         modules: the patches of every module, in the order in which they are applied.
+        applied: dotted paths of the symbols that were replaced so far.
     """
 
     def __init__(self, patches: tuple[Patch, ...]):
         self.modules: dict[str, list[Patch]] = {}
+        self.applied: list[str] = []
         for patch in patches:
             self.modules.setdefault(patch.module, []).append(patch)
         self._searching = False
 
     def apply(self, module: str) -> None:
         """Applies the patches of an imported module."""
-        for patch in self.modules[module]:
-            patch.apply()
+        self.applied += [patch.target for patch in self.modules[module] if patch.apply()]
 
     def find_spec(self, fullname, path=None, target=None):
         """The module's spec, whose loader patches; None for a module without patches."""

@@ -38,7 +38,7 @@ def enable() -> None:
 
     Without CUDA, calls that name it mean the CPU from then on. Without Apex, what NeMo uses of it is
     supplied when NeMo is imported. Call it before anything imports NeMo's ``nlp`` collection or
-    megatron-core, once per process; more calls do nothing.
+    megatron-core, once per process; more calls do nothing. `supplied` says what was missing.
 
     Raises:
         RuntimeError: there is no CUDA, or no compiler for it, and megatron-core or NeMo's nlp collection is
@@ -70,3 +70,8 @@ def enable() -> None:
         if module in sys.modules or module.partition(".")[0] == "torch":
             importlib.import_module(module)
             _finder.apply(module)
+
+
+def supplied() -> list[str]:
+    """Dotted paths of the symbols that were missing and have a stand-in by now, in the order of their imports."""
+    return [] if _finder is None else list(_finder.applied)
