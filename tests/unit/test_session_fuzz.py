@@ -39,8 +39,8 @@ def sequence(prompt, request, ends, limit):
     return GeneratedSequence(list(prompt), request, frozenset(ends), ends, limit, seed=7)
 
 
-def one_of_each_kind(head):
-    """Exits with these heads, or with one kind each; their projections decide whether embeddings are tied."""
+def heads_of(head):
+    """The section of heads, and whether embeddings are tied."""
     if head in HEADS:
         return HEADS[head], HEADS[head]["projection"] == "tied"
     return [HEADS[kind] for kind in ("block, shortlist", "norm, tied", "MLP, untied")], True
@@ -48,7 +48,7 @@ def one_of_each_kind(head):
 
 @pytest.mark.parametrize("path", ["kernels", "kernels, 8 bits", "torch", "modules"])
 @pytest.mark.parametrize("trials", [1, pytest.param(25, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("head", [*HEADS, "one of each kind"])
+@pytest.mark.parametrize("head", [*HEADS, "a kind for each exit"])
 def test_a_text_is_its_own_whoever_comes_and_goes(head, trials, path, monkeypatch):
     from nemo_ee.decoding.assumed_prices import prices_of
     from nemo_ee.decoding.decoding_model import DecodingModel
@@ -57,7 +57,7 @@ def test_a_text_is_its_own_whoever_comes_and_goes(head, trials, path, monkeypatc
     monkeypatch.setenv(SWITCH, "1" if "kernels" in path else "0")
     if path == "modules":
         monkeypatch.setattr("nemo_ee.decoding.layers.lean_layer.is_lean", lambda layer: False)
-    heads, tied = one_of_each_kind(head)
+    heads, tied = heads_of(head)
     config = tiny_model_config(head=heads, share_embeddings_and_output_weights=tied)
     gpt, left, ended = tiny_model(config, dtype=torch.float64).gpt, set(), set()
     with torch.inference_mode():
