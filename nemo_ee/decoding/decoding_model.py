@@ -32,8 +32,8 @@ class DecodingModel:
     Args:
         gpt: in eval mode, sequence parallelism off.
         weights: see `nemo_ee.decoding.cpu.lean_weights.WEIGHT_KINDS`.
-        eight_bit_heads: exits are asked, and draft, with 8-bit copies of their weights (but for blocks) where our CPU
-            kernels compute; worth making for more than one call.
+        eight_bit_heads: exits are asked, and draft, with 8-bit copies of their weights as they are (but for blocks)
+            where our CPU kernels compute, whatever `weights`; worth making for more than one call.
         output_layer: see `nemo_ee.decoding.cpu.output_search.OUTPUT_LAYERS`; a search has an 8-bit copy of the layer.
 
     Attributes:
@@ -68,20 +68,16 @@ class DecodingModel:
         self.prices: PassPrices | None = None
         some = gpt.decoder.layers[0].self_attention.linear_proj.weight
         self.device, self.dtype = some.device, compute_dtype(some)
-        output_weight = gpt.output_weight()
         self.layers = {
             layer.layer_number: layer_mathematics(layer, self.dtype, weights) for layer in gpt.decoder.layers
         }
         self.heads: dict[int, LeanHead] = {}
         self.blocks = {}
         for n in gpt.exit_layers:
-            head = gpt.exits[str(n)]
-            assert output_weight is not None, "a stage with exits has an output weight or a copy of it"
-            dtype = compute_dtype(next(head.parameters(), output_weight))
-            kind = HEAD_KIND if eight_bit_heads and runs_kernels(self.device, dtype) else weights
-            self.heads[n] = LeanHead(head, output_weight, dtype, kind)
-            if head.block is not None:
-                self.blocks[n] = layer_mathematics(head.block, dtype, weights)
+            self.heads[n] = read_head(gpt, n, weights, eight_bit_heads)
+            block = gpt.exits[str(n)].block
+            if block is not None:
+                self.blocks[n] = layer_mathematics(block, self.heads[n].dtype, weights)
         self.output = LeanOutput(gpt, self.dtype, weights) if gpt.post_process else None
         self.greedy_output: LeanOutput | SearchedOutput | None = self.output
         if output_layer == "exact8" and self.output is not None and self.output.can_be_searched:
@@ -174,6 +170,29 @@ class DecodingModel:
             return torch.float32
         weight = self.gpt.decoder.layers[0].self_attention.linear_proj.weight
         return weight.dtype
+
+
+def read_head(gpt: EarlyExitGPTModel, layer: int, weights: str, in_eight_bits: bool) -> LeanHead:
+    """An exit's head behind its block, for decoding.
+
+    Args:
+        gpt: a stage that has this exit.
+        layer: the exit's.
+        weights: see `nemo_ee.decoding.cpu.lean_weights.WEIGHT_KINDS`.
+        in_eight_bits: where our CPU kernels compute, 8-bit copies of the weights as they are, whatever `weights`.
+    """
+    head, output_weight = gpt.exits[str(layer)], gpt.output_weight()
+    assert output_weight is not None, "a stage with exits has an output weight or a copy of it"
+    dtype = compute_dtype(next(head.parameters(), output_weight))
+    kind = HEAD_KIND if in_eight_bits and runs_kernels(output_weight.device, dtype) else weights
+    return LeanHead(head, output_weight, dtype, kind)
+
+
+def asked_heads(gpt: EarlyExitGPTModel) -> dict[int, LeanHead]:
+    """The exits whose heads prepared decoding reads in 8 bits, with these heads: on a CPU all, elsewhere none. By them
+    text is scored, so that thresholds mean there what they mean in decoding."""
+    heads = {n: read_head(gpt, n, "native", in_eight_bits=True) for n in gpt.exit_layers}
+    return {n: head for n, head in heads.items() if head.in_eight_bits}
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from nemo_ee.config import EarlyExitConfig
+from nemo_ee.decoding.decoding_model import asked_heads
 from nemo_ee.errors import CheckpointError, ConfigError, Fault
 from nemo_ee.evaluation.teacher_forced import TextScores, score_text
 from nemo_ee.generation.generating import generating
@@ -71,11 +72,13 @@ def restore(config: Scored, trainer: Any) -> MegatronGPTEarlyExitModel:
 
 
 def score_with(model: MegatronGPTEarlyExitModel) -> Score:
-    """`score_text` on the model's device, with what generation switches off."""
+    """`score_text` on the model's device, with what generation switches off, by heads as prepared decoding asks."""
     device = model.gpt.output_weight().device
+    with generating(model):
+        heads = asked_heads(model.gpt)
 
     def score(tokens: Tensor, labels: Tensor) -> TextScores:
         with generating(model):
-            return score_text(model.gpt, tokens.to(device), labels.to(device))
+            return score_text(model.gpt, tokens.to(device), labels.to(device), heads)
 
     return score

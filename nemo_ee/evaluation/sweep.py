@@ -15,8 +15,9 @@ from nemo_ee.data.index_file import open_indexed_file
 from nemo_ee.errors import ConfigError, DataError, Fault, GenerationError
 from nemo_ee.evaluation.exit_thresholds import resolved_thresholds
 from nemo_ee.evaluation.held_out import HeldOutQuality, quality_of
+from nemo_ee.evaluation.scored_model import Score, score_with
 from nemo_ee.evaluation.settings import HeldOutConfig, SweepConfig, Threshold
-from nemo_ee.evaluation.teacher_forced import CONFIDENCE_RULE, TextScores, score_final, score_text
+from nemo_ee.evaluation.teacher_forced import CONFIDENCE_RULE, TextScores, score_final
 from nemo_ee.generation.generating import generating
 from nemo_ee.report.schema import Interval, Sample, Spread, ThresholdResult
 from nemo_ee.report.statistics import bootstrap_mean, spread
@@ -182,12 +183,12 @@ class Sweep:
 
     def score(self, texts: Sequence[GeneratedText]) -> list[tuple[TextScores, Tensor, Tensor]]:
         """Of batches of full depth's texts: all exits, the labels, and where a token could leave, [B, S] each."""
-        return [self._score(texts[i : i + BATCH]) for i in range(0, len(texts), BATCH)]
+        score = score_with(self.model)
+        return [self._score(texts[i : i + BATCH], score) for i in range(0, len(texts), BATCH)]
 
-    def _score(self, texts: Sequence[GeneratedText]) -> tuple[TextScores, Tensor, Tensor]:
+    def _score(self, texts: Sequence[GeneratedText], score: Score) -> tuple[TextScores, Tensor, Tensor]:
         tokens, labels, mask = self._batch(texts)
-        with generating(self.model):
-            scores = score_text(self.model.gpt, tokens, labels)
+        scores = score(tokens, labels)
         for row, text in enumerate(texts):
             mask[row, len(text.prompt) - 1] = False
         return scores, labels, mask

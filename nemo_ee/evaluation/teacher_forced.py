@@ -5,11 +5,13 @@ Suffixes: B sequences, S tokens of a sequence, T tokens of all sequences in the 
 (S x B), H hidden size.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from nemo_ee.decoding.layers.lean_head import Readout
 from nemo_ee.decoding.leaving import leaves
 from nemo_ee.modeling.gpt import EarlyExitGPTModel, StageStates
 from nemo_ee.modeling.projection import ExitProjection
@@ -61,7 +63,9 @@ class TextScores:
         return tokens, layers
 
 
-def score_text(gpt: EarlyExitGPTModel, tokens: Tensor, labels: Tensor) -> TextScores:
+def score_text(
+    gpt: EarlyExitGPTModel, tokens: Tensor, labels: Tensor, heads: Mapping[int, Readout] | None = None
+) -> TextScores:
     """Predictions of the final exit and of every exit on one batch of text, computed in float32 or wider.
 
     Call it in eval mode without gradients. Every position sees the ones before it; padding may follow.
@@ -71,34 +75,52 @@ def score_text(gpt: EarlyExitGPTModel, tokens: Tensor, labels: Tensor) -> TextSc
         gpt: the whole model, on one pipeline stage.
         tokens: [B, S].
         labels: [B, S], the tokens that follow.
+        heads: exit layer -> the head, behind its block, that stands for the module's: see `asked_heads`.
     """
+    heads = heads or {}
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     states = gpt.forward_states(tokens, positions, None)
     final = score_final(gpt, states.output, labels)
-    return TextScores(final, {n: score_exit(gpt, n, states, labels) for n in gpt.exit_layers})
+    exits = {n: score_exit(gpt, n, states, labels, heads.get(n)) for n in gpt.exit_layers}
+    return TextScores(final, exits)
 
 
 def score_final(gpt: EarlyExitGPTModel, state: Tensor, labels: Tensor) -> ExitScores:
     """The final exit's predictions from its normed state [S, B, H]."""
-    return _score(state, gpt.final_projection, gpt, labels)
+    projection = gpt.final_projection
+    return _score(state, _logits_of(projection, gpt), projection, gpt, labels)
 
 
-def score_exit(gpt: EarlyExitGPTModel, layer: int, states: StageStates, labels: Tensor) -> ExitScores:
-    """One exit's predictions from what a forward pass left."""
-    head = gpt.exits[str(layer)]
-    dtype = next(head.parameters(), states.output).dtype
-    state = head(states.exits[layer].to(dtype), None, states.rotary_pos_emb)
-    return _score(state, head.projection, gpt, labels)
+def score_exit(
+    gpt: EarlyExitGPTModel, layer: int, states: StageStates, labels: Tensor, head: Readout | None = None
+) -> ExitScores:
+    """One exit's predictions from what a forward pass left; `head` as in `score_text`."""
+    module = gpt.exits[str(layer)]
+    dtype = next(module.parameters(), states.output).dtype
+    state = module.behind_block(states.exits[layer].to(dtype), None, states.rotary_pos_emb)
+    logits_of = _logits_of(module.projection, gpt) if head is None else head.logits
+    return _score(module.readout(state) if head is None else state, logits_of, module.projection, gpt, labels)
 
 
-def _score(state: Tensor, projection: ExitProjection, gpt: EarlyExitGPTModel, labels: Tensor) -> ExitScores:
+def _logits_of(projection: ExitProjection, gpt: EarlyExitGPTModel) -> Callable[[Tensor], Tensor]:
+    weight = gpt.output_weight() if projection.weight is None else None
+    return lambda state: projection.local_logits(state, weight)
+
+
+def _score(
+    state: Tensor,
+    logits_of: Callable[[Tensor], Tensor],
+    projection: ExitProjection,
+    gpt: EarlyExitGPTModel,
+    labels: Tensor,
+) -> ExitScores:
+    """Of states [S, B, H] by what makes logits of them, [T, H] -> [T, columns]."""
     length, batch, size = state.shape
     wide = torch.promote_types(state.dtype, torch.float32)
-    weight = gpt.output_weight() if projection.weight is None else None
     chunk = chunk_tokens(gpt.early_exit.tuning.loss_chunk_tokens, projection.columns)
     with torch.autocast(state.device.type, enabled=False):
         pieces = [
-            _score_tokens(rows, projection, weight, wanted)
+            _score_tokens(logits_of(rows), projection, wanted)
             for rows, wanted in zip(
                 state.to(wide).reshape(-1, size).split(chunk),
                 labels.t().reshape(-1).split(chunk),
@@ -110,10 +132,9 @@ def _score(state: Tensor, projection: ExitProjection, gpt: EarlyExitGPTModel, la
 
 
 def _score_tokens(
-    state: Tensor, projection: ExitProjection, weight: Tensor | None, labels: Tensor
+    logits: Tensor, projection: ExitProjection, labels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The fields of `ExitScores`, [T] each, from states [T, H]."""
-    logits = projection.local_logits(state, weight)
+    """The fields of `ExitScores`, [T] each, from logits [T, columns]."""
     summary = summarise_rows(logits, projection.emittable_rows())
     whole, highest = summary.over_ranks(projection.first_row, logits.amax(-1))
     columns, held = projection.held(projection.rows_of(labels))

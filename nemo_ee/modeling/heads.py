@@ -125,14 +125,25 @@ class ExitHead(MegatronModule):
         Returns:
             [S, B, H], sharded as `hidden`.
         """
-        if self.block is not None:
-            hidden, _ = self.block(
-                hidden,
-                attention_mask=attention_mask,
-                rotary_pos_emb=rotary_pos_emb,
-                packed_seq_params=packed_seq_params,
-            )
-        return self.readout(hidden)
+        return self.readout(self.behind_block(hidden, attention_mask, rotary_pos_emb, packed_seq_params))
+
+    def behind_block(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None = None,
+        rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """What `readout` reads, [S, B, H] as `hidden`; the arguments are those of `forward`."""
+        if self.block is None:
+            return hidden
+        hidden, _ = self.block(
+            hidden,
+            attention_mask=attention_mask,
+            rotary_pos_emb=rotary_pos_emb,
+            packed_seq_params=packed_seq_params,
+        )
+        return hidden
 
     def readout(self, x: Tensor) -> Tensor:
         """What follows the block, position by position: [S, B, H] -> [S, B, H]."""

@@ -10,6 +10,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from nemo_ee.config import EarlyExitConfig, InferenceConfig
+from nemo_ee.decoding.cpu.cpu_kernels import SWITCH
 from nemo_ee.errors import ConfigError, DataError
 from nemo_ee.evaluation import exit_thresholds, held_out, settings, sweep
 from nemo_ee.evaluation.teacher_forced import ExitScores, TextScores, score_text
@@ -156,6 +157,7 @@ def test_quality_is_the_mean_over_all_tokens(shortlist_model):
 
 
 def test_sweep_equals_brute_force(block_model, monkeypatch):
+    monkeypatch.setenv(SWITCH, "0")  # heads in full
     prompts = tokens(3, 7, seed=5).tolist()
     prompts[1] = prompts[1][:4]
     thresholds = (0.3, 0.6, 1.0, (0.2, 1.0, 0.5), "calibrated")

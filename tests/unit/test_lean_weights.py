@@ -1,6 +1,8 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Weights as functions: all kinds against the matrix product, and whole models with them."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -104,42 +106,49 @@ def generated(model, **early_exit):
     return model.generate((ids, lengths), dict(max_length=24), dict(add_BOS=False), early_exit=early_exit)
 
 
-def prepare(model, weights):
-    """With heads of that kind, too: what 8 bits do to confidences is another matter."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nemo_ee.decoding.decoding_model.HEAD_KIND", weights)
-        model.prepare_decoding(weights)
+@contextmanager
+def rounded_beforehand(model):
+    """What `weights=bf16` rounds: matrices of the layers, of heads' blocks and of the output layer."""
+    kept = {name: weight.detach().clone() for name, weight in model.gpt.named_parameters()}
+    with torch.no_grad():
+        for name, weight in model.gpt.named_parameters():
+            of_layer = "decoder.layers" in name or ".block." in name or name.startswith("output_layer.")
+            if weight.dim() > 1 and of_layer:
+                weight.copy_(weight.to(torch.bfloat16))
+    yield
+    with torch.no_grad():
+        for name, weight in model.gpt.named_parameters():
+            weight.copy_(kept[name])
 
 
 @pytest.mark.parametrize(
     "early_exit", [dict(threshold=0.5, always=True), dict(threshold=0.5, lossless=True)], ids=str
 )
 def test_a_model_decodes_with_bfloat16_and_eight_bit_weights(model, early_exit):
-    native = generated(model, **early_exit)["token_ids"]
-    kept = {name: weight.detach().clone() for name, weight in model.gpt.named_parameters()}
+    """Exits' heads are in 8 bits of what they are in either case, so that they are as sure."""
+    unprepared = generated(model, **early_exit)["token_ids"]
     try:
-        prepare(model, "bf16")
-        halved = generated(model, **early_exit)["token_ids"]
-        model.release_decoding()
-        with torch.no_grad():
-            for name, weight in model.gpt.named_parameters():
-                if weight.dim() > 1 and "position" not in name:
-                    weight.copy_(weight.to(torch.bfloat16))
-        prepare(model, "native")
-        assert generated(model, **early_exit)["token_ids"] == halved != native
-        with torch.no_grad():
-            for name, weight in model.gpt.named_parameters():
-                weight.copy_(kept[name])
-        prepare(model, "int8")
+        model.prepare_decoding()
+        native = generated(model, **early_exit)["token_ids"]
+        model.prepare_decoding("bf16")
+        halved = generated(model, **early_exit)
+        with rounded_beforehand(model):
+            model.prepare_decoding("native")
+            rounded = generated(model, **early_exit)
+        model.prepare_decoding("int8")
         coarse = generated(model, **early_exit)["token_ids"]
     finally:
         model.release_decoding()
+    assert rounded["token_ids"] == halved["token_ids"] != native
+    for one, other in zip(rounded["early_exit"], halved["early_exit"], strict=True):
+        assert one["exit_layers"] == other["exit_layers"]
+        assert one["confidences"] == pytest.approx(other["confidences"], rel=1e-3)
     assert coarse != native and [len(row) for row in coarse] == [len(row) for row in native]
     same = sum(
         a == b for one, other in zip(coarse, native, strict=True) for a, b in zip(one, other, strict=True)
     )
     assert same > 0.3 * sum(map(len, native))
-    assert generated(model, **early_exit)["token_ids"] == native
+    assert generated(model, **early_exit)["token_ids"] == unprepared
 
 
 def test_eight_bit_heads_are_asked_and_draft_where_decoding_is_prepared(model):

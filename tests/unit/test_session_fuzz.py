@@ -39,20 +39,32 @@ def sequence(prompt, request, ends, limit):
     return GeneratedSequence(list(prompt), request, frozenset(ends), ends, limit, seed=7)
 
 
-@pytest.mark.parametrize("kernels", ["1", "0"])
+def heads_of(head):
+    """The section of heads, and whether embeddings are tied."""
+    if head in HEADS:
+        return HEADS[head], HEADS[head]["projection"] == "tied"
+    return [HEADS[kind] for kind in ("block, shortlist", "norm, tied", "MLP, untied")], True
+
+
+@pytest.mark.parametrize("path", ["kernels", "kernels, 8 bits", "torch", "modules"])
 @pytest.mark.parametrize("trials", [1, pytest.param(25, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("head", HEADS)
-def test_a_text_is_its_own_whoever_comes_and_goes(head, trials, kernels, monkeypatch):
+@pytest.mark.parametrize("head", [*HEADS, "a kind for each exit"])
+def test_a_text_is_its_own_whoever_comes_and_goes(head, trials, path, monkeypatch):
     from nemo_ee.decoding.assumed_prices import prices_of
     from nemo_ee.decoding.decoding_model import DecodingModel
     from nemo_ee.decoding.session import DecodingSession
 
-    monkeypatch.setenv(SWITCH, kernels)
-    tied = HEADS[head]["projection"] == "tied"
-    config = tiny_model_config(head=HEADS[head], share_embeddings_and_output_weights=tied)
+    monkeypatch.setenv(SWITCH, "1" if "kernels" in path else "0")
+    if path == "modules":
+        monkeypatch.setattr("nemo_ee.decoding.layers.lean_layer.is_lean", lambda layer: False)
+    heads, tied = heads_of(head)
+    config = tiny_model_config(head=heads, share_embeddings_and_output_weights=tied)
     gpt, left, ended = tiny_model(config, dtype=torch.float64).gpt, set(), set()
     with torch.inference_mode():
-        decoding = DecodingModel(gpt)
+        in_eight_bits = path == "kernels, 8 bits"
+        decoding = DecodingModel(
+            gpt, eight_bit_heads=in_eight_bits, output_layer="exact8" if in_eight_bits else "full"
+        )
         for trial in range(trials):
             rnd = random.Random(f"{head}/{trial}")
             requests = [made(rnd) for _ in range(7)]

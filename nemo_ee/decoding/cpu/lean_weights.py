@@ -180,7 +180,8 @@ class EightBitLinear(Int8Linear):
 
 
 HEAD_KIND = "int8 at any size"
-"""How exits' heads are held where they are asked through our CPU kernels: see `EightBitLinear`."""
+"""How exits' heads are held where they are asked through our CPU kernels: see `EightBitLinear`. Of the weights as they
+are, whichever kind all others are: so exits say the same for all kinds, and nothing is rounded twice."""
 _KINDS = {"native": DenseLinear, "bf16": Bfloat16Linear, "int8": Int8Linear, HEAD_KIND: EightBitLinear}
 
 

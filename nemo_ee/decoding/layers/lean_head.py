@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 
 from nemo_ee.decoding.cpu.cpu_kernels import kernel_norm, run_head
 from nemo_ee.decoding.cpu.kernels.readout import Head
-from nemo_ee.decoding.cpu.lean_weights import DenseLinear, Int8Linear, lean_linear
+from nemo_ee.decoding.cpu.lean_weights import DenseLinear, EightBitLinear, Int8Linear, lean_linear
 from nemo_ee.decoding.cpu.output_search import OutputSearch
 from nemo_ee.decoding.layers.lean_layer import ACTIVATIONS, LeanMLP
 from nemo_ee.decoding.layers.lean_modules import is_lean_mlp, is_lean_norm, read_norm
@@ -56,6 +56,11 @@ class Readout(ABC):
     @abstractmethod
     def state(self, x: Tensor) -> Tensor:
         """What the projection reads, [N, H] -> [N, H]. Collectives: an MLP's."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[N, R] of this rank, and one more with a bucket, from hidden states [N, H]; padding at -inf. Collectives: an
+        MLP's."""
+        return self._logits(self.state(x))
 
     def predict(self, x: Tensor) -> Prediction:
         """From hidden states [N, H]. Collectives: an MLP's; see also `Prediction.from_summary`."""
@@ -124,6 +129,11 @@ class LeanHead(Readout):
             gated=self.mlp.gated,
             activation=ACTIVATIONS[self.mlp.activation],
         )
+
+    @property
+    def in_eight_bits(self) -> bool:
+        """Whether all its matrices are read in 8 bits, whatever the number of tokens."""
+        return isinstance(self.projection, EightBitLinear)
 
     @property
     def bytes(self) -> int:
