@@ -68,7 +68,8 @@ def requests_of(operation, how):
     return test
 
 
-# Each operation has a test of its own name: pytest-xdist runs one test of a node id, and schemathesis's all have the same.
+# Each operation's tests have a name of their own: pytest-xdist runs one test of a node id, and schemathesis gives
+# all the same.
 for path, methods in schema.raw_schema["paths"].items():
     for method in methods:
         operation, name = (
