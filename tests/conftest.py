@@ -2,6 +2,7 @@
 """Set-up of all tests: stand-ins for what the machine lacks, the marks, and the ``workers`` fixture."""
 
 import os
+from collections import Counter
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -38,6 +39,11 @@ def pytest_collection_modifyitems(config, items):
     if getattr(torch.cuda, "_pretend", False):
         config.hook.pytest_deselected(items=[item for item in items if "gpu_kernels" in item.keywords])
         items[:] = [item for item in items if "gpu_kernels" not in item.keywords]
+    counts = Counter(item.nodeid for item in items)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise pytest.UsageError(
+            f"pytest-xdist would run one test of several of the same name: {', '.join(twice)}"
+        )
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(slow)

@@ -2,6 +2,7 @@
 """schemathesis against a server that listens: requests made of what /openapi.json says, right and wrong ones."""
 
 import json
+import re
 
 import pytest
 import requests
@@ -56,14 +57,31 @@ def check(case, server):
         Error.model_validate_json(answer.text)
 
 
-@schema.parametrize()
-@FEW
-def test_requests(case, server):
-    check(case, server)
+def requests_of(operation, how):
+    """A test whose requests are of one operation."""
+
+    @operation.parametrize()
+    @how
+    def test(case, server):
+        check(case, server)
+
+    return test
 
 
-@pytest.mark.slow
-@schema.parametrize()
-@MANY
-def test_many_requests(case, server):
-    check(case, server)
+# Each operation's tests have a name of their own: pytest-xdist runs one test of a node id, and schemathesis gives
+# all the same.
+for path, methods in schema.raw_schema["paths"].items():
+    for method in methods:
+        operation, name = (
+            schema.include(path=path, method=method.upper()),
+            re.sub(r"\W+", "_", f"{method}{path}"),
+        )
+        globals()[f"test_requests_of_{name}"] = requests_of(operation, FEW)
+        globals()[f"test_many_requests_of_{name}"] = pytest.mark.slow(requests_of(operation, MANY))
+
+
+def test_every_operation_has_its_tests():
+    operations = {
+        f"{method}{path}" for path, methods in schema.raw_schema["paths"].items() for method in methods
+    }
+    assert len(operations) == len({name for name in globals() if name.startswith("test_requests_of_")}) == 8
