@@ -49,10 +49,13 @@ def path_exits(report: CalibrationReport) -> Figure:
         left.plot(steps, thresholds, color=colours[layer], linewidth=2.0, drawstyle="steps-post")
     left.set_ylim(0.0, 1.02)
     label(left, "Thresholds", PATH_STEPS, "leave above this confidence")
-    layers = [*report.layers, final]
+    layers = sorted({*report.layers, final})
     shares = [[100 * point.share_per_exit[layer] for point in report.path] for layer in layers]
     right.stackplot(
-        steps, shares, colors=[colours[n] for n in layers], labels=[layer_name(n, final) for n in layers]
+        steps,
+        shares,
+        colors=[colours[n] for n in layers],
+        labels=[layer_name(n, final, report.layers) for n in layers],
     )
     right.set_ylim(0.0, 100.0)
     label(right, "Where tokens leave", PATH_STEPS, "share of tokens, % (estimate)")
@@ -79,8 +82,7 @@ def reliability(report: CalibrationReport, exit_: ExitReliability) -> Figure:
     )
     left.set_xlim(0.0, 1.0)
     left.set_ylim(0.0, 1.02)
-    name = layer_name(exit_.layer, report.metadata.num_layers).capitalize()
-    label(left, f"{name}: ECE {exit_.ece:.3f}", "confidence", "agreement (bars: 95 % interval)")
+    label(left, f"Exit {exit_.layer}: ECE {exit_.ece:.3f}", "confidence", "agreement (bars: 95 % interval)")
     widths = [each.high - each.low for each in exit_.bins]
     total = sum(each.tokens for each in exit_.bins)
     shares = [100 * each.tokens / total for each in exit_.bins]

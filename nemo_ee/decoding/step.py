@@ -97,11 +97,6 @@ class Step:
         self.read()
         return self._confidences
 
-    @property
-    def is_read(self) -> bool:
-        """Whether `confidences` and `most_probable` are on the host, or come there without a wait."""
-        return self._unread is None or self._unread.asked.tokens.device.type == "cpu"
-
     def most_probable(self) -> list[int]:
         """[n] the most probable token of each answer, in the order of `answered`."""
         self.read()

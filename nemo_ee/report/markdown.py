@@ -3,6 +3,7 @@
 
 from nemo_ee.report.page import escaped, page, provenance, table, with_interval, with_quartiles
 from nemo_ee.report.schema import ExitQuality, Report, ThresholdResult
+from nemo_ee.report.style import layer_name
 
 CAPTIONS = {
     "per_exit_loss.png": "Held-out loss per exit, with 95 % intervals",
@@ -116,7 +117,8 @@ def _threshold_row(result: ThresholdResult) -> list[str]:
 def _shares(report: Report) -> str:
     layers = report.layers
     final = report.metadata.num_layers
-    header = ["threshold", *(f"{layer} (final)" if layer == final else f"exit {layer}" for layer in layers)]
+    exits = [each.layer for each in report.exits]
+    header = ["threshold", *(layer_name(layer, final, exits) for layer in layers)]
     rows = [
         [
             result.name,

@@ -11,6 +11,7 @@ from nemo_ee.report.schema import CurvePoint, Interval, Report, Spread, Threshol
 from nemo_ee.report.style import (
     FINAL_LINE_COLOUR,
     MARKERS,
+    final_name,
     label,
     layer_colours,
     layer_name,
@@ -25,16 +26,17 @@ def per_exit_loss(report: Report) -> Figure:
     """Bars of the held-out loss per exit with 95 % intervals; the final exit last."""
     final = report.metadata.num_layers
     colours = layer_colours(report.layers, final)
-    rows = [(quality.layer, quality.loss, quality.loss_ci) for quality in report.exits]
-    rows.append((final, report.final_loss, report.final_loss_ci))
+    rows = [(f"exit {each.layer}", colours[each.layer], each.loss, each.loss_ci) for each in report.exits]
+    last = final_name(final).replace(" (", "\n(")
+    rows.append((last, colours[final], report.final_loss, report.final_loss_ci))
     figure, (axes,) = new_figure(1, width=max(5.0, 1.0 * len(rows) + 2.5))
-    top = max(interval.high if interval else loss for _, loss, interval in rows)
-    for position, (layer, loss, interval) in enumerate(rows):
-        axes.bar(position, loss, width=0.65, color=colours[layer])
+    top = max(interval.high if interval else loss for _, _, loss, interval in rows)
+    for position, (_, colour, loss, interval) in enumerate(rows):
+        axes.bar(position, loss, width=0.65, color=colour)
         axes.errorbar(position, loss, yerr=_bars(loss, interval), color="black", capsize=5, linewidth=1.5)
         above = (interval.high if interval else loss) + 0.02 * top
         axes.text(position, above, f"{loss:.2f}", ha="center", va="bottom", fontsize=11)
-    axes.set_xticks(range(len(rows)), [layer_name(layer, final).replace(" (", "\n(") for layer, _, _ in rows])
+    axes.set_xticks(range(len(rows)), [name for name, *_ in rows])
     axes.set_xlim(-0.7, len(rows) - 0.3)
     axes.set_ylim(0.0, 1.12 * top)
     axes.grid(False, axis="x")
@@ -59,7 +61,7 @@ def loss_curves(report: Report) -> Figure | None:
         look: dict[str, Any] = {"color": colours[layer], "marker": marker, "markersize": 5, "linewidth": 1.8}
         points = [point for point in curve if point.layer == layer]
         losses = [point.loss for point in points]
-        axes[0].plot(_progress(points, in_tokens), losses, label=layer_name(layer, final), **look)
+        axes[0].plot(_progress(points, in_tokens), losses, label=f"exit {layer}", **look)
         if agreements:
             points = [point for point in agreements if point.layer == layer]
             axes[1].plot(_progress(points, in_tokens), [point.agreement or 0.0 for point in points], **look)
@@ -70,7 +72,7 @@ def loss_curves(report: Report) -> Figure | None:
     if points:
         # Tuning leaves the final exit alone, so one line over the whole width says it all.
         look = {"color": FINAL_LINE_COLOUR, "linestyle": "--", "linewidth": 2.0}
-        axes[0].axhline(points[-1].loss, label=layer_name(final, final), **look)
+        axes[0].axhline(points[-1].loss, label=final_name(final), **look)
     legend_below(figure, axes[0])
     return figure
 
@@ -139,7 +141,10 @@ def exit_histogram(report: Report) -> Figure | None:
                 shade = text_colour(colours[layer])
                 axes.text(position, bottom + share / 2, f"{share:.0f}", ha="center", va="center", color=shade)
             bottom += share
-    handles = [axes.bar([0], [0], color=colours[layer], label=layer_name(layer, final)) for layer in layers]
+    names = [layer_name(layer, final, [each.layer for each in report.exits]) for layer in layers]
+    handles = [
+        axes.bar([0], [0], color=colours[n], label=name) for n, name in zip(layers, names, strict=True)
+    ]
     axes.set_xticks(
         range(len(report.thresholds)), [result.name.replace(" (", "\n(") for result in report.thresholds]
     )

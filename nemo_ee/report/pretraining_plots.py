@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 
 from nemo_ee.report.plots import legend_below
 from nemo_ee.report.pretraining import Comparison
-from nemo_ee.report.style import FINAL_LINE_COLOUR, MARKERS, label, layer_colours, layer_name, new_figure
+from nemo_ee.report.style import FINAL_LINE_COLOUR, MARKERS, final_name, label, layer_colours, new_figure
 
 WITH_EXITS, PLAIN = "#0072b2", "#d55e00"
 """Told apart with every common colour-vision deficiency; markers and dashes differ, too."""
@@ -46,7 +46,7 @@ def exits(comparison: Comparison) -> Figure:
     figure, (losses, agreements) = new_figure(2)
     for marker, layer in zip(MARKERS * len(run.layers), run.layers, strict=False):
         look = dict(color=colours[layer], marker=marker, markersize=5, linewidth=1.8)
-        losses.plot(run.steps, run.losses(layer), label=layer_name(layer, run.num_layers), **look)
+        losses.plot(run.steps, run.losses(layer), label=f"exit {layer}", **look)
         agreements.plot(run.steps, run.agreements(layer), **look)
     losses.plot(
         run.steps,
@@ -54,7 +54,7 @@ def exits(comparison: Comparison) -> Figure:
         color=FINAL_LINE_COLOUR,
         linestyle="--",
         linewidth=2.0,
-        label=layer_name(run.num_layers, run.num_layers),
+        label=final_name(run.num_layers),
     )
     label(losses, "Validation loss of every exit", STEPS, LOSS)
     label(agreements, "Agreement with the final exit", STEPS, "share of equal most probable tokens")

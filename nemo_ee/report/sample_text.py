@@ -45,16 +45,21 @@ span {{ padding: 2px 0; border-right: 1px solid white; }}
 def sample_html(report: Report) -> str:
     """All samples of the report; the exit and the confidence of a token show when the pointer rests on it."""
     final = report.metadata.num_layers
-    colours = layer_colours(report.layers, final)
-    key = "".join(f"<span {_colour_style(colours[n])}>{layer_name(n, final)}</span>" for n in report.layers)
-    samples = "\n".join(_sample_html(sample, colours, final) for sample in report.samples)
+    colours, names = layer_colours(report.layers, final), _names(report)
+    key = "".join(f"<span {_colour_style(colours[n])}>{names[n]}</span>" for n in report.layers)
+    samples = "\n".join(_sample_html(sample, colours, names) for sample in report.samples)
     return _PAGE.format(key=key, samples=samples)
 
 
-def _sample_html(sample: Sample, colours: dict[int, str], final: int) -> str:
+def _names(report: Report) -> dict[int, str]:
+    exits = [each.layer for each in report.exits]
+    return {layer: layer_name(layer, report.metadata.num_layers, exits) for layer in report.layers}
+
+
+def _sample_html(sample: Sample, colours: dict[int, str], names: dict[int, str]) -> str:
     spans = []
     for token, layer, confidence in zip(sample.tokens, sample.exit_layers, sample.confidences, strict=True):
-        title = f"{layer_name(layer, final)}, confidence {confidence:.3f}"
+        title = f"{names[layer]}, confidence {confidence:.3f}"
         spans.append(f'<span {_colour_style(colours[layer])} title="{title}">{html.escape(token)}</span>')
     heading = f"<h2>threshold {html.escape(sample.threshold)}</h2>"
     return f"{heading}\n<pre>{html.escape(sample.prompt)}</pre>\n<pre>{''.join(spans)}</pre>"
@@ -99,7 +104,7 @@ def sample_figure(report: Report) -> Figure | None:
                 parse_math=False,
             )
             column += len(text)
-    handles = [Patch(color=colours[layer], label=layer_name(layer, final)) for layer in report.layers]
+    handles = [Patch(color=colours[layer], label=name) for layer, name in _names(report).items()]
     axes.legend(handles=handles, loc="upper left", ncols=min(len(handles), 8), fontsize=11, frameon=False)
     return figure
 

@@ -4,7 +4,7 @@
 Figures are built without pyplot, so drawing changes no global state and needs no display.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -49,9 +49,16 @@ def text_colour(background: str) -> str:
     return "black" if luminance > 0.179 else "white"
 
 
-def layer_name(layer: int, final_layer: int) -> str:
-    """How legends name a layer."""
-    return f"layer {layer} (final)" if layer == final_layer else f"exit {layer}"
+def layer_name(layer: int, final_layer: int, exits: Container[int] = ()) -> str:
+    """How legends name the layer at which tokens left, of a model with these exits; see `final_name`."""
+    if layer != final_layer:
+        return f"exit {layer}"
+    return f"layer {layer} (exit {layer} or final)" if layer in exits else final_name(layer)
+
+
+def final_name(final_layer: int) -> str:
+    """How legends name the final exit."""
+    return f"layer {final_layer} (final)"
 
 
 def new_figure(panels: int, width: float = 6.2, height: float = 4.4) -> tuple[Figure, Sequence[Axes]]:

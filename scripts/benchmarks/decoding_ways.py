@@ -24,16 +24,23 @@ from nemo_ee.running.restore import restore_model
 
 Tokens = list[list[int]]
 FULL, EXITS, LOSSLESS, NEMO, HUGGING_FACE = "full depth", "early exit", "lossless", "NeMo", "Hugging Face"
-KINDS: dict[str, tuple[str, dict | None]] = {
-    FULL: ("native", None),
-    f"{FULL}, bf16": ("bf16", None),
-    "int8": ("int8", None),
-    EXITS: ("native", {}),
-    LOSSLESS: ("native", {"lossless": True}),
-    f"{LOSSLESS}, bf16": ("bf16", {"lossless": True}),
+NATIVE, BF16, INT8 = {"weights": "native"}, {"weights": "bf16"}, {"weights": "int8"}
+WHOLE = {"output_layer": "full"}
+KINDS: dict[str, tuple[dict, dict | None]] = {
+    FULL: (NATIVE, None),
+    f"{FULL}, bf16": (BF16, None),
+    "int8": (INT8, None),
+    EXITS: (NATIVE, {}),
+    LOSSLESS: (NATIVE, {"lossless": True}),
+    f"{LOSSLESS}, bf16": (BF16, {"lossless": True}),
 }
-"""Our ways -> weights (see `nemo_ee.decoding.cpu.lean_weights`), and their exits' options besides a threshold."""
-PAIRED = KINDS | {f"{EXITS}, bf16": ("bf16", {}), f"{EXITS}, always": ("native", {"always": True})}
+"""Our ways -> how decoding is prepared (see `prepare_decoding`), and their exits' options besides a threshold."""
+PAIRED = KINDS | {
+    f"{FULL}, whole output layer": (NATIVE | WHOLE, None),
+    f"{FULL}, bf16, whole output layer": (BF16 | WHOLE, None),
+    f"{EXITS}, bf16": (BF16, {}),
+    f"{EXITS}, always": (NATIVE, {"always": True}),
+}
 """And more, for pairs."""
 SAMPLING = {"use_greedy": True, "add_BOS": False, "end_strings": ["<|endoftext|>"]}
 TOP_P = {**SAMPLING, "use_greedy": False, "temperature": 1.0, "top_k": 0, "top_p": 0.9}
@@ -66,8 +73,8 @@ class Prepared:
         self.model, self._size = model, {"rows": rows, "max_length": length}
         self.of = cache(self._made)
 
-    def _made(self, weights: str) -> DecodingModel:
-        self.model.prepare_decoding(weights, **self._size)
+    def _made(self, **how: str) -> DecodingModel:
+        self.model.prepare_decoding(**how, **self._size)
         with generating(self.model):
             made = self.model.decoding_model()
         self.model.release_decoding()
@@ -170,10 +177,10 @@ class HuggingFace:
 
 def our_way(prepared: Prepared, kind: str, threshold: Any = None, sampling: str = "greedy") -> Ours:
     """A way of `PAIRED`; the threshold is one for all exits, or a list."""
-    (weights, options), exits = PAIRED[kind], False
+    (how, options), exits = PAIRED[kind], False
     if options is not None:
         exits = {"exits": list(prepared.model.early_exit.layers), "threshold": threshold, **options}
-    return Ours(prepared.model, lambda: prepared.of(weights), exits, SAMPLINGS[sampling])
+    return Ours(prepared.model, lambda: prepared.of(**how), exits, SAMPLINGS[sampling])
 
 
 def restore(model: str, adapter: str | None, precision: str, longest: int) -> Any:

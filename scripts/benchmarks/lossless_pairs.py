@@ -32,13 +32,14 @@ OPTIONS |= {
     "calibrated": ((), "calibration.json of calibrations, whose thresholds take the place of --thresholds"),
     "way": ("lossless", "of decoding_ways.PAIRED"),
     "base": ("full depth", "what it is compared with"),
-    "sampling": ("greedy", "", "greedy", "top-p 0.9"),
+    "sampling": ("greedy", "of the way", "greedy", "top-p 0.9"),
+    "base_sampling": (None, "of the base, where it is another", "greedy", "top-p 0.9"),
     "pairs": (8, "of each case, at least"),
     "seconds": (60.0, "of each case, at least"),
     **{key: decoding.OPTIONS[key] for key in ("new_tokens", "precision")},
 }
 AXES = ("batches", "prompts", "thresholds", "calibrated")
-MOST_PAIRS = 60
+MOST_PAIRS = 100
 """Of a case; as many as there are prompts, where these are fewer."""
 
 
@@ -83,9 +84,10 @@ def measure(case: Mapping, arguments: Namespace) -> dict:
             f"--pairs {pairs} of {batch}; give fewer pairs, or more text"
         )
     ways = {}
-    for kind, weights in zip((arguments.base, arguments.way), prepared, strict=True):
+    sampled = arguments.base_sampling or arguments.sampling, arguments.sampling
+    for kind, weights, sampling in zip((arguments.base, arguments.way), prepared, sampled, strict=True):
         threshold = None if PAIRED[kind][1] is None else case["threshold"]
-        ways[kind] = our_way(weights, kind, threshold, arguments.sampling)
+        ways[kind] = our_way(weights, kind, threshold, sampling)
     found: dict[str, dict] = {kind: {"tokens/s": []} for kind in ways}
     drafts = accepted = equal = done = 0
     texts_of_base: list[GeneratedText] = []
@@ -124,10 +126,12 @@ def page(rows: Sequence[dict]) -> tuple[dict, Any]:
     base, way = settings["base"], settings["way"]
     shown = [*columns({"pairs": 0, "tokens/s": 1}), Column(f"x {base}", "tokens/s", 3, base)]
     shown += columns({"drafts": 0, "accepted": 2, "equal": 0})
-    note, judged = "", [each for each in ("agreement", "judged") if each in rows[0]["ways"][way]]
+    other = settings.get("base_sampling")
+    note = f" {base.capitalize()} is {other} here." if other else ""
+    judged = [each for each in ("agreement", "judged") if each in rows[0]["ways"][way]]
     shown += columns(dict(zip(judged, (3, 0), strict=False)))
     if judged:
-        note = """ *Agreement* is that of exits, asked for all tokens but a text's first, on full depth's texts of the
+        note += """ *Agreement* is that of exits, asked for all tokens but a text's first, on full depth's texts of the
 pairs, teacher-forced, with its 95 % interval over prompts; *judged* are the tokens."""
     if any("forecast" in row["ways"][way] for row in rows):
         shown += columns({"forecast": 3})

@@ -131,6 +131,24 @@ def test_layers_look_the_same_everywhere_and_differ_from_each_other():
     assert layer_colours((20, FINAL), FINAL).keys() == {20, FINAL}
 
 
+def test_an_exit_on_the_last_layer_is_not_called_the_final_exit():
+    exits, both = (20, FINAL), f"layer {FINAL} (exit {FINAL} or final)"
+    sample = Sample("p", "0.5", ("a",), (FINAL,), (0.5,))
+    report = fake_report(
+        exits=fake_exits(exits),
+        thresholds=(replace(fake_threshold(0.5, (20,)), thresholds=(0.5, 0.5)),),
+        tuning_curve=tuple(CurvePoint(5, layer, 4.0) for layer in (*exits, None)),
+        samples=(sample,),
+    )
+    bars = plots.per_exit_loss(report).axes[0].get_xticklabels()
+    assert [each.get_text() for each in bars] == ["exit 20", f"exit {FINAL}", f"layer {FINAL}\n(final)"]
+    lines = [line.get_label() for line in plots.loss_curves(report).axes[0].get_lines()]
+    assert lines == ["exit 20", f"exit {FINAL}", f"layer {FINAL} (final)"]
+    assert [each.get_text() for each in plots.exit_histogram(report).legends[0].texts] == [both, "exit 20"]
+    assert f"| threshold | exit 20 | {both} |" in to_markdown(report)
+    assert f'title="{both}, confidence' in sample_html(report)
+
+
 def test_html_escapes_and_names_the_exit_of_each_token():
     sample = Sample("<script>", "0.5", ("<b>", "&\n"), (10, FINAL), (0.75, 0.5))
     page = sample_html(fake_report(samples=(sample,)))
