@@ -3,6 +3,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,8 @@ def write_inputs(directory):
     for length in rng.integers(LENGTH - 2, LENGTH + 9, 160):
         builder.add_document(rng.integers(6, VOCABULARY, length), [length])
     builder.finalize(f"{directory}/text.idx")
-    made_up_prices((2, 4, 6), 8, head=0.1, output=1.0).write(Path(directory, "prices.json"))
+    prices = replace(made_up_prices((2, 4, 6), 8, head=0.1, output=1.0), output_kind="exact8")
+    prices.write(Path(directory, "prices.json"))
     with Path(directory, "chats.jsonl").open("w") as file:
         for _ in range(40):
             asked, said = (" ".join(f"w{n}" for n in rng.integers(1, 60, count)) for count in (4, 20))
@@ -182,7 +184,7 @@ def test_point_estimates_on_other_text(workspace, workers, text):
     ("changes", "words"),
     [
         ({"prices_file": "exits.nemo"}, "prices_file=exits.nemo: is no"),
-        ({"data": {"chats_file": "none.jsonl"}}, "data.chats_file=none.jsonl: "),
+        ({"data": {"chats_file": "none.jsonl", "seq_length": LENGTH}}, "data.chats_file=none.jsonl: "),
         ({"data": {"prefix": "text", "prompt_tokens": 60, "seq_length": 8}}, "data.prompt_tokens=60: with"),
         ({"adapter_file": None}, "base.nemo: has no exits to calibrate; set adapter_file"),
         ({"exits": [3, 4]}, "exits=[3, 4]: not all of the model's exits [2, 4, 6]"),
