@@ -100,7 +100,7 @@ def _check_sweep(sweep: SweepConfig) -> list[Fault]:
         remedy = "set one of them to null"
         faults.append(Fault("generation.chat_prompts_file", sweep.chat_prompts_file, rule, remedy))
     values = [list(each) if isinstance(each, tuple) else each for each in sweep.thresholds]
-    if not values or len(set(sweep.thresholds)) < len(values):
+    if not values or len(set(sweep.thresholds)) != len(values):
         rule = "must be thresholds, each once"
         faults.append(Fault("generation.thresholds", values, rule, "e.g. [0.5,[0.4,0.7],calibrated]"))
     for each in values:

@@ -38,6 +38,7 @@ def write_checkpoints(directory):
     )
     fill(model)
     model.save_adapters(f"{directory}/exits.nemo")
+    full.prepare_decoding()  # as the script does
     return full.generate(
         PROMPTS, dict(max_length=8), dict(add_BOS=False), early_exit=dict(threshold=0.6, always=True)
     )
@@ -78,12 +79,12 @@ def read(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def expect(records, expected):
+def expect(records, expected, off=1e-4):
     assert [record["prompt"] for record in records] == PROMPTS
     for record, ids, exits in zip(records, expected["token_ids"], expected["early_exit"], strict=True):
         assert record["token_ids"] == ids[-8:]
         assert record["exit_layers"] == exits["exit_layers"] and record["finish_reason"] == "length"
-        assert record["confidences"] == pytest.approx(exits["confidences"], rel=1e-4)
+        assert record["confidences"] == pytest.approx(exits["confidences"], rel=off)
         shown = "".join(record["tokens"]).replace(
             "<bos>", ""
         )  # special tokens are shown, though not in the text
@@ -130,7 +131,7 @@ def test_two_processes(workspace, workers):
     overrides = ["gpt_model_file=base.nemo", "adapter_file=exits.nemo", f"prompts={json.dumps(PROMPTS)}"]
     overrides += ["trainer.devices=2", "tensor_model_parallel_size=2", "output_file=tp2.jsonl"]
     records, _ = workers(2).run(in_process, directory, overrides + ARGUMENTS)
-    expect(records, expected)
+    expect(records, expected, 0.05)  # each rank rounds its columns of an MLP's rows to 8 bits by their own largest
 
 
 def test_chat_wraps_prompts_in_the_template(workspace, workers):
@@ -167,7 +168,7 @@ def test_bad_input_ends_in_one_clear_error(workspace):
         (["prompts=null", "prompts_file=none.txt"], "prompts_file=none.txt: there is no such file"),
         (["color=red"], "color=red: not one of auto, always, never"),
         (["early_exit.exits=[5]"], r"early_exit.exits=\[5\]|not all of the model's exits"),
-        (["inference.temperature=0"], "inference.temperature=0.0"),
+        (["inference.greedy=false", "inference.temperature=0"], "inference.temperature=0.0"),
         (["+inference.topk=3"], "inference.topk=3: unknown key; did you mean top_k"),
         (["output_file=missing/out.jsonl"], "output_file=missing/out.jsonl: its directory does not exist"),
         (["tensor_model_parallel_size=2"], "trainer.devices=1"),

