@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from nemo_ee.decoding.cpu.cpu_kernels import run_head
 from nemo_ee.decoding.cpu.kernels.readout import Head
 from nemo_ee.decoding.cpu.lean_weights import HEAD_KIND, lean_linear
+from tests.support.fuzz import EXAMPLES, MANY
 
 HALF_STEP = 0.51
 """Of a row's step, which is its largest weight over 127: half of it, and the scale's own rounding to bfloat16."""
@@ -67,16 +68,23 @@ def state(kind, off, rng):
     return rng.standard_normal(count) if kind == "usual" else np.zeros(count)
 
 
-@settings(max_examples=150, deadline=None)
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    rows=st.sampled_from(list(ROWS)),
-    states=st.sampled_from(STATES),
-    shape=st.tuples(st.integers(1, 40), st.integers(1, 70)),
-    change=st.floats(1e-4, 8),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
-)
-def test_confidences_are_within_the_bound(seed, rows, states, shape, change, dtype):
+CASES = {
+    "seed": st.integers(0, 2**32 - 1),
+    "rows": st.sampled_from(list(ROWS)),
+    "states": st.sampled_from(STATES),
+    "shape": st.tuples(st.integers(1, 40), st.integers(1, 70)),
+    "change": st.floats(1e-4, 8),
+    "dtype": st.sampled_from([torch.float32, torch.float64]),
+}
+
+
+@pytest.mark.parametrize("examples", EXAMPLES)
+def test_confidences_are_within_the_bound(examples):
+    options = settings(max_examples=examples, deadline=None, database=None, derandomize=examples < MANY)
+    options(given(**CASES)(check_bound))()
+
+
+def check_bound(seed, rows, states, shape, change, dtype):
     rng = np.random.default_rng(seed)
     weight = torch.from_numpy(ROWS[rows](rng, shape)).to(dtype)
     most = weight.double().abs().amax(1).clamp_min(127 * LEAST)
