@@ -26,7 +26,7 @@ def fit_to_checkpoint(
     checkpoint: TorchDistCheckpoint,
     skip: Collection[str] = (),
     truncated: bool = False,
-    least_rows: Callable[[str], int] = lambda key: 0,
+    least_rows: Callable[[str], int] = lambda name: 0,
 ) -> ShardedStateDict:
     """Makes a sharded state dict loadable from a checkpoint that another layer spec or a deeper model wrote.
 
@@ -42,7 +42,7 @@ def fit_to_checkpoint(
         checkpoint: what there is.
         skip: prefixes of sharded keys to leave out, e.g. ``model.exits.``.
         truncated: the model has fewer layers than the checkpoint, and is meant to.
-        least_rows: sharded key -> how many rows a tensor must have whose rows are padded, so that their number may be
+        least_rows: the model's own name -> how many rows a tensor must have whose rows are padded, so that their number may be
             another than the model's.
 
     Returns:
@@ -69,7 +69,7 @@ def fit_to_checkpoint(
             continue
         entry.key = key
         shape = tuple(tensors[key].size)
-        fault = _fit_shapes(entry, shape, truncated, least_rows(entry.key))
+        fault = _fit_shapes(entry, shape, truncated, least_rows(name))
         if fault:
             mismatched.append(fault)
         fitted[name] = entry

@@ -131,11 +131,11 @@ def load_weights(
 
 
 def least_rows(module: torch.nn.Module) -> Callable[[str], int]:
-    """How many rows of a tensor with rows of padding stand for tokens: sharded key -> number."""
+    """How many rows of a tensor with rows of padding stand for tokens: the model's own name -> number."""
     vocab_size, early_exit = getattr(module, "true_vocab_size", 0), getattr(module, "early_exit", None)
 
-    def of_tensor(key: str) -> int:
-        if is_exit(key) and (head := early_exit.heads[exit_layer(key)]).projection == "shortlist":
+    def of_tensor(name: str) -> int:
+        if is_exit(name) and (head := early_exit.heads[exit_layer(name)]).projection == "shortlist":
             return head.shortlist_size
         return vocab_size
 

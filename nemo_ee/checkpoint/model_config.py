@@ -45,7 +45,7 @@ NEEDED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
 """What no model can be built without."""
 
 _SECTIONS = ("early_exit", "tokenizer", "data", "optim", "base", "mcore_customization_config")
-_EXIT_SECTIONS = ("head", "ridge", "tuning", "training", "inference")
+_EXIT_SECTIONS = ("ridge", "tuning", "training", "inference")
 _NEVER_NULL = ("tokenizer", "base", *NEEDED)
 _SHARES = ("hidden_dropout", "attention_dropout", "ffn_dropout", "rotary_percentage")
 _POSITIVE = ("layernorm_epsilon", "rotary_base", "seq_len_interpolation_factor")
@@ -162,7 +162,9 @@ def _is_early_exit(value: Any) -> bool:
     if not isinstance(value, dict):
         return True  # which another rule is about
     layers = value.get("layers")
-    parts = all(isinstance(value.get(key), dict | None) for key in _EXIT_SECTIONS)
+    heads = value.get("head")
+    each = heads if isinstance(heads, list) else [heads]
+    parts = all(isinstance(part, dict | None) for part in (*each, *map(value.get, _EXIT_SECTIONS)))
     return parts and (layers is None or (isinstance(layers, list) and all(map(_is_whole, layers))))
 
 

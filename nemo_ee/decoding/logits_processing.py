@@ -6,7 +6,7 @@ is of the token that it would give. The order is that of transformers: processor
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,8 +49,9 @@ def processed(prediction: Prediction, slots: Sequence[TokenSlot] | None, final: 
     Args:
         prediction: an exit's.
         slots: of its tokens.
-        final: the final exit's, which is not asked whether it is sure: it is left as it is where its most probable
-            tokens, known on the host, are what is asked for. Its confidence is then that among all tokens.
+        final: the final exit's, which is not asked whether it is sure: where its most probable token is what is asked
+            for and may come, the confidence is that among all tokens, and where all are and the host knows it nothing
+            is computed.
 
     Collectives: where TP > 1 and logits change, those of `Prediction.from_logits`.
     """
@@ -74,7 +75,12 @@ def processed(prediction: Prediction, slots: Sequence[TokenSlot] | None, final: 
         if slot.forbidden:
             columns = rows.columns(to_device(list(slot.forbidden), own.device), spare=own.shape[1])
             logits.index_fill_(0, columns, float("-inf"))
-    return Prediction.from_logits(padded[:, :-1], rows).with_own(own)
+    found = Prediction.from_logits(padded[:, :-1], rows).with_own(own)
+    if not final:
+        return found
+    kept = to_device([slot.greedy and not slot.text for slot in slots], own.device)
+    kept &= found.tokens == prediction.tokens
+    return replace(found, confidence=torch.where(kept, prediction.confidence.to(found.confidence), found.confidence))
 
 
 def penalise(logits: Tensor, penalty: float) -> Tensor:

@@ -27,7 +27,7 @@ EXITS = {2: 0.7, 4: 0.5, 6: 0.6}
 """Exit layer -> threshold, at which texts of these weights leave at every exit."""
 WAYS: dict[str, dict | bool] = {
     "full depth": False,
-    "exits": {"exits": list(EXITS), "threshold": list(EXITS.values())},
+    "exits": {"exits": list(EXITS), "threshold": list(EXITS.values()), "always": True},
     "lossless": {"exits": list(EXITS), "threshold": list(EXITS.values()), "lossless": True},
 }
 MARGIN = 1e-4

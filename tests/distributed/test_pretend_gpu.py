@@ -10,6 +10,7 @@ import json
 import pytest
 import torch
 
+from nemo_ee.decoding.cpu.cpu_kernels import SWITCH
 from tests.distributed import test_exit_editor, test_pretraining_resume, test_tuning_resume
 from tests.distributed.test_pretraining_optimizers import DISTRIBUTED, OVERLAPPED
 from tests.distributed.test_pretraining_parallel import section
@@ -33,6 +34,13 @@ MIXED = dict(ce_weight=0.3, kl_weight=0.5, argmax_weight=0.2, token_weighting="c
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("text"))
+
+
+def by_torch(function, *arguments):
+    """As on a GPU: heads in full, confidences of full depth by its output layer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(SWITCH, "0")
+        return function(*arguments)
 
 
 def test_generation_of_every_head(workers, pretend_gpus):
@@ -131,7 +139,7 @@ def test_pretraining_goes_on_where_it_was_killed(text, pretend_gpus, tmp_path):
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory, workers):
     directory = tmp_path_factory.mktemp("checkpoints")
-    (expected,) = workers(1).run(test_generate_script.write_checkpoints, str(directory))
+    (expected,) = workers(1).run(by_torch, test_generate_script.write_checkpoints, str(directory))
     return directory, expected
 
 
@@ -169,7 +177,7 @@ def test_the_generating_scripts_steps(tp, checkpoints, pretend_gpus):
 
 
 def test_a_server_with_two_clients_at_once(checkpoints, workers, pretend_gpus):
-    (expected,) = workers(1).run(main_paths.served, str(checkpoints[0]))
+    (expected,) = workers(1).run(by_torch, main_paths.served, str(checkpoints[0]))
     (found,) = pretend_gpus(1).run(main_paths.served, str(checkpoints[0]))
     assert found == expected and set(found) == {"greedy", "sampling"}
     assert {n for _, rows in found.values() for row in rows for n in row} > {2}

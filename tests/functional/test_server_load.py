@@ -83,6 +83,7 @@ def serve(clients, seconds):
     model = tiny_model(
         tiny_model_config(head=HEAD, share_embeddings_and_output_weights=False), dtype=torch.float64
     )
+    model.prepare_decoding()  # as the server does
     requests = cases(model)
     eager = drafting_eagerly()
     eager.start()  # a tiny model would never draft by itself

@@ -43,6 +43,8 @@ EXIT_OPTIONS = st.fixed_dictionaries(
         "kv_policy": st.just("catch_up"),
         "confidence": st.just("max_probability"),
     },
+).filter(
+    lambda given: given.get("exits") != [] or given.get("threshold") is None  # a threshold of no exit is refused
 ) | st.just({"lossless": True, "max_pending": None})
 STOP = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=256)
 SHARED: dict[str, st.SearchStrategy[Any]] = {

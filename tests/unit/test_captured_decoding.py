@@ -211,7 +211,7 @@ def test_what_was_lent_comes_back_after_a_failure(monkeypatch):
     strategy, errors = EarlyExitTextGenerationStrategy(model), []
     ways = [dict(), dict(strategy=strategy), dict(sampling_params=dict(compute_logprob=True))]
     try:
-        for name, some in ("prefill", ways), ("step", ways[:2]):
+        for name, some in ("feed_prompts", ways), ("step", ways[:2]):
             with monkeypatch.context() as patch:
                 patch.setattr(EarlyExitDecoder, name, interrupted)
                 for way in some:

@@ -24,6 +24,9 @@ from tests.support.captured import (
 from tests.support.tape import TapeCapture
 from tests.support.tiny_gpt import GPT3, HEADS, tiny_model, tiny_model_config
 
+ASKED = 1 - 1e-12
+"""A threshold at which exits are asked, and no token leaves."""
+
 
 @pytest.fixture(autouse=True)
 def few_keys(monkeypatch):
@@ -142,7 +145,7 @@ def test_longer_passes_than_captured_ones_run_eagerly(one, monkeypatch):
             step = decoder.prefill([[5, 6, 7]])
             for _ in range(9):
                 step = decoder.step(step.greedy_tokens(), [list(exits.values())])
-            last = decoder.step(step.greedy_tokens(), [[1.0] * 3])
+            last = decoder.step(step.greedy_tokens(), [[ASKED] * 3])
             texts.append(([step.exit_layers, last.exit_layers], last.parts[0].prediction.logits))
     assert texts[0][0] == texts[1][0] == [[2], [8]]
     torch.testing.assert_close(texts[1][1], texts[0][1], rtol=1e-12, atol=1e-12)
@@ -153,7 +156,7 @@ def test_longer_passes_than_captured_ones_run_eagerly(one, monkeypatch):
 def test_padding_changes_no_row_and_spreads_nothing(one, monkeypatch, fewest_keys):
     """Three of five sequences go on: a pass of four, whose padding may be NaN without harm."""
     monkeypatch.setattr(cached_attention, "FEWEST_KEYS", fewest_keys)
-    thresholds, rows = [[1.0] * 3] * 3, [0, 2, 3]
+    thresholds, rows = [[ASKED] * 3] * 3, [0, 2, 3]
     with torch.inference_mode():
         plain, tape = make_decoder(model_of(one), 5, 20), TapeCapture()
         decoder = make_decoder(model_of(one, tape, 5, 20), 5, 20)
@@ -175,7 +178,7 @@ def test_padding_changes_no_row_and_spreads_nothing(one, monkeypatch, fewest_key
             for inputs in decoder.passes._inputs.values():
                 for states in inputs._states.values():
                     states.fill_(float("nan"))
-    assert tape.replays == decoder.passes.replayed == 6 * 8
+    assert tape.replays == decoder.passes.replayed == 6 * (4 + 2 * 3 + 1), "segments, blocks and heads, the final exit"
     assert set(decoder.passes._inputs) == {4}
 
 
