@@ -80,7 +80,9 @@ def processed(prediction: Prediction, slots: Sequence[TokenSlot] | None, final: 
         return found
     kept = to_device([slot.greedy and not slot.text for slot in slots], own.device)
     kept &= found.tokens == prediction.tokens
-    return replace(found, confidence=torch.where(kept, prediction.confidence.to(found.confidence), found.confidence))
+    return replace(
+        found, confidence=torch.where(kept, prediction.confidence.to(found.confidence), found.confidence)
+    )
 
 
 def penalise(logits: Tensor, penalty: float) -> Tensor:

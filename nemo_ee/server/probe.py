@@ -5,7 +5,7 @@ import math
 from typing import Protocol
 
 from nemo_ee.decoding.generated_sequence import GeneratedSequence
-from nemo_ee.decoding.request import GenerationRequest
+from nemo_ee.decoding.request import GenerationRequest, SamplingOptions
 from nemo_ee.errors import GenerationError
 
 PROMPT = [0]
@@ -35,7 +35,8 @@ def check_finite(session: Decodes) -> None:
     Raises:
         NotFiniteError: the model is not sure of them by a finite number.
     """
-    probe = GeneratedSequence(list(PROMPT), GenerationRequest(), frozenset(), (), LIMIT)
+    request = GenerationRequest(sampling=SamplingOptions(all_probs=True))  # by the whole output layer
+    probe = GeneratedSequence(list(PROMPT), request, frozenset(), (), LIMIT)
     session.add([probe])
     while probe.finish_reason is None:
         session.step()

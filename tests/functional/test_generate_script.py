@@ -131,7 +131,9 @@ def test_two_processes(workspace, workers):
     overrides = ["gpt_model_file=base.nemo", "adapter_file=exits.nemo", f"prompts={json.dumps(PROMPTS)}"]
     overrides += ["trainer.devices=2", "tensor_model_parallel_size=2", "output_file=tp2.jsonl"]
     records, _ = workers(2).run(in_process, directory, overrides + ARGUMENTS)
-    expect(records, expected, 0.05)  # each rank rounds its columns of an MLP's rows to 8 bits by their own largest
+    expect(
+        records, expected, 0.05
+    )  # each rank rounds its columns of an MLP's rows to 8 bits by their own largest
 
 
 def test_chat_wraps_prompts_in_the_template(workspace, workers):

@@ -3,14 +3,14 @@
 
 import json
 
-OUTPUT, MLP = "output_layer.weight", "decoder.layers.5.mlp.linear_fc2.weight"
+MLP, OUTPUT = "decoder.layers.5.mlp.linear_fc2.weight", "output_layer.weight"
 CASES = {
-    "full depth": (OUTPUT, {"early_exit": False}),
+    "full depth": (MLP, {"early_exit": False}),
     "exits": (MLP, {"early_exit": {"threshold": 0.3, "always": True}}),
-    "lossless": (OUTPUT, {"early_exit": {"threshold": 0.3, "lossless": True}}),
-    "sampling": (MLP, {"temperature": 1.5, "seed": 1}),
+    "lossless": (MLP, {"early_exit": {"threshold": 0.3, "lossless": True}}),
+    "sampling": (OUTPUT, {"temperature": 1.5, "seed": 1}),
 }
-"""Weights that turn into NaN, and a way to decode."""
+"""Weights that turn into NaN, and a way to decode that reads them anew each time."""
 
 
 def asked():
@@ -31,7 +31,8 @@ def asked():
         body = {"model": "tiny", "prompt": ["w1 w2 w3", "w9"], "temperature": 0, "stream": True, **mode}
         answer = http.post("/v1/completions", json=body)
         events = answer.text.split("\n\n")
-        end = json.loads(answer.text if len(events) == 1 else events[-2].removeprefix("data: [DONE]") or "{}")
+        last = answer.text if len(events) == 1 else events[-2].removeprefix("data: ")
+        end = {} if last == "[DONE]" else json.loads(last)
         if end:
             until(lambda: http.get("/health").status_code == 503)
         return end.get("error", {}).get("code"), http.get("/health").json()["status"]

@@ -44,7 +44,10 @@ EXIT_OPTIONS = st.fixed_dictionaries(
         "confidence": st.just("max_probability"),
     },
 ).filter(
-    lambda given: given.get("exits") != [] or given.get("threshold") is None  # a threshold of no exit is refused
+    lambda given: (
+        given.get("exits") != []  # of no exit nothing is asked
+        or (given.get("threshold") is given.get("max_pending") is None and not given.get("always"))
+    )
 ) | st.just({"lossless": True, "max_pending": None})
 STOP = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=256)
 SHARED: dict[str, st.SearchStrategy[Any]] = {

@@ -178,7 +178,9 @@ def test_padding_changes_no_row_and_spreads_nothing(one, monkeypatch, fewest_key
             for inputs in decoder.passes._inputs.values():
                 for states in inputs._states.values():
                     states.fill_(float("nan"))
-    assert tape.replays == decoder.passes.replayed == 6 * (4 + 2 * 3 + 1), "segments, blocks and heads, the final exit"
+    assert tape.replays == decoder.passes.replayed == 6 * (4 + 2 * 3 + 1), (
+        "segments, blocks and heads, the final exit"
+    )
     assert set(decoder.passes._inputs) == {4}
 
 
