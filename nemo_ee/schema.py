@@ -7,6 +7,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, Self
 
 from nemo_ee.errors import ConfigError, Fault
@@ -151,10 +152,7 @@ def _convert(hint, value, path: str, faults: list[Fault]):
             f"{path}[{{}}]" if dataclasses.is_dataclass(kind) else path
         )  # sections are named one by one
         return _all_of(
-            [
-                lambda i=i, item=item: _convert(kind, item, numbered.format(i), faults)
-                for i, item in enumerate(value)
-            ]
+            [partial(_convert, kind, item, numbered.format(i), faults) for i, item in enumerate(value)]
         )
     elif dataclasses.is_dataclass(hint):
         section = build_config(hint, {} if value is None else value, path, faults)

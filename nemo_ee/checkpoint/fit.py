@@ -42,8 +42,8 @@ def fit_to_checkpoint(
         checkpoint: what there is.
         skip: prefixes of sharded keys to leave out, e.g. ``model.exits.``.
         truncated: the model has fewer layers than the checkpoint, and is meant to.
-        least_rows: the model's own name -> how many rows a tensor must have whose rows are padded, so that their number may be
-            another than the model's.
+        least_rows: the model's own name -> how many rows a tensor must have whose rows are padded, so that their number
+            may be another than the model's.
 
     Returns:
         The entries to load, under the model's own keys.

@@ -190,6 +190,7 @@ class EarlyExitDecoder:
         """
         x, packed = self.feed_prompts(prompts)
         output = self.model.greedy_output if greedy else self.output
+        assert output is not None
         prediction = output.predict(x if all_positions else x[packed.last])
         return Step.of_final(processed(prediction, slots, final=True), self.final_layer)
 
@@ -326,6 +327,7 @@ class EarlyExitDecoder:
     def _final(self, x: Tensor, greedy: bool) -> Prediction:
         """The final exit's, from [N, H]; `greedy` as for `prefill`."""
         output = self.model.greedy_output if greedy else self.output
+        assert output is not None
         self.spent += (self.prices.greedy if greedy else self.prices).output(len(x))
         return self.passes.predict("the final exit", output, x)
 

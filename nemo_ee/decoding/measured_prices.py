@@ -3,6 +3,8 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
+from operator import gt
 from pathlib import Path
 
 import torch
@@ -100,6 +102,7 @@ class _Measurement:
     def prices(self) -> PassPrices:
         model, layers = self._model, self._model.final_layer
         deep, shallow = self._depths()
+        assert model.output is not None and model.greedy_output is not None
         searches = model.greedy_output is not model.output
         work: dict[tuple[str, int, int], Callable[[], object]] = {}
         for n in self._packs:
@@ -154,7 +157,7 @@ class _Measurement:
                 if done:  # the first one warms up
                     fastest[key] = min(fastest[key], seconds)
             after_next = (time.perf_counter() - begin) * (done + 2) / (done + 1)
-            if on_first_rank(lambda t=after_next: t > SECONDS, _group()) and done >= rounds[0]:
+            if on_first_rank(partial(gt, after_next, SECONDS), _group()) and done >= rounds[0]:
                 break
         return on_first_rank(lambda: fastest, _group())
 
@@ -176,8 +179,8 @@ class _Measurement:
         return self._model.embed(tokens, pack.positions)
 
     def _layers(self, high: int, n: int) -> Callable:
-        if n == 1 and self._alone is not None:
-            return lambda: self._alone.layers(0, high, self._states[n].numpy(), self._row, self._begin)
+        if n == 1 and (alone := self._alone) is not None:
+            return lambda: alone.layers(0, high, self._states[n].numpy(), self._row, self._begin)
         return lambda: self._passes.run(0, high, self._states[n], self._packs[n])
 
     def _head(self, point: ExitPoint, n: int) -> Callable:

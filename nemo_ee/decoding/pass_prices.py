@@ -5,7 +5,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ class PassPrices:
         def row(price: Callable[[int], float]) -> dict[str, float]:
             return {str(n): float(f"{1e3 * price(n):.3g}") for n in self.tokens}
 
-        heads = {f"exit {n}": row(lambda tokens, n=n: self.head(n, tokens)) for n in self.exits}
+        heads = {f"exit {n}": row(partial(self.head, n)) for n in self.exits}
         return {
             "source": self.source,
             "full depth": row(self.full_depth),

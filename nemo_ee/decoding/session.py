@@ -202,15 +202,15 @@ class DecodingSession:
         confidences, chosen_tokens, *values = to_host(prediction.confidence, prediction.tokens, *readings)
         first = 0
         for sequence, row, count in zip(sequences, rows, counts, strict=True):
-            drafts, greedy = sequence.drafts, chosen_tokens[first : first + count]
+            drafts, best = sequence.drafts, chosen_tokens[first : first + count]
             sequence.drafts = []
             following: int | None
             if sequence in judges:
                 chances, behind, *values = values
                 good, following = judges[sequence].outcome(chances, behind)
             else:
-                good = agreeing_prefix(drafts, greedy)
-                following = greedy[good] if good < count else None
+                good = agreeing_prefix(drafts, best)
+                following = best[good] if good < count else None
             self._decoder.roll_back(row, self._decoder.lengths[row] - count + good + 1)
             for n, draft in enumerate(drafts[:good]):
                 if not self._commit(

@@ -54,7 +54,7 @@ IDS = torch.tensor([[7, 8, 9], [10, 11, 0]])
         ((IDS - 8, torch.tensor([3, 2])), "prompt 0: token id -1 is not in"),
         (
             [IDS, torch.tensor([3, 2])],
-            "a list of Tensor; give texts, lists of token ids, chats, or a tuple of two tensors",
+            "a list of Tensor; give texts, lists of token ids, chats, or a tuple of two",
         ),
         (["w1", "w2 \ud800"], "prompt 1: it is no valid Unicode"),
         ([{"role": ["user"], "content": 3}], "every turn must list one role and one content"),
