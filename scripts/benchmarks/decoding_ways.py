@@ -1,5 +1,6 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""Ways to continue the same prompts with the same weights: ours, NeMo's, Hugging Face's. None may say EOS early."""
+"""Ways to continue the same prompts with the same weights: ours, which go on behind an EOS; NeMo's and Hugging Face's,
+which may not say it."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -104,8 +105,8 @@ class Ours:
     @contextmanager
     def begun(self, prompts: Tokens, count: int) -> Iterator[None]:
         """Prompts fed, and the first token of each chosen; under `generating`."""
-        lengths = {"max_length": count, "min_length": count}
-        request = parse_request(lengths, self._sampling, self._early_exit, self._model.early_exit)
+        # EOS ends nothing here: to keep it from coming would change every token's logits, which a usual call does not.
+        request = parse_request({"max_length": count}, self._sampling, self._early_exit, self._model.early_exit)
         exits = request.asked
         of = request, frozenset(), self._model.text_tokenizer.eos_ids, count
         self.sequences = [GeneratedSequence(prompt, *of, seed) for seed, prompt in enumerate(prompts)]
