@@ -106,7 +106,9 @@ class Ours:
     def begun(self, prompts: Tokens, count: int) -> Iterator[None]:
         """Prompts fed, and the first token of each chosen; under `generating`."""
         # EOS ends nothing here: to keep it from coming would change every token's logits, which a usual call does not.
-        request = parse_request({"max_length": count}, self._sampling, self._early_exit, self._model.early_exit)
+        request = parse_request(
+            {"max_length": count}, self._sampling, self._early_exit, self._model.early_exit
+        )
         exits = request.asked
         of = request, frozenset(), self._model.text_tokenizer.eos_ids, count
         self.sequences = [GeneratedSequence(prompt, *of, seed) for seed, prompt in enumerate(prompts)]

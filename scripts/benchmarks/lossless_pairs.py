@@ -5,7 +5,8 @@
 
 decoding.py compares many ways, a few times each; this answers one question of it more exactly. In a pair both decode
 the same prompts in one process and take turns after every token or round, so that whatever else slows the machine down
-slows both. A case takes pairs, each of other prompts, for `--seconds` or as far as text goes, and at least `--pairs`.
+slows both; or after every text (`--turns text`), so that each finds in the processor's caches what it left there, as
+when it runs alone. A case takes pairs, each of other prompts, for `--seconds` or as far as text goes, and at least `--pairs`.
 
     … --way "early exit" --calibrated calibration/calibration.json    # at the thresholds of calibrations, on other text
 """
@@ -34,6 +35,7 @@ OPTIONS |= {
     "base": ("full depth", "what it is compared with"),
     "sampling": ("greedy", "of the way", "greedy", "top-p 0.9"),
     "base_sampling": (None, "of the base, where it is another", "greedy", "top-p 0.9"),
+    "turns": ("token", "how long a way goes on before the other does", "token", "text"),
     "pairs": (8, "of each case, at least"),
     "seconds": (60.0, "of each case, at least"),
     **{key: decoding.OPTIONS[key] for key in ("new_tokens", "precision")},
@@ -53,9 +55,12 @@ def cases(arguments: Namespace) -> list[dict]:
     return [{**case, **each} for case in decoding.cases(arguments) for each in thresholds]
 
 
-def run_pair(ways: Mapping[str, Any], prompts: list[list[int]], count: int) -> dict[str, float]:
-    """Continues prompts by `count` tokens in all ways (name -> `decoding_ways.Ours`) at once, a token or round of one
-    after one of the other; returns the seconds that each way's steps behind the first tokens took."""
+def run_pair(ways: Mapping[str, Any], prompts: list[list[int]], count: int, turns: str) -> dict[str, float]:
+    """Continues prompts by `count` tokens in all ways (name -> `decoding_ways.Ours`), a token or round of one after one
+    of the other, or one text after the other; returns the seconds that each way's steps behind the first tokens
+    took."""
+    if turns == "text" and len(ways) > 1:
+        return {n: run_pair({n: way}, prompts, count, turns)[n] for n, way in ways.items()}
     took = dict.fromkeys(ways, 0.0)
     with ExitStack() as stack:
         for way in ways.values():
@@ -91,13 +96,13 @@ def measure(case: Mapping, arguments: Namespace) -> dict:
     found: dict[str, dict] = {kind: {"tokens/s": []} for kind in ways}
     drafts = accepted = equal = done = 0
     texts_of_base: list[GeneratedText] = []
-    run_pair(ways, prompts[:batch], 4)
+    run_pair(ways, prompts[:batch], 4, arguments.turns)
     begin = time.monotonic()
     while done < pairs or time.monotonic() - begin < arguments.seconds:
         texts = prompts[done * batch : (done + 1) * batch]
         if len(texts) < batch:
             break
-        took = run_pair(dict(list(ways.items())[:: 1 if done % 2 else -1]), texts, count)
+        took = run_pair(dict(list(ways.items())[:: 1 if done % 2 else -1]), texts, count, arguments.turns)
         for kind, each in found.items():
             each["tokens/s"].append(batch * (count - 1) / took[kind])
         base, way = (each.sequences for each in ways.values())
@@ -108,7 +113,7 @@ def measure(case: Mapping, arguments: Namespace) -> dict:
         done += 1
     found[arguments.way] |= {"pairs": done, "drafts": drafts, "equal": f"{equal} of {done}"}
     found[arguments.way]["accepted"] = accepted / drafts if drafts else None
-    if arguments.way.startswith("early exit"):
+    if arguments.way.startswith("early exit") and arguments.base.startswith("full depth"):
         sweep, threshold = Sweep(prepared[0].model, [], SweepConfig(), seed=0), case["threshold"]
         each = threshold if isinstance(threshold, list) else [threshold] * len(sweep.exits)
         mean, around = sweep.agreement(each, sweep.score(texts_of_base))
@@ -138,6 +143,7 @@ pairs, teacher-forced, with its 95 % interval over prompts; *judged* are the tok
         note += """ *Forecast*: the speed of the round that should pay most, from how often its exit was sure, and right
 then, and from the time of its passes, both measured apart from lossless decoding."""
     values = {"title": f"{way} against {base}".capitalize(), "note": note}
+    values["turns"] = "text" if settings.get("turns") == "text" else "token or round"
     values["table"] = table(rows, shown, way=None, only=lambda name: name == way)
     points = []
     for row in rows:
