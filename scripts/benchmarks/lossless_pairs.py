@@ -6,7 +6,8 @@
 decoding.py compares many ways, a few times each; this answers one question of it more exactly. In a pair both decode
 the same prompts in one process and take turns after every token or round, so that whatever else slows the machine down
 slows both; or after every text (`--turns text`), so that each finds in the processor's caches what it left there, as
-when it runs alone. A case takes pairs, each of other prompts, for `--seconds` or as far as text goes, and at least `--pairs`.
+when it runs alone. A case takes pairs, each of other prompts, for `--seconds` or as far as text goes, and at least
+`--pairs`.
 
     … --way "early exit" --calibrated calibration/calibration.json    # at the thresholds of calibrations, on other text
 """
