@@ -30,6 +30,8 @@ ROUNDS = 2, 6
 """How often each pass is measured, at least and at most. The fastest counts: other work only slows a pass down."""
 PASS_SECONDS = 0.02
 """Of a pass of one token that is measured: through as many layers as that takes, of layers that cost the same."""
+COLD = 4
+"""Layers of a pass before each that is measured: in a step, weights drive all else out of the processor's caches."""
 ROWS, POSITIONS, BEFORE = max(TOKENS), 48, 24
 """Of the caches, where none are prepared; tokens that a sequence has already."""
 
@@ -87,7 +89,8 @@ class _Measurement:
         self._model, self._passes, self._exits = model, passes, exits
         table = passes.memory.table
         self._most = min(len(table.positions) - before - 1, max(TOKENS)) * rows
-        self._packs = {n: _pack(table, n, rows, before) for n in TOKENS if n <= self._most}
+        self._pack = partial(_pack, table, rows=rows, before=before)
+        self._packs = {n: self._pack(n) for n in TOKENS if n <= self._most}
         rule = CONFIDENCE_RULES["max_probability"]
         self._points = [ExitPoint(model, n, rule, passes) for n in exits]
         self._states = {n: self._embed(pack) for n, pack in self._packs.items()}
@@ -112,7 +115,7 @@ class _Measurement:
             if searches:
                 work["output", 1, n] = self._output(model.greedy_output, n)
             work |= {("head", point.layer, n): self._head(point, n) for point in self._points}
-        seconds = self._fastest(work)
+        seconds = self._fastest(work, between=self._layers(min(COLD, layers), 1))
         counts = tuple(self._packs)
 
         def row(kind: str, which: int) -> list[float]:
@@ -147,12 +150,15 @@ class _Measurement:
         deep = min(layers, max(few, int(few * PASS_SECONDS / seconds)))
         return deep, max(1, deep // 8)
 
-    def _fastest(self, work: dict, rounds: tuple[int, int] = ROUNDS) -> dict:
-        """Seconds of each, the least of some rounds; in a round all take turns."""
+    def _fastest(
+        self, work: dict, rounds: tuple[int, int] = ROUNDS, between: Callable = lambda: None
+    ) -> dict:
+        """Seconds of each, the least of some rounds; in a round all take turns, after a call of `between`."""
         fastest = dict.fromkeys(work, float("inf"))
         begin = time.perf_counter()
         for done in range(rounds[1] + 1):
             for key, function in work.items():
+                between()
                 seconds = self._timed(function)
                 if done:  # the first one warms up
                     fastest[key] = min(fastest[key], seconds)
@@ -190,6 +196,7 @@ class _Measurement:
         def answer() -> None:
             inside = point.enter_block(self._states[n], self._packs[n])
             point.predict(self._states[n], inside, list(range(n)), None)
+            point.pending(self._pack(n))  # what goes on is packed anew
 
         return answer
 
@@ -204,7 +211,7 @@ class _Measurement:
         return answer
 
 
-def _pack(table, tokens: int, rows: int, before: int) -> PackedTokens:
+def _pack(table, tokens: int, *, rows: int, before: int) -> PackedTokens:
     """So many tokens of as many sequences as there are, several of each where there are fewer."""
     used = min(tokens, rows)
     counts = [tokens // used + (row < tokens % used) for row in range(used)]
