@@ -30,8 +30,6 @@ ROUNDS = 2, 6
 """How often each pass is measured, at least and at most. The fastest counts: other work only slows a pass down."""
 PASS_SECONDS = 0.02
 """Of a pass of one token that is measured: through as many layers as that takes, of layers that cost the same."""
-COLD = 4
-"""Layers of a pass before each that is measured: in a step, weights drive all else out of the processor's caches."""
 ROWS, POSITIONS, BEFORE = max(TOKENS), 48, 24
 """Of the caches, where none are prepared; tokens that a sequence has already."""
 
@@ -115,7 +113,8 @@ class _Measurement:
             if searches:
                 work["output", 1, n] = self._output(model.greedy_output, n)
             work |= {("head", point.layer, n): self._head(point, n) for point in self._points}
-        seconds = self._fastest(work, between=self._layers(min(COLD, layers), 1))
+        # In a step the weights of layers drive all else out of the processor's caches.
+        seconds = self._fastest(work, between=self._layers(shallow, 1))
         counts = tuple(self._packs)
 
         def row(kind: str, which: int) -> list[float]:
