@@ -40,8 +40,7 @@ stands in for those of all deeper layers (CALM, arXiv:2207.07061, section 3.4); 
 class EarlyExitDecoder:
     """Sequences that are continued token by token, each in a row of the caches; see the module's text.
 
-    Must run under `torch.no_grad` or `torch.inference_mode`. All tensor-parallel ranks make the same calls and
-    take the same exits.
+    Must run without gradients. All tensor-parallel ranks make the same calls and take the same exits.
 
     Args:
         model: the whole model, on one pipeline stage.
