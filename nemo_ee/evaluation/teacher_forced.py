@@ -97,7 +97,8 @@ def score_exit(
     """One exit's predictions from what a forward pass left; `head` as in `score_text`."""
     module = gpt.exits[str(layer)]
     dtype = next(module.parameters(), states.output).dtype
-    state = module.behind_block(states.exits[layer].to(dtype), None, states.rotary_pos_emb)
+    hidden = states.exits[layer].to(dtype)
+    state = module.behind_block(hidden, attention_mask=None, rotary_pos_emb=states.rotary_pos_emb)
     logits_of = _logits_of(module.projection, gpt) if head is None else head.logits
     return _score(module.readout(state) if head is None else state, logits_of, module.projection, gpt, labels)
 

@@ -3,6 +3,7 @@
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -125,25 +126,17 @@ class ExitHead(MegatronModule):
         Returns:
             [S, B, H], sharded as `hidden`.
         """
-        return self.readout(self.behind_block(hidden, attention_mask, rotary_pos_emb, packed_seq_params))
-
-    def behind_block(
-        self,
-        hidden: Tensor,
-        attention_mask: Tensor | None = None,
-        rotary_pos_emb: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
-    ) -> Tensor:
-        """What `readout` reads, [S, B, H] as `hidden`; the arguments are those of `forward`."""
-        if self.block is None:
-            return hidden
-        hidden, _ = self.block(
+        inside = self.behind_block(
             hidden,
             attention_mask=attention_mask,
             rotary_pos_emb=rotary_pos_emb,
             packed_seq_params=packed_seq_params,
         )
-        return hidden
+        return self.readout(inside)
+
+    def behind_block(self, hidden: Tensor, **for_block: Any) -> Tensor:
+        """What `readout` reads, [S, B, H] as `hidden`; `for_block` are the others of `forward`'s arguments."""
+        return hidden if self.block is None else self.block(hidden, **for_block)[0]
 
     def readout(self, x: Tensor) -> Tensor:
         """What follows the block, position by position: [S, B, H] -> [S, B, H]."""
