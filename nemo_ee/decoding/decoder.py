@@ -111,11 +111,8 @@ class EarlyExitDecoder:
     @property
     def owed(self) -> int:
         """Tokens times layers that wait at exits."""
-        edges = pairwise(self._edges)
-        return sum(
-            (high - low) * (sum(self.filled[0]) - sum(counts))
-            for (low, high), counts in zip(edges, self.filled, strict=True)
-        )
+        segments = zip(pairwise(self._edges), self.filled, strict=True)
+        return sum((b - a) * (sum(self.filled[0]) - sum(counts)) for (a, b), counts in segments)
 
     def drop(self, rows: Sequence[int]) -> list[int]:
         """Removes sequences; the last ones move into the gaps.
@@ -310,6 +307,8 @@ class EarlyExitDecoder:
             The final exit's predictions after each token that had not been through all layers, sequence after
             sequence, and how many these are of each, one at least.
         """
+        if len(rows) == 1 and self._alone is not None and self._alone.fits(self, rows[0]):
+            return self._alone.flush(self, rows[0], greedy)
         first = 0
         while first < len(self.exits):
             some = [row for row in rows if self.pending(first, row)]

@@ -18,6 +18,7 @@ from nemo_ee.decoding.layers.lean_layer import layer_mathematics
 from nemo_ee.decoding.layers.packed_tokens import PackedTokens, PositionTable
 from nemo_ee.decoding.layers.segment import Segment
 from nemo_ee.decoding.pass_prices import PassPrices
+from nemo_ee.decoding.policy.exit_policy import Shares
 from nemo_ee.modeling.gpt import EarlyExitGPTModel
 
 _COMPILED: set[tuple] = set()
@@ -41,6 +42,7 @@ class DecodingModel:
         output_kind: `output_layer` as given.
         captured: caches and captured passes that its decoders may borrow; None where all passes run eagerly.
         prices: of its passes, as measured; None where nobody has.
+        drafts: per confidence rule, what exits' greedy drafts came to so far, see `ExitPolicy`.
         layers: global 1-based layer number -> mathematics, ascending.
         heads: exit layer -> head, all of this stage.
         output: the final exit; None on stages before the last.
@@ -66,6 +68,7 @@ class DecodingModel:
             None  # a `nemo_ee.decoding.cuda.captured_decoding.CapturedDecoding`, of an outer ring
         )
         self.prices: PassPrices | None = None
+        self.drafts: dict[str, Shares] = {}
         some = gpt.decoder.layers[0].self_attention.linear_proj.weight
         self.device, self.dtype = some.device, compute_dtype(some)
         self.layers = {

@@ -315,6 +315,23 @@ def test_a_gain_within_the_error_of_prices_is_not_worth_a_round():
     assert shares[0] < 0.4 and shares[1] > 0.9, shares
 
 
+def test_greedy_drafts_are_learned_over_sessions_and_sampled_ones_anew():
+    known, bad = {}, (made_up(head=0.03, exits=(4,)), (4,))
+    rows = [[0.5]]
+    for greedy in (False, True):
+        policy = ExitPolicy(*bad, known)
+        policy.greedy = greedy
+        assert policy.draft(rows), "hope"
+        policy.share("right", 0, 0.5).observe(0, 50)
+        assert policy.draft(rows) is None
+        assert bool(known) == greedy
+    later = ExitPolicy(*bad, known)
+    assert later.draft(rows), "sampled: hope again"
+    later.greedy = True
+    assert later.draft(rows) is None
+    assert later.draft([[0.6]]), "another threshold"
+
+
 def test_drafts_grow_longer_where_they_are_right():
     lengths = []
     for chance in (0.85, 0.99):

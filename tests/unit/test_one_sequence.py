@@ -52,7 +52,7 @@ def walked(model, exits, seed, steps=50, rule="max_probability"):
         token = decoder.prefill([[5, 6], [7, 8, 9]]).most_probable()[1]
         for _ in range(steps):
             thresholds = [draw.choice([0.0, 0.2, 0.4, 0.7, 1.0]) for _ in exits]
-            limit, hold = draw.choice([None, None, 0, 3]), draw.choice([None, None, None, len(exits) - 1])
+            limit, hold = draw.choice([None, None, 0, 3]), draw.choice([None] * 4 + [0, len(exits) - 1])
             greedy = [draw.random() < 0.7]
             step = decoder.step([token], [thresholds], [1], [limit], [hold], greedy)
             if step.answered:

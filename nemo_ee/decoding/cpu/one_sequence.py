@@ -1,5 +1,6 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""A step of one sequence through our CPU kernels and nothing else: what `EarlyExitDecoder.step` does, without torch.
+"""A step of one sequence, or a round's end, through our CPU kernels and nothing else: what `EarlyExitDecoder.step` and
+`flush` do, without torch.
 
 A pass drives Python's and torch's code out of the processor's caches, so that each of torch's operations takes 20 to
 100 microseconds; a token that asks two exits makes some fifty. Here it makes one per segment and head: a kernel's.
@@ -24,7 +25,7 @@ from nemo_ee.decoding.prediction import Prediction
 from nemo_ee.decoding.step import Part, Step
 
 Said = tuple[np.ndarray, np.ndarray, np.ndarray | None]
-"""[1] token, [1] confidence and [1, R] logits, None where nobody asks for them."""
+"""[N] tokens, [N] confidences and [N, R] logits, None where nobody asks for them."""
 
 
 class Progress(Protocol):
@@ -104,16 +105,27 @@ class OneSequence:
                 said = ask(head, x[-1:])
                 progress.spent += progress.prices.head(self._layers[k], 1)
                 if leaves(float(said[1][0]), threshold):
-                    return self._answered(answer, self._layers[k], head, said, x)
+                    return self._answered(answer, self._layers[k], head, said, x[-1:])
             if hold == k:
                 return answer
             if behind != begin:
                 begin, x = behind, self._hidden[k][row, behind : start + 1]
         x = self._run(progress, row, first, len(thresholds), x, begin)
-        output = self._model.greedy_output if greedy else self._model.output
-        assert output is not None, "the whole model"
-        progress.spent += (progress.prices.greedy if greedy else progress.prices).output(1)
-        return self._answered(answer, self._layers[-1], output, ask(output, x[-1:]), x)
+        output, said = self._finally(progress, x[-1:], greedy)
+        return self._answered(answer, self._layers[-1], output, said, x[-1:])
+
+    def flush(self, progress: Progress, row: int, greedy: bool) -> tuple[Prediction, list[int]]:
+        """See `EarlyExitDecoder.flush`, of the one sequence."""
+        filled, k = progress.filled, 0
+        while filled[k][row] == filled[k + 1][row]:
+            k += 1
+        while k < len(self._hidden):
+            begin, end, last = filled[k + 1][row], filled[k][row], k + 1
+            while last < len(self._hidden) and filled[last + 1][row] == begin:
+                last += 1
+            x, k = self._run(progress, row, k + 1, last, self._hidden[k][row, begin:end], begin), last
+        output, said = self._finally(progress, x, greedy)
+        return _prediction(output, said, x), [len(x)]
 
     def layers(self, low: int, high: int, x: np.ndarray, row: int, begin: int) -> np.ndarray:
         """Layers low + 1 to high (see `DecodingMemory.segment`) on some tokens [T, H] of the sequence in a row, from a
@@ -137,28 +149,45 @@ class OneSequence:
         progress.layers_run[row] += count * (high - low)
         return x
 
+    def _finally(
+        self, progress: Progress, x: np.ndarray, greedy: bool
+    ) -> tuple[Readout | SearchedOutput, Said]:
+        """The final exit, and what it says about [N, H]."""
+        output = self._model.greedy_output if greedy else self._model.output
+        assert output is not None, "the whole model"
+        progress.spent += (progress.prices.greedy if greedy else progress.prices).output(len(x))
+        return output, ask(output, x)
+
+    @staticmethod
     def _answered(
-        self, answer: Step, layer: int, head: Readout | SearchedOutput, said: Said, x: np.ndarray
+        answer: Step, layer: int, head: Readout | SearchedOutput, said: Said, x: np.ndarray
     ) -> Step:
-        token, sure, logits = said
-
-        def whole() -> Tensor:
-            if logits is not None:
-                return torch.from_numpy(logits)
-            assert isinstance(head, SearchedOutput), "others compute them"
-            return head.output.predict(torch.from_numpy(x[-1:])).logits
-
-        prediction = Prediction(head.rows, whole, *map(torch.from_numpy, (token, sure)))
-        answer.add(layer, Part([0], prediction, [0]), sure.tolist(), token.tolist())
+        """With what a head says about [1, H]."""
+        token, sure, _ = said
+        answer.add(layer, Part([0], _prediction(head, said, x), [0]), sure.tolist(), token.tolist())
         return answer
 
 
+def _prediction(head: Readout | SearchedOutput, said: Said, x: np.ndarray) -> Prediction:
+    """What a head says about [N, H]."""
+    token, sure, logits = said
+
+    def whole() -> Tensor:
+        if logits is not None:
+            return torch.from_numpy(logits)
+        assert isinstance(head, SearchedOutput), "others compute them"
+        return head.output.predict(torch.from_numpy(x)).logits
+
+    return Prediction(head.rows, whole, *map(torch.from_numpy, (token, sure)))
+
+
 def ask(head: Readout | SearchedOutput, x: np.ndarray) -> Said:
-    """What a head says about [1, H]."""
+    """What a head says about [N, H], N at most `KERNEL_TOKENS`."""
     if isinstance(head, SearchedOutput):
-        found = head.search.arrays(head.rows.emittable, x)
+        found = head.search.arrays(head.rows.emittable, x) if len(x) <= head.search.limit else None
         if found is not None:
             return *found, None
         head = head.output
-    logits, token, sure, *_ = head_arrays(head.whole_kernels[0][1], head.rows.emittable, x)
+    kernel = next(kernel for limit, kernel in head.whole_kernels if len(x) <= limit)
+    logits, token, sure, *_ = head_arrays(kernel, head.rows.emittable, x)
     return token, sure, logits

@@ -22,6 +22,10 @@ LONGEST, PLAN_STEPS = 8, 8
 """Tokens drafted at most; steps until what is asked is thought over."""
 
 
+Shares = dict[tuple[str, int, float], Share]
+"""What is counted of an exit, its layer, and the threshold -> how often."""
+
+
 @dataclass(frozen=True)
 class Round:
     """So many drafts of each sequence, at most, by the exit of that index."""
@@ -37,14 +41,22 @@ class ExitPolicy:
     worst that can come of it, is no lower than `LOSS` of full depth's price so far (`CREDIT` and `SAVED` apart). So
     exits that never pay are hardly asked, whatever was expected of them, and learning goes on at that price.
 
+    Args:
+        prices: of passes.
+        exit_layers: ascending.
+        drafts: what exits' greedy drafts came to in sessions before, which this one adds to; None for nothing. Sampled
+            ones are learned anew: how many drafts a round has says which random number is for what.
+
     Attributes:
         owed: tokens times layers that wait at exits, as last booked.
         greedy: whether nobody asks for more than the most probable tokens, in the step to come.
     """
 
-    def __init__(self, prices: PassPrices, exit_layers: Sequence[int]):
+    def __init__(self, prices: PassPrices, exit_layers: Sequence[int], drafts: Shares | None = None):
         self.prices, self.layers = prices, list(exit_layers)
-        self._shares: dict[tuple[str, int, float], Share] = {}
+        self._left: Shares = {}
+        self._sampled: Shares = {}
+        self._drafts: Shares = {} if drafts is None else drafts
         self.owed, self.greedy = 0, False
         self._saved, self._worst, self._steps = 0.0, 0.0, 0
         self._asked_for: tuple = ()
@@ -54,10 +66,15 @@ class ExitPolicy:
     def _now(self) -> PassPrices:
         return self.prices.greedy if self.greedy else self.prices
 
+    @property
+    def _drafting(self) -> Shares:
+        return self._drafts if self.greedy else self._sampled
+
     def share(self, kind: str, exit_index: int, threshold: float) -> Share:
         """How often a token has "left" by an exit, a draft of it was "sure", and then "right"."""
-        key = kind, exit_index, round(threshold, 2)
-        return self._shares.setdefault(key, Share(PRIOR[kind]))
+        key = kind, self.layers[exit_index], round(threshold, 2)
+        shares = self._left if kind == "left" else self._drafting
+        return shares.setdefault(key, Share(PRIOR[kind]))
 
     def settle(self, tokens: int, spent: float, sequences: int, owed: int) -> None:
         """Books a step.
@@ -139,9 +156,8 @@ class ExitPolicy:
                     break
                 before = rate
         if best is None:
-            for key, share in self._shares.items():
-                if key[0] != "left":
-                    share.forget()
+            for share in self._drafting.values():
+                share.forget()
         return best
 
     def _allowance(self, sequences: int) -> float:
