@@ -31,9 +31,11 @@ IMPORTED_BY_NEMO_NLP_UNDECLARED = [
 ]
 OURS = [
     "gguf>=0.16",  # ReaderField.contents
+    "huggingface_hub>=0.30,<1",  # what transformers below 4.53 takes
     "matplotlib>=3.8",
     "numba>=0.60",  # NeMo needs it too
     "rich>=13",
+    "safetensors>=0.4.3",
     "sentencepiece>=0.2,<1",
     "tqdm>=4.66",
 ]
