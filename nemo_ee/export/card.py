@@ -36,3 +36,8 @@ python -m sglang.launch_server --model-path {name}
 python convert_hf_to_gguf.py {name} --outfile model.gguf && llama-cli -m model.gguf -p "Once upon a time"
 ```
 """
+
+
+def remote_card(config: ExportConfig, source: Source, settings: Any) -> str:
+    """Of the model with its exits and their code."""
+    return "TODO"
