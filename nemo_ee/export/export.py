@@ -6,11 +6,15 @@ from pathlib import Path
 
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.export.base import export_base
+from nemo_ee.export.draft import export_draft
 from nemo_ee.export.settings import ExportConfig
 from nemo_ee.export.source import Source, opened
 from nemo_ee.files.output import replaced_folder
 
-WRITERS: dict[str, Callable[[ExportConfig, Source, Path], None]] = {"base": export_base}
+WRITERS: dict[str, Callable[[ExportConfig, Source, Path], None]] = {
+    "base": export_base,
+    "draft": export_draft,
+}
 """Kind -> what writes it into an empty folder."""
 
 
