@@ -46,9 +46,7 @@ class LlamaWeights:
         Raises:
             CheckpointError: a tensor is missing, of another shape, or has no place in a plain model.
         """
-        weights = {"model.embed_tokens.weight": self.rows_of("embedding.word_embeddings.weight")}
-        for n in range(self._model.num_layers):
-            weights |= self.layer(f"decoder.layers.{n}.", n)
+        weights = self.trunk(self._model.num_layers)
         weights["model.norm.weight"] = self.take("decoder.final_layernorm.weight", self.hidden)
         if not self.tied:
             weights["lm_head.weight"] = self.rows_of("output_layer.weight")
@@ -58,6 +56,13 @@ class LlamaWeights:
                 f"{self._name}: {', '.join(left[:3])}: {len(left)} tensors have no place in a plain Llama, Mistral or "
                 "Qwen2; export another checkpoint"
             )
+        return weights
+
+    def trunk(self, layers: int) -> Weights:
+        """The embedding and the first layers."""
+        weights = {"model.embed_tokens.weight": self.rows_of("embedding.word_embeddings.weight")}
+        for n in range(layers):
+            weights |= self.layer(f"decoder.layers.{n}.", n)
         return weights
 
     def layer(self, source: str, number: int) -> Weights:

@@ -12,7 +12,7 @@ from nemo_ee.checkpoint.exits.exit_tensors import check_token_ids
 from nemo_ee.checkpoint.stored_tensors import StoredTensor
 from nemo_ee.config import EarlyExitConfig
 from nemo_ee.errors import CheckpointError, ConfigError, Fault
-from nemo_ee.export.card import remote_card
+from nemo_ee.export.remote_card import remote_card
 from nemo_ee.export.folder import dtype_of, write_model
 from nemo_ee.export.llama_weights import LlamaWeights, Weights
 from nemo_ee.export.plain_llama import architecture_of, hugging_face_config
@@ -58,7 +58,7 @@ def export_remote(config: ExportConfig, source: Source, folder: Path) -> None:
     settings.auto_map = {"AutoModelForCausalLM": f"{MODULE}.{name}"}
     write_model(folder, settings, base | exits, source.tokenizer, config.max_shard_size)
     shutil.copytree(CODE, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "README.md").write_text(remote_card(config, source, settings), encoding="utf-8")
+    (folder / "README.md").write_text(remote_card(config, source, settings, MODULE), encoding="utf-8")
 
 
 def described(early_exit: EarlyExitConfig) -> dict[str, Any]:
