@@ -2,20 +2,19 @@
 """The model with all its exits, and the code that runs them in transformers: `remote_code/`, which is not imported."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from nemo_ee.checkpoint.exits.exit_tensors import check_token_ids
 from nemo_ee.checkpoint.stored_tensors import StoredTensor
 from nemo_ee.config import EarlyExitConfig
 from nemo_ee.errors import CheckpointError, ConfigError, Fault
-from nemo_ee.export.remote_card import remote_card
-from nemo_ee.export.folder import dtype_of, write_model
+from nemo_ee.export.folder import dtype_of, write_json, write_model
 from nemo_ee.export.llama_weights import LlamaWeights, Weights
 from nemo_ee.export.plain_llama import architecture_of, hugging_face_config
+from nemo_ee.export.remote_card import remote_card
 from nemo_ee.export.settings import ExportConfig
 from nemo_ee.export.source import Source
 from nemo_ee.head_config import HeadConfig
@@ -50,15 +49,29 @@ def export_remote(config: ExportConfig, source: Source, folder: Path) -> None:
         architecture,
         source.rows,
         dtype_of(base, config.precision),
-        early_exit=described(early_exit),
         **source.tokenizer.special_tokens(),
     )
-    name = settings.architectures[0].replace("ForCausalLM", "EarlyExitForCausalLM")
-    settings.architectures = [name]
-    settings.auto_map = {"AutoModelForCausalLM": f"{MODULE}.{name}"}
     write_model(folder, settings, base | exits, source.tokenizer, config.max_shard_size)
+    _name_classes(folder / "config.json", described(early_exit))
     shutil.copytree(CODE, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "README.md").write_text(remote_card(config, source, settings, MODULE), encoding="utf-8")
+
+
+def _name_classes(path: Path, early_exit: dict[str, Any]) -> None:
+    """Has a `config.json` name the classes of the folder's code. A model type of its own: were it the family's,
+    transformers would take these classes for all later models of the family in the same process."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    family = config["architectures"][0].removesuffix("ForCausalLM")
+    config |= {
+        "early_exit": early_exit,
+        "model_type": f"{family.lower()}_early_exit",
+        "architectures": [f"{family}EarlyExitForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{MODULE}.{family}EarlyExitConfig",
+            "AutoModelForCausalLM": f"{MODULE}.{family}EarlyExitForCausalLM",
+        },
+    }
+    write_json(path, config)
 
 
 def described(early_exit: EarlyExitConfig) -> dict[str, Any]:

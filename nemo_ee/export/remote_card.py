@@ -18,8 +18,8 @@ them in transformers ({module}.py). {tokens} tokens, weights in {dtype}. Written
 
 ## Run it
 
-transformers 4.51 or later; `trust_remote_code=True` runs the Python files of this folder: read them. Without it the
-folder loads as the plain base.
+transformers 4.51 or later; `trust_remote_code=True` runs the Python files of this folder, and it does not load without:
+read them.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -72,10 +72,10 @@ def remote_card(config: ExportConfig, source: Source, settings: Any, module: str
     """
     early_exit, depth = source.early_exit, settings.num_hidden_layers
     drafting = [n for n in early_exit.layers if n < depth]
-    known = settings.early_exit["inference"]["threshold"]
+    known = early_exit.inference.known_threshold
     said = "Nobody has chosen thresholds for these exits; calibration does (docs/calibration.md of nemo_ee)."
     if known is not None:
-        said = f"`early_exit=True` takes those of the checkpoint, {known}."
+        said = f"`early_exit=True` takes those of the checkpoint, {known if isinstance(known, float) else list(known)}."
     return _TEXT.format(
         name=source.name,
         exits=source.exits_name,

@@ -74,11 +74,16 @@ def check_logits(model, said, n):
     torch.testing.assert_close(logits[:, tokens[known]], wanted[:, known], rtol=0, atol=1e-5)
     assert torch.equal(logits.argmax(-1), tokens[known][wanted[:, known].argmax(-1)])
     others = torch.ones(logits.shape[-1], dtype=bool).index_fill(0, tokens[known], False)
-    if others.any():  # a bucket's probability is theirs in equal parts, unless that were above the best token's
+    if (
+        others.any()
+    ):  # a bucket's probability is theirs in equal parts, unless that were above the best token's
         shares, bucket = logits.softmax(-1), wanted.softmax(-1)[:, ~known]
         fits = bucket[:, 0] / others.sum() < 0.3 * confidences(wanted, tokens)
         torch.testing.assert_close(
-            shares[fits][:, others], (bucket / others.sum())[fits].expand(-1, others.sum()), rtol=1e-4, atol=1e-7
+            shares[fits][:, others],
+            (bucket / others.sum())[fits].expand(-1, others.sum()),
+            rtol=1e-4,
+            atol=1e-7,
         )
         assert fits.any()
 
@@ -91,11 +96,10 @@ def test_without_exits_it_is_the_base(model, load, said):
     assert text == new_tokens(base.generate(IDS, **GREEDY)) == said["llama"].texts["full"][0]
 
 
-def test_without_trust_it_loads_as_the_base(load, model):
-    plain = load("llama_remote")
-    assert type(plain).__name__ == "LlamaForCausalLM"
-    with torch.no_grad():
-        assert torch.equal(model(IDS).logits, plain(IDS).logits)
+def test_without_trust_it_does_not_load_and_other_models_are_their_own(load, model):
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        load("llama_remote", trust_remote_code=False)
+    assert type(load("llama_base", trust_remote_code=True)).__name__ == "LlamaForCausalLM"
 
 
 @pytest.mark.parametrize("n", EXITS)
@@ -119,7 +123,9 @@ def test_tokens_leave_where_ours_leave(model, said, name):
     out = model.generate(IDS, early_exit=options, return_dict_in_generate=True, **GREEDY)
     tokens, layers = said["llama"].texts[name]
     assert new_tokens(out.sequences) == tokens and out.exit_layers == layers
-    assert set(layers) >= {"each": {*EXITS, DEPTH}, "always the second": {EXITS[1]}}.get(name, {DEPTH, EXITS[0]})
+    assert set(layers) >= {"each": {*EXITS, DEPTH}, "always the second": {EXITS[1]}}.get(
+        name, {DEPTH, EXITS[0]}
+    )
 
 
 def test_the_folders_own_thresholds(model, said):
@@ -151,9 +157,13 @@ def test_custom_generate_is_the_models_own(model, load, said):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     options = said["llama"].thresholds["each"]
-    out = module.generate(IDS, model=model, early_exit=options, **GREEDY)  # as transformers from 4.52 on calls it
+    out = module.generate(
+        IDS, model=model, early_exit=options, **GREEDY
+    )  # as transformers from 4.52 on calls it
     assert new_tokens(out) == said["llama"].texts["each"][0]
-    with pytest.raises(ValueError, match="LlamaForCausalLM has no exits; load the folder with trust_remote_code=True"):
+    with pytest.raises(
+        ValueError, match="LlamaForCausalLM has no exits; load the folder with trust_remote_code=True"
+    ):
         module.generate(IDS, model=load("llama_base"), early_exit=options, **GREEDY)
 
 
@@ -163,28 +173,58 @@ TWICE = dict(input_ids=IDS.expand(2, -1), attention_mask=torch.ones(2, len(PROMP
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(assistant_early_exit=7), r"assistant_early_exit=7: there is no exit .*; use one of \[1, 2, 3, 4, 5, 6\]"),
+        (
+            dict(assistant_early_exit=7),
+            r"assistant_early_exit=7: there is no exit .*; use one of \[1, 2, 3, 4, 5, 6\]",
+        ),
         (dict(assistant_early_exit=DEPTH), "assistant_early_exit=8: is the whole depth"),
-        (dict(early_exit=dict(threshold=[0.5, 0.5])), r"threshold=\[0.5, 0.5\]: 2 thresholds for 6 exits .*give one per"),
-        (dict(early_exit=dict(threshold=0.5, exits=[1, 9])), r"exits=\[1, 9\]: not some of the exits \[1, 2, 3, 4"),
+        (
+            dict(early_exit=dict(threshold=[0.5, 0.5])),
+            r"threshold=\[0.5, 0.5\]: 2 thresholds for 6 exits .*give one per",
+        ),
+        (
+            dict(early_exit=dict(threshold=0.5, exits=[1, 9])),
+            r"exits=\[1, 9\]: not some of the exits \[1, 2, 3, 4",
+        ),
         (dict(early_exit=dict(threshold=0.5, exits=[2, 1])), "ascending; name such"),
         (dict(early_exit=dict(threshold=1.5)), "threshold=1.5: must lie within"),
         (dict(early_exit=dict(threshold="0.5")), "threshold=0.5: must lie within"),
-        (dict(early_exit=dict(treshold=0.5)), "early_exit.treshold=0.5: no such option; did you mean threshold"),
-        (dict(early_exit=dict(lossless=True)), "early_exit.lossless=True: .*; use threshold, exits, confidence"),
-        (dict(early_exit=dict(threshold=0.5, confidence="patience")), "confidence=patience: must be one of max_prob"),
+        (
+            dict(early_exit=dict(treshold=0.5)),
+            "early_exit.treshold=0.5: no such option; did you mean threshold",
+        ),
+        (
+            dict(early_exit=dict(lossless=True)),
+            "early_exit.lossless=True: .*; use threshold, exits, confidence",
+        ),
+        (
+            dict(early_exit=dict(threshold=0.5, confidence="patience")),
+            "confidence=patience: must be one of max_prob",
+        ),
         (dict(early_exit=0.5), "early_exit=0.5: must be a dict or True; give e.g."),
-        (dict(early_exit=dict(threshold=0.5), assistant_early_exit=2), "give early_exit or an assistant, not both"),
-        (dict(early_exit=dict(threshold=0.5), **TWICE), "one text of token ids at a time; call generate for each"),
+        (
+            dict(early_exit=dict(threshold=0.5), assistant_early_exit=2),
+            "assistant_early_exit has all tokens verified",
+        ),
+        (
+            dict(early_exit=dict(threshold=0.5), prompt_lookup_num_tokens=2),
+            "prompt_lookup_num_tokens .*; leave out one",
+        ),
+        (
+            dict(early_exit=dict(threshold=0.5), **TWICE),
+            "one text of token ids at a time; call generate for each",
+        ),
         (dict(early_exit=dict(threshold=0.5), num_beams=2), "without beams"),
         (dict(early_exit=dict(threshold=0.5), use_cache=False), "leave out use_cache"),
-        (dict(early_exit=dict(threshold=0.5), prompt_lookup_num_tokens=2), "token by token; leave out drafts"),
+        (
+            dict(early_exit=dict(threshold=0.5), prefill_chunk_size=5),
+            "token by token; leave out prefill_chunk_size",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_and_leaves_the_model_as_it_was(model, said, options, message):
-    ids = {} if "input_ids" in options else {"input_ids": torch.tensor([PROMPT + PROMPT])}
     with pytest.raises(ValueError, match=message):
-        model.generate(**{**ids, **GREEDY, "attention_mask": None, **options})
+        model.generate(**{"input_ids": IDS, **GREEDY, **options})
     assert model.config.num_hidden_layers == DEPTH
     assert new_tokens(model.generate(IDS, **GREEDY)) == said["llama"].texts["full"][0]
 
@@ -200,13 +240,20 @@ def test_weights_are_sharded_with_an_index(folder, said):
     index = json.loads((folder / "llama_remote" / "model.safetensors.index.json").read_text())["weight_map"]
     assert len(set(index.values())) > 1 and "exits.6.projection.token_ids" in index
     config = json.loads((folder / "llama_remote" / "config.json").read_text())
-    assert config["auto_map"] == {"AutoModelForCausalLM": "modeling_early_exit.LlamaEarlyExitForCausalLM"}
+    assert config["auto_map"] == {
+        "AutoConfig": "modeling_early_exit.LlamaEarlyExitConfig",
+        "AutoModelForCausalLM": "modeling_early_exit.LlamaEarlyExitForCausalLM",
+    }
     assert config["early_exit"]["layers"] == EXITS
 
 
 def test_shipped_code_imports_torch_and_transformers_alone(folder, said):
     for path in CODE.rglob("*.py"):
-        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
+        nodes = [
+            node
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
         assert not any(isinstance(node, ast.ImportFrom) and node.level for node in nodes), path
         names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}

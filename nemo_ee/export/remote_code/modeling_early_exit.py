@@ -26,8 +26,11 @@ from torch import nn
 from transformers import (
     DynamicCache,
     GenerationMixin,
+    LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
     MistralForCausalLM,
+    Qwen2Config,
     Qwen2ForCausalLM,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -36,7 +39,10 @@ NEVER = 1.0
 """A threshold: the exit is not asked."""
 OPTIONS = ("threshold", "exits", "confidence")
 """Keys of `generate(early_exit=...)`."""
-CACHE = next(name for name in ("cache", "past_key_values") if name in inspect.signature(LlamaForCausalLM.forward).parameters)
+DRAFTING = ("assistant_early_exit", "assistant_model", "prompt_lookup_num_tokens")
+"""Of `generate`: what has drafts verified by the whole model."""
+CACHE_NAMES = ("cache", "past_key_values")
+CACHE = next(name for name in CACHE_NAMES if name in inspect.signature(LlamaForCausalLM.forward).parameters)
 """What this version of transformers calls the cache."""
 
 
@@ -127,7 +133,7 @@ class EarlyExits:
         Args:
             *args: as transformers'.
             early_exit: None decodes at full depth; True takes the thresholds of the folder; or a dict: `threshold`, one
-                number or one per exit, within [0, 1]: 1.0 never leaves; `exits`, the exit layers in use, by default all;
+                number or one per exit, within [0, 1]: 1.0 never leaves; `exits`, the layers in use, by default all;
                 `confidence`, the rule: max_probability, entropy or margin. Confidences are of the exit's own logits,
                 before logits processors.
             **kwargs: as transformers'.
@@ -140,13 +146,17 @@ class EarlyExits:
             ValueError: `assistant_early_exit` is no exit; `early_exit` cannot be; both are given.
         """
         config = kwargs.get("generation_config") or self.generation_config
-        n = kwargs.get("assistant_early_exit", getattr(config, "assistant_early_exit", None))
-        if n is not None:
-            self._require_exit(n)
+        asked = {name: kwargs.get(name, getattr(config, name, None)) for name in DRAFTING}
+        drafting = {name: value for name, value in asked.items() if value is not None}
+        if "assistant_early_exit" in drafting:
+            self._require_exit(drafting["assistant_early_exit"])
         if early_exit is None or early_exit is False:
             return self._plain_generate(*args, **kwargs)
-        if n is not None or kwargs.get("assistant_model") is not None:
-            raise ValueError("early_exit: an assistant drafts for full depth; give early_exit or an assistant, not both")
+        if drafting:
+            raise ValueError(
+                f"early_exit={early_exit}: tokens that leave early are not verified, and {', '.join(drafting)} has all "
+                "tokens verified; leave out one of the two"
+            )
         walk = _Walk(self, *self._thresholds(early_exit))
         self._walk = walk
         try:
@@ -169,18 +179,25 @@ class EarlyExits:
         depth = len(self.model.layers)
         known = [int(name) for name in self.exits if int(name) < depth]
         if n not in known:
-            rule = "there is no exit behind that layer" if n != depth else "is the whole depth, which verifies drafts"
+            rule = (
+                "there is no exit behind that layer"
+                if n != depth
+                else "is the whole depth, which verifies drafts"
+            )
             remedy = f"use one of {known}" if known else "use a folder with exits, or leave it out"
             raise ValueError(f"assistant_early_exit={n}: {rule}; {remedy}")
 
     def _thresholds(self, given):
         """Exit layer -> threshold, and the confidence rule, from what `generate` was given."""
-        layers, own = [int(name) for name in self.exits], (self.config.early_exit or {}).get("inference", {})
+        layers = [int(name) for name in self.exits]
         if not layers:
             raise ValueError(f"early_exit={given}: the model has no exits; leave it out")
+        own = self.config.early_exit.get("inference", {})
         given = {} if given is True else given
         if not isinstance(given, dict):
-            raise ValueError(f"early_exit={given}: must be a dict or True; give e.g. early_exit={{'threshold': 0.9}}")
+            raise ValueError(
+                f"early_exit={given}: must be a dict or True; give e.g. early_exit={{'threshold': 0.9}}"
+            )
         for key in given:
             if key not in OPTIONS:
                 near = difflib.get_close_matches(str(key), OPTIONS, n=1)
@@ -189,27 +206,37 @@ class EarlyExits:
         rule = given.get("confidence") or own.get("confidence") or "max_probability"
         if rule not in CONFIDENCE_RULES:
             known = ", ".join(CONFIDENCE_RULES)
-            raise ValueError(f"early_exit.confidence={rule}: must be one of {known}; give one, and thresholds for it")
+            raise ValueError(
+                f"early_exit.confidence={rule}: must be one of {known}; give one, and thresholds for it"
+            )
         usual = own.get("exits") or layers
         exits = list(given.get("exits") or usual)
         if not set(exits) <= set(layers) or exits != sorted(set(exits)):
-            raise ValueError(f"early_exit.exits={exits}: not some of the exits {layers}, ascending; name such, or leave it out")
+            raise ValueError(
+                f"early_exit.exits={exits}: not some of the exits {layers}, ascending; name such, or leave it out"
+            )
         threshold = given.get("threshold")
         if threshold is None:
             if own.get("threshold") is None or rule != own.get("confidence", "max_probability"):
-                raise ValueError(f"early_exit.threshold=None: the folder has none for confidence={rule}; give e.g. 0.9")
+                raise ValueError(
+                    f"early_exit.threshold=None: the folder has none for confidence={rule}; give e.g. 0.9"
+                )
             known = dict(zip(usual, _one_each(own["threshold"], len(usual)), strict=True))
             if not set(exits) <= set(known):
-                raise ValueError(f"early_exit.threshold=None: the folder has them for {usual}; give one for each of {exits}")
+                raise ValueError(
+                    f"early_exit.threshold=None: the folder has them for {usual}; give one for each of {exits}"
+                )
             return {n: known[n] for n in exits}, rule
         values = _one_each(threshold, len(exits))
         if len(values) != len(exits):
             raise ValueError(
-                f"early_exit.threshold={values}: {len(values)} thresholds for {len(exits)} exits {exits}; give one per exit, "
-                "or one number"
+                f"early_exit.threshold={values}: {len(values)} thresholds for {len(exits)} exits {exits}; give one per "
+                "exit, or one number"
             )
         if not all(isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v <= 1 for v in values):
-            raise ValueError(f"early_exit.threshold={threshold}: must lie within [0, 1]; give e.g. 0.9, or 1.0 for never")
+            raise ValueError(
+                f"early_exit.threshold={threshold}: must lie within [0, 1]; give e.g. 0.9, or 1.0 for never"
+            )
         return dict(zip(exits, values, strict=True)), rule
 
     def _piece(self, layers, norm):
@@ -229,11 +256,17 @@ class EarlyExits:
         head = self.exits[str(n)]
         kept = [*layers[:n]] if head.block is None else [*layers[:n], head.block]
         if isinstance(listed := getattr(cache, "layers", None), list) and 0 < len(listed) < len(kept):
-            listed.append(type(listed[0])())  # for the block's keys, where transformers made one for each layer
+            listed.append(
+                type(listed[0])()
+            )  # for the block's keys, where transformers made one for each layer
         short = copy.copy(self)
         output = self.lm_head if head.projection is None else head.projection
         short._modules = {**self._modules, "model": self._piece(kept, head), "lm_head": output}
         return short
+
+
+def _cache_of(kwargs):
+    return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
 
 
 def _one_each(threshold, count):
@@ -273,7 +306,12 @@ class _Walk:
         edges = [0, *(head.layer for head, _ in asked), len(layers)]
         self.pieces = [(model._piece(layers[a:b], nothing), _Later(a)) for a, b in pairwise(edges)]
         self.asked = [
-            (head, None if head.block is None else model._piece([head.block], nothing), self._block_cache(head), value)
+            (
+                head,
+                None if head.block is None else model._piece([head.block], nothing),
+                self._block_cache(head),
+                value,
+            )
             for head, value in asked
         ]
         self.waiting = [None] * len(asked)
@@ -285,7 +323,7 @@ class _Walk:
 
     def __call__(self, input_ids=None, attention_mask=None, **kwargs):
         """What the model answers: logits [1, 1, V] after the last token, by the exit at which it left."""
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        cache = _cache_of(kwargs)
         self._check(input_ids, cache)
         is_prompt = self.fed == 0
         self.fed += input_ids.shape[1]
@@ -318,14 +356,16 @@ class _Walk:
         elif cache.get_seq_length() != self.fed:
             fault = "keeps a cache of its own; give the whole text, and no cache"
         elif self.fed and ids.shape[1] != 1:
-            fault = "decodes token by token; leave out drafts and prefill_chunk_size"
+            fault = "reads a prompt at once, then token by token; leave out prefill_chunk_size"
         if fault:
             raise ValueError(f"early_exit: {fault}")
 
     def _run(self, piece, x, mask, cache):
         """[1, S, H] -> [1, S, H]: the last S tokens through some layers."""
         positions = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -x.shape[1] :]
-        out = piece(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=True, **{CACHE: cache})
+        out = piece(
+            inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=True, **{CACHE: cache}
+        )
         return out.last_hidden_state
 
     def _ask(self, head, inside):
@@ -372,27 +412,48 @@ def _with_exits(forward):
     def forward_with_exits(self, *args, **kwargs):
         if self._walk is not None:
             return self._walk(*args, **kwargs)
-        return forward(self._at_depth(kwargs.get(CACHE)), *args, **kwargs)
+        return forward(self._at_depth(_cache_of(kwargs)), *args, **kwargs)
 
     return forward_with_exits
+
+
+class LlamaEarlyExitConfig(LlamaConfig):
+    """Llama's, with `early_exit`."""
+
+    model_type = "llama_early_exit"
 
 
 class LlamaEarlyExitForCausalLM(EarlyExits, LlamaForCausalLM, GenerationMixin):
     """Llama with exits."""
 
+    config_class = LlamaEarlyExitConfig
     base_model_prefix = "model"
     forward = _with_exits(LlamaForCausalLM.forward)
+
+
+class MistralEarlyExitConfig(MistralConfig):
+    """Mistral's, with `early_exit`."""
+
+    model_type = "mistral_early_exit"
 
 
 class MistralEarlyExitForCausalLM(EarlyExits, MistralForCausalLM, GenerationMixin):
     """Mistral with exits."""
 
+    config_class = MistralEarlyExitConfig
     base_model_prefix = "model"
     forward = _with_exits(MistralForCausalLM.forward)
+
+
+class Qwen2EarlyExitConfig(Qwen2Config):
+    """Qwen2's, with `early_exit`."""
+
+    model_type = "qwen2_early_exit"
 
 
 class Qwen2EarlyExitForCausalLM(EarlyExits, Qwen2ForCausalLM, GenerationMixin):
     """Qwen2 with exits."""
 
+    config_class = Qwen2EarlyExitConfig
     base_model_prefix = "model"
     forward = _with_exits(Qwen2ForCausalLM.forward)
