@@ -59,11 +59,11 @@ def write_all(folder: str) -> dict[str, Said]:
 
 
 def export(folder: str, name: str, kind: str, **settings: Any) -> None:
-    """Writes `NAME_KIND` from `NAME.nemo`, by the architecture's name if one is given."""
+    """Writes `NAME_KIND` from `NAME.nemo`; by the architecture's name, and with the layer, if these are given."""
     from nemo_ee.export.export import export
     from nemo_ee.export.settings import ExportConfig
 
-    output = Path(folder, f"{settings.get('architecture', name)}_{kind}")
+    output = Path(folder, f"{settings.get('architecture', name)}_{kind}{settings.get('layer', '')}")
     export(ExportConfig(kind, f"{folder}/{name}.nemo", str(output), **settings))
 
 
