@@ -26,20 +26,18 @@ ids = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=40)[0]))
 ```
 
-vLLM, SGLang, and llama.cpp (`convert_hf_to_gguf.py` is in its repository):
+llama.cpp (`convert_hf_to_gguf.py` is in its repository), vLLM, SGLang:
 
 ```bash
+python convert_hf_to_gguf.py {path} --outfile base.gguf --outtype {gguf}
+llama-cli -m base.gguf -p "Once upon a time"
 vllm serve {path}
 python -m sglang.launch_server --model-path {path}
-python convert_hf_to_gguf.py {path} --outfile base.gguf --outtype {gguf} && llama-cli -m base.gguf -p "Once upon a time"
 ```
-
-Measured, with SmolLM2-135M: this export gives the tensors and the configuration that it was converted from, and the
-greedy texts of the checkpoint to 20 prompts.
 """
 _RUN_DRAFT = """## Run it
 
-`BASE` is the folder of the base: `python scripts/export_hf.py kind=base gpt_model_file={base} output_path=BASE`.
+`BASE` is the folder of the base, exported with `kind=base`.
 
 transformers:
 
@@ -55,23 +53,25 @@ print(tokenizer.decode(base.generate(**ids, assistant_model=draft, do_sample=Fal
 """
 _RUN_DRAFT_IN = {
     "vllm": """
-vLLM (not run by those who wrote this; the form of its options and files was read in its source):
+vLLM, which runs the draft in the base's dtype{not_float16}. It takes a draft whose path has `eagle-`, `eagle3`,
+`dflash` or `dspark` in it for one of another method:
 
 ```bash
-vllm serve BASE --speculative-config '{{"method": "draft_model", "model": "{path}", "num_speculative_tokens": 3}}'
+vllm serve BASE --dtype bfloat16 \\
+    --speculative-config '{{"method": "draft_model", "model": "{path}", "num_speculative_tokens": 3}}'
 ```
 """,
     "llama.cpp": """
-llama.cpp (`convert_hf_to_gguf.py` is in its repository){note}:
+llama.cpp (`convert_hf_to_gguf.py` is in its repository){not_f16}:
 
 ```bash
 python convert_hf_to_gguf.py BASE --outfile base.gguf --outtype {gguf}
 python convert_hf_to_gguf.py {path} --outfile draft.gguf --outtype {gguf}
-llama-server -m base.gguf -md draft.gguf --draft-max 3 --draft-min 1
+llama-server -m base.gguf -md draft.gguf --spec-type draft-simple  # which older builds do not know, and do unasked
 ```
 """,
     "sglang": """
-SGLang (not run by those who wrote this; the form of its options and files was read in its source):
+SGLang:
 
 ```bash
 python -m sglang.launch_server --model-path BASE --speculative-algorithm STANDALONE \\
@@ -80,6 +80,14 @@ python -m sglang.launch_server --model-path BASE --speculative-algorithm STANDAL
 ```
 """,
 }
+_MEASURED = """
+## Measured
+
+Nothing of this folder: its writer runs no model. nemo_ee's tests hold {held}, and docs/export.md there says what was
+measured with SmolLM2-135M. Neither vLLM nor SGLang was run: the form of what they read was compared with their sources.
+"""
+_HELD_BASE = "that a base which came from Hugging Face goes back bit for bit"
+_HELD_DRAFT = "each kind of draft to the logits of its exit"
 _EQUAL = "Texts are the base's own whatever the draft says: greedy ones token by token, sampled ones in distribution."
 
 
@@ -97,7 +105,7 @@ The model of `{source.name}` at full depth, without exits, written by nemo_ee. {
 
 It is exact: the weights are those of the checkpoint, bit for bit where they keep their dtype.
 
-""" + _RUN_BASE.format(path=Path(config.output_path).name, gguf=_gguf(settings))
+{_RUN_BASE.format(path=Path(config.output_path).name, gguf=_gguf(settings))}{_MEASURED.format(held=_HELD_BASE)}"""
 
 
 def draft_card(config: ExportConfig, source: Source, settings: Any, draft: "Draft") -> str:
@@ -111,9 +119,9 @@ def draft_card(config: ExportConfig, source: Source, settings: Any, draft: "Draf
     """
     names = {
         "path": Path(config.output_path).name,
-        "base": config.gpt_model_file,
         "gguf": _gguf(settings),
-        "note": ", not in f16, which has no numbers of this size" if draft.folded else "",
+        "not_float16": ", which must not be float16" if draft.folded else "",
+        "not_f16": ", but not in f16, which has no numbers of this size" if draft.folded else "",
     }
     runs = "".join(text.format(**names) for key, text in _RUN_DRAFT_IN.items() if key in config.engines)
     title = f"{source.name}'s exit behind layer {draft.layer} as a draft model"
@@ -128,7 +136,7 @@ of `{source.exits_name}`, as a model of its own that drafts for the base. {_size
 
 {_EQUAL} Whether drafts pay depends on the machine, the base's size and the texts: measure it.
 
-{_RUN_DRAFT.format(**names)}{runs}"""
+{_RUN_DRAFT.format(**names)}{runs}{_MEASURED.format(held=_HELD_DRAFT)}"""
 
 
 def approximations(draft: "Draft", ffn: int) -> list[str]:

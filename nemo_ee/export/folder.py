@@ -46,9 +46,9 @@ def write_model(
     """
     from transformers import GenerationConfig
 
+    tokenizer.write(folder)  # which may bring its model's old config.json along
     config.save_pretrained(folder)
     GenerationConfig(**tokenizer.special_tokens()).save_pretrained(folder)
-    tokenizer.write(folder)
     write_weights(folder, weights, config.torch_dtype, max_shard_size)
 
 

@@ -73,9 +73,9 @@ def exported_tokenizer(path: str, model: DictConfig, given: str | None) -> Itera
     wanted = TokenizerConfig(nemo=path) if given is None else TokenizerConfig(type=given)
     with tokenizer_files(wanted) as description:
         if description.library != "huggingface":
-            rule = f"transformers reads no tokenizers of this library ({path} says so)"
+            rule = f"that of {path} is of the library {description.library}, which transformers does not read"
             remedy = "set tokenizer=FOLDER, a Hugging Face tokenizer with the same ids"
-            raise ConfigError(Fault("tokenizer.library", description.library, rule, remedy))
+            raise ConfigError(Fault("tokenizer", given, rule, remedy))
         live = load(description)
         live = live if is_plain(description) else live.tokenizer
         home = Path(description.type or "")
