@@ -15,16 +15,12 @@ Shapes: B texts, S tokens, H hidden size, V vocabulary, K tokens of a shortlist.
 """
 
 import copy
-import difflib
 import functools
-import inspect
 import math
-from itertools import pairwise
 
 import torch
 from torch import nn
 from transformers import (
-    DynamicCache,
     GenerationMixin,
     LlamaConfig,
     LlamaForCausalLM,
@@ -33,17 +29,11 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
-NEVER = 1.0
-"""A threshold: the exit is not asked."""
-OPTIONS = ("threshold", "exits", "confidence")
-"""Keys of `generate(early_exit=...)`."""
+from .leaving_early import Walk, cache_of, thresholds_of
+
 DRAFTING = ("assistant_early_exit", "assistant_model", "prompt_lookup_num_tokens")
 """Of `generate`: what has drafts verified by the whole model."""
-CACHE_NAMES = ("cache", "past_key_values")
-CACHE = next(name for name in CACHE_NAMES if name in inspect.signature(LlamaForCausalLM.forward).parameters)
-"""What this version of transformers calls the cache."""
 
 
 class Shortlist(nn.Module):
@@ -115,6 +105,26 @@ class ExitHead(nn.Module):
             x = self.linear(x)
         return x + branch if self.kind == "beside" else x
 
+    def ask(self, x, lm_head):
+        """What tokens that may leave here are told, from what comes out of the block.
+
+        Args:
+            x: [1, 1, H].
+            lm_head: the model's own projection, for a tied one.
+
+        Returns:
+            Logits [1, 1, V], -inf for tokens that the exit does not know; and a pair: those of all outcomes in float32,
+            [V] or [K + 1] with the bucket last, and how many of them stand for a token.
+        """
+        state, projection = self(x), self.projection or lm_head
+        if not isinstance(projection, Shortlist):
+            logits = projection(state)
+            return logits, (logits.flatten().float(), logits.shape[-1])
+        rows, bucket = projection.rows(state), projection.bucket(state)
+        unknown = rows.new_full((*rows.shape[:-1], projection.vocab_size), float("-inf"))
+        outcomes = torch.cat([rows, bucket], dim=-1).flatten().float()
+        return projection.spread(rows, unknown), (outcomes, rows.shape[-1])
+
 
 class EarlyExits:
     """Puts exits on a model for causal language modelling; stands before the family's class."""
@@ -157,7 +167,9 @@ class EarlyExits:
                 f"early_exit={early_exit}: tokens that leave early are not verified, and {', '.join(drafting)} has all "
                 "tokens verified; leave out one of the two"
             )
-        walk = _Walk(self, *self._thresholds(early_exit))
+        layers = [int(name) for name in self.exits]
+        own = getattr(self.config, "early_exit", {}).get("inference", {})
+        walk = Walk(self, *thresholds_of(early_exit, layers, own))
         self._walk = walk
         try:
             output = self._plain_generate(*args, **kwargs)
@@ -180,66 +192,12 @@ class EarlyExits:
         known = [int(name) for name in self.exits if int(name) < depth]
         if n not in known:
             rule = (
-                "there is no exit behind that layer"
-                if n != depth
-                else "is the whole depth, which verifies drafts"
+                "is the whole depth, which verifies" if n == depth else "there is no exit behind that layer"
             )
             remedy = f"use one of {known}" if known else "use a folder with exits, or leave it out"
             raise ValueError(f"assistant_early_exit={n}: {rule}; {remedy}")
 
-    def _thresholds(self, given):
-        """Exit layer -> threshold, and the confidence rule, from what `generate` was given."""
-        layers = [int(name) for name in self.exits]
-        if not layers:
-            raise ValueError(f"early_exit={given}: the model has no exits; leave it out")
-        own = self.config.early_exit.get("inference", {})
-        given = {} if given is True else given
-        if not isinstance(given, dict):
-            raise ValueError(
-                f"early_exit={given}: must be a dict or True; give e.g. early_exit={{'threshold': 0.9}}"
-            )
-        for key in given:
-            if key not in OPTIONS:
-                near = difflib.get_close_matches(str(key), OPTIONS, n=1)
-                remedy = f"did you mean {near[0]}?" if near else f"use {', '.join(OPTIONS)}"
-                raise ValueError(f"early_exit.{key}={given[key]}: no such option; {remedy}")
-        rule = given.get("confidence") or own.get("confidence") or "max_probability"
-        if rule not in CONFIDENCE_RULES:
-            known = ", ".join(CONFIDENCE_RULES)
-            raise ValueError(
-                f"early_exit.confidence={rule}: must be one of {known}; give one, and thresholds for it"
-            )
-        usual = own.get("exits") or layers
-        exits = list(given.get("exits") or usual)
-        if not set(exits) <= set(layers) or exits != sorted(set(exits)):
-            raise ValueError(
-                f"early_exit.exits={exits}: not some of the exits {layers}, ascending; name such, or leave it out"
-            )
-        threshold = given.get("threshold")
-        if threshold is None:
-            if own.get("threshold") is None or rule != own.get("confidence", "max_probability"):
-                raise ValueError(
-                    f"early_exit.threshold=None: the folder has none for confidence={rule}; give e.g. 0.9"
-                )
-            known = dict(zip(usual, _one_each(own["threshold"], len(usual)), strict=True))
-            if not set(exits) <= set(known):
-                raise ValueError(
-                    f"early_exit.threshold=None: the folder has them for {usual}; give one for each of {exits}"
-                )
-            return {n: known[n] for n in exits}, rule
-        values = _one_each(threshold, len(exits))
-        if len(values) != len(exits):
-            raise ValueError(
-                f"early_exit.threshold={values}: {len(values)} thresholds for {len(exits)} exits {exits}; give one per "
-                "exit, or one number"
-            )
-        if not all(isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v <= 1 for v in values):
-            raise ValueError(
-                f"early_exit.threshold={threshold}: must lie within [0, 1]; give e.g. 0.9, or 1.0 for never"
-            )
-        return dict(zip(exits, values, strict=True)), rule
-
-    def _piece(self, layers, norm):
+    def piece(self, layers, norm):
         """The backbone with these layers and that in the place of its final norm; weights are shared."""
         piece = copy.copy(self.model)
         piece._modules = {**self.model._modules, "layers": nn.ModuleList(layers), "norm": norm}
@@ -255,154 +213,13 @@ class EarlyExits:
         self._require_exit(n)
         head = self.exits[str(n)]
         kept = [*layers[:n]] if head.block is None else [*layers[:n], head.block]
-        if isinstance(listed := getattr(cache, "layers", None), list) and 0 < len(listed) < len(kept):
-            listed.append(
-                type(listed[0])()
-            )  # for the block's keys, where transformers made one for each layer
+        made = getattr(cache, "layers", [])
+        if 0 < len(made) < len(kept):  # transformers makes one for each of the n layers
+            made.append(type(made[0])())
         short = copy.copy(self)
-        output = self.lm_head if head.projection is None else head.projection
-        short._modules = {**self._modules, "model": self._piece(kept, head), "lm_head": output}
+        output = head.projection or self.lm_head
+        short._modules = {**self._modules, "model": self.piece(kept, head), "lm_head": output}
         return short
-
-
-def _cache_of(kwargs):
-    return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
-
-
-def _one_each(threshold, count):
-    return list(threshold) if isinstance(threshold, list | tuple) else [threshold] * count
-
-
-class _Later(DynamicCache):
-    """The cache of layers that do not begin with the first one."""
-
-    def __init__(self, first):
-        super().__init__()
-        self.first = first
-
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        return super().update(key_states, value_states, layer_idx - self.first, *args, **kwargs)
-
-
-class _Walk:
-    """One text on its way through a model whose tokens may leave early.
-
-    Layers are cut at the exits that are asked. Tokens that have left wait there, and are taken along by the next one
-    that goes on.
-
-    Args:
-        model: with exits.
-        thresholds: exit layer -> threshold.
-        rule: name of a confidence rule.
-
-    Attributes:
-        exit_layers: where each predicted token left.
-    """
-
-    def __init__(self, model, thresholds, rule):
-        layers, nothing = list(model.model.layers), nn.Identity()
-        self.model, self.rule = model, CONFIDENCE_RULES[rule]
-        asked = [(model.exits[str(n)], value) for n, value in thresholds.items() if value < NEVER]
-        edges = [0, *(head.layer for head, _ in asked), len(layers)]
-        self.pieces = [(model._piece(layers[a:b], nothing), _Later(a)) for a, b in pairwise(edges)]
-        self.asked = [
-            (
-                head,
-                None if head.block is None else model._piece([head.block], nothing),
-                self._block_cache(head),
-                value,
-            )
-            for head, value in asked
-        ]
-        self.waiting = [None] * len(asked)
-        self.fed, self.exit_layers = 0, []
-
-    @staticmethod
-    def _block_cache(head):
-        return None if head.block is None else _Later(head.block.self_attn.layer_idx)
-
-    def __call__(self, input_ids=None, attention_mask=None, **kwargs):
-        """What the model answers: logits [1, 1, V] after the last token, by the exit at which it left."""
-        cache = _cache_of(kwargs)
-        self._check(input_ids, cache)
-        is_prompt = self.fed == 0
-        self.fed += input_ids.shape[1]
-        mask = input_ids.new_ones(1, self.fed) if attention_mask is None else attention_mask
-        self.pieces[0] = self.pieces[0][0], cache  # by whose length `generate` knows where it is
-        x = self.model.get_input_embeddings()(input_ids)
-        for k, (piece, own) in enumerate(self.pieces):
-            x = self._run(piece, x, mask, own)
-            if k == len(self.asked):
-                break
-            head, block, keys, threshold = self.asked[k]
-            inside = x if block is None else self._run(block, x, mask, keys)
-            if self.waiting[k] is not None:
-                x = torch.cat([self.waiting[k], x], dim=1)
-            self.waiting[k] = None
-            if not is_prompt:
-                logits, sure = self._ask(head, inside[:, -1:])
-                if sure > threshold:
-                    self.waiting[k] = x
-                    return self._answer(logits, head.layer, cache)
-        logits = self.model.lm_head(self.model.model.norm(x[:, -1:]))
-        return self._answer(logits, len(self.model.model.layers), cache)
-
-    def _check(self, ids, cache):
-        fault = None
-        if ids is None or ids.shape[0] != 1:
-            fault = "decodes one text of token ids at a time; call generate for each prompt, without beams"
-        elif not isinstance(cache, DynamicCache):
-            fault = "needs a cache that grows; leave out use_cache and cache_implementation"
-        elif cache.get_seq_length() != self.fed:
-            fault = "keeps a cache of its own; give the whole text, and no cache"
-        elif self.fed and ids.shape[1] != 1:
-            fault = "reads a prompt at once, then token by token; leave out prefill_chunk_size"
-        if fault:
-            raise ValueError(f"early_exit: {fault}")
-
-    def _run(self, piece, x, mask, cache):
-        """[1, S, H] -> [1, S, H]: the last S tokens through some layers."""
-        positions = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -x.shape[1] :]
-        out = piece(
-            inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=True, **{CACHE: cache}
-        )
-        return out.last_hidden_state
-
-    def _ask(self, head, inside):
-        """An exit's logits [1, 1, V], of tokens that it knows, and its confidence."""
-        state, projection = head(inside), head.projection
-        if not isinstance(projection, Shortlist):
-            logits = (self.model.lm_head if projection is None else projection)(state)
-            return logits, self.rule(logits.flatten().float(), logits.shape[-1]).item()
-        rows, bucket = projection.rows(state), projection.bucket(state)
-        never = rows.new_full((1, 1, projection.vocab_size), float("-inf"))
-        sure = self.rule(torch.cat([rows, bucket], dim=-1).flatten().float(), rows.shape[-1]).item()
-        return projection.spread(rows, never), sure
-
-    def _answer(self, logits, layer, cache):
-        self.exit_layers.append(layer)
-        return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
-
-
-def _max_probability(logits, emittable):
-    """Probability of the most probable token; `logits` are of these and perhaps, behind them, of a bucket."""
-    return (logits[:emittable].max() - logits.logsumexp(-1)).exp()
-
-
-def _entropy(logits, emittable):
-    """1 - entropy / log(outcomes); a bucket is one outcome."""
-    shares = logits.log_softmax(-1)
-    return (1 + (shares.exp() * shares).sum() / math.log(max(2, len(shares)))).clamp(0, 1)
-
-
-def _margin(logits, emittable):
-    """Probability of the most probable token less that of the best other outcome, 0 if that is higher."""
-    shares = logits.softmax(-1)
-    best, row = shares[:emittable].max(-1)
-    return (best - shares.index_fill(0, row, 0.0).max()).clamp(0, 1)
-
-
-CONFIDENCE_RULES = {"max_probability": _max_probability, "entropy": _entropy, "margin": _margin}
 
 
 def _with_exits(forward):
@@ -412,7 +229,7 @@ def _with_exits(forward):
     def forward_with_exits(self, *args, **kwargs):
         if self._walk is not None:
             return self._walk(*args, **kwargs)
-        return forward(self._at_depth(_cache_of(kwargs)), *args, **kwargs)
+        return forward(self._at_depth(cache_of(kwargs)), *args, **kwargs)
 
     return forward_with_exits
 
