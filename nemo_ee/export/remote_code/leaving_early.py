@@ -52,9 +52,8 @@ def thresholds_of(given, layers, own):
         raise ValueError(f"early_exit.exits={exits}: {remedy}")
     threshold = given.get("threshold")
     if threshold is None:
-        known = (
-            {} if own.get("threshold") is None else dict(zip(usual, _one_each(own["threshold"], len(usual))))
-        )
+        ours = own.get("threshold")
+        known = {} if ours is None else dict(zip(usual, _one_each(ours, len(usual)), strict=True))
         if rule != own_rule or not set(exits) <= set(known):
             remedy = (
                 f"the folder has none for confidence={rule} and exits {exits}; give e.g. 0.9, or one per exit"
