@@ -13,7 +13,7 @@ import torch
 from tests.support.remote_folder import DEPTH, EXITS, HEADS, PROMPT, STEPS, confidences, rounds, write_all
 
 CODE = Path(__file__).parents[2] / "nemo_ee" / "export" / "remote_code"
-DRAFTS = 4
+DRAFTS, DRAFTED = 4, 20
 IDS = torch.tensor([PROMPT])
 GREEDY = dict(attention_mask=torch.ones_like(IDS), do_sample=False, max_new_tokens=STEPS)
 
@@ -104,9 +104,9 @@ def test_without_trust_it_does_not_load_and_other_models_are_their_own(load, mod
 
 @pytest.mark.parametrize("n", EXITS)
 def test_drafts_of_an_exit_leave_the_greedy_text_and_are_accepted_as_ours_would_be(model, said, n):
-    text, passes = said["llama"].texts["full"][0], []
+    text, passes = said["llama"].texts["full"][0][:DRAFTED], []
     hook = model.model.layers[-1].register_forward_hook(lambda *_: passes.append(1))
-    out = model.generate(IDS, assistant_early_exit=n, **GREEDY)
+    out = model.generate(IDS, assistant_early_exit=n, **{**GREEDY, "max_new_tokens": DRAFTED})
     hook.remove()
     assert new_tokens(out) == text and model.config.num_hidden_layers == DEPTH
     logits, tokens = said["llama"].logits[n]
@@ -144,7 +144,9 @@ def test_other_architectures(load, said):
     assert isinstance(qwen2.model, sys.modules["transformers"].Qwen2Model)
     check_logits(qwen2, said["qwen2"], 3)
     for model, own in ((mistral, said["llama"]), (qwen2, said["qwen2"])):
-        assert new_tokens(model.generate(IDS, assistant_early_exit=3, **GREEDY)) == own.texts["full"][0]
+        model.generation_config.num_assistant_tokens = DRAFTS
+        text = model.generate(IDS, assistant_early_exit=3, **{**GREEDY, "max_new_tokens": DRAFTED})
+        assert new_tokens(text) == own.texts["full"][0][:DRAFTED]
         out = model.generate(IDS, early_exit=own.thresholds["each"], return_dict_in_generate=True, **GREEDY)
         assert (new_tokens(out.sequences), out.exit_layers) == own.texts["each"]
     assert set(said["qwen2"].texts["each"][1]) == {3, 8}
@@ -227,6 +229,16 @@ def test_what_cannot_be_is_refused_and_leaves_the_model_as_it_was(model, said, o
         model.generate(**{"input_ids": IDS, **GREEDY, **options})
     assert model.config.num_hidden_layers == DEPTH
     assert new_tokens(model.generate(IDS, **GREEDY)) == said["llama"].texts["full"][0]
+
+
+def test_several_tokens_at_once_behind_the_prompt_are_refused(model):
+    """As transformers feeds them where a prompt comes in chunks."""
+    walk = sys.modules[type(model).__module__].Walk(model, {1: 0.5}, "max_probability")
+    cache = sys.modules["transformers"].DynamicCache()
+    with torch.no_grad():
+        walk(IDS, past_key_values=cache)
+        with pytest.raises(ValueError, match="token by token; leave out prefill_chunk_size"):
+            walk(IDS, past_key_values=cache)
 
 
 def test_a_cache_of_the_callers_is_refused(model):
