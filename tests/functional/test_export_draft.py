@@ -10,6 +10,7 @@ import torch
 from nemo_ee.errors import CheckpointError, ConfigError
 from nemo_ee.export.export import export
 from nemo_ee.export.settings import ExportConfig
+from tests.support.engine_rules import fused, parameters
 from tests.support.exported_exits import KINDS, tokens, write_all
 
 VARIANTS = {
@@ -140,3 +141,18 @@ def test_sglang_is_fine_with_what_has_no_biases(made):
     folder, _ = made
     card = (exported(folder, "llama", 2, "_sglang", engines=["sglang"]) / "README.md").read_text()
     assert "STANDALONE" in card and "vllm" not in card
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("layer", KINDS)
+def test_engines_have_a_parameter_for_every_weight_and_the_other_way_round(made, variant, layer):
+    output = exported(made[0], variant, layer, "_sharded", max_shard_size="100KB")
+    config = json.loads((output / "config.json").read_text())
+    index = json.loads((output / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(index.values()) == {file.name for file in output.glob("*.safetensors")}, (
+        "vLLM reads all of them"
+    )
+    names = {fused(name) for name in index}
+    assert names == parameters(config, "vllm")
+    assert (names == parameters(config, "sglang")) == (layer not in FOLDED), "for which SGLang is refused"
+    assert config["vocab_size"] == 201 and config["head_dim"] == (8 if variant == "llama" else 16)
