@@ -2,11 +2,13 @@
 """Draft models: transformers computes what the exits of the checkpoint compute, each kind as exactly as is said."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from nemo_ee.checkpoint.stored_tensors import StoredTensor
 from nemo_ee.errors import CheckpointError, ConfigError
 from nemo_ee.export.export import export
 from nemo_ee.export.settings import ExportConfig
@@ -95,6 +97,23 @@ def test_what_a_draft_is_can_be_read(made):
         assert ("one positive factor" in card) == (layer in SCALED) and "assistant_model=draft" in card
     shortlisted = (exported(folder, "llama", 8, "_card") / "README.md").read_text()
     assert "Approximate: the exit has rows for 61 tokens" in shortlisted
+
+
+def test_rows_that_are_the_bases_own_are_not_written_twice(made):
+    """The shortlist's rows of the Llama, replaced by those of its embedding."""
+    from nemo_ee.export.draft import build_draft
+    from nemo_ee.export.source import opened
+
+    folder, _ = made
+    values = dict(kind="draft", gpt_model_file=str(folder / "llama.nemo"), output_path="unused", layer=8)
+    with opened(ExportConfig.from_dict(values)) as source:
+        assert not build_draft(source, 8).tied
+        name = "exits.8.projection.weight"
+        ids = source.tensors["exits.8.projection.token_ids"].read()
+        rows = source.tensors["embedding.word_embeddings.weight"].read()[ids]
+        frozen = {**source.tensors, name: StoredTensor(tuple(rows.shape), rows.dtype, lambda: rows)}
+        draft = build_draft(replace(source, tensors=frozen), 8)
+    assert draft.tied and "lm_head.weight" not in draft.weights
 
 
 def test_in_bfloat16_it_is_the_same_but_for_rounding(made):
