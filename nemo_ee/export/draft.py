@@ -109,13 +109,14 @@ def build_draft(source: Source, layer: int) -> Draft:
         layers += 1
         weights = widened(weights, units)
         if source.model.get("qkv_bias"):  # Llama's attention has all of its biases, or none
-            bias = {f"model.layers.{n}.self_attn.o_proj.bias" for n in range(layers)}
-            weights |= {name: filled(final, 0.0, parts.hidden) for name in bias}
+            zeros = filled(final, 0.0, parts.hidden)
+            weights |= {f"model.layers.{n}.self_attn.o_proj.bias": zeros for n in range(layers)}
     elif head.norm:
         weights["model.norm.weight"] = parts.take(f"{prefix}norm.weight", parts.hidden)
-    tied = parts.tied and head.projection == "tied"
+    output = _output_rows(source, parts, plain, layer)
+    tied = parts.tied and output is plain["model.embed_tokens.weight"]
     if not tied:
-        weights["lm_head.weight"] = _output_rows(source, parts, plain, layer)
+        weights["lm_head.weight"] = output
     return Draft(layer, head, weights, layers, units, tied)
 
 
@@ -144,7 +145,7 @@ def _typical_size(final: StoredTensor) -> StoredTensor:
 
 
 def _output_rows(source: Source, parts: LlamaWeights, plain: Weights, layer: int) -> StoredTensor:
-    """Rows [V, H] of the output layer: the exit's own; of a shortlist over the base's."""
+    """Rows [V, H] of the output layer: the exit's own, of a shortlist over the base's, and these alone if equal."""
     base = plain.get("lm_head.weight", plain["model.embed_tokens.weight"])
     kind = source.early_exit.heads[layer].projection
     if kind == "tied":
@@ -156,14 +157,18 @@ def _output_rows(source: Source, parts: LlamaWeights, plain: Weights, layer: int
     ids = parts.take(f"{name}token_ids", None)
     if rows.shape[0] < ids.shape[0]:
         raise CheckpointError(f"{source.exits_name}: {name}weight has too few rows; get another copy")
+    dtype = torch.promote_types(base.dtype, rows.dtype)
 
     def over() -> Tensor:
         listed, own = ids.read(), rows.read()
-        whole = base.read().to(torch.promote_types(base.dtype, own.dtype), copy=True)
-        whole[listed] = own[: len(listed)].to(whole.dtype)
+        whole = base.read().to(dtype, copy=True)
+        whole[listed] = own[: len(listed)].to(dtype)
         return whole
 
-    return made(base.shape, torch.promote_types(base.dtype, rows.dtype), over)
+    frozen = torch.equal(
+        over(), base.read().to(dtype)
+    )  # copied and not tuned: no weights of its own are needed
+    return base if frozen else made(base.shape, dtype, over)
 
 
 def _layer(config: ExportConfig, source: Source) -> int:

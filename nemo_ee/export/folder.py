@@ -30,7 +30,7 @@ def write_model(
     config: Any,
     weights: Mapping[str, StoredTensor],
     tokenizer: ExportedTokenizer,
-    max_shard_size: str | int,
+    max_shard_size: str,
 ) -> None:
     """Writes all that transformers loads: configurations, tokenizer, weights.
 
@@ -53,7 +53,7 @@ def write_model(
 
 
 def write_weights(
-    folder: Path, weights: Mapping[str, StoredTensor], dtype: torch.dtype, max_shard_size: str | int
+    folder: Path, weights: Mapping[str, StoredTensor], dtype: torch.dtype, max_shard_size: str
 ) -> None:
     """Writes safetensors, with an index where there are several.
 

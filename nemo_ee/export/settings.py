@@ -1,11 +1,12 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """The settings of an export, read once from `conf/export_hf.yaml` and its overrides."""
 
+import re
 from dataclasses import dataclass
 from typing import Annotated
 
 from nemo_ee.errors import Fault
-from nemo_ee.schema import Settings, choice
+from nemo_ee.schema import Settings, choice, holds
 
 KINDS = ("base", "draft", "remote")
 ARCHITECTURES = ("llama", "mistral", "qwen2")
@@ -16,6 +17,13 @@ PRECISIONS = ("32", "bf16", "16")
 def _known_engines(key: str, value: tuple[str, ...]) -> list[Fault]:
     rule, remedy = f"must be of {', '.join(ENGINES)}", f"write e.g. {key}=[transformers,vllm]"
     return [] if value and set(value) <= set(ENGINES) else [Fault(key, list(value), rule, remedy)]
+
+
+_size = holds(
+    lambda size: re.fullmatch(r"[1-9]\d*(KB|MB|GB)", size) is not None,
+    "must be a whole number with KB, MB or GB",
+    "set max_shard_size=5GB",
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class ExportConfig(Settings):
         engines: that a draft shall run in; what one of them would compute wrongly is refused.
         architecture: class of the base: `llama`, `mistral` or `qwen2`; null takes the one that fits.
         precision: dtype of the weights: 32, bf16 or 16; null as they are saved.
-        max_shard_size: bytes of one file of weights, in transformers' notation.
+        max_shard_size: of one file of weights, e.g. `5GB`.
         tokenizer: a Hugging Face tokenizer's folder, for checkpoints whose own has no such form; null for their own.
         overwrite: replace `output_path` if it exists.
     """
@@ -45,7 +53,7 @@ class ExportConfig(Settings):
     engines: Annotated[tuple[str, ...], _known_engines] = ("transformers", "vllm", "llama.cpp")
     architecture: Annotated[str | None, choice(*ARCHITECTURES)] = None
     precision: str | int | None = None
-    max_shard_size: str | int = "5GB"
+    max_shard_size: Annotated[str, _size] = "5GB"
     tokenizer: str | None = None
     overwrite: bool = False
 

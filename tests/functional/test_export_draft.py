@@ -2,14 +2,17 @@
 """Draft models: transformers computes what the exits of the checkpoint compute, each kind as exactly as is said."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from nemo_ee.checkpoint.stored_tensors import StoredTensor
 from nemo_ee.errors import CheckpointError, ConfigError
 from nemo_ee.export.export import export
 from nemo_ee.export.settings import ExportConfig
+from tests.support.engine_rules import fused, parameters
 from tests.support.exported_exits import KINDS, tokens, write_all
 
 VARIANTS = {
@@ -96,6 +99,23 @@ def test_what_a_draft_is_can_be_read(made):
     assert "Approximate: the exit has rows for 61 tokens" in shortlisted
 
 
+def test_rows_that_are_the_bases_own_are_not_written_twice(made):
+    """The shortlist's rows of the Llama, replaced by those of its embedding."""
+    from nemo_ee.export.draft import build_draft
+    from nemo_ee.export.source import opened
+
+    folder, _ = made
+    values = dict(kind="draft", gpt_model_file=str(folder / "llama.nemo"), output_path="unused", layer=8)
+    with opened(ExportConfig.from_dict(values)) as source:
+        assert not build_draft(source, 8).tied
+        name = "exits.8.projection.weight"
+        ids = source.tensors["exits.8.projection.token_ids"].read()
+        rows = source.tensors["embedding.word_embeddings.weight"].read()[ids]
+        frozen = {**source.tensors, name: StoredTensor(tuple(rows.shape), rows.dtype, lambda: rows)}
+        draft = build_draft(replace(source, tensors=frozen), 8)
+    assert draft.tied and "lm_head.weight" not in draft.weights
+
+
 def test_in_bfloat16_it_is_the_same_but_for_rounding(made):
     """A fold in bf16 beside its own weights, rounded, in float32: what half precision costs plain Llamas, too."""
     folder, _ = made
@@ -140,3 +160,18 @@ def test_sglang_is_fine_with_what_has_no_biases(made):
     folder, _ = made
     card = (exported(folder, "llama", 2, "_sglang", engines=["sglang"]) / "README.md").read_text()
     assert "STANDALONE" in card and "vllm" not in card
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("layer", KINDS)
+def test_engines_have_a_parameter_for_every_weight_and_the_other_way_round(made, variant, layer):
+    output = exported(made[0], variant, layer, "_sharded", max_shard_size="100KB")
+    config = json.loads((output / "config.json").read_text())
+    index = json.loads((output / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(index.values()) == {file.name for file in output.glob("*.safetensors")}, (
+        "vLLM reads all of them"
+    )
+    names = {fused(name) for name in index}
+    assert names == parameters(config, "vllm")
+    assert (names == parameters(config, "sglang")) == (layer not in FOLDED), "for which SGLang is refused"
+    assert config["vocab_size"] == 201 and config["head_dim"] == (8 if variant == "llama" else 16)

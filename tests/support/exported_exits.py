@@ -80,3 +80,15 @@ def write_sharded(path: str, layout: dict[str, int]) -> None:
     """Writes the tiny model with its exits from a rank of a parallel layout."""
     config = tiny_model_config(list(KINDS), list(KINDS.values()), **layout)
     tiny_model(config, torch.distributed.get_world_size()).save_to(path)
+
+
+@torch.no_grad()
+def best_two(gpt: Any, ids: torch.Tensor) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """By layer, each exit's most probable token [B, S] and by how much its logit exceeds the next; text by text."""
+    found: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for row in ids:
+        for layer, logits in exit_logits(gpt, row[None]).items():
+            best = logits.topk(2)
+            gaps = best.values[..., 0] - best.values[..., 1]
+            found.setdefault(layer, []).append((best.indices[..., 0], gaps))
+    return {layer: tuple(map(torch.cat, zip(*rows, strict=True))) for layer, rows in found.items()}
