@@ -14,14 +14,17 @@ from tests.support import tiny_gpt
 HEADS = [
     *tiny_gpt.HEADS.values(),
     dict(mlp="beside", linear=True, projection="shortlist", shortlist_size=100),
+    dict(norm=False, mlp="none", linear=False, projection="tied"),
 ]
-EXITS = [1, 2, 3, 4, 5, 6]
+EXITS = [1, 2, 3, 4, 5, 6, 7]
 DEPTH = 8
 PROMPT = list(range(7, 19))
 STEPS = 40
 NEVER = [1.0] * len(EXITS)
 SHARE = 0.7
 """Of the tokens of a text, those that an exit with a threshold of its own does not let leave."""
+MOST = 0.999
+"""Of such a threshold."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +48,26 @@ class Said:
 def write_all(folder: str) -> dict[str, Said]:
     """Writes `llama.nemo` with an exit of every kind, `qwen2.nemo` with two, and what is exported of them; run it in a
     rank of its own."""
-    llama = tiny_gpt.tiny_model(tiny_gpt.tiny_model_config(exits=EXITS, head=HEADS))
+    llama = tiny_model(exits=EXITS, head=HEADS)
     llama.save_to(f"{folder}/llama.nemo")
     head = dict(block=True, mlp="beside", linear=True, projection="shortlist", shortlist_size=80)
-    config = tiny_gpt.tiny_model_config(exits=[3, 8], head=head, qkv_bias=True)
-    qwen2 = tiny_gpt.tiny_model(config)
+    qwen2 = tiny_model(exits=[3, 8], head=head, qkv_bias=True)
     qwen2.save_to(f"{folder}/qwen2.nemo")
     export(folder, "llama", "remote", max_shard_size="200KB")
     export(folder, "llama", "base")
     export(folder, "llama", "remote", architecture="mistral")
     export(folder, "qwen2", "remote")
     return {"llama": said(llama), "qwen2": said(qwen2)}
+
+
+def tiny_model(**config: Any) -> Any:
+    """Of `tests.support.tiny_gpt`, with shortlists of tokens here and there."""
+    model = tiny_gpt.tiny_model(tiny_gpt.tiny_model_config(**config))
+    for n, head in model.gpt.exits.items():
+        if head.head.projection == "shortlist":
+            ids = torch.randperm(tiny_gpt.VOCABULARY, generator=torch.Generator().manual_seed(int(n)))
+            head.projection.set_shortlist(ids[: head.head.shortlist_size])
+    return model
 
 
 def export(folder: str, name: str, kind: str, **settings: Any) -> None:
@@ -82,7 +94,7 @@ def said(model: Any) -> Said:
     logits = logits_of(model.gpt, ids)
     exits = model.gpt.exit_layers
     sure = [confidences(*logits[n]) for n in exits]
-    middle = [each.quantile(SHARE).item() for each in sure]
+    middle = [min(each.quantile(SHARE).item(), MOST) for each in sure]
     thresholds = {
         "each": dict(threshold=middle),
         "one": dict(threshold=0.3),

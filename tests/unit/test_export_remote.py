@@ -182,7 +182,7 @@ TWICE = dict(input_ids=IDS.expand(2, -1), attention_mask=torch.ones(2, len(PROMP
         (dict(assistant_early_exit=DEPTH), "assistant_early_exit=8: is the whole depth"),
         (
             dict(early_exit=dict(threshold=[0.5, 0.5])),
-            r"threshold=\[0.5, 0.5\]: 2 thresholds for 6 exits .*give one per",
+            r"threshold=\[0.5, 0.5\]: 2 thresholds for 7 exits .*give one per",
         ),
         (
             dict(early_exit=dict(threshold=0.5, exits=[1, 9])),
