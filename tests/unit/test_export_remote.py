@@ -176,8 +176,8 @@ TWICE = dict(input_ids=IDS.expand(2, -1), attention_mask=torch.ones(2, len(PROMP
     ("options", "message"),
     [
         (
-            dict(assistant_early_exit=7),
-            r"assistant_early_exit=7: there is no exit .*; use one of \[1, 2, 3, 4, 5, 6\]",
+            dict(assistant_early_exit=9),
+            r"assistant_early_exit=9: there is no exit .*; use one of \[1, 2, 3, 4, 5, 6, 7\]",
         ),
         (dict(assistant_early_exit=DEPTH), "assistant_early_exit=8: is the whole depth"),
         (
