@@ -60,6 +60,14 @@ def vocabulary_of(tokenizer: Any, pre: str, special: tuple[str, ...] = ("<s>", "
     }
 
 
+def vocabulary_in(path: Path) -> dict[str, Any]:
+    """Keys of the tokenizer that a GGUF file has."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(path).fields
+    return {key: field.contents() for key, field in fields.items() if key.startswith("tokenizer.")}
+
+
 def config(**changes: Any) -> Any:
     """`tiny_llama.config` for the tokens of `byte_vocabulary`."""
     return tiny_llama.config(**{"vocab_size": len(byte_vocabulary()[f"{PREFIX}tokens"]), **changes})

@@ -25,6 +25,7 @@ LEVELS = [
     {"checkpoint": None},
     {"preprocessing": None},
     {"models": None},
+    {"export": None},
     {"report": None},
     {"running": None},
     {"evaluation": None},

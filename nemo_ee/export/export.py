@@ -1,0 +1,39 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""One export from its settings: the folder appears in one step, or not at all."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.export.base import export_base
+from nemo_ee.export.draft import export_draft
+from nemo_ee.export.remote import export_remote
+from nemo_ee.export.settings import ExportConfig
+from nemo_ee.export.source import Source, opened
+from nemo_ee.files.output import replaced_folder
+
+WRITERS: dict[str, Callable[[ExportConfig, Source, Path], None]] = {
+    "base": export_base,
+    "draft": export_draft,
+    "remote": export_remote,
+}
+"""Kind -> what writes it into an empty folder."""
+
+
+def export(config: ExportConfig) -> Path:
+    """Writes a model as a Hugging Face folder. One process; no model is built.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError, CheckpointError: what cannot be exported; before weights are read.
+        OutputError: nothing can be written there.
+    """
+    output = Path(config.output_path)
+    if output.exists() and not config.overwrite:
+        rule = "exists"
+        raise ConfigError(Fault("output_path", output, rule, "choose another or set overwrite=true"))
+    with replaced_folder(output) as part, opened(config) as source:
+        WRITERS[config.kind](config, source, part)
+    return output
