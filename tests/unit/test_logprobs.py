@@ -1,0 +1,174 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""Log-probabilities of generated tokens and of prompts: Hugging Face's, and plain forwards' through exits."""
+
+import pytest
+import torch
+
+from nemo_ee.errors import ConfigError
+from tests.support import tiny_llama
+from tests.support.published import Published, convert, restored
+from tests.support.tiny_gpt import TEXTS, tiny_model, tiny_model_config
+
+STEPS = 8
+EARLY = dict(threshold=[0.3, 0.4, 0.5], always=True)
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """A Hugging Face Llama, and the same in NeMo."""
+    folder = tmp_path_factory.mktemp("llama")
+    tiny_llama.write(folder)
+    return Published(folder), restored(convert(folder, folder / "model.nemo"))
+
+
+@pytest.fixture(scope="module")
+def exits():
+    """A model whose tokens leave at all its exits."""
+    return tiny_model(tiny_model_config(), dtype=torch.float64)
+
+
+def prompts(count=4):
+    return [row[: 5 + 4 * i].tolist() for i, row in enumerate(tiny_llama.prompts(count, 24))]
+
+
+@torch.no_grad()
+def log_probs_of(network, ids):
+    """[n, V] behind each token, by Hugging Face."""
+    return network(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+
+
+def check(entries, rows, tokens, top, atol=1e-4):
+    """Entries of an output against the [n, V] log-probabilities of a reference."""
+    assert [entry["token_id"] for entry in entries] == tokens
+    for entry, row, token in zip(entries, rows, tokens, strict=True):
+        assert entry["logprob"] == pytest.approx(row[token].item(), abs=atol)
+        best = row.sort(descending=True).values[:top].tolist()
+        assert entry["top_logprobs"] == pytest.approx(best, abs=atol)
+        assert row[entry["top_token_ids"]].tolist() == pytest.approx(best, abs=atol)
+
+
+def test_they_are_hugging_faces(converted):
+    theirs, model = converted
+    sampling = dict(logprobs=5, prompt_logprobs=3)
+    output = model.generate(prompts(), dict(max_length=STEPS), sampling, early_exit=False)
+    for i, prompt in enumerate(prompts()):
+        ids = output["token_ids"][i]
+        rows = log_probs_of(theirs.network, ids)
+        check(output["logprobs"][i], rows[len(prompt) - 1 : -1], ids[len(prompt) :], 5)
+        assert output["prompt_logprobs"][i][0] is None
+        check(output["prompt_logprobs"][i][1:], rows[: len(prompt) - 1], prompt[1:], 3)
+
+
+def test_a_prompt_can_be_scored_alone(converted):
+    theirs, model = converted
+    long = tiny_llama.prompts(1, 64)[0].tolist()  # as many tokens as the model has positions
+    output = model.generate([*prompts(), long], dict(max_length=0), dict(prompt_logprobs=0), early_exit=False)
+    assert output["token_ids"] == [*prompts(), long] and output["finish_reason"] == ["length"] * 5
+    assert output["logprobs"] is None
+    for prompt, entries in zip([*prompts(), long], output["prompt_logprobs"], strict=True):
+        check(entries[1:], log_probs_of(theirs.network, prompt), prompt[1:], 0)
+
+
+def test_temperature_penalty_and_tokens_that_may_not_come_change_nothing(converted):
+    theirs, model = converted
+    sampling = dict(use_greedy=False, temperature=2.0, top_p=0.7, repetition_penalty=1.5, logprobs=4)
+    generator = torch.Generator().manual_seed(3)
+    lengths = dict(max_length=STEPS, min_length=STEPS)
+    output = model.generate(prompts(), lengths, sampling, early_exit=False, generator=generator)
+    for i, prompt in enumerate(prompts()):
+        ids = output["token_ids"][i]
+        check(output["logprobs"][i], log_probs_of(theirs.network, ids)[len(prompt) - 1 : -1], ids[len(prompt) :], 4)
+
+
+@torch.no_grad()
+def rows_of(gpt, ids, layer):
+    """[n, V] behind each token at that exit, or the final one; of a plain forward."""
+    states = gpt.forward_states(torch.tensor([ids]), torch.arange(len(ids))[None], None)
+    if layer == gpt.config.num_layers:
+        return (states.output[:, 0] @ gpt.output_weight().T)[:, : gpt.true_vocab_size].log_softmax(-1)
+    head = gpt.exits[str(layer)]
+    logits = head.projection.local_logits(head(states.exits[layer], None, states.rotary_pos_emb), gpt.output_weight())
+    kept = logits[0][:, 0, : head.projection.num_kept] if logits[0].dim() == 3 else logits[0]
+    kept = kept[:, : head.projection.num_kept]
+    rows = kept.new_full((len(ids), gpt.true_vocab_size), float("-inf"))
+    rows[:, head.projection.token_ids] = logits_normalised(logits, kept)
+    return rows
+
+
+def logits_normalised(logits, kept):
+    return kept.log_softmax(-1)
+
+
+@pytest.mark.parametrize("way", ["exits", "lossless"])
+def test_they_are_of_the_exit_that_a_token_left_at(exits, way):
+    early = EARLY if way == "exits" else dict(threshold=[0.3, 0.4, 0.5], lossless=True)
+    sampling = dict(add_BOS=False, logprobs=150)
+    output = exits.generate(TEXTS, dict(max_length=20), sampling, early_exit=early)
+    seen = set()
+    for i, text in enumerate(TEXTS):
+        ids, layers = output["token_ids"][i], output["early_exit"][i]["exit_layers"]
+        first = len(exits.tokenizer.text_to_ids(text))
+        for j, (layer, entry) in enumerate(zip(layers, output["logprobs"][i], strict=True)):
+            seen.add(layer)
+            place = first + j
+            by = layer if way == "exits" else exits.gpt.config.num_layers
+            row = rows_of(exits.gpt, ids, by)[place - 1]
+            finite = row[row > float("-inf")].sort(descending=True).values[:150].tolist()
+            assert (entry["token_id"], entry["logprob"]) == (ids[place], pytest.approx(row[ids[place]].item()))
+            assert entry["top_logprobs"] == pytest.approx(finite), "what an exit cannot emit is left out"
+    assert len(seen) > 2, "exits of several layers"
+
+
+def test_the_exact_output_layer_gives_the_layers_own(converted):
+    theirs, model = converted
+    asked = dict(max_length=STEPS), dict(logprobs=2)
+    plain = model.generate(prompts(), dict(max_length=STEPS), early_exit=False)["token_ids"]
+    model.prepare_decoding(rows=4, max_length=64, output_layer="exact8")
+    try:
+        output = model.generate(prompts(), *asked, early_exit=False)
+        assert model.generate(prompts(), dict(max_length=STEPS), early_exit=False)["token_ids"] == plain
+    finally:
+        model.release_decoding()
+    assert output["token_ids"] == plain
+    for ids, entries in zip(plain, output["logprobs"], strict=True):
+        rows = log_probs_of(theirs.network, ids)[len(ids) - STEPS - 1 : -1]
+        check(entries, rows, ids[-STEPS:], 2)
+
+
+def test_a_stream_has_the_same(converted):
+    _, model = converted
+    arguments = prompts(), dict(max_length=STEPS), dict(logprobs=2)
+    whole = model.generate(*arguments, early_exit=False)["logprobs"]
+    found = [[], [], [], []]
+    for piece in model.stream(*arguments, early_exit=False):
+        assert [each.token for each in piece.logprobs] == piece.token_ids
+        found[piece.index] += [each.plain() for each in piece.logprobs]
+    assert found == [
+        [{**entry, "logprob": pytest.approx(entry["logprob"], abs=1e-5), "top_logprobs": pytest.approx(entry["top_logprobs"], abs=1e-5)} for entry in each]
+        for each in whole
+    ]
+    assert all(piece.logprobs == [] for piece in model.stream(prompts(), dict(max_length=2), early_exit=False))
+
+
+@pytest.mark.parametrize(
+    "sampling, message",
+    [
+        (dict(logprobs=-1), "sampling_params.logprobs=-1: must be a whole number, 0 or more"),
+        (dict(prompt_logprobs=1, compute_logprob=True), "not beside compute_logprob"),
+        (dict(logprobs=True), "sampling_params.logprobs=True"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused(converted, sampling, message):
+    with pytest.raises(ConfigError, match=message):
+        converted[1].generate(prompts(), dict(max_length=2), sampling)
+
+
+def test_nemos_loop_and_streams_of_prompts_are_refused(exits):
+    from nemo_ee.generation.strategy import EarlyExitTextGenerationStrategy
+
+    strategy = EarlyExitTextGenerationStrategy(exits)
+    with pytest.raises(ConfigError, match=r'sampling_params\["logprobs"\]=2: has no effect with a strategy'):
+        exits.generate(TEXTS, dict(max_length=2), dict(logprobs=2), strategy=strategy)
+    with pytest.raises(ConfigError, match="sampling_params.prompt_logprobs=0: a stream has"):
+        exits.stream(TEXTS, dict(max_length=2), dict(prompt_logprobs=0))
