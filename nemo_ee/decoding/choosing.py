@@ -31,17 +31,19 @@ class TokenDistributions:
             none is at all.
         logits: [n, V] of the predictions themselves, whatever requests make of them; None if nobody keeps anything of
             them.
+        normaliser: [n] of these, see `Prediction.own_normaliser`.
     """
 
     distributions: Tensor | None = None
     logits: Tensor | None = None
+    normaliser: Tensor | None = None
 
     def logprobs(self, n: int, sequence: GeneratedSequence, token: int) -> list[TokenLogprobs]:
         """What the n-th prediction, by which a sequence got that token, says of it; nothing if it does not ask."""
         if (top := sequence.request.sampling.logprobs) is None:
             return []
-        assert self.logits is not None, "this sequence wants them"
-        return summarised(self.logits[n : n + 1], [token], top)
+        assert self.logits is not None and self.normaliser is not None, "this sequence wants them"
+        return summarised(self.logits[n : n + 1], self.normaliser[n : n + 1], [token], top)
 
 
 class Chooser:
@@ -72,7 +74,7 @@ class Chooser:
         own = self._kept(step, sequences)
         sampled = [i for i, sequence in enumerate(sequences) if not sequence.request.sampling.use_greedy]
         if not sampled:
-            return step.most_probable(), TokenDistributions(None, own)
+            return step.most_probable(), TokenDistributions(None, *own)
         logits = self.logits(step)
         drawn = torch.empty(len(sequences), dtype=torch.long, device=logits.device)
         kept = [i for i in sampled if drafts is not None and drafts[i]]
@@ -91,7 +93,7 @@ class Chooser:
         for i, token in enumerate(step.most_probable()):
             if sequences[i].request.sampling.use_greedy:
                 tokens[i] = token
-        return tokens, TokenDistributions(distributions, own)
+        return tokens, TokenDistributions(distributions, *own)
 
     def of_prediction(
         self, prediction: Prediction, sequences: Sequence[GeneratedSequence]
@@ -103,8 +105,8 @@ class Chooser:
         own = self._kept(prediction, sequences)
         sampled = [i for i, sequence in enumerate(sequences) if not sequence.request.sampling.use_greedy]
         if not sampled:
-            return TokenDistributions(None, own)
-        return TokenDistributions(self._distributions(self.logits(prediction), sequences, sampled), own)
+            return TokenDistributions(None, *own)
+        return TokenDistributions(self._distributions(self.logits(prediction), sequences, sampled), *own)
 
     def score_prompt(self, sequence: GeneratedSequence, states: Tensor, output: LeanOutput) -> None:
         """Gives a sequence what the final exit says of its prompt's tokens; logits of `POSITIONS` exist at once.
@@ -121,16 +123,20 @@ class Chooser:
         sequence.prompt_logprobs = [None]
         for first in range(0, len(prompt) - 1, POSITIONS):
             tokens = prompt[first + 1 : first + 1 + POSITIONS]
-            logits = self.logits(output.predict(states[first : first + len(tokens)]))
-            sequence.prompt_logprobs += summarised(logits, tokens, top)
+            said = output.predict(states[first : first + len(tokens)])
+            sequence.prompt_logprobs += summarised(self.logits(said), said.own_normaliser(), tokens, top)
 
     def logits(self, said: Step | Prediction, own: bool = False) -> Tensor:
         """[n, V], of what requests make of them, or the model's own. Collectives: at TP > 1 an all-gather of them."""
         return gather_columns(said.vocabulary_shard(self.shard, own))[:, : self.vocabulary]
 
-    def _kept(self, said: Step | Prediction, sequences: Sequence[GeneratedSequence]) -> Tensor | None:
-        asked = any(sequence.request.sampling.keeps_logprobs for sequence in sequences)
-        return self.logits(said, own=True) if asked else None
+    def _kept(
+        self, said: Step | Prediction, sequences: Sequence[GeneratedSequence]
+    ) -> tuple[Tensor, Tensor] | tuple[()]:
+        """`TokenDistributions.logits` and `normaliser`, if any of the sequences asks for something of them."""
+        if not any(sequence.request.sampling.keeps_logprobs for sequence in sequences):
+            return ()
+        return self.logits(said, own=True), said.own_normaliser()
 
     @staticmethod
     def _distributions(

@@ -2,13 +2,13 @@
 """What is kept of a prediction, for sequences that ask: log-probabilities of a token and of the most probable ones.
 
 They are the model's own, whatever a request makes of its logits (temperature, top-k, top-p, a penalty, tokens that may
-not come yet), over the whole vocabulary and in float32 or wider.
+not come yet), over the whole vocabulary and in float32 or wider. An exit with a shortlist has a bucket for all other
+tokens, and its mass counts: so a greedy token's probability is the exit's confidence.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from nemo_ee.decoding.transfer import to_device, to_host
@@ -43,16 +43,16 @@ class TokenLogprobs:
         }
 
 
-def summarised(logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprobs]:
+def summarised(logits: Tensor, normaliser: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprobs]:
     """What n predictions say of a token each. Waits for the device once.
 
     Args:
         logits: [n, V]; -inf for what cannot be emitted.
+        normaliser: [n] see `Prediction.own_normaliser`.
         tokens: [n] ids below V.
         top: how many of the most probable tokens are kept; 0 or more.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    normaliser, count = logits.logsumexp(-1, keepdim=True), min(top, logits.shape[-1])
+    count, normaliser = min(top, logits.shape[-1]), normaliser[:, None]
     given = logits.gather(1, to_device(list(tokens), logits.device)[:, None]) - normaliser
     best, ids = logits.topk(count)
     found, values, names = to_host(given.flatten(), (best - normaliser).flatten(), ids.flatten())

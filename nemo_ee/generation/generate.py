@@ -104,7 +104,7 @@ def stream(
         name: getattr(begun.request.sampling, name)
         for name in ("all_probs", "compute_logprob", "prompt_logprobs")
     }
-    if asked := {name: value for name, value in wholes.items() if value not in (None, False)}:
+    if asked := {name: value for name, value in wholes.items() if value is not None and value is not False}:
         rule, remedy = (
             "a stream has log-probabilities of its tokens alone",
             "call model.generate, or leave it out",

@@ -22,16 +22,18 @@ from nemo_ee.decoding.pipeline.channel import PipelineGroups
 from nemo_ee.decoding.request import EXITS_ARE_OFF
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.generation.generate import generate, stream
-from nemo_ee.generation.generating import check_model_can_generate, generating, position_limit
+from nemo_ee.generation.generating import (
+    USUAL_LENGTH,
+    check_model_can_generate,
+    generating,
+    position_limit,
+)
 from nemo_ee.generation.inference_config import generate_arguments, in_own_keys
 from nemo_ee.generation.strategy import EarlyExitTextGenerationStrategy
 from nemo_ee.generation.stream import StreamedText
 from nemo_ee.generation.text import TextTokenizer
 from nemo_ee.runtime.upstream.microbatches import kept_microbatches
 from nemo_ee.schema import one_of
-
-USUAL_LENGTH = 2048
-"""Positions that `prepare_decoding` reserves per sequence if it is not told."""
 
 
 class GenerationMixin:

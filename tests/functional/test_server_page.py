@@ -26,7 +26,7 @@ def browser():
 def page(browser):
     """The page of a server that takes 20 ms per token; gives browser, session and service."""
     session = FakeSession(slots=2, step_seconds=0.02)
-    service = fake_service(session, max_tokens=200, early_exit={"threshold": 0.6})
+    service = fake_service(session, context_length=210, early_exit={"threshold": 0.6})
     with listening(service) as url:
         browser.open(url)
         browser.wait("return document.querySelectorAll('#legend li').length")

@@ -64,7 +64,7 @@ def client(model, **settings):
     from nemo_ee.server.serve import create_service
     from tests.support.server import listening, server_config
 
-    limits = dict(max_prompt_tokens=40, max_tokens=STEPS, **settings)
+    limits = dict(context_length=64, **settings)
     service = create_service(server_config(**limits), model)
     try:
         with listening(service) as url, httpx.Client(base_url=url, timeout=60) as http:

@@ -1,11 +1,14 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Log-probabilities of generated tokens and of prompts: Hugging Face's, and plain forwards' through exits."""
 
+import math
+
 import pytest
 import torch
 
 from nemo_ee.errors import ConfigError
 from tests.support import tiny_llama
+from tests.support.drafting import drafting_eagerly
 from tests.support.published import Published, convert, restored
 from tests.support.tiny_gpt import TEXTS, tiny_model, tiny_model_config
 
@@ -24,7 +27,7 @@ def converted(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exits():
     """A model whose tokens leave at all its exits."""
-    return tiny_model(tiny_model_config(), dtype=torch.float64)
+    return tiny_model(tiny_model_config(micro_batch_size=1, global_batch_size=1), dtype=torch.float64)
 
 
 def prompts(count=4):
@@ -66,7 +69,7 @@ def test_a_prompt_can_be_scored_alone(converted):
     assert output["token_ids"] == [*prompts(), long] and output["finish_reason"] == ["length"] * 5
     assert output["logprobs"] is None
     for prompt, entries in zip([*prompts(), long], output["prompt_logprobs"], strict=True):
-        check(entries[1:], log_probs_of(theirs.network, prompt), prompt[1:], 0)
+        check(entries[1:], log_probs_of(theirs.network, prompt)[:-1], prompt[1:], 0)
 
 
 def test_temperature_penalty_and_tokens_that_may_not_come_change_nothing(converted):
@@ -77,7 +80,12 @@ def test_temperature_penalty_and_tokens_that_may_not_come_change_nothing(convert
     output = model.generate(prompts(), lengths, sampling, early_exit=False, generator=generator)
     for i, prompt in enumerate(prompts()):
         ids = output["token_ids"][i]
-        check(output["logprobs"][i], log_probs_of(theirs.network, ids)[len(prompt) - 1 : -1], ids[len(prompt) :], 4)
+        check(
+            output["logprobs"][i],
+            log_probs_of(theirs.network, ids)[len(prompt) - 1 : -1],
+            ids[len(prompt) :],
+            4,
+        )
 
 
 @torch.no_grad()
@@ -87,23 +95,21 @@ def rows_of(gpt, ids, layer):
     if layer == gpt.config.num_layers:
         return (states.output[:, 0] @ gpt.output_weight().T)[:, : gpt.true_vocab_size].log_softmax(-1)
     head = gpt.exits[str(layer)]
-    logits = head.projection.local_logits(head(states.exits[layer], None, states.rotary_pos_emb), gpt.output_weight())
-    kept = logits[0][:, 0, : head.projection.num_kept] if logits[0].dim() == 3 else logits[0]
-    kept = kept[:, : head.projection.num_kept]
-    rows = kept.new_full((len(ids), gpt.true_vocab_size), float("-inf"))
-    rows[:, head.projection.token_ids] = logits_normalised(logits, kept)
+    state = head(states.exits[layer], None, states.rotary_pos_emb)[:, 0]
+    found = head.projection.local_logits(state, gpt.output_weight()).log_softmax(
+        -1
+    )  # the bucket's mass included
+    rows = found.new_full((len(ids), gpt.true_vocab_size), float("-inf"))
+    rows[:, head.projection.token_ids] = found[:, : head.projection.num_kept]
     return rows
-
-
-def logits_normalised(logits, kept):
-    return kept.log_softmax(-1)
 
 
 @pytest.mark.parametrize("way", ["exits", "lossless"])
 def test_they_are_of_the_exit_that_a_token_left_at(exits, way):
     early = EARLY if way == "exits" else dict(threshold=[0.3, 0.4, 0.5], lossless=True)
     sampling = dict(add_BOS=False, logprobs=150)
-    output = exits.generate(TEXTS, dict(max_length=20), sampling, early_exit=early)
+    with drafting_eagerly():
+        output = exits.generate(TEXTS, dict(max_length=20), sampling, early_exit=early)
     seen = set()
     for i, text in enumerate(TEXTS):
         ids, layers = output["token_ids"][i], output["early_exit"][i]["exit_layers"]
@@ -114,8 +120,14 @@ def test_they_are_of_the_exit_that_a_token_left_at(exits, way):
             by = layer if way == "exits" else exits.gpt.config.num_layers
             row = rows_of(exits.gpt, ids, by)[place - 1]
             finite = row[row > float("-inf")].sort(descending=True).values[:150].tolist()
-            assert (entry["token_id"], entry["logprob"]) == (ids[place], pytest.approx(row[ids[place]].item()))
+            assert (entry["token_id"], entry["logprob"]) == (
+                ids[place],
+                pytest.approx(row[ids[place]].item()),
+            )
             assert entry["top_logprobs"] == pytest.approx(finite), "what an exit cannot emit is left out"
+            if way == "exits":
+                sure = output["early_exit"][i]["confidences"][j]
+                assert entry["logprob"] == pytest.approx(math.log(sure)) == entry["top_logprobs"][0]
     assert len(seen) > 2, "exits of several layers"
 
 
@@ -144,10 +156,19 @@ def test_a_stream_has_the_same(converted):
         assert [each.token for each in piece.logprobs] == piece.token_ids
         found[piece.index] += [each.plain() for each in piece.logprobs]
     assert found == [
-        [{**entry, "logprob": pytest.approx(entry["logprob"], abs=1e-5), "top_logprobs": pytest.approx(entry["top_logprobs"], abs=1e-5)} for entry in each]
+        [
+            {
+                **entry,
+                "logprob": pytest.approx(entry["logprob"], abs=1e-5),
+                "top_logprobs": pytest.approx(entry["top_logprobs"], abs=1e-5),
+            }
+            for entry in each
+        ]
         for each in whole
     ]
-    assert all(piece.logprobs == [] for piece in model.stream(prompts(), dict(max_length=2), early_exit=False))
+    assert all(
+        piece.logprobs == [] for piece in model.stream(prompts(), dict(max_length=2), early_exit=False)
+    )
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
 from dataclasses import dataclass, field
 
 from nemo_ee.decoding.generated_sequence import SequenceStatistics
+from nemo_ee.decoding.logprobs import TokenLogprobs
 
 
 @dataclass
@@ -14,6 +15,8 @@ class Delta:
         pieces: the text of each token; "" for special tokens and all but the last of one character.
         exit_layers: of each; `num_layers` for the final exit.
         confidences: of those exits.
+        logprobs: what these said of each token, if that is asked for; else empty.
+        prompt_logprobs: once, of each token of the prompt, if that is asked for.
         finish_reason: "stop" or "length"; None while it goes on.
         statistics: with `finish_reason`, what the sequence cost.
     """
@@ -21,6 +24,8 @@ class Delta:
     pieces: list[str] = field(default_factory=list)
     exit_layers: list[int] = field(default_factory=list)
     confidences: list[float] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     finish_reason: str | None = None
     statistics: SequenceStatistics | None = None
 
@@ -34,4 +39,6 @@ class Delta:
         self.pieces += other.pieces
         self.exit_layers += other.exit_layers
         self.confidences += other.confidences
+        self.logprobs += other.logprobs
+        self.prompt_logprobs += other.prompt_logprobs
         self.finish_reason, self.statistics = other.finish_reason, other.statistics
