@@ -160,10 +160,9 @@ class TextTokenizer:
 
 def _is_byte_level(tokenizer: Any) -> bool:
     """Whether the vocabulary of a tokenizer of transformers writes each byte as one character, as GPT-2's."""
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+    if (core := getattr(tokenizer, "backend_tokenizer", None)) is None:
         return hasattr(tokenizer, "byte_decoder")
-    decoder = tokenizer.backend_tokenizer.decoder
-    return decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
+    return core.decoder is not None and b'"ByteLevel"' in core.decoder.__getstate__()
 
 
 def _decodes_by_core(kind: type) -> bool:

@@ -60,8 +60,8 @@ class Job:
             pieces,
             sequence.exit_layers[new],
             sequence.confidences[new],
-            sequence.logprobs[new],
-            prompt,
             reason,
             sequence.statistics if reason else None,
+            sequence.logprobs[new],
+            prompt,
         )

@@ -165,10 +165,12 @@ class Stage:
 
     def _score_prompts(self, states: Sequence[Tensor], tokens: TokenBatch, order: list[int]) -> None:
         """On the last stage, of prompts among new tokens, whose states [S, H] are in rows' order."""
+        output = self.model.output
+        assert output is not None, "the last stage has the final exit"
         for x, i in zip(states, order, strict=True):
             sequence = self.sequences[tokens.keys[i]]
             if tokens.starts[i] == 0 and sequence.request.sampling.prompt_logprobs is not None:
-                self.chooser.score_prompt(sequence, x, self.model.output)
+                self.chooser.score_prompt(sequence, x, output)
 
     def _ask(
         self, n: int | None, x: Tensor, inside: Tensor, tokens: TokenBatch, order: list[int]

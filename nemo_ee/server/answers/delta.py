@@ -15,19 +15,19 @@ class Delta:
         pieces: the text of each token; "" for special tokens and all but the last of one character.
         exit_layers: of each; `num_layers` for the final exit.
         confidences: of those exits.
-        logprobs: what these said of each token, if that is asked for; else empty.
-        prompt_logprobs: once, of each token of the prompt, if that is asked for.
         finish_reason: "stop" or "length"; None while it goes on.
         statistics: with `finish_reason`, what the sequence cost.
+        logprobs: what the exits said of each token, if that is asked for; else empty.
+        prompt_logprobs: once, of each token of the prompt, if that is asked for.
     """
 
     pieces: list[str] = field(default_factory=list)
     exit_layers: list[int] = field(default_factory=list)
     confidences: list[float] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     finish_reason: str | None = None
     statistics: SequenceStatistics | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
 
     @property
     def text(self) -> str:
