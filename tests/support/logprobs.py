@@ -7,15 +7,16 @@ import pytest
 from torch import Tensor
 
 
-def same_logprobs(one: dict[str, Any], other: dict[str, Any]) -> None:
-    """Asserts that two outputs tell the same of all tokens."""
+def same_logprobs(one: dict[str, Any], other: dict[str, Any], **tolerance: float) -> None:
+    """Asserts that two outputs tell the same of all tokens; tolerances are those of `pytest.approx`."""
     for name in ("logprobs", "prompt_logprobs"):
         assert (one.get(name) is None) == (other.get(name) is None), name
         for mine, theirs in zip(one.get(name) or [], other.get(name) or [], strict=True):
             for a, b in zip(mine, theirs, strict=True):
                 assert (a is None) == (b is None), name
                 if a is not None:
-                    assert a == {**b, **{key: pytest.approx(b[key]) for key in ("logprob", "top_logprobs")}}
+                    near = {key: pytest.approx(b[key], **tolerance) for key in ("logprob", "top_logprobs")}
+                    assert a == {**b, **near}
 
 
 def check_logprobs(

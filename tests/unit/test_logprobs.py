@@ -10,13 +10,17 @@ from nemo_ee.errors import ConfigError
 from tests.support import tiny_llama
 from tests.support.drafting import drafting_eagerly
 from tests.support.logprobs import check_logprobs, same_logprobs
-from tests.support.published import Published, convert, restored
+from tests.support.published import Published, batches_of_one, client, convert, restored
 from tests.support.tiny_gpt import TEXTS, tiny_model, tiny_model_config
 
 STEPS = 8
-BATCHES = dict(micro_batch_size=2, global_batch_size=4)
-"""Those of all tiny models: Megatron allows a process one kind."""
 EARLY = dict(threshold=[0.3, 0.4, 0.5], always=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def batches_of_their_own():
+    with batches_of_one():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +28,13 @@ def converted(tmp_path_factory):
     """A Hugging Face Llama, and the same in NeMo."""
     folder = tmp_path_factory.mktemp("llama")
     tiny_llama.write(folder)
-    return Published(folder), restored(convert(folder, folder / "model.nemo"), **BATCHES)
+    return Published(folder), restored(convert(folder, folder / "model.nemo"))
 
 
 @pytest.fixture(scope="module")
 def exits():
     """A model whose tokens leave at all its exits."""
-    return tiny_model(tiny_model_config(), dtype=torch.float64)
+    return tiny_model(tiny_model_config(micro_batch_size=1, global_batch_size=1), dtype=torch.float64)
 
 
 def prompts(count=4):
@@ -179,3 +183,112 @@ def test_nemos_loop_and_streams_of_prompts_are_refused(exits):
         exits.generate(TEXTS, dict(max_length=2), dict(logprobs=2), strategy=strategy)
     with pytest.raises(ConfigError, match="sampling_params.prompt_logprobs=0: a stream has"):
         exits.stream(TEXTS, dict(max_length=2), dict(prompt_logprobs=0))
+
+
+def scored(choice, before):
+    """What lm-evaluation-harness's `local-completions` makes of an answer with one token more than the prompt."""
+    said = choice["logprobs"]
+    values, best = said["token_logprobs"][before:-1], said["top_logprobs"][before:-1]
+    greedy = all(value == max(top.values()) for value, top in zip(values, best, strict=True))
+    return sum(values), greedy
+
+
+def test_the_servers_are_hugging_faces(converted):
+    """Texts and token ids, generated and scored, as the harness asks for them."""
+    theirs, model = converted
+    body = {"model": "tiny", "temperature": 0, "early_exit": False}
+    with client(model) as http:
+        ask = {**body, "prompt": prompts(), "logprobs": 5, "echo": True, "max_tokens": 4}
+        choices = http.post("/v1/completions", json=ask).json()["choices"]
+        for prompt, choice in zip(prompts(), choices, strict=True):
+            said = choice["logprobs"]
+            ids = theirs.tokenizer.convert_tokens_to_ids(said["tokens"])
+            rows = log_probs_of(theirs.network, ids)[:-1]
+            assert ids[: len(prompt)] == prompt and len(ids) == len(prompt) + 4
+            entries = [
+                {"token_id": token, "logprob": value, "top_logprobs": sorted(top.values(), reverse=True)[:5]}
+                for token, value, top in list(
+                    zip(ids, said["token_logprobs"], said["top_logprobs"], strict=True)
+                )[1:]
+            ]
+            for entry, top in zip(entries, said["top_logprobs"][1:], strict=True):
+                found = sorted(top, key=top.get, reverse=True)[:5]
+                entry["top_token_ids"] = theirs.tokenizer.convert_tokens_to_ids(found)
+            check_logprobs(entries, rows, ids[1:], 5)
+        greedy = [list(rows) for rows in prompts()]
+        for ids in greedy:
+            ids += log_probs_of(theirs.network, ids)[-1:].argmax(-1).tolist()
+        texts = [*prompts(), *greedy]
+        for i in (0, 4):  # a server of these limits has four choices for a request
+            ask = {
+                **body,
+                "prompt": texts[i : i + 4],
+                "logprobs": 1,
+                "echo": True,
+                "max_tokens": 1,
+                "seed": 1234,
+            }
+            for ids, choice in zip(
+                ask["prompt"], http.post("/v1/completions", json=ask).json()["choices"], strict=True
+            ):
+                rows = log_probs_of(theirs.network, ids)[:-1]
+                before = len(ids) - 1
+                value, is_greedy = scored(choice, before)
+                assert value == pytest.approx(
+                    rows[before - 1 :].gather(1, torch.tensor(ids[before:])[:, None]).sum().item(), abs=1e-4
+                )
+                assert is_greedy == (rows[-1].argmax().item() == ids[-1]) and (i == 0 or is_greedy)
+        ask = {
+            **body,
+            "messages": [{"role": "user", "content": "the cat"}],
+            "logprobs": True,
+            "max_tokens": 4,
+        }
+        content = http.post("/v1/chat/completions", json={**ask, "top_logprobs": 3}).json()["choices"][0][
+            "logprobs"
+        ]["content"]
+    prompt = theirs.tokenizer.apply_chat_template(ask["messages"], add_generation_prompt=True)
+    made = theirs.tokenizer.convert_tokens_to_ids([each["token"] for each in content])
+    rows = log_probs_of(theirs.network, prompt + made)[len(prompt) - 1 : -1]
+    entries = [
+        {
+            "token_id": token,
+            "logprob": each["logprob"],
+            "top_logprobs": [one["logprob"] for one in each["top_logprobs"]],
+            "top_token_ids": theirs.tokenizer.convert_tokens_to_ids(
+                [one["token"] for one in each["top_logprobs"]]
+            ),
+        }
+        for token, each in zip(made, content, strict=True)
+    ]
+    check_logprobs(entries, rows, made, 3)
+
+
+def test_ends_of_texts_on_the_server(converted):
+    """What `stop_token_ids`, `ignore_eos`, `min_tokens` and `repetition_penalty` change."""
+    theirs, model = converted
+    body = {
+        "model": "tiny",
+        "temperature": 0,
+        "early_exit": False,
+        "prompt": prompts()[0],
+        "logprobs": 0,
+        "max_tokens": 12,
+    }
+    with client(model) as http:
+
+        def tokens(**fields):
+            choice = http.post("/v1/completions", json={**body, **fields}).json()["choices"][0]
+            return theirs.tokenizer.convert_tokens_to_ids(choice["logprobs"]["tokens"]), choice[
+                "finish_reason"
+            ]
+
+        usual, reason = tokens(ignore_eos=True)
+        assert len(usual) == 12 and reason == "length"
+        end = usual[5]
+        first = usual.index(end)
+        assert tokens(stop_token_ids=[end], ignore_eos=True) == (usual[: first + 1], "stop")
+        late, _ = tokens(stop_token_ids=[end], ignore_eos=True, min_tokens=8)
+        assert end not in late[:8] and late[:first] == usual[:first] and len(late) >= 8
+        penalised, _ = tokens(repetition_penalty=50.0, ignore_eos=True)
+        assert len({*penalised, *body["prompt"]}) == 12 + len({*body["prompt"]}), "nothing comes twice"
