@@ -83,16 +83,13 @@ def test_the_main_steps(nemo_ee):
         "trainer.val_check_interval=3",
         "trainer.limit_val_batches=1",
         "model.early_exit.ridge.tokens=256",
+        "exp_manager.explicit_log_dir=run",
     ]
     refused = nemo_ee("tune", *tuning, "model.early_exit.layer=3", status=1)
     assert "unknown key; did you mean model.early_exit.layers?" in refused
     nemo_ee("tune", *tuning, "trainer.devices=2", "model.pipeline_model_parallel_size=2")  # starts a process
 
-    exits = [
-        "gpt_model_file=base.nemo",
-        "adapter_file=" + next(folder.glob("nemo_exp*/*/checkpoints/*.nemo")).name,
-    ]
-    (folder / exits[1].partition("=")[2]).symlink_to(next(folder.glob("nemo_exp*/*/checkpoints/*.nemo")))
+    exits = ["gpt_model_file=base.nemo", "adapter_file=run/checkpoints/megatron_gpt_ee_tuning.nemo"]
     asked = ["prompts=[the cat sat]", "inference.tokens_to_generate=5", "early_exit.threshold=0.1"]
     assert "(5 tokens:" in nemo_ee("generate", *exits, *asked)
     # A process of its own here, too.
@@ -101,9 +98,17 @@ def test_the_main_steps(nemo_ee):
     )
 
     assert "wrote merged.nemo" in nemo_ee("merge", *exits, "output_path=merged.nemo")
-    report = ["data.prefix=data/text_validation", "data.seq_length=16", "generation.tokens_to_generate=4"]
-    report += ["generation.prompts=2", "generation.speed_prompts=1", "generation.repeats=1"]
-    nemo_ee("evaluate", "gpt_model_file=merged.nemo", *report, "output_dir=report")
+    report = [
+        "data.prefix=data/text_validation",
+        "data.seq_length=16",
+        "data.sequences=4",
+        "output_dir=report",
+    ]
+    report += [
+        f"generation.{each}"
+        for each in ("num_prompts=2", "timed_prompts=1", "repeats=1", "tokens_to_generate=4")
+    ]
+    nemo_ee("evaluate", "gpt_model_file=merged.nemo", *report)
     page = (folder / "report" / "report.md").read_text()
     assert "nemo-ee evaluate gpt_model_file=merged.nemo" in page and f"release {__version__}" in page
 
