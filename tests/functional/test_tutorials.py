@@ -70,8 +70,8 @@ def test_primer(workers, tmp_path):
     (printed,) = workers(1).run(run_cells, "00", str(tmp_path))
     lines = printed.splitlines()
     assert any(line.split()[:2] == ["1.0", "1.000"] and line.endswith(" 6.00") for line in lines)
-    assert sum(line.startswith("sum ") for line in lines) == 4
-    assert sum("  confidence " in line for line in lines) == 9
+    assert sum(line.startswith("result ") for line in lines) == 4
+    assert sum("  confidence " in line for line in lines) == 8
 
 
 def test_tuning_on_chats(workers, tmp_path):
