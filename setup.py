@@ -1,5 +1,8 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""Installs the package nemo_ee. Scripts and their YAML files stay in the repository and run from there."""
+"""Installs the package nemo_ee, and the command nemo-ee, which runs the scripts.
+
+A wheel has scripts/*.py and conf/ inside the package; an editable installation uses them where they lie.
+"""
 
 import re
 from pathlib import Path
@@ -45,11 +48,14 @@ setup(
     version=VERSION,
     description="Early exits for NVIDIA NeMo GPT models: training, tuning of frozen checkpoints, generation",
     license="Apache-2.0",
-    packages=find_packages(include=["nemo_ee", "nemo_ee.*"]),
+    packages=[*find_packages(include=["nemo_ee", "nemo_ee.*"]), "nemo_ee.conf", "nemo_ee.scripts"],
+    package_dir={"nemo_ee.conf": "conf", "nemo_ee.scripts": "scripts"},
     package_data={
+        "nemo_ee.conf": ["*.yaml"],
         "nemo_ee.export": ["remote_code/*.py", "remote_code/custom_generate/*.py"],
         "nemo_ee.server": ["page.html"],
     },
+    entry_points={"console_scripts": ["nemo-ee = nemo_ee.runtime.commands:main"]},
     python_requires=">=3.11,<3.13",
     install_requires=STACK + IMPORTED_BY_NEMO_NLP_UNDECLARED + OURS,
     extras_require={

@@ -31,7 +31,7 @@ def main(cfg: DictConfig) -> None:
             if error.name not in EXTRA:
                 raise
             sys.exit(
-                f"error: {error.name} is not installed; the server needs its extra: pip install -e '.[server]'"
+                f"error: {error.name} is not installed; the server needs its extra: pip install 'nemo_ee[server]'"
             )
 
         model = {"precision": config.precision, "megatron_amp_O2": config.megatron_amp_O2}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
@@ -24,12 +25,27 @@ from nemo_ee.runtime import collective
 from nemo_ee.runtime.children import writing_checkpoint
 
 
+class _Launcher(_SubprocessScriptLauncher):
+    """Lightning's, which runs a script anew in every other process."""
+
+    @property
+    def is_interactive_compatible(self) -> bool:
+        """Whether it does without a script."""
+        return self.num_processes * self.num_nodes == 1
+
+
 class EarlyExitDDPStrategy(NLPDDPStrategy):
     """NeMo's strategy, without torch's DDP wrapper.
 
     NeMo reduces gradients itself; the wrapper would only refuse a pipeline stage that has nothing to train.
     The parameters are made equal over the data-parallel group instead, as the wrapper does.
     """
+
+    def _configure_launcher(self) -> None:
+        """Lightning's; in a notebook, too, where there is one process and so nothing to start."""
+        super()._configure_launcher()
+        if self._launcher is not None:
+            self._launcher = _Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def setup_environment(self) -> None:
         """NeMo's: all processes meet.

@@ -12,18 +12,25 @@ from typing import Any
 
 import torch
 
+from nemo_ee import __version__
 from nemo_ee.report.schema import Metadata
+from nemo_ee.runtime.commands import IN_A_WHEEL, as_installed
 
 _ROOT = Path(__file__).resolve().parents[2]
 
 
 def commit() -> str:
-    """The commit of this package's working tree, with `-dirty` where its code differs; else `unknown`."""
+    """The commit of this package's working tree, with `-dirty` where its code differs; else `unknown`.
+
+    A package that was installed from a wheel is a release, whatever repository its environment lies in.
+    """
+    if IN_A_WHEEL:
+        return f"release {__version__}"
     command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"  # an installed package, not a clone
+        return "unknown"  # no git, or a copy of a clone
 
 
 def device() -> str:
@@ -75,7 +82,7 @@ def date() -> str:
 
 def command() -> str:
     """The command line of this process; absolute paths outside the clone are shown by name alone."""
-    return shlex.join(["python", *(_shortened(argument) for argument in sys.argv)])
+    return as_installed(shlex.join(["python", *(_shortened(argument) for argument in sys.argv)]))
 
 
 def _shortened(argument: str) -> str:

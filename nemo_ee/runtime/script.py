@@ -29,6 +29,7 @@ from nemo_ee.errors import (
 from nemo_ee.files.write_errors import disk_error, output_error
 from nemo_ee.runtime import stand_ins
 from nemo_ee.runtime.children import end_with_parent
+from nemo_ee.runtime.commands import as_installed
 from nemo_ee.runtime.operating_system import check_operating_system
 
 end_with_parent()  # in a process of multiprocessing's, which imports its script, and so this, again
@@ -115,7 +116,7 @@ def _end(message: str) -> NoReturn:
     """Ends the script with what the error being handled says to users."""
     if _full_errors():
         traceback.print_exc()
-    sys.exit(f"error: {message}")
+    sys.exit(f"error: {as_installed(message)}")
 
 
 def _full_errors() -> bool:

@@ -3,6 +3,8 @@
 
 import ast
 import re
+from collections.abc import Iterable
+from pathlib import Path
 
 from tests.support.script import ROOT
 
@@ -11,21 +13,21 @@ FILE = re.compile(r"`([\w/]+\.py)`")
 FUNCTION = re.compile(r"`([\w.]+)`")
 
 
-def section(title: str) -> list[list[str]]:
+def table(page: Path, title: str) -> list[list[str]]:
     """Rows of the table below a heading, without its head."""
-    text = PAGE.read_text().partition(f"## {title}\n")[2].partition("\n## ")[0]
+    text = page.read_text().partition(f"## {title}\n")[2].partition("\n## ")[0]
     rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in row] for row in rows[2:]]
 
 
-def functions(files: list[str]) -> set[str]:
-    """Functions of modules, and methods as `Class.method`."""
+def names_in(modules: Iterable[Path]) -> set[str]:
+    """Functions and classes of modules, and methods as `Class.method`."""
     found = set()
-    for file in files:
-        for node in ast.parse((ROOT / "nemo_ee" / file).read_text()).body:
-            if isinstance(node, ast.FunctionDef):
+    for module in modules:
+        for node in ast.parse(module.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 found.add(node.name)
-            elif isinstance(node, ast.ClassDef):
+            if isinstance(node, ast.ClassDef):
                 found |= {
                     f"{node.name}.{each.name}" for each in node.body if isinstance(each, ast.FunctionDef)
                 }
@@ -33,12 +35,14 @@ def functions(files: list[str]) -> set[str]:
 
 
 def test_where_it_is_decided():
-    rows = section("Where is it decided")
+    rows = table(PAGE, "Where is it decided")
     assert len(rows) >= 10
     for question, place, names in rows:
         files = FILE.findall(place)
         assert files and question.endswith("?"), question
-        assert set(FUNCTION.findall(names)) - functions(files) == set(), question
+        assert set(FUNCTION.findall(names)) - names_in(ROOT / "nemo_ee" / file for file in files) == set(), (
+            question
+        )
         assert FUNCTION.findall(names), question
 
 

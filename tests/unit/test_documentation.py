@@ -1,6 +1,7 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""README.md and docs/: their links lead somewhere, and what they name exists: files, modules, keys, error messages."""
+"""README.md, docs/ and tutorials/: links lead somewhere, and what is named exists: files, modules, keys, messages."""
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -9,10 +10,17 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nemo_ee.runtime.commands import COMMANDS
 from tests.support.script import ROOT
 
 README = ROOT / "README.md"
-PAGES = [README, *sorted(page for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "templates")]
+TUTORIALS = sorted((ROOT / "tutorials").glob("*.ipynb"))
+PAGES = [
+    README,
+    ROOT / "CONTRIBUTING.md",
+    *sorted(page for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "templates"),
+    *TUTORIALS,
+]
 TROUBLES = ROOT / "docs" / "troubleshooting.md"
 OLD_NAMES = {"docs/moved.md"}
 """Pages that name what is no more."""
@@ -21,22 +29,30 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 CODE = re.compile(r"```.*?```|^    .*?$|`[^`\n]+`", re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"(?<![\w./-])(?:scripts|conf|nemo_ee)/[\w./*-]*\w")
 MODULE = re.compile(r"(?<![\w./-])nemo_ee(?:\.[a-z]\w*)+")
-COMMAND = re.compile(r"\bscripts/(\w+)\.py((?:\\\n|[^\n`])*)")
+COMMAND = re.compile(r"\b(?:scripts/(\w+)\.py|nemo-ee ([a-z][a-z-]*))((?:\\\n|[^\n`])*)")
 
 
 def name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+def text_of(page: Path) -> str:
+    """A page's own; of a notebook, what its cells say: code between fences."""
+    if page.suffix != ".ipynb":
+        return page.read_text()
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(page.read_text())["cells"]]
+    return "\n\n".join(text if kind == "markdown" else f"```\n{text}\n```" for kind, text in cells)
+
+
 def anchors(page: Path) -> set[str]:
     """Names of a page's headings, as GitHub makes them."""
-    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    prose = re.sub(r"```.*?```", "", text_of(page), flags=re.DOTALL)
     headings = re.findall(r"^#+ (.+)$", prose, re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def broken_links(page: Path) -> Iterator[str]:
-    for link in LINK.findall(page.read_text()):
+    for link in LINK.findall(text_of(page)):
         if "://" in link:
             continue
         place, _, anchor = link.partition("#")
@@ -47,7 +63,11 @@ def broken_links(page: Path) -> Iterator[str]:
 
 def unknown_keys(text: str) -> Iterator[str]:
     """Keys on command lines of scripts with a file in conf/ that this file lacks."""
-    for script, rest in COMMAND.findall(text):
+    for script, command, rest in COMMAND.findall(text):
+        if command and command not in COMMANDS:
+            yield f"nemo-ee {command}"
+            continue
+        script = script or COMMANDS[command]
         conf = ROOT / "conf" / f"{script}.yaml"
         if not conf.exists():
             continue
@@ -97,7 +117,7 @@ def test_links_lead_somewhere(page):
 def test_what_is_named_exists(page):
     if name(page) in OLD_NAMES:
         return
-    text = page.read_text()
+    text = text_of(page)
     assert [file for file in FILE.findall(text) if not [*ROOT.glob(file)]] == []
     modules = [ROOT / module.replace(".", "/") for module in MODULE.findall(text)]
     assert [path for path in modules if not path.is_dir() and not path.with_suffix(".py").exists()] == []
@@ -105,7 +125,7 @@ def test_what_is_named_exists(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_keys_of_commands_exist(page):
-    assert [*unknown_keys("\n".join(CODE.findall(page.read_text())))] == []
+    assert [*unknown_keys("\n".join(CODE.findall(text_of(page))))] == []
 
 
 def test_the_readme_is_short():
@@ -114,7 +134,7 @@ def test_the_readme_is_short():
 
 def test_the_readme_leads_to_every_page():
     linked = {link.partition("#")[0] for link in LINK.findall(README.read_text())}
-    pages = {name(page) for page in (ROOT / "docs").glob("*.md")} - OLD_NAMES
+    pages = {name(page) for page in [*(ROOT / "docs").glob("*.md"), *TUTORIALS]} - OLD_NAMES
     assert pages - linked == set()
 
 

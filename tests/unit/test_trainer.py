@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 
 from nemo_ee.models.runs import trainer_builder
@@ -31,6 +32,18 @@ def test_settings_that_it_can_run(accelerator, gpu):
     assert (
         trainer_builder._faults(OmegaConf.create(dict(accelerator=accelerator, precision="bf16")), gpu) == []
     )
+
+
+def test_a_notebook_has_trainers_of_one_process(monkeypatch):
+    """Where nothing is started, nothing needs a script."""
+    connector = "lightning.pytorch.trainer.connectors.accelerator_connector"
+    monkeypatch.setattr(f"{connector}._IS_INTERACTIVE", True)
+    trainer = dict(devices=1, precision=32, logger=False)
+    cfg = OmegaConf.create(dict(model=dict(mcore_gpt=True), trainer=trainer))
+    assert trainer_builder.EarlyExitTrainerBuilder(cfg).create_trainer().world_size == 1
+    cfg.trainer.devices = 2
+    with pytest.raises(MisconfigurationException, match="Run your code as a script"):
+        trainer_builder.EarlyExitTrainerBuilder(cfg).create_trainer()
 
 
 def test_the_trainer_validates_without_inference_mode():

@@ -6,7 +6,6 @@ import inspect
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from hydra._internal.utils import get_args_parser
@@ -16,12 +15,12 @@ from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.runtime.commands import CONF
 
 OF_NEMOS_BUILDER = ("cluster_type",)
 """Keys beside the sections that NeMo's trainer builder reads."""
 OPTIONAL = ("model.optim.sched", "model.data.validation_ds", "model.early_exit", "model.seed")
 """Sections and keys that a run does without where they are taken away."""
-CONF = Path(__file__).parents[3] / "conf"
 
 
 def check_command_line(name: str, words: Sequence[str] | None = None) -> None:

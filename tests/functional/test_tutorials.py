@@ -1,0 +1,111 @@
+# Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
+"""The tutorials' cells run, one after the other, in small; and the notebooks are saved as they were run."""
+
+import io
+import json
+import os
+import stat
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+
+from tests.support import tiny_llama
+from tests.support.script import ROOT
+
+NOTEBOOKS = {path.name[:2]: path for path in sorted((ROOT / "tutorials").glob("*.ipynb"))}
+COMMAND = '#!/usr/bin/env bash\nexec "{python}" -m nemo_ee.runtime.commands "$@"\n'
+CHATML = (
+    "{% for m in messages %}{{ '<s>' + m['role'] + ' ' + m['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant ' }}{% endif %}"
+)
+
+
+def cells(number: str) -> list[dict]:
+    return json.loads(NOTEBOOKS[number].read_text())["cells"]
+
+
+def run_cells(number: str, work: str) -> str:
+    """What a notebook's cells print, in a shell of IPython's, as Jupyter has one; the first error is raised."""
+    from IPython.core.interactiveshell import InteractiveShell
+
+    folder = Path(work, "bin")
+    folder.mkdir(exist_ok=True)
+    command = folder / "nemo-ee"  # as an installation has it
+    command.write_text(COMMAND.format(python=sys.executable))
+    command.chmod(command.stat().st_mode | stat.S_IXUSR)
+    os.environ |= {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
+    os.environ |= {"NEMO_EE_TUTORIAL": "tiny", "NEMO_EE_TUTORIAL_WORK": work}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "GROUP_RANK"):
+        os.environ.pop(name, None)  # of the worker, which notebooks do not have
+    printed, shell = io.StringIO(), InteractiveShell.instance()
+    sys.ps1 = "In : "  # by which Lightning knows notebooks
+    with redirect_stdout(printed):
+        for cell in cells(number):
+            if cell["cell_type"] == "code":
+                shell.run_cell("".join(cell["source"])).raise_error()
+    return printed.getvalue()
+
+
+def write_base(work: str) -> None:
+    """A tiny chat model where 01 would put the one that it downloads."""
+    from nemo_ee.checkpoint.conversion.convert import convert_to_nemo
+
+    tiny_llama.CHAT_TEMPLATE = CHATML
+    source = tiny_llama.write(Path(work) / "hf", max_position_embeddings=256)
+    convert_to_nemo(str(source), f"{work}/smollm2.nemo")
+
+
+def tuned(work: str) -> str:
+    write_base(work)
+    return run_cells("01", work)
+
+
+def calibrated(work: str) -> str:
+    return run_cells("03", work)
+
+
+def test_primer(workers, tmp_path):
+    (printed,) = workers(1).run(run_cells, "00", str(tmp_path))
+    lines = printed.splitlines()
+    assert any(line.split()[:2] == ["1.0", "1.000"] and line.endswith(" 6.00") for line in lines)
+    assert sum(line.startswith("result ") for line in lines) == 4
+    assert sum("  confidence " in line for line in lines) == 8
+
+
+def test_tuning_on_chats(workers, tmp_path):
+    (printed,) = workers(1).run(tuned, str(tmp_path))
+    assert "threshold 1.0: 0 of" in printed and "content_hash" in printed
+    assert printed.count("agreement with the final exit") == 2
+    assert (tmp_path / "01" / "checkpoints" / "exits.nemo").exists()
+
+
+@pytest.mark.slow
+def test_three_dimensions(workers, tmp_path):
+    (printed,) = workers(1).run(run_cells, "02", str(tmp_path))
+    assert "largest difference of any step" in printed  # and the notebook itself says how much it may be
+    assert "(12 tokens:" in printed
+
+
+@pytest.mark.slow
+def test_calibration(workers, tmp_path):
+    workers(1).run(tuned, str(tmp_path))
+    (printed,) = workers(1).run(calibrated, str(tmp_path))
+    assert "point estimate, no guarantee" in printed and "speed-up: median" in printed
+
+
+def test_moving_from_ee_llm(workers, tmp_path):
+    (printed,) = workers(1).run(run_cells, "06", str(tmp_path))
+    said = "model.early_exit.layers=[6,12]' 'model.early_exit.training.loss_weights=[0.25,0.5]'"
+    assert said in printed and "model.early_exit.training.pre_exit=true" in printed
+    assert printed.splitlines()[-1].startswith("(6, 12) (0.25, 0.5) True HeadConfig(")
+
+
+@pytest.mark.parametrize("number", NOTEBOOKS)
+def test_saved_as_it_was_run(number):
+    """From the first cell to the last, without an error."""
+    code = [cell for cell in cells(number) if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == [*range(1, len(code) + 1)]
+    kinds = {output["output_type"] for cell in code for output in cell["outputs"]}
+    assert "error" not in kinds and kinds
