@@ -98,7 +98,7 @@ python scripts/megatron_gpt_ee_generate.py "gpt_model_file=$model" early_exit.th
         generation.sample_threshold=0.2 "output_dir=$work/evaluation"
 
 stage "9/9 report: the final exit with and without exits below it, and every exit"
-python scripts/compare_pretraining.py --with-exits "$work/with_exits" --plain "$work/plain" --output "$work/report"
+python scripts/quickstart/compare_pretraining.py --with-exits "$work/with_exits" --plain "$work/plain" --output "$work/report"
 
 stage "done"
 echo "report:      $work/report/report.md and the plots beside it"

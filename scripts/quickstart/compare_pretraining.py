@@ -1,7 +1,7 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Compares pre-training with exits to pre-training without: validation losses over steps, in a report.
 
-python scripts/compare_pretraining.py --with-exits RUN --plain RUN --output DIRECTORY
+python scripts/quickstart/compare_pretraining.py --with-exits RUN --plain RUN --output DIRECTORY
 
 Each RUN is the directory of a run of megatron_gpt_ee_pretraining.py that has ended. The plain one differs in
 model.early_exit.training.loss_weights=[0,0,0] alone (as many zeros as exits): then its exits are not trained.
