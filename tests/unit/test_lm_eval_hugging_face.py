@@ -1,6 +1,8 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Through lm-evaluation-harness, full depth is its own `hf` model on the same weights, example by example."""
 
+from copy import deepcopy
+
 import pytest
 from datasets import Dataset
 from lm_eval.evaluator import simple_evaluate
@@ -45,6 +47,7 @@ TASKS = [
     {
         "task": "perplexity",
         "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
         "doc_to_target": "{{text}}the cat sat",
         "metric_list": [
             {"metric": "word_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False}
@@ -58,7 +61,7 @@ def examples(**_):
 
 
 def tasks():
-    return [{**task, "test_split": "test", "custom_dataset": examples} for task in TASKS]
+    return [{**deepcopy(task), "test_split": "test", "custom_dataset": examples} for task in TASKS]
 
 
 @pytest.fixture(scope="module", params=["qwen", "mistral"])
@@ -84,7 +87,9 @@ def hugging_face(published, **options):
     return HFLM(pretrained=published.network, tokenizer=published.tokenizer, **how)
 
 
-@pytest.mark.parametrize("how", [dict(early_exit=False), dict(early_exit={"lossless": True, "threshold": 0.0})])
+@pytest.mark.parametrize(
+    "how", [dict(early_exit=False), dict(early_exit={"lossless": True, "threshold": 0.0})]
+)
 def test_every_example_is_that_of_hf(both, how):
     published, model = both
     ours = samples(EarlyExitLM(model, batch_size=3, max_length=LENGTH, **how))
@@ -105,7 +110,9 @@ def test_every_example_is_that_of_hf(both, how):
     metric = {"choose": "acc", "continue": "exact_match", "perplexity": "word_perplexity"}
     for task, name in metric.items():
         found, wanted = ([one[name] for one in each[task]] for each in (ours, theirs))
-        assert found == (wanted if task != "perplexity" else [pytest.approx(each, abs=CLOSE) for each in wanted])
+        assert found == (
+            wanted if task != "perplexity" else [pytest.approx(each, abs=CLOSE) for each in wanted]
+        )
 
 
 def test_tokens_are_those_of_hf(both):
@@ -147,5 +154,7 @@ def test_what_it_cannot_do_is_said(both):
     with pytest.raises(ConfigError, match="gen_kwargs.max_gen_toks=40: leaves none of 40 positions"):
         samples(EarlyExitLM(model, False, max_length=40), gen_kwargs={"max_gen_toks": 40})
     for name, value in {"num_beams": 4, "top_": 3, "max_length": 9}.items():
-        with pytest.raises(ConfigError, match=f"gen_kwargs.{name}={value}: nemo_ee's decoding does not know it"):
+        with pytest.raises(
+            ConfigError, match=f"gen_kwargs.{name}={value}: nemo_ee's decoding does not know it"
+        ):
             samples(EarlyExitLM(model, False, max_length=LENGTH), gen_kwargs={name: value})

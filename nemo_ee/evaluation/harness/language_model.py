@@ -117,7 +117,9 @@ class EarlyExitLM(TemplateLM):
         """
         require_chat_template(self._text.nemo)
         if self.tokenizer is None:
-            raise GenerationError("chat: only Hugging Face tokenizers write a chat as one text; set chat=false")
+            raise GenerationError(
+                "chat: only Hugging Face tokenizers write a chat as one text; set chat=false"
+            )
         try:
             text = render(self.tokenizer, chat_history, prompt=add_generation_prompt)
         except RenderingError as error:
@@ -197,9 +199,7 @@ class EarlyExitLM(TemplateLM):
         """
         found = [""] * len(requests)
         wanted = [read_gen_kwargs(request.args[1], self.max_gen_toks) for request in requests]
-        prompts = [
-            self.prompt(request.args[0], each) for request, each in zip(requests, wanted, strict=True)
-        ]
+        prompts = [self.prompt(request.args[0], each) for request, each in zip(requests, wanted, strict=True)]
         with progress("generation", len(requests), disable_tqdm) as bar:
             for batch in self._batches(prompts, wanted):
                 texts = self.answers([prompts[i] for i in batch], wanted[batch[0]])

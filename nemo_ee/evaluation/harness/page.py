@@ -104,13 +104,14 @@ def to_markdown(result: SweepResult) -> str:
         *provenance(about),
     ]
     note = (
-        "Every example is answered greedily, by itself, at full depth and at all thresholds in turn, before the next one "
-        "is. Exits are asked for every token. A threshold is one for all exits; 1 asks none, so that its row says how far "
-        "two runs of the same differ. Scores are the harness's, with their standard errors. Speeds are medians over "
-        "examples with quartiles, of the tokens behind prompt and first step, which exits do not shorten; the speed-up is "
-        "against full depth on the same example. Agreement is teacher-forced: the share of full depth's tokens that would "
-        "have been the same, with its 95 % interval over examples. A text is equal where all its tokens are. In tasks that "
-        "compare given answers, exits score each token of them by the first exit that is sure, and save no time."
+        "Every example is answered greedily, by itself, at full depth and at all thresholds in turn, before the next "
+        "one is. Exits are asked for every token. A threshold is one for all exits; 1 asks none, so that its row says "
+        "how far two runs of the same differ. Scores are the harness's, with their standard errors. Speeds are medians "
+        "over examples with quartiles, of the tokens behind prompt and first step, which exits do not shorten; the "
+        "speed-up is against full depth on the same example. Agreement is teacher-forced: the share of full depth's "
+        "tokens that would have been the same, with its 95 % interval over examples. A text is equal where all its "
+        "tokens are. In tasks that compare given answers, exits score each token of them by the first exit that is "
+        "sure, and save no time."
     )
     if result.excluded:
         note += " Questions that the exits were tuned on are left out of BoolQ and GSM8K."
@@ -129,7 +130,9 @@ def _section(task: TaskResult) -> str:
     header = ["threshold", *map(metric_name, metrics)]
     if generates:
         header += ["speed-up", "tokens/s", "left early", "layers run", "agreement", "equal texts"]
-    rows = [[way.way, *(_score(way.scores[name]) for name in metrics), *_generation(way)] for way in task.ways]
+    rows = [
+        [way.way, *(_score(way.scores[name]) for name in metrics), *_generation(way)] for way in task.ways
+    ]
     shots = f", {task.num_fewshot} solved ones in front of each" if task.num_fewshot else ""
     return f"## {escaped(task.task)}\n\n{task.examples} examples{shots}.\n\n{table(header, rows)}"
 
@@ -172,7 +175,14 @@ def plot(result: SweepResult) -> Figure:
             x, places = "tokens/s relative to full depth (bars: quartiles)", [each.median for each in spreads]
             bars = [[s.median - s.q25 for s in spreads], [s.q75 - s.median for s in spreads]]
             axes.axvline(1.0, color=FINAL_LINE_COLOUR, linestyle=":", linewidth=1.2)
-        look = {"fmt": "o-", "color": "#0072b2", "markersize": 5, "linewidth": 1.0, "capsize": 2, "elinewidth": 0.8}
+        look = {
+            "fmt": "o-",
+            "color": "#0072b2",
+            "markersize": 5,
+            "linewidth": 1.0,
+            "capsize": 2,
+            "elinewidth": 0.8,
+        }
         axes.errorbar(places, values, xerr=bars, yerr=errors, **look)
         for place, value, way in _named(places, values, others):
             axes.annotate(way.way, (place, value), xytext=(5, 5), textcoords="offset points", fontsize=9)

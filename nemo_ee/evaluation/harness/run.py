@@ -88,12 +88,17 @@ def _task_manager(config: LmEvalConfig) -> TaskManager:
 def _model(config: LmEvalConfig, trainer: Any) -> Any:
     model = restore(config, trainer)
     model.prepare_decoding(
-        config.weights, rows=config.batch_size, prices_file=config.prices_file, output_layer=config.output_layer
+        config.weights,
+        rows=config.batch_size,
+        prices_file=config.prices_file,
+        output_layer=config.output_layer,
     )
     return model
 
 
-def _simple_evaluate(config: LmEvalConfig, lm: EarlyExitLM, tasks: Sequence[str], manager: TaskManager) -> dict:
+def _simple_evaluate(
+    config: LmEvalConfig, lm: EarlyExitLM, tasks: Sequence[str], manager: TaskManager
+) -> dict:
     return simple_evaluate(
         model=lm,
         tasks=list(tasks),
@@ -105,7 +110,9 @@ def _simple_evaluate(config: LmEvalConfig, lm: EarlyExitLM, tasks: Sequence[str]
         fewshot_as_multiturn=config.chat,
         gen_kwargs=dict(config.gen_kwargs) or None,
         task_manager=manager,
-        **dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), config.seed),
+        **dict.fromkeys(
+            ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), config.seed
+        ),
     )
 
 
@@ -178,7 +185,8 @@ def _way(lm: SweepLM, name: str, scores: Mapping[str, Any], seed: int) -> WayRes
         layers=sum(n * count for n, count in layers) / (deepest * tokens),
         agreement=agreement,
         agreement_ci=around,
-        same=sum(mine["tokens"] == theirs["tokens"] for mine, theirs in zip(texts, full, strict=True)) / len(texts),
+        same=sum(mine["tokens"] == theirs["tokens"] for mine, theirs in zip(texts, full, strict=True))
+        / len(texts),
         tokens_per_second=spread([mine for mine, _ in timed]) if timed else None,
         speedup=spread([mine / theirs for mine, theirs in timed]) if timed else None,
     )

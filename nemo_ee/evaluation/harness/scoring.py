@@ -32,8 +32,8 @@ def score_continuations(
 ) -> Iterator[tuple[int, list[Scored]]]:
     """Scores continuations in each of several ways, from one pass over the text.
 
-    A token is scored by the first exit whose confidence, the probability of its most probable token, is strictly above
-    its threshold, and by the final exit where there is none. It is the first token's rule, too, which decoding always
+    A token is scored by the first exit whose confidence, the probability of its most probable token, is strictly
+    above its threshold, and by the final exit where there is none. It is the first token's rule, too, which decoding always
     takes from the final exit. A shortlist's exit gives to all tokens that it has no row for equal shares of its bucket's
     probability, so that its probabilities are those of tokens and sum to 1.
 

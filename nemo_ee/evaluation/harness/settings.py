@@ -21,7 +21,7 @@ class LmEvalConfig(Settings):
         gpt_model_file: the base, or a model merged with its exits, a `.nemo`; may be null without `tasks`.
         adapter_file: the exits alone; null if they are part of the model.
         tasks: names; empty only writes the tasks of `tasks_dir`.
-        tasks_dir: of task files beside the harness's own. Those of `LOCAL_TASKS` are written there where they are missing.
+        tasks_dir: of task files beside the harness's own. Those of `LOCAL_TASKS` are written there where missing.
         downloads_dir: where files of packages are kept that local tasks are made of.
         exclude_file: JSONL of chats that exits were tuned on, whose questions are left out of local tasks.
         limit: examples per task, the first ones; null for all.
@@ -30,8 +30,8 @@ class LmEvalConfig(Settings):
         chat: ask in the tokenizer's chat template.
         system: what the system says in chats; null for nothing.
         early_exit: when tokens may leave; not for a sweep.
-        thresholds: of a sweep, each for all exits, or how many, evenly from 1 to 0; full depth is always measured beside.
-            Null for no sweep.
+        thresholds: of a sweep, each for all exits, or how many, evenly from 1 to 0; full depth is always measured
+            beside. Null for no sweep.
         task_thresholds: task -> the same, where it has others.
         exits: exit layers that a sweep uses; null for all.
         batch_size: texts at a time; a sweep generates one at a time.
@@ -74,7 +74,9 @@ class LmEvalConfig(Settings):
         """See `Settings`."""
         found = []
         if self.tasks and self.gpt_model_file is None:
-            found.append(Fault("gpt_model_file", None, "is required for tasks", "set gpt_model_file=model.nemo"))
+            found.append(
+                Fault("gpt_model_file", None, "is required for tasks", "set gpt_model_file=model.nemo")
+            )
         if len(set(self.tasks)) != len(self.tasks):
             found.append(Fault("tasks", list(self.tasks), "must each be named once", "leave one out"))
         if self.num_fewshot is not None and self.num_fewshot < 0:
@@ -82,7 +84,6 @@ class LmEvalConfig(Settings):
         if self.system is not None and not self.chat:
             found.append(Fault("system", self.system, "is for chats alone", "set chat=true, or system=null"))
         return found + _sweep_faults(self)
-
 
     def thresholds_of(self, task: str) -> tuple[float, ...]:
         """Of a sweep over a task, the highest first where they are counted."""

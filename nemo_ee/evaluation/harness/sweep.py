@@ -61,8 +61,10 @@ class Answers:
             if not lines or not all(isinstance(line, dict) for line in lines):
                 raise DataError(f"{path}: is damaged; delete it to begin anew")
             if lines[0] != self._settings:
-                names = sorted(k for k in {*lines[0], *self._settings} if lines[0].get(k) != self._settings.get(k))
-                rule = f"{path} was begun with {({name: lines[0].get(name) for name in names})}"
+                names = sorted(
+                    k for k in {*lines[0], *self._settings} if lines[0].get(k) != self._settings.get(k)
+                )
+                rule = f"{path} was begun with { ({name: lines[0].get(name) for name in names}) }"
                 remedy = "give that again to go on, another output_dir, or delete the file"
                 raise ConfigError(*(Fault(name, self._settings.get(name), rule, remedy) for name in names))
             self.found = {line.pop("request"): line for line in lines[1:]}
@@ -124,7 +126,9 @@ class SweepLM(EarlyExitLM):
     ) -> list[Scored]:
         keys = [_digest("score", context, said) for _, context, said in requests]
         missing = self._missing(keys, "scores")
-        for place, scores in self.scores([requests[i] for i in missing], list(self.ways.values()), not missing):
+        for place, scores in self.scores(
+            [requests[i] for i in missing], list(self.ways.values()), not missing
+        ):
             self._answers.add(keys[missing[place]], {"scores": dict(zip(self.ways, scores, strict=True))})
         self._answers.save()
         found = [self._answers.found[key]["scores"][self.current] for key in keys]
@@ -136,8 +140,12 @@ class SweepLM(EarlyExitLM):
         if any(not each.sampling["use_greedy"] for each in wanted):
             rule = "a sweep compares greedy texts"
             raise ConfigError(Fault("gen_kwargs.do_sample", True, rule, "set do_sample=false"))
-        pairs = [(self.prompt(request.args[0], each), each) for request, each in zip(requests, wanted, strict=True)]
-        keys = [_digest("generate", prompt, each.until, each.lengths, each.sampling) for prompt, each in pairs]
+        pairs = [
+            (self.prompt(request.args[0], each), each) for request, each in zip(requests, wanted, strict=True)
+        ]
+        keys = [
+            _digest("generate", prompt, each.until, each.lengths, each.sampling) for prompt, each in pairs
+        ]
         missing = self._missing(keys, "texts")
         with progress("generation", len(missing) * len(self.ways)) as bar:
             for place, i in enumerate(missing):

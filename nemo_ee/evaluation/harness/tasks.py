@@ -35,7 +35,7 @@ class LocalTask:
         suffix: of that file.
         splits: records -> split -> examples.
         question: key of an example by which `exclude_file` leaves it out; None where nothing is left out.
-        harness: of the harness's own task that it takes all else from: its file below `tasks/`; None where there is none.
+        harness: file below `tasks/` of the harness's own task that it takes all else from; None where there is none.
         keys: of the task file, beside those.
         score: name of the function in `task_functions` that scores; None for the metrics of `keys`.
     """
@@ -149,7 +149,9 @@ def _write_task(name: str, task: LocalTask, directory: Path, downloads: Path, sa
     try:
         splits = task.splits(_records(source))
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise DataError(f"{source}: is not what it should be ({error!r}); delete it to fetch it again") from error
+        raise DataError(
+            f"{source}: is not what it should be ({error!r}); delete it to fetch it again"
+        ) from error
     for split, records in splits.items():
         if task.question is not None and said and split != "train":
             records = [record for record in records if _plain(record[task.question]) not in said]
