@@ -150,9 +150,10 @@ def _sweep(
     for task in config.tasks:
         lm.begin(config.thresholds_of(task), exits)
         found = {}
-        for lm.current in lm.ways:
+        for name in lm.ways:
+            lm.current = name
             results = _simple_evaluate(config, lm, [task], manager)
-            found[lm.current] = results["results"][task]
+            found[name] = results["results"][task]
         examples, shots = results["n-samples"][task]["effective"], results["n-shot"][task]
         ways = [_way(lm, name, found[name], config.seed) for name in lm.ways]
         tasks.append(TaskResult(task, examples, shots, tuple(ways)))

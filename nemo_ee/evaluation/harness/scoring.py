@@ -33,9 +33,9 @@ def score_continuations(
     """Scores continuations in each of several ways, from one pass over the text.
 
     A token is scored by the first exit whose confidence, the probability of its most probable token, is strictly
-    above its threshold, and by the final exit where there is none. It is the first token's rule, too, which decoding always
-    takes from the final exit. A shortlist's exit gives to all tokens that it has no row for equal shares of its bucket's
-    probability, so that its probabilities are those of tokens and sum to 1.
+    above its threshold, and by the final exit where there is none. That holds for the first token, too, which decoding
+    always takes from the final exit. A shortlist's exit gives to all tokens that it has no row for equal shares of its
+    bucket's probability, so that its probabilities are those of tokens and sum to 1.
 
     Args:
         model: a `MegatronGPTEarlyExitModel` in one process.
