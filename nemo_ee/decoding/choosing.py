@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from nemo_ee.decoding.generated_sequence import GeneratedSequence
+from nemo_ee.decoding.layers.lean_head import LeanOutput
+from nemo_ee.decoding.logprobs import POSITIONS, TokenLogprobs, summarised
 from nemo_ee.decoding.prediction import Prediction
 from nemo_ee.decoding.request import SamplingOptions
 from nemo_ee.decoding.sampling import draw, draw_tokens, token_distribution
@@ -27,11 +29,21 @@ class TokenDistributions:
     Attributes:
         distributions: [n, V] that drafts were drawn from, or are judged by; zeros where none is wanted, and None where
             none is at all.
-        log_probs: [n, V] of the prediction itself, nats, whatever the request makes of it; None if nobody wants it.
+        logits: [n, V] of the predictions themselves, whatever requests make of them; None if nobody keeps anything of
+            them.
+        normaliser: [n] of these, see `Prediction.own_normaliser`.
     """
 
     distributions: Tensor | None = None
-    log_probs: Tensor | None = None
+    logits: Tensor | None = None
+    normaliser: Tensor | None = None
+
+    def logprobs(self, n: int, sequence: GeneratedSequence, token: int) -> list[TokenLogprobs]:
+        """What the n-th prediction, by which a sequence got that token, says of it; nothing if it does not ask."""
+        if (top := sequence.request.sampling.logprobs) is None:
+            return []
+        assert self.logits is not None and self.normaliser is not None, "this sequence wants them"
+        return summarised(self.logits[n : n + 1], self.normaliser[n : n + 1], [token], top)
 
 
 class Chooser:
@@ -59,11 +71,11 @@ class Chooser:
 
         Collectives: at TP > 1, for anything but plain greedy decoding, an all-gather of [n, Vp/TP], or two.
         """
-        log_probs = self._log_probs(step, sequences)
+        own = self._kept(step, sequences)
         sampled = [i for i, sequence in enumerate(sequences) if not sequence.request.sampling.use_greedy]
         if not sampled:
-            return step.most_probable(), TokenDistributions(None, log_probs)
-        logits = self._logits(step)
+            return step.most_probable(), TokenDistributions(None, *own)
+        logits = self.logits(step)
         drawn = torch.empty(len(sequences), dtype=torch.long, device=logits.device)
         kept = [i for i in sampled if drafts is not None and drafts[i]]
         distributions = self._distributions(logits, sequences, kept) if kept else None
@@ -81,7 +93,7 @@ class Chooser:
         for i, token in enumerate(step.most_probable()):
             if sequences[i].request.sampling.use_greedy:
                 tokens[i] = token
-        return tokens, TokenDistributions(distributions, log_probs)
+        return tokens, TokenDistributions(distributions, *own)
 
     def of_prediction(
         self, prediction: Prediction, sequences: Sequence[GeneratedSequence]
@@ -90,23 +102,41 @@ class Chooser:
 
         Collectives: see `of_step`.
         """
-        log_probs = self._log_probs(prediction, sequences)
+        own = self._kept(prediction, sequences)
         sampled = [i for i, sequence in enumerate(sequences) if not sequence.request.sampling.use_greedy]
         if not sampled:
-            return TokenDistributions(None, log_probs)
-        return TokenDistributions(
-            self._distributions(self._logits(prediction), sequences, sampled), log_probs
-        )
+            return TokenDistributions(None, *own)
+        return TokenDistributions(self._distributions(self.logits(prediction), sequences, sampled), *own)
 
-    def _logits(self, said: Step | Prediction, own: bool = False) -> Tensor:
-        """[n, V]."""
+    def score_prompt(self, sequence: GeneratedSequence, states: Tensor, output: LeanOutput) -> None:
+        """Gives a sequence what the final exit says of its prompt's tokens; logits of `POSITIONS` exist at once.
+
+        Args:
+            sequence: that asks for `prompt_logprobs`.
+            states: [S, H] of the prompt's S tokens behind the last layer.
+            output: the final exit.
+
+        Collectives: at TP > 1 an all-gather of [POSITIONS, Vp/TP] for each of them.
+        """
+        top, prompt = sequence.request.sampling.prompt_logprobs, sequence.prompt
+        assert top is not None, "this sequence wants them"
+        sequence.prompt_logprobs = [None]
+        for first in range(0, len(prompt) - 1, POSITIONS):
+            tokens = prompt[first + 1 : first + 1 + POSITIONS]
+            said = output.predict(states[first : first + len(tokens)])
+            sequence.prompt_logprobs += summarised(self.logits(said), said.own_normaliser(), tokens, top)
+
+    def logits(self, said: Step | Prediction, own: bool = False) -> Tensor:
+        """[n, V], of what requests make of them, or the model's own. Collectives: at TP > 1 an all-gather of them."""
         return gather_columns(said.vocabulary_shard(self.shard, own))[:, : self.vocabulary]
 
-    def _log_probs(self, said: Step | Prediction, sequences: Sequence[GeneratedSequence]) -> Tensor | None:
-        if not any(sequence.request.sampling.all_probs for sequence in sequences):
-            return None
-        logits = self._logits(said, own=True)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    def _kept(
+        self, said: Step | Prediction, sequences: Sequence[GeneratedSequence]
+    ) -> tuple[Tensor, Tensor] | tuple[()]:
+        """`TokenDistributions.logits` and `normaliser`, if any of the sequences asks for something of them."""
+        if not any(sequence.request.sampling.keeps_logprobs for sequence in sequences):
+            return ()
+        return self.logits(said, own=True), said.own_normaliser()
 
     @staticmethod
     def _distributions(
@@ -118,6 +148,11 @@ class Chooser:
             index = to_device(some, logits.device)
             out[index] = token_distribution(logits[index], options)
         return out
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Log-probabilities [., V] in float32 or wider."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 def _uniform(sequence: GeneratedSequence) -> float:

@@ -20,6 +20,7 @@ from nemo_ee.decoding.assumed_prices import prices_of
 from nemo_ee.decoding.confidence_rules import CONFIDENCE_RULES
 from nemo_ee.decoding.cpu.one_sequence import OneSequence
 from nemo_ee.decoding.cuda.captured_decoding import passes_for
+from nemo_ee.decoding.decoding_memory import KV_POLICIES
 from nemo_ee.decoding.decoding_model import DecodingModel
 from nemo_ee.decoding.exit_point import ExitPoint, Trail
 from nemo_ee.decoding.layers.packed_tokens import PackedTokens
@@ -29,12 +30,6 @@ from nemo_ee.decoding.pass_prices import PassPrices
 from nemo_ee.decoding.prediction import Prediction
 from nemo_ee.decoding.step import Part, Step
 from nemo_ee.decoding.transfer import to_device
-
-KV_POLICIES = ("catch_up", "recompute", "state_copy")
-"""What happens to keys and values of tokens that left early. `catch_up`: filled when a later token goes on.
-`recompute`: the tokens are run again from the first layer, with every new token until one goes all the way
-(EE-LLM, arXiv:2312.04916, section 4.1); the same outputs, more work. `state_copy`: the exit's hidden state
-stands in for those of all deeper layers (CALM, arXiv:2207.07061, section 3.4); an approximation."""
 
 
 class EarlyExitDecoder:
@@ -173,7 +168,6 @@ class EarlyExitDecoder:
         prompts: Sequence[Sequence[int]],
         all_positions: bool = False,
         slots: Sequence[TokenSlot] | None = None,
-        greedy: bool = False,
     ) -> Step:
         """Adds sequences behind those that are there, and feeds their prompts through all layers, eagerly.
 
@@ -181,17 +175,22 @@ class EarlyExitDecoder:
             prompts: see `feed_prompts`.
             all_positions: predict after every token of the prompts, not only after each one's last: the step's
                 predictions are then those of all tokens, sequence after sequence.
-            slots: of the predictions, see `processed`.
-            greedy: nobody asks for more than the most probable tokens, see `DecodingModel.greedy_output`.
-
-        Returns:
-            The final exit's predictions.
+            slots: see `first_step`.
         """
         x, packed = self.feed_prompts(prompts)
+        return self.first_step(x if all_positions else x[packed.last], slots)
+
+    def first_step(self, x: Tensor, slots: Sequence[TokenSlot] | None = None, greedy: bool = False) -> Step:
+        """What the final exit predicts behind prompts.
+
+        Args:
+            x: [N, H] states behind the last layer.
+            slots: of the N predictions, see `processed`.
+            greedy: nobody asks for more than the most probable tokens, see `DecodingModel.greedy_output`.
+        """
         output = self.model.greedy_output if greedy else self.output
         assert output is not None
-        prediction = output.predict(x if all_positions else x[packed.last])
-        return Step.of_final(processed(prediction, slots, final=True), self.final_layer)
+        return Step.of_final(processed(output.predict(x), slots, final=True), self.final_layer)
 
     def feed_prompts(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, PackedTokens]:
         """`prefill` without predictions.

@@ -9,6 +9,12 @@ from torch import Tensor
 from nemo_ee.decoding.decoding_model import DecodingModel
 from nemo_ee.decoding.layers.segment import Segment
 
+KV_POLICIES = ("catch_up", "recompute", "state_copy")
+"""What happens to keys and values of tokens that left early. `catch_up`: filled when a later token goes on.
+`recompute`: the tokens are run again from the first layer, with every new token until one goes all the way
+(EE-LLM, arXiv:2312.04916, section 4.1); the same outputs, more work. `state_copy`: the exit's hidden state
+stands in for those of all deeper layers (CALM, arXiv:2207.07061, section 3.4); an approximation."""
+
 
 class DecodingMemory:
     """Caches of so many rows and positions, with the layers that fill them.

@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from nemo_ee.decoding.logits_processing import TokenSlot
+from nemo_ee.decoding.logprobs import TokenLogprobs
 from nemo_ee.decoding.request import GenerationRequest
 
 
@@ -62,15 +63,15 @@ class GeneratedSequence:
         request: lengths, sampling, exits.
         end_tokens: each ends the sequence, and has no text.
         eos: tokens that are not chosen before `min_length` tokens.
-        limit: tokens to generate, at most.
+        limit: tokens to generate, at most; with 0 its prompt is scored.
         seed: of its own random numbers, so that its tokens do not depend on its neighbours.
         text: ends the sequence by what its tokens say; None where only tokens do.
         tokens: generated token ids, the one that ended them included.
         exit_layers: the exit of each generated token; `num_layers` for the final one.
         confidences: of that exit.
-        logprobs: log-probability (nats) of each generated token by that exit, only on request (`all_probs`);
-            in lossless decoding by the final exit.
-        full_logprobs: [V] each, likewise.
+        logprobs: what that exit said of each generated token, in lossless decoding the final exit; only on request.
+        full_logprobs: [V] each, nats, likewise (`all_probs`).
+        prompt_logprobs: what the final exit says of each token of the prompt, None for the first; likewise.
         drafts: of lossless decoding, not yet verified.
         finish_reason: "stop" or "length"; None while it goes on.
         statistics: what it cost so far.
@@ -86,8 +87,9 @@ class GeneratedSequence:
     tokens: list[int] = field(default_factory=list)
     exit_layers: list[int] = field(default_factory=list)
     confidences: list[float] = field(default_factory=list)
-    logprobs: list[Tensor] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     full_logprobs: list[Tensor] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     drafts: list[Draft] = field(default_factory=list)
     finish_reason: str | None = None
     statistics: SequenceStatistics = field(default_factory=SequenceStatistics)
@@ -112,6 +114,11 @@ class GeneratedSequence:
         if options.repetition_penalty != 1.0:
             text = self.prompt + self.tokens + [draft.token for draft in self.drafts[:count]]
         return TokenSlot(self.eos if too_short else (), options.repetition_penalty, text, options.use_greedy)
+
+    @property
+    def positions(self) -> int:
+        """That it takes in the caches, at most: the last token is not fed."""
+        return len(self.prompt) + max(self.limit - 1, 0)
 
     @property
     def last_token(self) -> int:

@@ -106,6 +106,12 @@ class Prediction:
         """The same, with the model's own logits [N, R] beside."""
         return replace(self, own_logits=logits)
 
+    def own_normaliser(self) -> Tensor:
+        """[N] log of the softmax's normaliser, in float32 or wider, of the model's own logits, a shortlist's bucket
+        included. Collectives: see `RowSummary.over_ranks`."""
+        own = self.logits if self.own_logits is None else self.own_logits
+        return summarise_rows(own, self.rows.emittable).over_ranks(self.rows.first)[0].log_sum
+
     def vocabulary_shard(self, shard_size: int, own: bool = False) -> Tensor:
         """Logits [N, Vp/TP] of this rank's share of the vocabulary; -inf for what cannot be emitted.
 

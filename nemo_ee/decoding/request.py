@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_ee.config import EarlyExitConfig, check_thresholds
 from nemo_ee.decoding.confidence_rules import CONFIDENCE_RULES
-from nemo_ee.decoding.decoder import KV_POLICIES
+from nemo_ee.decoding.decoding_memory import KV_POLICIES
 from nemo_ee.decoding.leaving import NEVER, is_asked
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.schema import build_config, one_of
@@ -35,6 +35,10 @@ class SamplingOptions:
             see `TextTokenizer`; the dictionary of NeMo's own defaults says True.
         all_probs: also return the log-probabilities of the tokens and of the whole vocabulary.
         compute_logprob: return the log-probabilities of the prompts' own tokens, and generate nothing.
+        logprobs: keep the log-probability of every generated token, and of so many of the most probable ones, by the
+            exit that the token left at (see `nemo_ee.decoding.logprobs`). None keeps none.
+        prompt_logprobs: the same of every token of the prompt but its first, at full depth; with `max_length=0` nothing
+            is generated.
         end_strings: a sequence ends with the token that completes one in its generated text. As with NeMo, tokens and
             text are returned with it, here with all of that token: NeMo goes on where a token has more than the
             string's end. `<|endoftext|>` stands for EOS; that and all else that ends the model's texts
@@ -49,12 +53,19 @@ class SamplingOptions:
     add_BOS: bool | None = None
     all_probs: bool = False
     compute_logprob: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
     end_strings: tuple[str, ...] = ("<|endoftext|>", "<extra_id_1>")
+
+    @property
+    def keeps_logprobs(self) -> bool:
+        """Whether more is kept of a prediction than its token and how sure it is."""
+        return self.all_probs or self.logprobs is not None
 
     @property
     def tokens_alone(self) -> bool:
         """Whether a prediction's most probable token is all that is asked for, but for tokens that may not come yet."""
-        return self.use_greedy and not self.all_probs and self.repetition_penalty == 1.0
+        return self.use_greedy and not self.keeps_logprobs and self.repetition_penalty == 1.0
 
 
 @dataclass(frozen=True)
@@ -85,7 +96,7 @@ class ExitOptions:
             beside it nor on the machine's prices. Null means no; where tokens are drawn with an explicit seed, yes.
         confidence: the rule by which exits are sure: a name in `CONFIDENCE_RULES`. Thresholds belong to a rule:
             with another one than the model's, `threshold` must be given.
-        kv_policy: see `nemo_ee.decoding.decoder.KV_POLICIES`.
+        kv_policy: see `nemo_ee.decoding.decoding_memory.KV_POLICIES`.
     """
 
     threshold: float | tuple[float, ...] | None = None
@@ -355,6 +366,14 @@ def _sampling_faults(options: SamplingOptions) -> list[Fault]:
         "top_k": (options.top_k >= -1, "must be a whole number, -1 or more", "use 0 or -1 for all tokens"),
         "top_p": (0 <= options.top_p <= 1, "lies within [0, 1]", "use 1.0 for all tokens"),
         "repetition_penalty": (options.repetition_penalty > 0, "must be above 0", "use 1.0 for none"),
+        **{
+            name: (
+                (value := getattr(options, name)) is None or (value >= 0 and not options.compute_logprob),
+                "must be a whole number, 0 or more, and not beside compute_logprob",
+                "use e.g. 5, or null for none",
+            )
+            for name in ("logprobs", "prompt_logprobs")
+        },
         "end_strings": ("" not in options.end_strings, "every text ends with an empty one", "leave that out"),
     }
     return [

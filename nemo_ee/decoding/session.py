@@ -4,7 +4,7 @@
 from collections.abc import Sequence
 
 from nemo_ee.decoding.assumed_prices import prices_of
-from nemo_ee.decoding.choosing import Chooser, TokenDistributions
+from nemo_ee.decoding.choosing import Chooser, TokenDistributions, log_softmax
 from nemo_ee.decoding.decoder import EarlyExitDecoder
 from nemo_ee.decoding.decoding_model import DecodingModel
 from nemo_ee.decoding.drafts.lossless import LosslessRounds
@@ -76,20 +76,27 @@ class DecodingSession:
         """Feeds prompts and chooses their first tokens.
 
         Args:
-            sequences: at most `free`, each of a limit of at least 1 that fits `max_length`.
+            sequences: at most `free`, each of a limit that fits `max_length`; one of limit 0 is scored, and finished.
 
         Returns:
             Those that are finished; they are not in the session.
         """
         assert len(sequences) <= self.free, "no free slot"
-        assert all(len(s.prompt) + s.limit - 1 <= self.max_length for s in sequences), "too long"
+        assert all(s.positions <= self.max_length for s in sequences), "too long"
         self.running += sequences
-        slots, greedy = (
-            [s.slot() for s in sequences],
-            all(s.request.sampling.tokens_alone for s in sequences),
-        )
-        step = self._decoder.prefill([s.prompt for s in sequences], slots=slots, greedy=greedy)
-        self._take(step, list(sequences), [False] * len(sequences))
+        x, packed = self._decoder.feed_prompts([s.prompt for s in sequences])
+        for sequence, states in zip(sequences, x.split(packed.counts), strict=True):
+            if sequence.request.sampling.prompt_logprobs is not None:
+                self._chooser.score_prompt(sequence, states, self._decoder.output)
+            if sequence.limit == 0:
+                sequence.finish_reason = "length"
+        going = [i for i, s in enumerate(sequences) if s.finish_reason is None]
+        if going:
+            last = packed.last_of(going if len(going) < len(sequences) else None, x.device)
+            some = [sequences[i] for i in going]
+            greedy = all(s.request.sampling.tokens_alone for s in some)
+            step = self._decoder.first_step(x[last], [s.slot() for s in some], greedy)
+            self._take(step, some, [False] * len(some))
         return self._retire()
 
     def step(self) -> list[GeneratedSequence]:
@@ -236,10 +243,10 @@ class DecodingSession:
         n: int,
     ) -> bool:
         """Adds a final token, chosen from the n-th prediction; returns whether the sequence goes on."""
+        sequence.logprobs += found.logprobs(n, sequence, token)
         if sequence.request.sampling.all_probs:
-            assert found.log_probs is not None, "this sequence wants them"
-            sequence.logprobs.append(found.log_probs[n, token])
-            sequence.full_logprobs.append(found.log_probs[n])
+            assert found.logits is not None, "this sequence wants them"
+            sequence.full_logprobs.append(log_softmax(found.logits[n]))
         return sequence.commit(token, layer, confidence)
 
     def _retire(self) -> list[GeneratedSequence]:

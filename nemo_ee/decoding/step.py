@@ -119,6 +119,10 @@ class Step:
         """Logits [n, Vp/TP] of this rank's share of the vocabulary, see `Prediction.vocabulary_shard`."""
         return self._join([part.prediction.vocabulary_shard(shard_size, own) for part in self.parts])
 
+    def own_normaliser(self) -> Tensor:
+        """[n] see `Prediction.own_normaliser`."""
+        return self._join([part.prediction.own_normaliser() for part in self.parts])
+
     def _note(self, part: Part, confidences: list[float], tokens: list[int]) -> None:
         for i, place in zip(part.indices, part.places, strict=True):
             self._confidences[i], self._tokens[i] = confidences[place], tokens[place]

@@ -13,10 +13,12 @@ from nemo.utils import logging
 from torch import Tensor
 
 from nemo_ee.decoding.assumed_prices import prices_of
+from nemo_ee.decoding.choosing import Chooser, log_softmax
 from nemo_ee.decoding.confidence_rules import CONFIDENCE_RULES
 from nemo_ee.decoding.decoder import EarlyExitDecoder
 from nemo_ee.decoding.decoding_model import DecodingModel
 from nemo_ee.decoding.generated_sequence import GeneratedSequence
+from nemo_ee.decoding.logprobs import POSITIONS
 from nemo_ee.decoding.pipeline.channel import PipelineGroups, StageGone
 from nemo_ee.decoding.pipeline.session import PipelineSession, serve
 from nemo_ee.decoding.request import GenerationRequest, parse_request
@@ -28,14 +30,12 @@ from nemo_ee.generation.output import to_output, to_prompt_logprobs
 from nemo_ee.generation.prompts import tokenize_prompts
 from nemo_ee.generation.stopping import StopRule
 from nemo_ee.generation.stream import StreamedText, streamed
-from nemo_ee.modeling.vocab_parallel import gather_columns
 from nemo_ee.runtime.collective import on_first_rank
 
 JOINING = 8
 """New prompts join when an eighth of the slots is free: a pass for one alone costs as much as for several."""
-FED, POSITIONS = 2048, 256
-"""Of prompts whose own log-probabilities are computed: tokens that are fed at once, if there are several; and positions
-whose logits exist at once."""
+FED = 2048
+"""Of prompts whose own log-probabilities are computed: tokens that are fed at once, if there are several."""
 
 
 def generate(
@@ -70,7 +70,7 @@ def generate(
             return _prompt_logprobs(model, begun)
         results = begun.sequences(model)
         decoding = model.decoding_model()
-        if begun.request.max_length > 0:
+        if results[0].finish_reason is None:
             for _ in continue_sequences(model, decoding, results, len(results)):
                 pass
         prices = prices_of(decoding).shown() if decoding.is_whole else None
@@ -96,14 +96,22 @@ def stream(
         generator: likewise.
 
     Raises:
-        ConfigError: parameters that break a rule, or ask for log-probabilities.
+        ConfigError: parameters that break a rule, or ask for log-probabilities of a whole vocabulary or of prompts.
         GenerationError: a model or prompts that cannot be served; several pipeline stages.
     """
     begun = _begin(model, inputs, length_params, sampling_params, early_exit, generator)
-    asked = [name for name in ("all_probs", "compute_logprob") if getattr(begun.request.sampling, name)]
-    if asked:
-        rule, remedy = "a stream has no log-probabilities", "call model.generate, or leave it out"
-        raise ConfigError(*(Fault(f"sampling_params.{name}", True, rule, remedy) for name in asked))
+    wholes = {
+        name: getattr(begun.request.sampling, name)
+        for name in ("all_probs", "compute_logprob", "prompt_logprobs")
+    }
+    if asked := {name: value for name, value in wholes.items() if value is not None and value is not False}:
+        rule, remedy = (
+            "a stream has log-probabilities of its tokens alone",
+            "call model.generate, or leave it out",
+        )
+        raise ConfigError(
+            *(Fault(f"sampling_params.{name}", value, rule, remedy) for name, value in asked.items())
+        )
     if (stages := parallel_state.get_pipeline_model_parallel_world_size()) > 1:
         raise GenerationError(
             f"model.pipeline_model_parallel_size={stages}: a stream needs all layers on one stage; call "
@@ -140,7 +148,8 @@ class _Begun:
             stop.begin(prompt, request, min(request.max_length, limit + 1 - len(prompt)), seed)
             for prompt, seed in zip(self.prompts, self.seeds, strict=True)
         ]
-        for sequence in begun if request.max_length == 0 else ():
+        scored = request.sampling.prompt_logprobs is not None
+        for sequence in begun if request.max_length == 0 and not scored else ():
             sequence.finish_reason = "length"
         return begun
 
@@ -212,7 +221,15 @@ def continue_over_stages(
     """
     exits, longest = _extent(sequences)
     size = exits, len(sequences), longest, sequences[0].request.confidence
-    names = ("tokens", "exit_layers", "confidences", "finish_reason", "statistics")
+    names = (
+        "tokens",
+        "exit_layers",
+        "confidences",
+        "logprobs",
+        "prompt_logprobs",
+        "finish_reason",
+        "statistics",
+    )
     failure: Exception | None = None
     try:
         if parallel_state.is_pipeline_first_stage():
@@ -240,7 +257,7 @@ def continue_over_stages(
 
 def _extent(sequences: list[GeneratedSequence]) -> tuple[list[int], int]:
     """The exits that can be taken, and the positions that are needed."""
-    return sequences[0].request.asked, max(len(s.prompt) + s.limit - 1 for s in sequences)
+    return sequences[0].request.asked, max(s.positions for s in sequences)
 
 
 def seeds(count: int, generator: torch.Generator | None) -> list[int]:
@@ -260,7 +277,7 @@ def _prompt_logprobs(model: Any, begun: _Begun) -> dict[str, Any]:
     whole = begun.request.sampling.all_probs
     logprobs: list[Tensor] = []
     full: list[Tensor] = []
-    groups = list(_groups(begun.prompts))
+    groups, chooser = list(_groups(begun.prompts)), Chooser(model.gpt)
     size = max(map(len, groups)), max(map(len, begun.prompts))
     with closing(EarlyExitDecoder(model.decoding_model(), [], *size)) as decoder:
         for prompts in groups:
@@ -270,7 +287,7 @@ def _prompt_logprobs(model: Any, begun: _Begun) -> dict[str, Any]:
             scored, rows = [], []
             for first in range(0, len(states), POSITIONS):
                 chunk = slice(first, first + POSITIONS)
-                log_probs = _log_probs(model.gpt, decoder, states[chunk])
+                log_probs = log_softmax(chooser.logits(decoder.output.predict(states[chunk])))
                 tokens = to_device(following[chunk], states.device)
                 given = log_probs.gather(1, tokens.clamp_min(0)[:, None])[:, 0]
                 scored.append(torch.where(tokens < 0, log_probs.max(-1).values, given))
@@ -293,13 +310,6 @@ def _groups(prompts: list[list[int]]) -> Iterator[list[list[int]]]:
             group = []
         group.append(prompt)
     yield group
-
-
-def _log_probs(gpt: Any, decoder: EarlyExitDecoder, states: Tensor) -> Tensor:
-    """[positions, V] in float32 or wider, from states [positions, H] behind the last layer."""
-    shard = decoder.output.predict(states).vocabulary_shard(len(gpt.output_weight()))
-    logits = gather_columns(shard)[:, : gpt.true_vocab_size]
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 def check_pipeline_can(request: GenerationRequest) -> None:

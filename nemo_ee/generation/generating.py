@@ -41,6 +41,10 @@ def position_limit(cfg: Any) -> int:
     return max(cfg.encoder_seq_length, cfg.get("max_position_embeddings") or 0)
 
 
+USUAL_LENGTH = 2048
+"""Positions that are reserved for a sequence where nobody says how many, if the model has as many."""
+
+
 @contextmanager
 def generating(model: Any, no_gradients: Callable = torch.inference_mode) -> Iterator[None]:
     """Eval mode, no gradients, no sequence parallelism, autocast as in NeMo's forward; restored on leaving.

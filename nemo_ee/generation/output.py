@@ -17,16 +17,26 @@ def to_output(results: Sequence[GeneratedSequence], tokenizer: TextTokenizer) ->
     """NeMo's dictionary for generated text.
 
     `sentences`, `tokens`, `token_ids` and `offsets` cover prompt and continuation, each sentence up to its
-    own end. `logprob` and `full_logprob` are None, or per sentence [n] and [n, V] for the n generated tokens.
+    own end. `logprob` and `full_logprob` are None, or with `all_probs` per sentence [n] and [n, V] for the n generated
+    tokens. `logprobs` and `prompt_logprobs` are None, or per sentence a list of `TokenLogprobs.plain`, of the n
+    generated tokens, and of the prompt's with None for its first.
     `finish_reason` has per sentence "stop" or "length".
     `early_exit` has per sentence the `exit_layers` and `confidences` of the n generated tokens, and the fields
     of `SequenceStatistics`.
     """
     ids = [result.prompt + result.tokens for result in results]
     output = text_fields(ids, tokenizer)
-    with_probs = any(result.logprobs for result in results)
-    output["logprob"] = [torch.stack(r.logprobs) for r in results] if with_probs else None
-    output["full_logprob"] = [torch.stack(r.full_logprobs) for r in results] if with_probs else None
+    output["logprob"] = output["full_logprob"] = None
+    if any(result.full_logprobs for result in results):
+        whole = output["full_logprob"] = [torch.stack(r.full_logprobs) for r in results]
+        output["logprob"] = [
+            torch.stack([row[token] for row, token in zip(rows, r.tokens, strict=True)])
+            for rows, r in zip(whole, results, strict=True)
+        ]
+    sampling = results[0].request.sampling
+    for name in ("logprobs", "prompt_logprobs"):
+        kept = [[each and each.plain() for each in getattr(r, name)] for r in results]
+        output[name] = None if getattr(sampling, name) is None else kept
     output["finish_reason"] = [result.finish_reason for result in results]
     output["early_exit"] = [
         {"exit_layers": result.exit_layers, "confidences": result.confidences, **vars(result.statistics)}

@@ -38,14 +38,18 @@ class StopRule:
         return GeneratedSequence(prompt, request, self.token_ids, self._tokenizer.eos_ids, limit, seed, text)
 
 
-def end_tokens(tokenizer: TextTokenizer, strings: Sequence[str]) -> tuple[frozenset[int], list[str]]:
+def end_tokens(
+    tokenizer: TextTokenizer, strings: Sequence[str], ignore_eos: bool = False
+) -> tuple[frozenset[int], list[str]]:
     """Tokens that end a sequence: those that end every text, and strings that are special tokens, whose text nobody
     sees; and the other strings.
 
     Args:
         tokenizer: the model's.
         strings: end strings.
+        ignore_eos: tokens that end every text do not end this one, unless a string names them.
     """
     special = {text: tokenizer.special_id(text) for text in strings}
     ids = {token for token in special.values() if token is not None}
-    return frozenset({*tokenizer.eos_ids, *ids}), [text for text, token in special.items() if token is None]
+    always = () if ignore_eos else tokenizer.eos_ids
+    return frozenset({*always, *ids}), [text for text, token in special.items() if token is None]

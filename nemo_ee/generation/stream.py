@@ -2,10 +2,11 @@
 """Generated text as it comes: an iterator over what each decoding step adds to its sequences."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_ee.decoding.generated_sequence import GeneratedSequence
+from nemo_ee.decoding.logprobs import TokenLogprobs
 from nemo_ee.decoding.session import DecodingSession
 from nemo_ee.generation.generating import generating
 from nemo_ee.generation.text_stream import TextStream
@@ -21,6 +22,7 @@ class StreamedText:
         token_ids: the new tokens whose text is settled.
         exit_layers: of each the exit; `num_layers` for the final one.
         confidences: of that exit.
+        logprobs: what it said of each, if `sampling_params.logprobs` asks for that; else empty.
         finish_reason: "stop" or "length" with the sequence's last; None before.
     """
 
@@ -30,6 +32,7 @@ class StreamedText:
     exit_layers: list[int]
     confidences: list[float]
     finish_reason: str | None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 class SequenceReader:
@@ -60,6 +63,7 @@ class SequenceReader:
             sequence.exit_layers[new],
             sequence.confidences[new],
             sequence.finish_reason,
+            sequence.logprobs[new],
         )
 
 
@@ -73,7 +77,7 @@ def streamed(model: Any, sequences: list[GeneratedSequence]) -> Iterator[Streame
     readers = [SequenceReader(sequence, i) for i, sequence in enumerate(sequences)]
     request = sequences[0].request
     session: DecodingSession | None = None
-    longest = max(len(s.prompt) + s.limit - 1 for s in sequences)
+    longest = max(s.positions for s in sequences)
     try:
         if request.max_length > 0:
             with generating(model):

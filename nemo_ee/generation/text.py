@@ -1,15 +1,23 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """From text to token ids and back, with what a checkpoint says of its texts: how they begin, and what ends them."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from nemo.collections.common.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from transformers import PreTrainedTokenizerFast
+from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 
 from nemo_ee.data.token_rules import beginning, joined, known_id, special_ids, tokens_before_a_text
 from nemo_ee.errors import ConfigError, Fault, GenerationError
+
+BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
+"""How byte-level vocabularies write bytes."""
+BYTE = re.compile("<0x([0-9A-F]{2})>")
+SPACE = "\u2581"
+"""How SentencePiece's vocabularies write a byte that is a token, and a space."""
 
 
 class TextTokenizer:
@@ -41,12 +49,14 @@ class TextTokenizer:
         self._bos = known_id(getattr(tokenizer, "bos_id", None))
         _check(others, add_bos, self._bos)
         self.nemo = tokenizer
+        self._byte_level = False
         self._other_ends = tuple(others or ())
         self._own_rule: list[int] = []
         self._add_bos: bool | None = add_bos
         self._known: frozenset[int] | None = None
         if isinstance(tokenizer, AutoTokenizer):
             self._own_rule = tokens_before_a_text(tokenizer.tokenizer)
+            self._byte_level = _is_byte_level(tokenizer.tokenizer)
             self.special = special_ids(tokenizer.tokenizer)
             self._known = frozenset(tokenizer.tokenizer.get_vocab().values()) - self.special
         elif isinstance(tokenizer, SentencePieceTokenizer):
@@ -125,6 +135,18 @@ class TextTokenizer:
             return ""
         return self.nemo.ids_to_tokens([token])[0] or ""
 
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for in a text, in UTF-8, of which it may be a part of a character; spaces are spaces,
+        however the vocabulary writes them. A special token's name; nothing for an id that the tokenizer lacks."""
+        name = self.name(token)
+        if token in self.special:
+            return name.encode()
+        if self._byte_level and all(character in BYTES for character in name):
+            return bytes(BYTES[character] for character in name)
+        if byte := BYTE.fullmatch(name):
+            return bytes([int(byte[1], 16)])
+        return name.replace(SPACE, " ").encode()
+
     def special_id(self, name: str) -> int | None:
         """The id of the special token of that name; None for all other strings.
 
@@ -134,6 +156,13 @@ class TextTokenizer:
             return None
         token = self.nemo.tokens_to_ids([name])[0]
         return token if token in self.special and self.name(token) == name else None
+
+
+def _is_byte_level(tokenizer: Any) -> bool:
+    """Whether the vocabulary of a tokenizer of transformers writes each byte as one character, as GPT-2's."""
+    if (core := getattr(tokenizer, "backend_tokenizer", None)) is None:
+        return hasattr(tokenizer, "byte_decoder")
+    return core.decoder is not None and b'"ByteLevel"' in core.decoder.__getstate__()
 
 
 def _decodes_by_core(kind: type) -> bool:

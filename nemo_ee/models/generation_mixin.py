@@ -22,16 +22,18 @@ from nemo_ee.decoding.pipeline.channel import PipelineGroups
 from nemo_ee.decoding.request import EXITS_ARE_OFF
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.generation.generate import generate, stream
-from nemo_ee.generation.generating import check_model_can_generate, generating, position_limit
+from nemo_ee.generation.generating import (
+    USUAL_LENGTH,
+    check_model_can_generate,
+    generating,
+    position_limit,
+)
 from nemo_ee.generation.inference_config import generate_arguments, in_own_keys
 from nemo_ee.generation.strategy import EarlyExitTextGenerationStrategy
 from nemo_ee.generation.stream import StreamedText
 from nemo_ee.generation.text import TextTokenizer
 from nemo_ee.runtime.upstream.microbatches import kept_microbatches
 from nemo_ee.schema import one_of
-
-USUAL_LENGTH = 2048
-"""Positions that `prepare_decoding` reserves per sequence if it is not told."""
 
 
 class GenerationMixin:
@@ -83,7 +85,9 @@ class GenerationMixin:
                 tokens, as exits are then asked for every one (unless `early_exit` says `always=False`).
 
         Returns:
-            NeMo's `OutputType` (`sentences`, `tokens`, `logprob`, `full_logprob`, `token_ids`, `offsets`),
+            NeMo's `OutputType` (`sentences`, `tokens`, `logprob`, `full_logprob`, `token_ids`, `offsets`), `logprobs`
+            and `prompt_logprobs` if `sampling_params` ask for them (per sentence and token `token_id`, `logprob`,
+            `top_token_ids`, `top_logprobs`; None for a prompt's first token),
             `finish_reason` (per sentence "stop" or "length") and `early_exit`: per sentence `{"exit_layers": [int],
             "confidences": [float]}` of its generated tokens (`num_layers` stands for the final exit), and
             `layers_run` (passes of one token through one layer), `drafts` and `accepted` (of lossless decoding).
@@ -106,10 +110,17 @@ class GenerationMixin:
             "early_exit": early_exit,
             'sampling_params["early_exit"]': (sampling_params or {}).get("early_exit"),
             "generator": generator,
+            **{
+                f'sampling_params["{name}"]': (sampling_params or {}).get(name)
+                for name in ("logprobs", "prompt_logprobs")
+            },
         }
         ignored = {name: value for name, value in ignored.items() if value is not None}
         if ignored:
-            remedy = "give exits to EarlyExitTextGenerationStrategy; NeMo's loop has torch's generator"
+            remedy = (
+                "give exits to EarlyExitTextGenerationStrategy; NeMo's loop has torch's generator, and "
+                "log-probabilities by all_probs and compute_logprob"
+            )
             rule = "has no effect with a strategy"
             raise ConfigError(*(Fault(name, value, rule, remedy) for name, value in ignored.items()))
         lengths = {**get_default_length_params(), **(length_params or {})}
@@ -148,7 +159,7 @@ class GenerationMixin:
         Args:
             inputs: as for `generate`, as are the others.
             length_params: likewise.
-            sampling_params: likewise; log-probabilities are refused.
+            sampling_params: likewise; log-probabilities but `logprobs` are refused.
             early_exit: likewise.
             generator: likewise.
 

@@ -86,8 +86,8 @@ def check(config: GenerateConfig, processes: int) -> None:
 
 
 def generate(model: Any, config: GenerateConfig, prompts: list[Prompt]) -> Iterator[dict[str, Any]]:
-    """One record per prompt, in their order: prompt, text, tokens, finish_reason, exit_layers, confidences, seconds of
-    its batch.
+    """One record per prompt, in their order: prompt, text, tokens, finish_reason, exit_layers, confidences, if asked
+    for logprobs and prompt_logprobs, seconds of its batch.
 
     All prompts are tokenized, and so checked, before the first batch runs, and before memory for them is
     reserved.
@@ -122,6 +122,11 @@ def generate(model: Any, config: GenerateConfig, prompts: list[Prompt]) -> Itera
                 "token_ids": new,
                 "finish_reason": output["finish_reason"][i],
                 **exits,
+                **{
+                    name: output[name][i]
+                    for name in ("logprobs", "prompt_logprobs")
+                    if output[name] is not None
+                },
                 "batch_seconds": round(seconds, 3),
                 "batch_tokens": sum(len(row["exit_layers"]) for row in output["early_exit"]),
             }

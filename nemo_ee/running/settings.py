@@ -26,6 +26,8 @@ class SamplingConfig:
         tokens_to_generate: per prompt, at most.
         min_tokens_to_generate: before a text may end.
         repetition_penalty: above 1 makes tokens that the text has already rarer.
+        logprobs: write the log-probability of every token, and of so many of the most probable; null for none.
+        prompt_logprobs: the same of the prompt's tokens, at full depth.
         end_strings: generation ends with the token that completes one of these; `<|endoftext|>` stands for EOS.
     """
 
@@ -37,6 +39,8 @@ class SamplingConfig:
     tokens_to_generate: int = 64
     min_tokens_to_generate: int = 0
     repetition_penalty: float = 1.0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
     end_strings: tuple[str, ...] = ("<|endoftext|>",)
 
 
@@ -123,8 +127,9 @@ class GenerateConfig(Settings):
         """`length_params`, `sampling_params` and `early_exit` of `model.generate`."""
         options = self.inference
         lengths = {"max_length": options.tokens_to_generate, "min_length": options.min_tokens_to_generate}
-        names = ("top_k", "top_p", "temperature", "add_BOS", "repetition_penalty", "end_strings")
-        sampling = {"use_greedy": options.greedy, **{name: getattr(options, name) for name in names}}
+        sampling = dict(vars(options), use_greedy=options.greedy)
+        for name in ("greedy", "tokens_to_generate", "min_tokens_to_generate"):
+            del sampling[name]
         exits = dict(vars(self.early_exit))
         return {"length_params": lengths, "sampling_params": sampling, "early_exit": exits}
 

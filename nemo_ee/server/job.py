@@ -34,6 +34,7 @@ class Job:
     last_token: float | None = None
     cancelled: bool = False
     _settled: int = 0
+    _begun: bool = False
 
     @property
     def prompt_tokens(self) -> int:
@@ -43,7 +44,8 @@ class Job:
     @property
     def is_finite(self) -> bool:
         """Whether the model is sure of the sequence's new tokens by a finite number; it is not where logits are NaN."""
-        return all(map(math.isfinite, self.sequence.confidences[self._settled :]))
+        scores = [] if self._begun else [each.logprob for each in self.sequence.prompt_logprobs if each]
+        return all(map(math.isfinite, [*self.sequence.confidences[self._settled :], *scores]))
 
     def advance(self) -> Delta | None:
         """What the sequence's new tokens settle; None if that is nothing. Ends with `finish_reason`."""
@@ -52,6 +54,14 @@ class Job:
         if not pieces and reason is None:
             return None
         start, self._settled = self._settled, self._settled + len(pieces)
-        layers = sequence.exit_layers[start : self._settled]
-        values = sequence.confidences[start : self._settled]
-        return Delta(pieces, layers, values, reason, sequence.statistics if reason else None)
+        new = slice(start, self._settled)
+        prompt, self._begun = [] if self._begun else sequence.prompt_logprobs, True
+        return Delta(
+            pieces,
+            sequence.exit_layers[new],
+            sequence.confidences[new],
+            reason,
+            sequence.statistics if reason else None,
+            sequence.logprobs[new],
+            prompt,
+        )

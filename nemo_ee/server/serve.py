@@ -82,12 +82,9 @@ def check(config: ServerConfig) -> None:
     usual_request(config, early_exit)
     read_prices(config.prices_file, base.num_layers, early_exit.layers, config.weights, config.output_layer)
     limit = position_limit(base)
-    if config.max_prompt_tokens + config.max_tokens > limit + 1:
-        tokens = min(config.max_tokens, (limit + 1) // 2)
-        prompt = min(config.max_prompt_tokens, limit + 1 - tokens)
-        rule = f"with max_prompt_tokens={config.max_prompt_tokens} they exceed the model's {limit} positions"
-        remedy = f"use e.g. max_prompt_tokens={prompt} max_tokens={tokens}"
-        raise ConfigError(Fault("max_tokens", config.max_tokens, rule, remedy))
+    if config.positions(limit) > limit:
+        rule, remedy = f"exceeds the model's {limit} positions", f"use context_length={limit}"
+        raise ConfigError(Fault("context_length", config.context_length, rule, remedy))
 
 
 def check_address(host: str, port: int) -> None:
@@ -134,7 +131,8 @@ def create_service(config: ServerConfig, model: Any) -> Service:
         rule = "the tokenizer has no BOS token"
         raise ConfigError(Fault("add_BOS", config.add_BOS, rule, "set add_BOS=null")) from error
     usual = usual_request(config, model.early_exit)
-    longest = max(config.max_prompt_tokens + config.max_tokens - 1, POSITIONS)  # the last token is not fed
+    context_length = config.positions(position_limit(model.cfg))
+    longest = max(context_length, POSITIONS)
     model.prepare_decoding(
         config.weights,
         rows=config.slots,
@@ -164,6 +162,8 @@ def create_service(config: ServerConfig, model: Any) -> Service:
         usual,
         gpt.config.num_layers,
         gpt.true_vocab_size,
+        context_length,
+        config.base_name,
         prices,
     )
     return Service(config, served, engine, metrics)

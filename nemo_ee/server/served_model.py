@@ -34,6 +34,7 @@ class SharedTokenizer:
         tokenizer.before(add_bos)
         self._encoder, self._encoding, self._add_bos = tokenizer, threading.Lock(), add_bos
         self._decoder, self._decoding = copy.deepcopy(tokenizer), threading.Lock()
+        self._bytes: dict[int, bytes] = {}
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt."""
@@ -57,15 +58,17 @@ class SharedTokenizer:
         with self._decoding:
             return self._decoder.decode(ids)
 
-    def end_tokens(self, strings: Sequence[str]) -> tuple[frozenset[int], list[str]]:
+    def end_tokens(self, strings: Sequence[str], ignore_eos: bool) -> tuple[frozenset[int], list[str]]:
         """See `nemo_ee.generation.stopping.end_tokens`."""
         with self._encoding:
-            return end_tokens(self._encoder, strings)
+            return end_tokens(self._encoder, strings, ignore_eos)
 
-    @property
-    def eos(self) -> tuple[int, ...]:
-        """Tokens that end every text."""
-        return self._encoder.eos_ids
+    def token_bytes(self, token: int) -> bytes:
+        """See `TextTokenizer.token_bytes`; each token is asked for once."""
+        if token not in self._bytes:
+            with self._decoding:
+                self._bytes[token] = self._decoder.token_bytes(token)
+        return self._bytes[token]
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,8 @@ class ServedModel:
         usual: what a request gets that says nothing of exits.
         num_layers: the final exit's layer.
         vocabulary: number of token ids.
+        context_length: positions of a sequence: tokens of a prompt, and of its answer but the last.
+        base: the file of the model that the exits belong to, without its folder and ending.
         pass_prices: see `PassPrices.shown`; empty where there are no exits.
         created: seconds since 1970.
     """
@@ -89,6 +94,8 @@ class ServedModel:
     usual: GenerationRequest
     num_layers: int
     vocabulary: int
+    context_length: int
+    base: str
     pass_prices: dict[str, Any] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
 

@@ -51,9 +51,10 @@ class Service:
             self.metrics.request(request.url.path, outcome_of(error))
             raise
         form = ChatAnswer if isinstance(call, ChatRequest) else Answer
-        answer = form(self.model.name, self.model.num_layers, plan)
+        spell = self.model.tokenizer.token_bytes
+        answer = form(self.model.name, self.model.num_layers, plan, spell, call.include_usage)
         if call.stream:
-            return EventStream(self._run(request, plan), answer, call.include_usage)
+            return EventStream(self._run(request, plan), answer)
         choices: dict[int, Delta] = {}
         async with self._run(request, plan) as reply:
             while not reply.done:
@@ -63,13 +64,14 @@ class Service:
 
     def card(self) -> dict[str, Any]:
         """The model in `/v1/models`, with its exits and limits."""
-        usual, config = self.model.usual, self.config
+        usual = self.model.usual
         return {
             "id": self.model.name,
             "object": "model",
             "created": self.model.created,
             "owned_by": "nemo_ee",
             "early_exit": {
+                "base": self.model.base,
                 "exits": list(self.model.early_exit.layers),
                 "num_layers": self.model.num_layers,
                 "default_thresholds": {str(layer): threshold for layer, threshold in usual.exits.items()},
@@ -79,9 +81,8 @@ class Service:
                 "pass_prices": self.model.pass_prices,
             },
             "limits": {
-                "max_prompt_tokens": config.max_prompt_tokens,
-                "max_tokens": config.max_tokens,
-                "max_choices": config.max_choices,
+                "context_length": self.model.context_length,
+                "max_choices": self.config.max_choices,
             },
         }
 

@@ -14,6 +14,7 @@ from nemo_ee.decoding.cpu.lean_weights import WEIGHT_KINDS
 from nemo_ee.decoding.cpu.output_search import OUTPUT_LAYERS
 from nemo_ee.decoding.request import ExitOptions
 from nemo_ee.errors import Fault
+from nemo_ee.generation.generating import USUAL_LENGTH
 from nemo_ee.schema import Positive, Rule, Settings, choice, holds
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
@@ -59,8 +60,8 @@ class ServerConfig(Settings):
         output_layer: how it finds greedy tokens of full depth, see `nemo_ee.decoding.cpu.output_search`.
         add_BOS: put the tokenizer's BOS before each prompt that is a text, or not; null for the model's rule.
         slots: sequences that decode together.
-        max_prompt_tokens: of one prompt.
-        max_tokens: to generate per choice.
+        context_length: positions of a sequence: tokens of a prompt, and of its answer but the last; null for the
+            model's, or 2048 if these are more.
         max_choices: prompts times `n` of one request.
         prefill_tokens: prompt tokens that join between two steps, at most; a longer prompt joins alone.
         queue_size: sequences that wait for a slot, at most.
@@ -88,8 +89,7 @@ class ServerConfig(Settings):
     output_layer: Annotated[str, choice(*OUTPUT_LAYERS)] = "exact8"
     add_BOS: bool | None = None
     slots: Positive = 8
-    max_prompt_tokens: Positive = 1024
-    max_tokens: Positive = 512
+    context_length: Positive | None = None
     max_choices: Positive = 8
     prefill_tokens: Positive = 2048
     queue_size: Positive = 64
@@ -129,6 +129,15 @@ class ServerConfig(Settings):
             rule = f"a request may have max_choices={self.max_choices} sequences, which must fit in the queue"
             faults.append(Fault("queue_size", self.queue_size, rule, f"use {self.max_choices} or more"))
         return faults
+
+    def positions(self, limit: int) -> int:
+        """`context_length`, of a model with so many positions."""
+        return self.context_length or min(limit, USUAL_LENGTH)
+
+    @property
+    def base_name(self) -> str:
+        """The model that exits belong to."""
+        return Path(self.gpt_model_file).stem
 
     @property
     def served_name(self) -> str:

@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+from tests.support.logprobs import same_logprobs
 from tests.support.tiny_gpt import HEADS, NEMO, TEXTS
 
 EARLY = dict(threshold=[0.6, 0.5, 0.7], always=True)
@@ -29,7 +30,10 @@ def generate(tp, head, sequence_parallel=False):
     out = [model.generate(texts, dict(max_length=12), greedy, early_exit=early)]
     out.append(
         model.generate(
-            texts, dict(max_length=12, min_length=6), dict(add_BOS=False, all_probs=True), early_exit=early
+            texts,
+            dict(max_length=12, min_length=6),
+            dict(add_BOS=False, all_probs=True, logprobs=3, prompt_logprobs=2),
+            early_exit=early,
         )
     )
     sampling = dict(use_greedy=False, add_BOS=False, top_k=20, top_p=0.9)
@@ -38,7 +42,8 @@ def generate(tp, head, sequence_parallel=False):
     for threshold in (0.0, 0.5):
         lossless = dict(threshold=threshold, lossless=True) if rank == 0 else None
         with drafting_eagerly():
-            out.append(model.generate(texts, dict(max_length=12), greedy, early_exit=lossless))
+            asked = {**greedy, "logprobs": 2}
+            out.append(model.generate(texts, dict(max_length=12), asked, early_exit=lossless))
         assert rank > 0 or sum(each["drafts"] for each in out[-1]["early_exit"]) > 0
         assert (
             out[-1]["token_ids"]
@@ -146,6 +151,7 @@ def same(one, other):
     for a, b in zip(one.get("early_exit", []), other.get("early_exit", []), strict=True):
         assert a["exit_layers"] == b["exit_layers"]
         assert a["confidences"] == pytest.approx(b["confidences"], rel=1e-9)
+    same_logprobs(one, other)
     for key in ("logprob", "full_logprob"):
         if isinstance(one[key], list):
             for a, b in zip(one[key], other[key], strict=True):

@@ -6,13 +6,19 @@ from collections import Counter
 import pytest
 import torch
 
+from tests.support.logprobs import same_logprobs
 from tests.support.tiny_gpt import HEADS
 
 TEXTS = ["w1 w2 w3", "w9 w10 w11 w12 w13 w14 w15", "w40", "w7 w7", "w100 w3 w55 w2"]
 EXITS = [1, 4, 6]
 """The first stage's, one on the last layer of a stage, one of the second half."""
 WAYS = {
-    "mixed": (dict(threshold=[0.7, 0.5, 0.6], always=True), dict(add_BOS=False), dict(max_length=16)),
+    "mixed": (
+        dict(threshold=[0.7, 0.5, 0.6], always=True),
+        dict(add_BOS=False, logprobs=3, prompt_logprobs=2),
+        dict(max_length=16),
+    ),
+    "scored alone": (False, dict(add_BOS=False, prompt_logprobs=1), dict(max_length=0)),
     "always the first": (dict(threshold=0.0, always=True), dict(add_BOS=False), dict(max_length=12)),
     "full depth": (False, dict(add_BOS=False), dict(max_length=8)),
     "some exits, margin": (
@@ -23,7 +29,7 @@ WAYS = {
     "late end": (dict(threshold=0.5, always=True), dict(add_BOS=False), dict(max_length=16, min_length=9)),
     "sampled": (
         dict(threshold=0.5, always=True),
-        dict(add_BOS=False, use_greedy=False, temperature=1.3, top_k=30, repetition_penalty=1.2),
+        dict(add_BOS=False, use_greedy=False, temperature=1.3, top_k=30, repetition_penalty=1.2, logprobs=0),
         dict(max_length=12),
     ),
 }
@@ -91,11 +97,13 @@ def test_the_tokens_are_those_of_one_process(workers, tp, pp, head):
             found = rank[name]
             assert found["token_ids"] == expected["token_ids"], name
             assert found["sentences"] == expected["sentences"]
+            same_logprobs(found, expected)
             for mine, theirs in zip(found["early_exit"], expected["early_exit"], strict=True):
                 assert mine["exit_layers"] == theirs["exit_layers"], name
                 assert mine["layers_run"] >= theirs["layers_run"] > 0, name
             for ids, row in zip(found["token_ids"], found["early_exit"], strict=True):
-                assert row["layers_run"] == 8 * (len(ids) - 1), "every token but the last, through all layers"
+                fed = len(ids) - bool(row["exit_layers"])
+                assert row["layers_run"] == 8 * fed, "every token but the last, through all layers"
                 assert mine["confidences"] == pytest.approx(theirs["confidences"], rel=1e-9)
 
 

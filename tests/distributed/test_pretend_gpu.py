@@ -17,6 +17,7 @@ from tests.distributed.test_pretraining_parallel import section
 from tests.functional import test_generate_script
 from tests.support import tiny_llama, tuning
 from tests.support.distributed import WorkerError
+from tests.support.logprobs import same_logprobs
 from tests.support.pretend_gpu import main_paths
 from tests.support.pretraining import Case, largest_gap
 from tests.support.tiny_gpt import HEADS
@@ -56,6 +57,7 @@ def test_generation_of_every_head(workers, pretend_gpus):
                 assert a["confidences"] == pytest.approx(b["confidences"], rel=1e-3, abs=1e-4)
                 layers |= set(a["exit_layers"])
                 assert a["drafts"] == b["drafts"] and bool(b["drafts"]) == ("lossless" in request)
+            same_logprobs(mine, answer, rel=1e-3, abs=1e-3)
             if request.startswith("probabilities"):
                 for a, b in zip(mine["full_logprob"], answer["full_logprob"], strict=True):
                     torch.testing.assert_close(a, b, rtol=ROUNDING, atol=1e-3)

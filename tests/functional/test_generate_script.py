@@ -2,6 +2,7 @@
 """scripts/megatron_gpt_ee_generate.py on tiny checkpoints: base and exits, merged, in parallel, bad input."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -138,7 +139,7 @@ def test_two_processes(workspace, workers):
 
 def test_chat_wraps_prompts_in_the_template(workspace, workers):
     directory, _ = workspace
-    base = ["gpt_model_file=full.nemo", *ARGUMENTS]
+    base = ["gpt_model_file=full.nemo", "inference.logprobs=2", "inference.prompt_logprobs=0", *ARGUMENTS]
     chat = [*base, 'prompts=["w5 w6"]', "chat=true", "output_file=chat.jsonl"]
     plain = [*base, 'prompts=["user w5 w6 <eos> assistant"]', "output_file=plain.jsonl"]
     (one,), (other,) = (
@@ -146,6 +147,10 @@ def test_chat_wraps_prompts_in_the_template(workspace, workers):
         workers(1).run(in_process, directory, plain),
     )
     assert one[0]["token_ids"] == other[0]["token_ids"]
+    said, prompt = one[0]["logprobs"], one[0]["prompt_logprobs"]
+    assert [each["token_id"] for each in said] == one[0]["token_ids"]
+    assert all(len(each["top_logprobs"]) == 2 for each in said) and prompt[0] is None and len(prompt) == 5
+    assert [math.exp(each["logprob"]) for each in said] == pytest.approx(one[0]["confidences"], rel=1e-4)
 
 
 def test_bad_input_ends_in_one_clear_error(workspace):

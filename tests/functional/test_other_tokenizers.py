@@ -11,7 +11,16 @@ from omegaconf import OmegaConf
 
 from nemo_ee.errors import GenerationError
 from tests.support import tiny_chats, tiny_llama
-from tests.support.published import EXITS, STEPS, Published, answers, client, convert, restored
+from tests.support.published import (
+    EXITS,
+    STEPS,
+    Published,
+    answers,
+    batches_of_one,
+    client,
+    convert,
+    restored,
+)
 from tests.support.tiny_gpt import tiny_model, tiny_model_config, tiny_trainer
 from tests.support.uncached import generate_uncached
 
@@ -21,13 +30,7 @@ TURNS = [{"role": "user", "content": "the dog ran?"}]
 
 @pytest.fixture(scope="module", autouse=True)
 def batches_of_their_own():
-    """Converted models have batches of 1, and Megatron remembers those of the first model in a process."""
-    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
-
-    from nemo_ee.models.generation_mixin import kept_microbatches
-
-    with kept_microbatches():
-        destroy_num_microbatches_calculator()
+    with batches_of_one():
         yield
 
 

@@ -31,8 +31,7 @@ SETTINGS = dict(
     gpt_model_file="tiny.nemo",
     port=0,
     slots=8,
-    max_prompt_tokens=40,
-    max_tokens=24,
+    context_length=64,
     queue_size=48,
     early_exit={"threshold": 0.5, "always": True},
 )

@@ -11,6 +11,7 @@ from tests.support.server import fake_service, listening, tiny_tokenizer, until
 
 PROMPT = "w1 w2"
 TOKENS = "return [...document.querySelectorAll('#output .token')]"
+IDLE = "!document.querySelector('#generate').disabled"
 BACKGROUND = f"{TOKENS}.map(t => getComputedStyle(t).backgroundColor)"
 
 
@@ -26,12 +27,15 @@ def browser():
 def page(browser):
     """The page of a server that takes 20 ms per token; gives browser, session and service."""
     session = FakeSession(slots=2, step_seconds=0.02)
-    service = fake_service(session, max_tokens=200, early_exit={"threshold": 0.6})
+    service = fake_service(session, context_length=210, early_exit={"threshold": 0.6})
     with listening(service) as url:
         browser.open(url)
         browser.wait("return document.querySelectorAll('#legend li').length")
         yield browser, session, service
         browser.open("about:blank")
+
+
+ALONE = "document.querySelector('#compare').checked = false"
 
 
 def ids(text):
@@ -44,6 +48,7 @@ def finished(browser):
 
 def test_text_streams_in_coloured_by_exit(page, tmp_path):
     browser, _, _ = page
+    browser.run(ALONE)
     browser.type("#prompt", PROMPT)
     browser.type("#max_tokens", "60")
     browser.click("#generate")
@@ -78,6 +83,47 @@ def test_text_streams_in_coloured_by_exit(page, tmp_path):
     print(f"screenshot: {tmp_path / 'page.png'}")
 
 
+CLOCK = """
+let now = 0;
+performance.now = () => { now += 1500; return now; };
+"""
+"""Every look at the clock is a second and a half later."""
+
+
+def test_full_depth_stands_beside_the_exits(page):
+    """Both with the same tokens, as the session's tokens depend on the prompt alone."""
+    browser, session, _ = page
+    browser.run(CLOCK)
+    assert browser.run("return document.querySelector('#base').textContent") == "tiny"
+    browser.type("#prompt", PROMPT)
+    browser.type("#max_tokens", "60")
+    browser.click("#generate")
+    told = browser.wait("return document.querySelector('#comparison').textContent")
+    assert told == "With exits: 1.00 x full depth's tokens per second, the same text."
+    prompt = ids(PROMPT)
+    run = len(prompt) * 8 + sum(layer_of(prompt, i) for i in range(1, 60))
+    saved = f"{100 * (1 - run / ((len(prompt) + 59) * 8)):.0f} % of the layers saved"
+    texts = [
+        browser.run(f"return document.querySelector('#{name}').textContent")
+        for name in ("status", "full_status")
+    ]
+    assert texts == [f"60 tokens in 1.5 s, 40.0 tokens/s; {saved}"] * 2, (
+        "the fake session leaves early always"
+    )
+    shown = [
+        browser.run(f"return document.querySelector('#{name}').textContent")
+        for name in ("output", "full_output")
+    ]
+    assert shown[0] == shown[1] != ""
+    browser.run(
+        "compare(arguments[0], arguments[1])",
+        {"pieces": ["a", "b"], "seconds": 1},
+        {"pieces": ["a"], "seconds": 2},
+    )
+    told = browser.run("return document.querySelector('#comparison').textContent")
+    assert told == "With exits: 4.00 x full depth's tokens per second, the same text in the first 1 tokens."
+
+
 def test_controls_reach_the_request(page):
     browser, session, _ = page
     seen = []
@@ -95,10 +141,12 @@ def test_controls_reach_the_request(page):
     request = seen[0].request
     assert (request.exits, request.lossless, seen[0].limit) == ({4: 0.9}, True, 3)
     assert (request.sampling.use_greedy, request.sampling.temperature) == (False, 0.5)
+    browser.wait(f"return {IDLE}")
+    assert (seen[1].request.exits, seen[1].limit, seen[1].prompt) == ({}, 3, seen[0].prompt), "full depth"
     browser.run("document.querySelector('#mode').value = 'chat'")
     browser.click("#generate")
-    until(lambda: len(seen) == 2)
-    assert seen[1].prompt == ids(f"user {PROMPT} <eos> assistant")
+    until(lambda: len(seen) >= 3)
+    assert seen[2].prompt == ids(f"user {PROMPT} <eos> assistant")
 
 
 def test_stop_cancels(page):
@@ -109,6 +157,7 @@ def test_stop_cancels(page):
     browser.wait(f"{TOKENS}.length > 3")
     browser.click("#stop")
     assert finished(browser).endswith("stopped")
+    assert browser.run("return document.querySelector('#full_status').textContent") == "", "nothing follows"
     until(lambda: service.engine.running == 0)
     assert len(session.removed) == 1 and session.steps < 150
 
@@ -122,8 +171,8 @@ def error_after(browser, prompt):
 
 def test_errors_are_shown(page):
     browser, session, _ = page
-    error = error_after(browser, "w1 " * 50)
-    assert error == "prompt: 50 tokens exceed the server's 40; shorten it"
+    error = error_after(browser, "w1 " * 220)
+    assert error == "prompt: 220 tokens exceed the server's 210; shorten it"
     session.fail = RuntimeError("broken")
     browser.type("#prompt", PROMPT)
     browser.click("#generate")
@@ -152,6 +201,7 @@ def test_markup_is_shown_as_text(page):
 
 def test_every_control_has_a_name(page):
     browser, _, _ = page
+    browser.run("document.querySelector('#full').hidden = false")  # what is hidden has none
     names = {
         "#prompt": "Prompt",
         "#mode": "Prompt is",
@@ -159,11 +209,13 @@ def test_every_control_has_a_name(page):
         "#temperature": "Temperature (0 is greedy)",
         "#threshold": "Threshold",
         "#lossless": "Lossless",
+        "#compare": "Full depth beside it",
         "#exits input": "2",
         "#generate": "Generate",
         "#stop": "Stop",
         "#numbers": "Show layers as numbers",
         "#output": "Generated text",
+        "#full_output": "Text of full depth",
         "#legend": "Tokens by exit layer",
     }
     assert {selector: browser.accessible_name(selector) for selector in names} == names
@@ -186,5 +238,5 @@ def test_the_page_asks_for_the_key_of_a_server_that_has_one(browser):
         assert browser.wait(listed) == 3 and browser.run(told) == ""
         browser.type("#prompt", PROMPT)
         browser.click("#generate")
-        assert "24 tokens" in finished(browser) and browser.run(f"{TOKENS}.length") == 24
+        assert "39 tokens" in finished(browser) and browser.run(f"{TOKENS}.length") == 39
         browser.open("about:blank")

@@ -22,8 +22,7 @@ SETTINGS = [
     "gpt_model_file=full.nemo",
     "port=0",
     "slots=4",
-    "max_prompt_tokens=32",
-    "max_tokens=32",
+    "context_length=64",
     "model_name=tiny",
     "early_exit.threshold=0.6",
     "early_exit.always=true",
@@ -167,9 +166,9 @@ def test_sampling_is_repeatable_by_seed(client):
 
 
 def test_errors_are_those_that_the_client_knows(client):
-    with pytest.raises(openai.BadRequestError, match="max_tokens=33: exceeds the server's 32") as caught:
-        client.completions.create(model="tiny", prompt="w1", max_tokens=33)
-    assert (caught.value.param, caught.value.code) == ("max_tokens", "context_length_exceeded")
+    with pytest.raises(openai.BadRequestError, match="65 tokens exceed the server's 64") as caught:
+        client.completions.create(model="tiny", prompt="w1 " * 65, max_tokens=1)
+    assert (caught.value.param, caught.value.code) == ("prompt", "context_length_exceeded")
     with pytest.raises(openai.BadRequestError, match="logit_bias: not supported"):
         complete(client, prompt="w1", logit_bias={"5": 3})
     with pytest.raises(openai.NotFoundError, match="this server has tiny"):
@@ -213,8 +212,7 @@ def messages_of(directory, overrides):
 
 def test_refused_before_the_model_is_built(expected, workers):
     faults = {
-        "max_tokens=34": "max_tokens=34: with max_prompt_tokens=32 they exceed the model's 64 positions; "
-        "use e.g. max_prompt_tokens=32 max_tokens=32",
+        "context_length=65": "context_length=65: exceeds the model's 64 positions; use context_length=64",
         "early_exit.exits=[5]": "not all of the model's exits",
         "gpt_model_file=none.nemo": "none.nemo",
         "tensor_model_parallel_size=2": "runs the model in one process",

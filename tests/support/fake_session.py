@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from nemo_ee.decoding.logprobs import TokenLogprobs
 from nemo_ee.server.probe import PROMPT as PROBE
 
 EXIT_LAYERS = (2, 4, 8)
@@ -25,6 +26,17 @@ def layer_of(prompt: list[int], position: int) -> int:
 def confidence_of(prompt: list[int], position: int) -> float:
     """Its exit's confidence."""
     return ((sum(prompt) + 13 * position) % 100) / 100
+
+
+def logprob_of(token: int, place: int) -> float:
+    """Of a token at a place of the text, its prompt included."""
+    return -((token * 7 + place * 3) % 50) / 8
+
+
+def said_of(token: int, place: int, top: int) -> TokenLogprobs:
+    """What a prediction says of it: the most probable tokens are those before it, or itself and those."""
+    best = [(max(0, token - n), logprob_of(token, place) / (n + 2)) for n in range(1, top + 1)]
+    return TokenLogprobs(token, logprob_of(token, place), tuple(sorted(best, key=lambda pair: -pair[1])))
 
 
 class FakeSession:
@@ -70,7 +82,13 @@ class FakeSession:
         self._raise(sequences)
         for sequence in sequences:
             sequence.statistics.layers_run += len(sequence.prompt) * EXIT_LAYERS[-1]
-            self._next(sequence)
+            if (top := sequence.request.sampling.prompt_logprobs) is not None:
+                said = [said_of(token, i, top) for i, token in enumerate(sequence.prompt)]
+                sequence.prompt_logprobs = [None, *said[1:]]
+            if sequence.limit:
+                self._next(sequence)
+            else:
+                sequence.finish_reason = "length"
         return self._retire()
 
     def step(self) -> list:
@@ -93,7 +111,10 @@ class FakeSession:
         layer = layer_of(prompt, place)
         sequence.statistics.layers_run += layer if place else 0
         confidence = float("nan") if self.is_nan(prompt, place) else confidence_of(prompt, place)
-        sequence.commit(self.token(prompt, place), layer, confidence)
+        token = self.token(prompt, place)
+        if (top := sequence.request.sampling.logprobs) is not None:
+            sequence.logprobs.append(said_of(token, len(prompt) + place, top))
+        sequence.commit(token, layer, confidence)
 
     def _retire(self) -> list:
         finished = [s for s in self.running if s.finish_reason is not None]

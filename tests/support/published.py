@@ -52,6 +52,18 @@ class Published:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
+@contextmanager
+def batches_of_one():
+    """Converted models have batches of 1, and Megatron remembers those of the first model in a process."""
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+
+    from nemo_ee.models.generation_mixin import kept_microbatches
+
+    with kept_microbatches():
+        destroy_num_microbatches_calculator()
+        yield
+
+
 def convert(folder, path):
     from nemo_ee.checkpoint.conversion.convert import convert_to_nemo
 
@@ -64,8 +76,7 @@ def client(model, **settings):
     from nemo_ee.server.serve import create_service
     from tests.support.server import listening, server_config
 
-    limits = dict(max_prompt_tokens=40, max_tokens=STEPS, **settings)
-    service = create_service(server_config(**limits), model)
+    service = create_service(server_config(**{"context_length": 64, **settings}), model)
     try:
         with listening(service) as url, httpx.Client(base_url=url, timeout=60) as http:
             yield http

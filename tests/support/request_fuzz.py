@@ -16,7 +16,7 @@ WORDS = st.integers(0, 194).map(lambda n: f"w{n}")
 MOST_GROWN = 300_000
 """Characters of a field that has grown: three of them are less than a server's `max_body_bytes`."""
 SENTENCES = st.lists(WORDS, min_size=1, max_size=12).map(" ".join)
-IDS = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=LIMITS["max_prompt_tokens"])
+IDS = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=LIMITS["context_length"])
 PROMPTS = (
     SENTENCES | IDS | st.lists(SENTENCES, min_size=1, max_size=2) | st.lists(IDS, min_size=1, max_size=2)
 )
@@ -51,12 +51,16 @@ EXIT_OPTIONS = st.fixed_dictionaries(
 ) | st.just({"lossless": True, "max_pending": None})
 STOP = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=256)
 SHARED: dict[str, st.SearchStrategy[Any]] = {
-    "max_tokens": st.none() | st.integers(1, LIMITS["max_tokens"]),
+    "max_tokens": st.none() | st.integers(1, 30) | st.integers(1, 2**70),
+    "min_tokens": st.none() | st.just(0),
+    "repetition_penalty": st.none() | st.floats(0.01, 100),
+    "stop_token_ids": st.none() | st.lists(st.integers(0, VOCABULARY - 1), max_size=128),
+    "ignore_eos": st.none() | st.booleans(),
     "temperature": st.none() | st.sampled_from([0, 0.0, 1, 2]) | st.floats(1e-6, 2),
     "top_p": st.none() | st.floats(0, 1, exclude_min=True),
     "top_k": st.none() | st.integers(0, 2**63 - 1),
     "n": st.none() | st.integers(1, 2),
-    "stop": st.none() | STOP | st.lists(STOP, max_size=4),
+    "stop": st.none() | STOP | st.lists(STOP, max_size=16),
     "seed": st.none() | st.integers(-(2**63), 2**63 - 1),
     "stream": st.none() | st.booleans(),
     "early_exit": st.none() | st.booleans() | EXIT_OPTIONS,
@@ -88,15 +92,20 @@ def right_requests(draw: st.DrawFn, chat: bool) -> dict[str, Any]:
     if chat:
         required["messages"] = MESSAGES
         optional["max_completion_tokens"] = optional["max_tokens"]
+        optional["logprobs"] = st.none() | st.booleans()
     else:
         required["prompt"] = PROMPTS
         optional["echo"] = st.none() | st.booleans()
+        optional["max_tokens"] |= st.just(0)
+        optional["logprobs"] = st.none() | st.integers(0, 5)
     optional |= dict.fromkeys(HARMLESS, PLAIN)
     optional |= {name: st.sampled_from([*neutral, None]) for name, (neutral, _) in UNSUPPORTED.items()}
     names = draw(st.lists(st.sampled_from(sorted(optional)), max_size=6, unique=True))
     request = draw(st.fixed_dictionaries({**required, **{name: optional[name] for name in names}}))
     if request.get("max_tokens") is not None:
         request.pop("max_completion_tokens", None)
+    if chat and request.get("logprobs") and draw(st.booleans()):
+        request["top_logprobs"] = draw(st.integers(0, 20))
     if request.get("stream") and draw(st.booleans()):
         request["stream_options"] = {"include_usage": draw(st.booleans())}
     return request

@@ -19,7 +19,7 @@ from nemo_ee.server.settings import ServerConfig
 from tests.support.fake_session import EXIT_LAYERS, FakeSession
 from tests.support.tiny_gpt import VOCABULARY, tokenizer_folder
 
-LIMITS = dict(max_prompt_tokens=40, max_tokens=24, slots=4, prefill_tokens=60, queue_size=16, max_choices=4)
+LIMITS = dict(context_length=40, slots=4, prefill_tokens=60, queue_size=16, max_choices=4)
 
 
 @lru_cache
@@ -43,7 +43,8 @@ def served_model(config: ServerConfig, tokenizer: Any = None) -> ServedModel:
     )
     shared = SharedTokenizer(TextTokenizer(tokenizer or tiny_tokenizer()), config.add_BOS)
     usual = usual_request(config, exits)
-    return ServedModel(config.served_name, shared, exits, usual, EXIT_LAYERS[-1], VOCABULARY)
+    length, base = config.positions(VOCABULARY), config.base_name
+    return ServedModel(config.served_name, shared, exits, usual, EXIT_LAYERS[-1], VOCABULARY, length, base)
 
 
 def fake_service(session: FakeSession, tokenizer: Any = None, **settings: Any) -> Service:

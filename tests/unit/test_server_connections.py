@@ -33,7 +33,7 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 @pytest.fixture(scope="module")
 def server():
     session = FakeSession(slots=2)
-    service = fake_service(session, receive_timeout_s=SECONDS, max_tokens=2000)
+    service = fake_service(session, receive_timeout_s=SECONDS, context_length=2000)
     with serving(service) as running:
         running.session, running.service = session, service
         yield running

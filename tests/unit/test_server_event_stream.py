@@ -30,9 +30,7 @@ def test_a_stream_whose_time_is_up_while_the_engine_is_busy_ends_with_an_error()
     async def send(message):
         sent.append(message)
 
-    stream = EventStream(
-        generation(), Answer("tiny", 8, RequestPlan([[7]], [""], [None])), include_usage=False
-    )
+    stream = EventStream(generation(), Answer("tiny", 8, RequestPlan([[7]], [""], [], [None]), bytes))
     asyncio.run(asyncio.wait_for(stream({}, None, send), 10))
     assert b'"code":"timeout"' in sent[-1]["body"].replace(b" ", b"") and not sent[-1].get("more_body")
 
@@ -52,8 +50,8 @@ def test_pings_come_while_nothing_else_does(monkeypatch):
     async def send(message):
         sent.append(message)
 
-    plan = RequestPlan([[7]], [""], [None])
-    stream = EventStream(generation(), ChatAnswer("tiny", 8, plan), include_usage=False)
+    plan = RequestPlan([[7]], [""], [], [None])
+    stream = EventStream(generation(), ChatAnswer("tiny", 8, plan, bytes))
     asyncio.run(asyncio.wait_for(stream({}, None, send), 10))
     bodies = [message["body"] for message in sent[1:]]
     kinds = ["ping" if body == PING else "event" if body.startswith(b"data: ") else "?" for body in bodies]
@@ -84,7 +82,7 @@ def test_a_reader_that_takes_no_end_is_given_up(monkeypatch, fails):
             await asyncio.Event().wait()
         sent.append(message["type"])
 
-    plan = RequestPlan([[7]], [""], [None])
-    stream = EventStream(generation(), Answer("tiny", 8, plan), include_usage=False)
+    plan = RequestPlan([[7]], [""], [], [None])
+    stream = EventStream(generation(), Answer("tiny", 8, plan, bytes))
     asyncio.run(asyncio.wait_for(stream({}, None, send), 10))
     assert sent == ["http.response.start", "http.response.body"]

@@ -115,7 +115,7 @@ def test_a_stream_gives_the_same_in_pieces(client):
     )
     assert stream.headers["content-type"].startswith("text/event-stream")
     *chunks, last = client.chunks(stream)
-    assert last["choices"] == [] and last["usage"] == whole["usage"] and "usage" not in chunks[0]
+    assert last["choices"] == [] and last["usage"] == whole["usage"] and chunks[0]["usage"] is None
     assert len({chunk["id"] for chunk in chunks}) == 1
     for index, choice in enumerate(whole["choices"]):
         parts = [part for chunk in chunks for part in chunk["choices"] if part["index"] == index]
@@ -184,11 +184,11 @@ def test_the_model_is_listed_with_its_exits(client):
     assert listed["data"] == [client.http.get("/v1/models/tiny").json()]
     card = listed["data"][0]
     assert card["id"] == "tiny" and card["limits"] == {
-        "max_prompt_tokens": 40,
-        "max_tokens": 24,
+        "context_length": 40,
         "max_choices": 4,
     }
     assert card["early_exit"] == {
+        "base": "tiny",
         "exits": [2, 4],
         "num_layers": 8,
         "default_thresholds": {"2": 0.9, "4": 0.8},
@@ -207,7 +207,7 @@ def error_of(answer, status):
 
 
 def test_errors_have_openais_form(client):
-    assert error_of(client.post(max_tokens=0), 400)["param"] == "max_tokens"
+    assert error_of(client.post(max_tokens=-1), 400)["param"] == "max_tokens"
     assert error_of(client.post(model="gpt-4"), 404)["code"] == "model_not_found"
     assert error_of(client.http.get("/v1/models/gpt-4"), 404)["code"] == "model_not_found"
     assert (
@@ -268,7 +268,7 @@ def test_names_of_other_sites_are_refused(client):
         assert client.http.get("/health", headers={"host": host}).status_code == status
 
 
-@slow(slots=1, queue_size=4, max_tokens=1000)
+@slow(slots=1, queue_size=4, context_length=1002)
 def test_more_than_the_queue_holds_is_refused(client):
     fields = {"model": "tiny", "prompt": PROMPT, "max_tokens": 1000}
     running = send_only(client.url, json.dumps(fields).encode())
@@ -306,7 +306,7 @@ def test_closed_connections_cancel(client, stream):
     until(lambda: client.outcomes() == {("/v1/completions", "cancelled"): 1})
 
 
-@slow(slots=1, request_timeout_s=0.2, max_tokens=40)
+@slow(slots=1, request_timeout_s=0.2, context_length=42)
 def test_time_is_up(client):
     error = error_of(client.post(max_tokens=40), 504)
     assert error["code"] == "timeout" and "while generating" in error["message"]
@@ -366,7 +366,7 @@ def test_a_reader_that_is_slow_gets_all_tokens(client):
         )
 
 
-@slow(slots=1, shutdown_grace_s=0.3, max_tokens=40)
+@slow(slots=1, shutdown_grace_s=0.3, context_length=42)
 def test_shutting_down_cuts_after_the_grace_period(client, request):
     connection = send_only(
         client.url, json.dumps({"model": "tiny", "prompt": PROMPT, "max_tokens": 40}).encode()
@@ -382,7 +382,7 @@ def test_shutting_down_cuts_after_the_grace_period(client, request):
 
 def test_the_end_of_the_server_cuts_after_the_grace_period():
     session = FakeSession(slots=1, step_seconds=0.02)
-    service = fake_service(session, shutdown_grace_s=0.2, max_tokens=10_000)
+    service = fake_service(session, shutdown_grace_s=0.2, context_length=10_002)
     with listening(service) as url:
         body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 10_000}
         connection = send_only(url, json.dumps(body).encode())
@@ -393,7 +393,7 @@ def test_the_end_of_the_server_cuts_after_the_grace_period():
 
 def test_metrics_are_prometheus_text(client):
     client.post(max_tokens=5)
-    client.post(max_tokens=0)
+    client.post(max_tokens=-1)
     text = client.http.get("/metrics").text
     for line in (
         'nemo_ee_requests_total{endpoint="/v1/completions",outcome="ok"} 1.0',

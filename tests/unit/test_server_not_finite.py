@@ -177,7 +177,7 @@ def test_streams_end_with_an_event_when_the_engine_does_not_come_to_an_end(monke
     """A step that takes longer than the server waits for requests when it ends."""
     monkeypatch.setattr("nemo_ee.server.serve.SENDING_SECONDS", 0)
     session = FakeSession(step_seconds=0.01)
-    service = fake_service(session, shutdown_grace_s=0, max_tokens=10_000)
+    service = fake_service(session, shutdown_grace_s=0, context_length=10_010)
     body = {"model": "tiny", "prompt": GOOD, "max_tokens": 10_000, "stream": True}
 
     def read(url):

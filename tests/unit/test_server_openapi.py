@@ -27,12 +27,12 @@ def description(**settings):
 
 
 def test_it_is_served_and_no_page_is():
-    service = fake_service(FakeSession(), max_tokens=17)
+    service = fake_service(FakeSession(), context_length=17)
     app = create_app(service)
     served = {(r.path.replace(":path", ""), m) for r in app.routes for m in r.methods}
     with listening(service) as url:
         told = httpx.get(f"{url}/openapi.json").json()
-        assert told == json.loads(json.dumps(description(max_tokens=17)))
+        assert told == json.loads(json.dumps(description(context_length=17)))
         assert [httpx.get(f"{url}/{page}").status_code for page in ("docs", "redoc")] == [404, 404]
     assert served == {(path, method.upper()) for path, item in told["paths"].items() for method in item}
 
@@ -56,16 +56,15 @@ def test_its_schemas_are_schemas_and_all_that_it_refers_to_is_there():
 def test_limits_are_the_servers():
     fields = description()["components"]["schemas"]["CompletionRequest"]["properties"]
     assert fields["model"]["enum"] == ["tiny"]
-    assert fields["max_tokens"]["anyOf"][0]["maximum"] == LIMITS["max_tokens"]
     assert fields["n"]["anyOf"][0]["maximum"] == LIMITS["max_choices"]
     ids = fields["prompt"]["anyOf"][2]
-    assert (ids["maxItems"], ids["items"]["maximum"]) == (LIMITS["max_prompt_tokens"], VOCABULARY - 1)
-    more = description(max_tokens=7, early_exit=dict(threshold=0.5, confidence="entropy"))["components"][
+    assert (ids["maxItems"], ids["items"]["maximum"]) == (LIMITS["context_length"], VOCABULARY - 1)
+    more = description(context_length=7, early_exit=dict(threshold=0.5, confidence="entropy"))["components"][
         "schemas"
     ]
-    assert more["ChatRequest"]["properties"]["max_completion_tokens"]["anyOf"][0]["maximum"] == 7
+    assert more["CompletionRequest"]["properties"]["prompt"]["anyOf"][2]["maxItems"] == 7
     assert more["EarlyExit"]["properties"]["confidence"]["anyOf"][0] == {"enum": ["entropy"]}
-    assert fields["max_tokens"]["anyOf"][0]["maximum"] == LIMITS["max_tokens"], "each server has its own"
+    assert ids["maxItems"] == LIMITS["context_length"], "each server has its own"
 
 
 def test_keys_are_asked_for_where_there_is_one():

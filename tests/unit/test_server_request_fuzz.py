@@ -36,7 +36,7 @@ def answered_or_refused(service, kind, body):
     try:
         _, outcome = Service._read(service, kind, body)
         assert isinstance(outcome, RequestPlan) and 1 <= len(outcome.choices) <= LIMITS["max_choices"]
-        assert all(0 < len(prompt) <= LIMITS["max_prompt_tokens"] for prompt in outcome.prompts)
+        assert all(0 < len(prompt) <= LIMITS["context_length"] for prompt in outcome.prompts)
     except ApiError as error:
         outcome = error
         assert error.status in (400, 404) and len(error.message) <= LONGEST_MESSAGE + 1
@@ -113,6 +113,8 @@ BEYOND_SCHEMAS = (
     "choices (prompts times n)",
     "stream_options: only with stream=true",
     "give one of them",
+    "that may come",
+    "top_logprobs: only with logprobs=true",
     "thresholds for",
     "exits must ascend",
     "lossless decoding chooses by itself",

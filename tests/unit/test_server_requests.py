@@ -65,7 +65,7 @@ def test_defaults_are_openais():
         None,
     )
     assert plan(call).choices[0].limit == 16
-    assert plan(chat()).choices[0].limit == 24, "the server's"
+    assert plan(chat()).choices[0].limit == 40 + 1 - 5, "what the context leaves"
     assert completion(temperature=None, stop=None, n=None) == call, "null is the default"
 
 
@@ -80,7 +80,7 @@ def test_defaults_are_openais():
         (dict(prompt=[True]), "prompt", "all be texts"),
         (dict(prompt="\ud800"), "prompt", "surrogate"),
         (dict(prompt={"a": 1}), "prompt", "must be a text"),
-        (dict(max_tokens=0), "max_tokens", "max_tokens=0: .* greater than or equal to 1"),
+        (dict(max_tokens=-1), "max_tokens", "max_tokens=-1: .* greater than or equal to 0"),
         (dict(max_tokens="5"), "max_tokens", "valid integer"),
         (dict(max_tokens=1.5), "max_tokens", "valid integer"),
         (dict(max_tokens=True), "max_tokens", "valid integer"),
@@ -91,7 +91,13 @@ def test_defaults_are_openais():
         (dict(top_k=-2), "top_k", "greater than or equal to -1"),
         (dict(n=0), "n", "greater than or equal to 1"),
         (dict(stop=[""]), "stop", "non-empty"),
-        (dict(stop=["a"] * 5), "stop", "at most 4"),
+        (dict(stop=["a"] * 17), "stop", "at most 16"),
+        (dict(min_tokens=-1), "min_tokens", "greater than or equal to 0"),
+        (dict(repetition_penalty=0), "repetition_penalty", "greater than or equal to 0.01"),
+        (dict(stop_token_ids=7), "stop_token_ids", "a list of token ids"),
+        (dict(stop_token_ids=[True]), "stop_token_ids", "a list of token ids"),
+        (dict(stop_token_ids=[1] * 129), "stop_token_ids", "at most 128"),
+        (dict(ignore_eos=1), "ignore_eos", "valid boolean"),
         (dict(stop="a" * 257), "stop", "256 characters"),
         (dict(stop=[1]), "stop", "non-empty text"),
         (dict(seed=2**63), "seed", "less than"),
@@ -103,8 +109,10 @@ def test_defaults_are_openais():
         (dict(max_token=5), "max_token", "unknown field; did you mean max_tokens"),
         (dict(zzz=5), "zzz", "known fields: .*prompt"),
         (dict(logit_bias={"5": 1}), "logit_bias", "not supported"),
-        (dict(logprobs=0), "logprobs", "not supported"),
-        (dict(logprobs=True), "logprobs", "confidences"),
+        (dict(logprobs=6), "logprobs", "less than or equal to 5"),
+        (dict(logprobs=-1), "logprobs", "greater than or equal to 0"),
+        (dict(logprobs=True), "logprobs", "valid integer"),
+        (dict(top_logprobs=2), "top_logprobs", "of chats alone"),
         (dict(best_of=3), "best_of", "choose among"),
         (dict(suffix="w9"), "suffix", "not supported"),
         (dict(presence_penalty=0.5), "presence_penalty", "not supported"),
@@ -139,6 +147,10 @@ def test_impossible_completions_name_the_field(fields, param, reason):
             "messages.0.tool_calls",
             "permitted",
         ),
+        (dict(max_tokens=0), "max_tokens", "greater than or equal to 1"),
+        (dict(logprobs=3), "logprobs", "valid boolean"),
+        (dict(top_logprobs=2), "top_logprobs", "only with logprobs=true"),
+        (dict(logprobs=True, top_logprobs=21), "top_logprobs", "less than or equal to 20"),
         (dict(max_tokens=3, max_completion_tokens=4), "max_tokens", "give one of them"),
         (dict(tools=[{"type": "function"}]), "tools", "tools are not supported"),
         (dict(functions=[{}], logit_bias={"1": 2}), "functions", "logit_bias: not supported"),
@@ -306,7 +318,9 @@ def test_all_requests_have_the_servers_rule_and_cache():
         (dict(prompt=[201]), 400, "prompt", "0 to 200"),
         (dict(prompt=[-1]), 400, "prompt", "token id -1"),
         (dict(temperature=1e-38), 400, "temperature", "temperature=1e-38: must be at least 1e-06"),
-        (dict(max_tokens=25), 400, "max_tokens", "exceeds the server's 24"),
+        (dict(min_tokens=17), 400, "min_tokens", "min_tokens=17: more than the 16 that may come"),
+        (dict(min_tokens=4, max_tokens=3), 400, "min_tokens", "more than the 3 that"),
+        (dict(stop_token_ids=[5, 201]), 400, "stop_token_ids", "token id 201 lies outside"),
         (dict(n=5), 400, "n", "5 choices"),
         (dict(prompt=["w1", "w2", "w3"], n=2), 400, "n", "6 choices"),
         (dict(early_exit=dict(threshold=1.5)), 400, "early_exit.threshold", "early_exit.threshold=1.5"),

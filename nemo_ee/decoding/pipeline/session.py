@@ -137,7 +137,7 @@ class PipelineSession:
         for answer in answers:
             sequence = sequences.get(answer.key)  # one that was removed has none
             if sequence is not None and sequence.finish_reason is None:
-                if sequence.commit(answer.token, answer.exit_layer, answer.confidence):
+                if answer.give(sequence):
                     self._ready.append(sequence)
 
     def _retire(self) -> list[GeneratedSequence]:

@@ -2,6 +2,7 @@
 """One stage of a pipeline that decodes: its layers, its exits, its part of the KV cache."""
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -16,6 +17,7 @@ from nemo_ee.decoding.layers.packed_tokens import PackedTokens
 from nemo_ee.decoding.layers.segment import Segment
 from nemo_ee.decoding.leaving import is_asked, leaves
 from nemo_ee.decoding.logits_processing import processed
+from nemo_ee.decoding.logprobs import TokenLogprobs
 from nemo_ee.decoding.step import Part, Step
 from nemo_ee.decoding.transfer import to_device, to_host
 
@@ -29,12 +31,25 @@ class ChosenToken:
         token: its id.
         exit_layer: `num_layers` for the final exit.
         confidence: of the exit.
+        logprobs: one entry, of the exit, or none; see `GeneratedSequence`.
+        prompt_logprobs: with the first token, if they are asked for; likewise.
     """
 
     key: int
     token: int
     exit_layer: int
     confidence: float
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+
+    def give(self, sequence: GeneratedSequence) -> bool:
+        """Hands it to its sequence; returns whether that goes on."""
+        sequence.logprobs += self.logprobs
+        sequence.prompt_logprobs += self.prompt_logprobs
+        if sequence.limit == 0:
+            sequence.finish_reason = "length"
+            return False
+        return sequence.commit(self.token, self.exit_layer, self.confidence)
 
 
 @dataclass
@@ -133,6 +148,7 @@ class Stage:
                 inside = x if block is None else block(x.to(self.model.heads[n].dtype), packed)
                 answers += self._ask(n, x[packed.last], inside[packed.last], tokens, order)
         if self.model.output is not None:
+            self._score_prompts(x.split(counts), tokens, order)
             answers += self._ask(None, x[packed.last], x[packed.last], tokens, order)
         if order != sorted(order):
             parts = dict(zip(order, x.split(counts), strict=True))
@@ -146,6 +162,15 @@ class Stage:
             known = start - len(sequence.prompt)
             if known >= 0:
                 sequence.tokens[known:] = ids
+
+    def _score_prompts(self, states: Sequence[Tensor], tokens: TokenBatch, order: list[int]) -> None:
+        """On the last stage, of prompts among new tokens, whose states [S, H] are in rows' order."""
+        output = self.model.output
+        assert output is not None, "the last stage has the final exit"
+        for x, i in zip(states, order, strict=True):
+            sequence = self.sequences[tokens.keys[i]]
+            if tokens.starts[i] == 0 and sequence.request.sampling.prompt_logprobs is not None:
+                self.chooser.score_prompt(sequence, x, output)
 
     def _ask(
         self, n: int | None, x: Tensor, inside: Tensor, tokens: TokenBatch, order: list[int]
@@ -177,12 +202,17 @@ class Stage:
             step.add(n, Part(list(range(len(out))), prediction, out), sure, best)
         members = [order[j] for j in leaving]
         keys = [tokens.keys[i] for i in members]
-        chosen, _ = self.chooser.of_step(step, [self.sequences[key] for key in keys])
+        sequences = [self.sequences[key] for key in keys]
+        chosen, found = self.chooser.of_step(step, sequences)
+        kept = [found.logprobs(m, *each) for m, each in enumerate(zip(sequences, chosen, strict=True))]
         for i in members:
             tokens.undecided[i] = False
-        return [
-            ChosenToken(*each) for each in zip(keys, chosen, step.exit_layers, step.confidences, strict=True)
+        prompts = [
+            s.prompt_logprobs if tokens.starts[i] == 0 else []
+            for i, s in zip(members, sequences, strict=True)
         ]
+        answers = zip(keys, chosen, step.exit_layers, step.confidences, kept, prompts, strict=True)
+        return [ChosenToken(*each) for each in answers]
 
     def _threshold(self, tokens: TokenBatch, i: int, n: int) -> float:
         return self.sequences[tokens.keys[i]].request.threshold(n)

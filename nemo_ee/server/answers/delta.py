@@ -4,6 +4,7 @@
 from dataclasses import dataclass, field
 
 from nemo_ee.decoding.generated_sequence import SequenceStatistics
+from nemo_ee.decoding.logprobs import TokenLogprobs
 
 
 @dataclass
@@ -16,6 +17,8 @@ class Delta:
         confidences: of those exits.
         finish_reason: "stop" or "length"; None while it goes on.
         statistics: with `finish_reason`, what the sequence cost.
+        logprobs: what the exits said of each token, if that is asked for; else empty.
+        prompt_logprobs: once, of each token of the prompt, if that is asked for.
     """
 
     pieces: list[str] = field(default_factory=list)
@@ -23,6 +26,8 @@ class Delta:
     confidences: list[float] = field(default_factory=list)
     finish_reason: str | None = None
     statistics: SequenceStatistics | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -34,4 +39,6 @@ class Delta:
         self.pieces += other.pieces
         self.exit_layers += other.exit_layers
         self.confidences += other.confidences
+        self.logprobs += other.logprobs
+        self.prompt_logprobs += other.prompt_logprobs
         self.finish_reason, self.statistics = other.finish_reason, other.statistics

@@ -34,12 +34,11 @@ class EventStream(Response):
     Args:
         generation: gives the reply; see `nemo_ee.server.generation.generation`.
         answer: its form.
-        include_usage: end with a chunk that tells the usage.
     """
 
-    def __init__(self, generation: AbstractAsyncContextManager[Reply], answer: Answer, include_usage: bool):
+    def __init__(self, generation: AbstractAsyncContextManager[Reply], answer: Answer):
         super().__init__()
-        self._generation, self._answer, self._include_usage = generation, answer, include_usage
+        self._generation, self._answer = generation, answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Runs the request; see the class.
@@ -80,7 +79,7 @@ class EventStream(Response):
                 yield b"".join(map(_event, opening))
                 opening = None
             yield b"".join(_event(self._answer.chunk(i, delta)) for i, delta in sorted(new.items()))
-        if self._include_usage:
+        if self._answer.include_usage:
             yield _event(self._answer.usage_chunk())
 
 

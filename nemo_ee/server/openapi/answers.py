@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Count = Annotated[int, Field(ge=0)]
 Confidence = Annotated[float, Field(ge=0, le=1)]
+Nats = Annotated[float, Field(le=0.001)]  # log-probabilities, and what rounds
 Ending = Literal["stop", "length"]
 
 
@@ -42,7 +43,6 @@ class Usage(_Answer):
 
 class _Choice(_Answer):
     index: Count
-    logprobs: None
     finish_reason: Ending
     early_exit: TokenExits
 
@@ -51,16 +51,49 @@ class _Part(_Choice):
     finish_reason: Ending | None
 
 
+class CompletionLogprobs(_Answer):
+    """Of each token its text, how probable it was and which were the most probable, in nats, and where it begins in the
+    text; null for a prompt's first token."""
+
+    tokens: list[str]
+    token_logprobs: list[Nats | None]
+    top_logprobs: list[dict[str, Nats] | None]
+    text_offset: list[Count]
+
+
 class CompletionChoice(_Choice):
     """One text."""
 
     text: str
+    logprobs: CompletionLogprobs | None
 
 
 class CompletionPart(_Part):
     """More of one text."""
 
     text: str
+    logprobs: CompletionLogprobs | None
+
+
+class ProbableToken(_Answer):
+    """A token, the bytes of UTF-8 that it stands for, and how probable it was, in nats."""
+
+    token: str
+    bytes: list[int]
+    logprob: Nats
+
+
+class ChosenToken(ProbableToken):
+    """One that came, and the most probable ones in its place."""
+
+    top_logprobs: list[ProbableToken]
+
+
+class ChatLogprobs(_Answer):
+    """Of each token of an answer."""
+
+    content: list[ChosenToken]
+    refusal: None
 
 
 class AssistantMessage(_Answer):
@@ -81,12 +114,14 @@ class ChatChoice(_Choice):
     """One answer."""
 
     message: AssistantMessage
+    logprobs: ChatLogprobs | None
 
 
 class ChatPart(_Part):
     """More of one answer."""
 
     delta: MessagePart
+    logprobs: ChatLogprobs | None
 
 
 class _Envelope(_Answer):
@@ -104,7 +139,7 @@ class Completion(_Envelope):
 
 
 class CompletionChunk(_Envelope):
-    """An event of its stream; `usage` has the last one, if it is asked for, and no choice."""
+    """An event of its stream; if `usage` is asked for, the last one has it and no choice, and it is null before."""
 
     object: Literal["text_completion"]
     choices: list[CompletionPart]
@@ -120,7 +155,7 @@ class ChatCompletion(_Envelope):
 
 
 class ChatCompletionChunk(_Envelope):
-    """An event of its stream; `usage` has the last one, if it is asked for, and no choice."""
+    """An event of its stream; if `usage` is asked for, the last one has it and no choice, and it is null before."""
 
     object: Literal["chat.completion.chunk"]
     choices: list[ChatPart]
@@ -128,8 +163,9 @@ class ChatCompletionChunk(_Envelope):
 
 
 class ModelExits(_Answer):
-    """The model's exits, and how the server decodes."""
+    """The model that exits belong to, which these are, and how the server decodes."""
 
+    base: str
     exits: list[int]
     num_layers: int
     default_thresholds: dict[str, Confidence]
@@ -142,8 +178,7 @@ class ModelExits(_Answer):
 class Limits(_Answer):
     """Of a request."""
 
-    max_prompt_tokens: int
-    max_tokens: int
+    context_length: int
     max_choices: int
 
 

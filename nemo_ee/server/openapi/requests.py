@@ -39,9 +39,7 @@ def _request(
     properties["model"]["enum"] = [model.name]
     properties["n"]["maximum"] = config.max_choices
     properties["early_exit"] = {"anyOf": [{"$ref": REFERENCE.format(model="EarlyExit")}, {"type": "boolean"}]}
-    for name in ("max_tokens", "max_completion_tokens"):
-        if name in properties:
-            properties[name]["anyOf"][0]["maximum"] = config.max_tokens
+    properties["stop_token_ids"]["items"] = _token(model)
     if kind is CompletionRequest:
         _limit_prompts(properties["prompt"], model, config)
     for name, values in properties.items():
@@ -56,12 +54,15 @@ def _request(
 
 def _limit_prompts(prompt: Schema, model: ServedModel, config: ServerConfig) -> None:
     text, texts, ids, lists = prompt["anyOf"]
-    token = {"type": "integer", "minimum": 0, "maximum": model.vocabulary - 1}
     text["minLength"] = 0 if model.tokenizer.encode("") else 1  # a BOS is a prompt
-    text["maxLength"] = CHARACTERS_PER_TOKEN * config.max_prompt_tokens
-    ids |= {"items": token, "maxItems": config.max_prompt_tokens}
+    text["maxLength"] = CHARACTERS_PER_TOKEN * model.context_length
+    ids |= {"items": _token(model), "maxItems": model.context_length}
     texts |= {"items": dict(text), "maxItems": config.max_choices}
     lists |= {"items": dict(ids), "maxItems": config.max_choices}
+
+
+def _token(model: ServedModel) -> Schema:
+    return {"type": "integer", "minimum": 0, "maximum": model.vocabulary - 1}
 
 
 def _exits(model: ServedModel) -> Schema:

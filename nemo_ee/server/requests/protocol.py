@@ -18,7 +18,11 @@ from pydantic import (
 from nemo_ee.server.answers.errors import ApiError
 from nemo_ee.server.requests.unsupported import MOST_FAULTS, supported_fields
 
-MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 4, 256
+MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 256
+"""OpenAI has 4 strings; evaluation harnesses send more."""
+MAX_STOP_TOKENS = 128
+MAX_LOGPROBS, MAX_CHAT_LOGPROBS = 5, 20
+"""OpenAI's: most probable tokens that are told beside each, of completions and chats."""
 MAX_EXIT_FIELDS = 16
 LONGEST_INTEGER = 20
 """Digits and sign; enough for 64 bits."""
@@ -67,6 +71,12 @@ def _stops(value: Any) -> Any:
     return tuple(_text(item) for item in strings)
 
 
+def _token_ids(value: Any) -> Any:
+    if not isinstance(value, list) or not all(_is_id(item) for item in value) or len(value) > MAX_STOP_TOKENS:
+        raise ValueError(f"must be a list of token ids, at most {MAX_STOP_TOKENS}")
+    return tuple(value)
+
+
 def _content(value: Any) -> Any:
     """A message's text; a list of text parts is joined."""
     if isinstance(value, list):
@@ -93,6 +103,7 @@ _IDS = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
 PROMPT = {"anyOf": [{"type": "string"}, _TEXTS, _IDS, {"type": "array", "items": _IDS, "minItems": 1}]}
 _STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS}
 STOP = {"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": MAX_STOP_STRINGS}]}
+STOP_TOKENS = {"type": "array", "items": {"type": "integer"}, "maxItems": MAX_STOP_TOKENS}
 _PART = {
     "type": "object",
     "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
@@ -130,18 +141,23 @@ class Message(_Strict):
 class GenerationFields(_Strict):
     """What both endpoints have. `temperature=0` is greedy; `top_k` of 0 or -1 is all tokens.
 
-    `early_exit` is ours: fields of `nemo_ee.decoding.request.ExitOptions`, or false for full depth.
+    `top_k`, `min_tokens`, `repetition_penalty`, `stop_token_ids` and `ignore_eos` are vLLM's. `early_exit` is ours:
+    fields of `nemo_ee.decoding.request.ExitOptions`, or false for full depth.
     """
 
     default_max_tokens: ClassVar[int | None] = None
 
     model: Text
     max_tokens: int | None = Field(None, ge=1)
+    min_tokens: int = Field(0, ge=0)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1, lt=2**63)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     n: int = Field(1, ge=1)
     stop: Annotated[tuple[str, ...], BeforeValidator(_stops), WithJsonSchema(STOP)] = ()
+    stop_token_ids: Annotated[tuple[int, ...], BeforeValidator(_token_ids), WithJsonSchema(STOP_TOKENS)] = ()
+    ignore_eos: bool = False
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -160,24 +176,40 @@ class GenerationFields(_Strict):
 
 
 class CompletionRequest(GenerationFields):
-    """`/v1/completions`."""
+    """`/v1/completions`; of `max_tokens=0` nothing is generated."""
 
     default_max_tokens: ClassVar[int | None] = 16
 
+    max_tokens: int | None = Field(None, ge=0)
     prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts), WithJsonSchema(PROMPT)]
     echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def kept(self) -> dict[str, int | None]:
+        """What is kept of predictions, see `SamplingOptions`."""
+        return {"logprobs": self.logprobs, "prompt_logprobs": self.logprobs if self.echo else None}
 
 
 class ChatRequest(GenerationFields):
-    """`/v1/chat/completions`; without a limit the answer may be as long as the server allows."""
+    """`/v1/chat/completions`; without a limit the answer may be as long as the context leaves room for."""
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_CHAT_LOGPROBS)
+
+    @property
+    def kept(self) -> dict[str, int | None]:
+        """See `CompletionRequest`."""
+        return {"logprobs": (self.top_logprobs or 0) if self.logprobs else None}
 
     @model_validator(mode="after")
-    def _one_limit(self) -> "ChatRequest":
+    def _fields_that_go_together(self) -> "ChatRequest":
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("max_tokens: the older name of max_completion_tokens; give one of them")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs: only with logprobs=true; leave it out")
         return self
 
 

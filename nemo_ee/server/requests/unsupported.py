@@ -26,7 +26,6 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "function_call": (("none", "auto"), _NO_TOOLS),
     "functions": (([],), _NO_TOOLS),
     "logit_bias": (({},), "not supported"),
-    "logprobs": ((False,), "not supported; early_exit.confidences are the exits' probabilities"),
     "modalities": ((["text"],), "answers are text"),
     "parallel_tool_calls": ((False, True), _NO_TOOLS),
     "prediction": ((), "not supported; early_exit.lossless=true drafts with exits"),
@@ -36,7 +35,7 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "suffix": (("",), "not supported; the text before the gap is the prompt"),
     "tool_choice": (("none", "auto"), _NO_TOOLS),
     "tools": (([],), _NO_TOOLS),
-    "top_logprobs": ((), "not supported"),
+    "top_logprobs": ((), "of chats alone; logprobs of a completion is the number itself"),
     "verbosity": ((), "not supported"),
     "web_search_options": ((), "not supported"),
 }

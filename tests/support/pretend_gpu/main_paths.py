@@ -35,6 +35,10 @@ REQUESTS: dict[str, tuple[dict, Any]] = {
     ),
     "sampled, lossless": (dict(use_greedy=False, add_BOS=False), dict(threshold=0.3, lossless=True)),
     "probabilities": ({**GREEDY, "all_probs": True}, dict(threshold=0.5, always=True)),
+    "log-probabilities": (
+        {**GREEDY, "logprobs": 3, "prompt_logprobs": 1},
+        dict(threshold=0.5, always=True),
+    ),
 }
 """Sampling parameters and `early_exit` of calls of `model.generate`."""
 
@@ -106,6 +110,8 @@ def decoding_waits(heads: list[str], graphs: bool) -> dict[str, dict[str, Decodi
         model.prepare_decoding(cuda_graphs=graphs)
         found[head] = {}
         for name, (sampling, early_exit) in REQUESTS.items():
+            if name == "log-probabilities":  # which wait for each token that asks
+                continue
             for several, texts in (("batch", TEXTS), ("one", TEXTS[1:2])):
                 generator = torch.Generator().manual_seed(3)
                 with drafting_eagerly(), _watched() as seen:
