@@ -7,11 +7,12 @@ import pytest
 from datasets import Dataset
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.openai_completions import LocalCompletionsAPI
 
 from nemo_ee.errors import ConfigError, GenerationError
 from nemo_ee.evaluation.harness.language_model import EarlyExitLM
 from tests.support import tiny_chats
-from tests.support.published import Published, convert, restored
+from tests.support.published import Published, client, convert, restored
 
 CLOSE = 1e-4
 """Nats, of at most 130 tokens in fp32."""
@@ -78,8 +79,8 @@ def both(request, tmp_path_factory):
         yield published, restored(convert(folder / "hf", folder / "m.nemo"))
 
 
-def samples(lm, **options):
-    return simple_evaluate(model=lm, tasks=tasks(), bootstrap_iters=0, **options)["samples"]
+def samples(lm, which=slice(None), **options):
+    return simple_evaluate(model=lm, tasks=tasks()[which], bootstrap_iters=0, **options)["samples"]
 
 
 def hugging_face(published, **options):
@@ -158,3 +159,19 @@ def test_what_it_cannot_do_is_said(both):
             ConfigError, match=f"gen_kwargs.{name}={value}: nemo_ee's decoding does not know it"
         ):
             samples(EarlyExitLM(model, False, max_length=LENGTH), gen_kwargs={name: value})
+
+
+def test_stock_local_completions_finds_the_same_at_our_server(both):
+    published, model = both
+    with client(model) as http:
+        address = f"{str(http.base_url).rstrip('/')}/v1/completions"
+        whose = {"model": "tiny", "tokenizer": str(published.folder), "tokenizer_backend": "huggingface"}
+        bos = published.tokenizer.bos_token_id is not None
+        lm = LocalCompletionsAPI(base_url=address, add_bos_token=bos, **whose)
+        ours = samples(lm, slice(2), limit=3, num_fewshot=0)
+    theirs = samples(hugging_face(published), slice(2), limit=3, num_fewshot=0)
+    for one, other in zip(ours["choose"], theirs["choose"], strict=True):
+        for (found,), (wanted,) in zip(one["resps"], other["resps"], strict=True):
+            assert found[0] == pytest.approx(wanted[0], abs=CLOSE) and found[1] == wanted[1]
+    texts = [[each["resps"] for each in side["continue"]] for side in (ours, theirs)]
+    assert texts[0] == texts[1]
