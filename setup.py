@@ -62,6 +62,10 @@ setup(
         # Apex is not on PyPI: it comes with NeMo's containers or from https://github.com/NVIDIA/apex.
         "gpu": ["transformer-engine[pytorch]>=2.2,<2.6"],
         "server": ["fastapi>=0.115,<1", "uvicorn>=0.34,<1", "prometheus-client>=0.20,<1"],
+        "lm-eval": [
+            "lm-eval[api]>=0.4.13,<0.5",
+            "pyarrow>=21,<26",  # which its datasets need; 26 wants NumPy 2
+        ],
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.5",

@@ -16,6 +16,8 @@ from packaging.requirements import Requirement
 
 from nemo_ee.runtime.script import user_errors
 
+HARNESS = "nemo_ee.evaluation.harness."
+"""Modules that need the extra lm-eval, which containers are not given."""
 SHOWN = ("torch", "nemo-toolkit", "megatron-core", "lightning", "transformers", "transformer-engine", "apex")
 
 
@@ -41,6 +43,8 @@ def failures() -> list[str]:
 
     found = []
     for module in pkgutil.walk_packages(nemo_ee.__path__, "nemo_ee."):
+        if module.name.startswith(HARNESS) and version_of("lm-eval") is None:
+            continue
         try:
             importlib.import_module(module.name)
         except Exception as error:  # of whatever kind: a library's start-up code may raise anything

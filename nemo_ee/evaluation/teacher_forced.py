@@ -92,13 +92,27 @@ def score_final(gpt: EarlyExitGPTModel, state: Tensor, labels: Tensor) -> ExitSc
 
 
 def score_exit(
-    gpt: EarlyExitGPTModel, layer: int, states: StageStates, labels: Tensor, head: Readout | None = None
+    gpt: EarlyExitGPTModel,
+    layer: int,
+    states: StageStates,
+    labels: Tensor,
+    head: Readout | None = None,
+    places: Callable[[Tensor], Tensor] = lambda state: state,
 ) -> ExitScores:
-    """One exit's predictions from what a forward pass left; `head` as in `score_text`."""
+    """One exit's predictions from what a forward pass left; `head` as in `score_text`.
+
+    Args:
+        gpt: the whole model, on one pipeline stage.
+        layer: of the exit.
+        states: of the pass.
+        labels: [B, S], of what `places` picks.
+        head: see `score_text`.
+        places: [S, B, H] behind the exit's block -> the states that are asked for, of that form.
+    """
     module = gpt.exits[str(layer)]
     dtype = next(module.parameters(), states.output).dtype
     hidden = states.exits[layer].to(dtype)
-    state = module.behind_block(hidden, attention_mask=None, rotary_pos_emb=states.rotary_pos_emb)
+    state = places(module.behind_block(hidden, attention_mask=None, rotary_pos_emb=states.rotary_pos_emb))
     logits_of = _logits_of(module.projection, gpt) if head is None else head.logits
     return _score(module.readout(state) if head is None else state, logits_of, module.projection, gpt, labels)
 

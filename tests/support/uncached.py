@@ -1,6 +1,7 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Greedy early-exit generation without any cache: the model's own forward on the whole text at every step."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +72,24 @@ def generate_uncached(
             values.append(value)
         text.append(answer[0])
     return reference
+
+
+def exit_log_probs(model: Any, layer: int, ids: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities [B, S, V + 1] of one exit, the bucket last; -inf where it has no row."""
+    gpt, vocabulary = model.gpt, model.gpt.true_vocab_size
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    states = gpt.forward_states(ids, positions, None)
+    head = gpt.exits[str(layer)]
+    state = head(states.exits[layer], None, states.rotary_pos_emb).transpose(0, 1)
+    projection = head.projection
+    whole = torch.full((*ids.shape, vocabulary + 1), -math.inf, dtype=torch.float64)
+    if projection.kind == "shortlist":
+        kept = projection.token_ids
+        whole[..., kept] = state @ projection.weight[: len(kept)].T
+        whole[..., -1] = state @ projection.bucket_weight + projection.bucket_bias
+    else:
+        whole[..., :vocabulary] = (state @ projection.weight.T)[..., :vocabulary]
+    return whole.log_softmax(-1)
 
 
 def _streak(exit_layers: list[int], layer: int) -> int:

@@ -16,7 +16,7 @@ from nemo_ee.evaluation import exit_thresholds, held_out, settings, sweep
 from nemo_ee.evaluation.teacher_forced import ExitScores, TextScores, score_text
 from nemo_ee.report import provenance
 from tests.support.tiny_gpt import HEADS, VOCABULARY, tiny_model, tiny_model_config
-from tests.support.uncached import generate_uncached
+from tests.support.uncached import exit_log_probs, generate_uncached
 
 LAYERS = (2, 4, 6)
 
@@ -40,24 +40,6 @@ def tokens(rows, length, seed=0):
     return torch.randint(6, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def naive_exit(model, layer, ids):
-    """Log-probabilities [B, S, V + 1] of one exit, the bucket last; -inf where it has no row."""
-    gpt = model.gpt
-    positions = torch.arange(ids.shape[1]).expand_as(ids)
-    states = gpt.forward_states(ids, positions, None)
-    head = gpt.exits[str(layer)]
-    state = head(states.exits[layer], None, states.rotary_pos_emb).transpose(0, 1)
-    projection = head.projection
-    whole = torch.full((*ids.shape, VOCABULARY + 1), -math.inf, dtype=torch.float64)
-    if projection.kind == "shortlist":
-        kept = projection.token_ids
-        whole[..., kept] = state @ projection.weight[: len(kept)].T
-        whole[..., -1] = state @ projection.bucket_weight + projection.bucket_bias
-    else:
-        whole[..., :VOCABULARY] = (state @ projection.weight.T)[..., :VOCABULARY]
-    return whole.log_softmax(-1)
-
-
 @pytest.mark.parametrize("name", ["shortlist_model", "block_model"])
 def test_scores_equal_plain_softmax(name, request):
     model = request.getfixturevalue(name)
@@ -70,7 +52,7 @@ def test_scores_equal_plain_softmax(name, request):
         torch.testing.assert_close(scores.final.losses, -final.gather(-1, labels[..., None])[..., 0])
         assert torch.equal(scores.final.tokens, final.argmax(-1)) and not scores.final.bucket_wins.any()
         for layer in LAYERS:
-            log_probs, mine = naive_exit(model, layer, ids), scores.exits[layer]
+            log_probs, mine = exit_log_probs(model, layer, ids), scores.exits[layer]
             emitted = log_probs[..., :VOCABULARY]
             column = torch.where(
                 emitted.gather(-1, labels[..., None])[..., 0] == -math.inf, VOCABULARY, labels
@@ -220,14 +202,14 @@ def test_sweep_equals_brute_force(block_model, monkeypatch):
 @torch.no_grad()
 def said(model, layer, ids, first):
     """The most probable token of an exit behind each token from `first` on, but the last one."""
-    return naive_exit(model, layer, torch.tensor([ids]))[0, first:-1, :VOCABULARY].argmax(-1).tolist()
+    return exit_log_probs(model, layer, torch.tensor([ids]))[0, first:-1, :VOCABULARY].argmax(-1).tolist()
 
 
 @torch.no_grad()
 def first_sure(model, ids, thresholds):
     """The token of the first exit that is sure at the last position, or None."""
     for layer in LAYERS:
-        probabilities = naive_exit(model, layer, ids)[0, -1, :VOCABULARY].exp()
+        probabilities = exit_log_probs(model, layer, ids)[0, -1, :VOCABULARY].exp()
         if thresholds[layer] < 1.0 and probabilities.max() > thresholds[layer]:
             return probabilities.argmax().item()
     return None
