@@ -22,4 +22,4 @@ COPY . .
 RUN python -m pip install --no-cache-dir --no-deps --no-build-isolation -e .
 
 # A build has no GPU and no driver: libcuda.so, which extensions are linked to, is the one that the image brings.
-RUN LD_LIBRARY_PATH="/usr/local/cuda/compat/lib.real:${LD_LIBRARY_PATH:-}" python scripts/check_imports.py
+RUN LD_LIBRARY_PATH="/usr/local/cuda/compat/lib.real:${LD_LIBRARY_PATH:-}" python scripts/requirements/check_imports.py

@@ -31,10 +31,10 @@ COMMANDS = {
     "generate": "megatron_gpt_ee_generate",
     "serve": "megatron_gpt_ee_server",
     "evaluate": "evaluate_early_exit",
-    "compare": "compare_pretraining",
     "merge": "merge_early_exits",
     "edit": "edit_early_exits",
-    "check": "check_imports",
+    "export": "export_hf",
+    "lm-eval": "lm_eval_early_exit",
 }
 """Command -> the script that it runs."""
 

@@ -44,7 +44,7 @@ def test_it_follows_the_rules_of_hadolint():
 def test_it_stands_on_nemos_container_and_ends_with_the_check():
     steps = instructions()
     assert steps[:2] == [("ARG", "BASE_IMAGE=nvcr.io/nvidia/nemo:25.07"), ("FROM", "${BASE_IMAGE}")]
-    assert steps[-1][0] == "RUN" and steps[-1][1].endswith("python scripts/check_imports.py")
+    assert steps[-1][0] == "RUN" and steps[-1][1].endswith("python scripts/requirements/check_imports.py")
     installs = [text for kind, text in steps if "pip install" in text]
     assert all("--no-deps" in text or "-c container_packages.txt" in text for text in installs)
 
@@ -173,7 +173,7 @@ def test_its_lines_add_what_is_missing_and_change_nothing_else(container):
     # The check finds what would be missing.
     subprocess.run(["python", "-m", "pip", "uninstall", "-qy", "uvicorn"], env=environment, check=True)
     done = subprocess.run(
-        ["python", "scripts/check_imports.py"], cwd=directory, env=environment, capture_output=True, text=True
+        ["python", "scripts/requirements/check_imports.py"], cwd=directory, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 1 and "error: uvicorn" in done.stderr and "is not installed" in done.stderr
     assert "error: nemo_ee.server.serve: ModuleNotFoundError" in done.stderr

@@ -1,7 +1,7 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Imports every module of nemo_ee where it is installed, with or without a GPU, and prints the versions that it met.
 
-python scripts/check_imports.py
+python scripts/requirements/check_imports.py
 
 A package that is missing, or a module that cannot be imported, is an error. A version that was not tested is said.
 """
