@@ -173,7 +173,11 @@ def test_its_lines_add_what_is_missing_and_change_nothing_else(container):
     # The check finds what would be missing.
     subprocess.run(["python", "-m", "pip", "uninstall", "-qy", "uvicorn"], env=environment, check=True)
     done = subprocess.run(
-        ["python", "scripts/requirements/check_imports.py"], cwd=directory, env=environment, capture_output=True, text=True
+        ["python", "scripts/requirements/check_imports.py"],
+        cwd=directory,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 1 and "error: uvicorn" in done.stderr and "is not installed" in done.stderr
     assert "error: nemo_ee.server.serve: ModuleNotFoundError" in done.stderr
