@@ -44,7 +44,7 @@ def write_source(folder: Path, kind: str, changes: dict) -> None:
     import transformers
 
     settings = tiny_llama.config(**changes).to_dict()
-    for key in ("model_type", "architectures", "attention_bias", "mlp_bias"):
+    for key in ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp"):  # Llama's own
         settings.pop(key, None)
     tiny_llama.model(getattr(transformers, kind)(**settings)).save_pretrained(folder)
     tiny_llama.tokenizer().save_pretrained(folder)
