@@ -44,7 +44,7 @@ def write_source(folder: Path, kind: str, changes: dict) -> None:
     import transformers
 
     settings = tiny_llama.config(**changes).to_dict()
-    for key in ("model_type", "architectures", "attention_bias", "mlp_bias"):
+    for key in ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp"):  # Llama's own
         settings.pop(key, None)
     tiny_llama.model(getattr(transformers, kind)(**settings)).save_pretrained(folder)
     tiny_llama.tokenizer().save_pretrained(folder)
@@ -147,6 +147,22 @@ def test_texts_begin_as_the_checkpoint_says(converted, tmp_path, add_bos, ids):
     tokenizer = AutoTokenizer.from_pretrained(exported(source, tmp_path / "out"))
     assert tokenizer("the cat").input_ids == ids
     assert tokenizer("the cat", add_special_tokens=False).input_ids == [3, 19]
+
+
+@pytest.mark.parametrize("form", ["text", "named", "roles"])
+def test_the_configurations_chat_template_goes_along(converted, tmp_path, form):
+    from transformers import AutoTokenizer
+
+    template = "{% for m in messages %}sat {{ m['content'] }} {% endfor %}"
+    forms = {
+        "text": template,
+        "named": [{"name": "default", "template": template}],
+        "roles": {"prefix": "", "roles": {"User": "{_content_}"}},
+    }
+    source = unpacked(converted / "tied.nemo", tmp_path / "source", tokenizer__chat_template=forms[form])
+    tokenizer = AutoTokenizer.from_pretrained(exported(source, tmp_path / "out"))
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "the cat"}])
+    assert ids == ([3, 19, 2] if form == "roles" else [21, 3, 19]), "the tokenizer's own, or this one"
 
 
 def test_all_ends_of_texts_go_along(converted, tmp_path):

@@ -144,7 +144,7 @@ def test_a_draft_says_what_its_exit_says_and_the_base_keeps_its_text(made, base,
         own = torch.cat([model(row[None]).logits.argmax(-1) for row in sample(tokenizer)])
     tokens, gaps = found[kind][layer]
     different = own != tokens
-    print(f"{kind} at layer {layer}: {int(different.sum())} of {own.numel()} tokens differ, all near ties")
+    print(f"{kind} at layer {layer}: {int(different.sum())} of {own.numel()} tokens differ, by near ties")
     assert bool((gaps[different] < EPSILON).all())
     for prompt in SMOLLM2_PROMPTS[:4]:
         ids = tokenizer(prompt, add_special_tokens=False).input_ids
