@@ -1,6 +1,6 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""The model with all its exits, and the code that runs them in transformers: `remote_code/`, which is not imported here,
-and the rule by which tokens leave."""
+"""The model with all its exits, and the code that runs them in transformers: `remote_code/`, which nothing here
+imports, and the rule by which tokens leave."""
 
 import dataclasses
 import json
