@@ -71,6 +71,9 @@ def export_draft(config: ExportConfig, source: Source, folder: Path) -> None:
     if draft.folded:
         architecture = "llama"  # of the three the one whose MLPs may have biases
     dtype = dtype_of(draft.weights, config.precision)
+    if draft.folded and dtype is torch.float16:
+        rule = "a translator becomes weights of up to 2^20, which float16 has not"
+        raise ConfigError(Fault("precision", config.precision, rule, "set precision=bf16 or precision=32"))
     settings = hugging_face_config(
         source.model, architecture, source.rows, dtype, **source.tokenizer.special_tokens()
     )
@@ -190,9 +193,6 @@ def _check_head(config: ExportConfig, head: HeadConfig, layer: int) -> None:
         faults.append(
             Fault(name, "linear without norm", rule, "export another exit, or tune one with head.norm=true")
         )
-    if head.linear and str(config.precision) == "16":
-        rule = "a translator becomes weights of up to 2^30, which float16 has not"
-        faults.append(Fault("precision", config.precision, rule, "set precision=bf16 or precision=32"))
     if head.linear and "sglang" in config.engines:
         rule = "SGLang drops the biases of MLPs without a word, and a translator becomes such"
         remedy = "leave sglang out of engines, or tune exits with head.linear=false and head.mlp=residual"

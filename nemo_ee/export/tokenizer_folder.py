@@ -1,17 +1,17 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """A checkpoint's tokenizer as files for transformers, with which texts have the ids that they have here."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.checkpoint import end_of_text
 from nemo_ee.checkpoint.tokenizer import copy_files, tokenizer_files
-from nemo_ee.data.token_rules import beginning, known_id, tokens_before_a_text
+from nemo_ee.data.token_rules import beginning, known_id, named_templates, tokens_before_a_text
 from nemo_ee.data.tokenizer import TokenizerConfig, is_plain, load
 from nemo_ee.errors import ConfigError, Fault
 
@@ -94,7 +94,27 @@ def exported_tokenizer(path: str, model: DictConfig, given: str | None) -> Itera
                 Fault("tokenizer.add_bos", True, rule, "set tokenizer=FOLDER, one that has it")
             ) from error
         copyable = is_plain(description) and home.is_dir()
+        template = None if given else _jinja(section, path)
+        if template is not None:
+            live.chat_template, copyable = template, False
         yield ExportedTokenizer(live, home if copyable else None, ends, begins)
+
+
+def _jinja(section: Mapping, path: str) -> Any:
+    """The chat template that a checkpoint's configuration has in place of its tokenizer's own; None without one."""
+    template = section.get("chat_template")
+    if not OmegaConf.is_config(template):
+        return template
+    plain = OmegaConf.to_container(template)
+    if "roles" not in plain:
+        return named_templates(plain)
+    from nemo.utils import logging
+
+    logging.warning(
+        f"{path}: tokenizer.chat_template is of NeMo's form (prefix and roles), which transformers does not read: it "
+        "is left out"
+    )
+    return None
 
 
 def _begin_with(live: Any, ids: list[int]) -> None:

@@ -149,6 +149,22 @@ def test_texts_begin_as_the_checkpoint_says(converted, tmp_path, add_bos, ids):
     assert tokenizer("the cat", add_special_tokens=False).input_ids == [3, 19]
 
 
+@pytest.mark.parametrize("form", ["text", "named", "roles"])
+def test_the_configurations_chat_template_goes_along(converted, tmp_path, form):
+    from transformers import AutoTokenizer
+
+    template = "{% for m in messages %}sat {{ m['content'] }} {% endfor %}"
+    forms = {
+        "text": template,
+        "named": [{"name": "default", "template": template}],
+        "roles": {"prefix": "", "roles": {"User": "{_content_}"}},
+    }
+    source = unpacked(converted / "tied.nemo", tmp_path / "source", tokenizer__chat_template=forms[form])
+    tokenizer = AutoTokenizer.from_pretrained(exported(source, tmp_path / "out"))
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "the cat"}])
+    assert ids == ([3, 19, 2] if form == "roles" else [21, 3, 19]), "the tokenizer's own, or this one"
+
+
 def test_all_ends_of_texts_go_along(converted, tmp_path):
     source = unpacked(converted / "tied.nemo", tmp_path / "source", tokenizer__eos_token_ids=[2, 50])
     output = exported(source, tmp_path / "out")
