@@ -47,8 +47,8 @@ class Said:
 
 
 def write_all(folder: str) -> dict[str, Said]:
-    """Writes `llama.nemo` with an exit of every kind, `exits.nemo` with these alone, `qwen2.nemo` with two exits, and what
-    is exported of them; run it in a rank of its own."""
+    """Writes `llama.nemo` with an exit of every kind, `exits.nemo` with these alone, `qwen2.nemo` with two exits, and
+    what is exported of them; run it in a rank of its own."""
     from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel as Model
 
     llama = tiny_model(exits=EXITS, head=HEADS)
