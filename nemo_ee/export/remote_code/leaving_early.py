@@ -12,7 +12,7 @@ from torch import nn
 from transformers import DynamicCache, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .leaving import is_asked, leaves
+from .leaving import leaves
 
 OPTIONS = ("threshold", "exits", "confidence")
 """Keys of `generate(early_exit=...)`."""
@@ -98,7 +98,7 @@ class Walk:
 
     Args:
         model: with exits.
-        thresholds: exit layer -> threshold.
+        thresholds: of the exits that are asked: layer -> threshold, ascending.
         rule: name of a confidence rule.
 
     Attributes:
@@ -108,7 +108,7 @@ class Walk:
     def __init__(self, model, thresholds, rule):
         layers, nothing = list(model.model.layers), nn.Identity()
         self.model, self.rule = model, CONFIDENCE_RULES[rule]
-        self.asked = [(model.exits[str(n)], value) for n, value in thresholds.items() if is_asked(value)]
+        self.asked = [(model.exits[str(n)], value) for n, value in thresholds.items()]
         edges = [0, *(head.layer for head, _ in self.asked), len(layers)]
         self.pieces = [(model.piece(layers[a:b], nothing), Later(a)) for a, b in pairwise(edges)]
         self.blocks = {

@@ -30,6 +30,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from .leaving import is_asked  # transformers copies what this file imports, not what that imports
 from .leaving_early import Walk, cache_of, thresholds_of
 
 DRAFTING = ("assistant_early_exit", "assistant_model", "prompt_lookup_num_tokens")
@@ -169,7 +170,8 @@ class EarlyExits:
             )
         layers = [int(name) for name in self.exits]
         own = getattr(self.config, "early_exit", {}).get("inference", {})
-        walk = Walk(self, *thresholds_of(early_exit, layers, own))
+        thresholds, rule = thresholds_of(early_exit, layers, own)
+        walk = Walk(self, {n: value for n, value in thresholds.items() if is_asked(value)}, rule)
         self._walk = walk
         try:
             output = self._plain_generate(*args, **kwargs)
