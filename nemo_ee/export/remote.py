@@ -1,5 +1,6 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
-"""The model with all its exits, and the code that runs them in transformers: `remote_code/`, which is not imported."""
+"""The model with all its exits, and the code that runs them in transformers: `remote_code/`, which nothing here
+imports, and the rule by which tokens leave."""
 
 import dataclasses
 import json
@@ -10,6 +11,7 @@ from typing import Any
 from nemo_ee.checkpoint.exits.exit_tensors import check_token_ids
 from nemo_ee.checkpoint.stored_tensors import StoredTensor
 from nemo_ee.config import EarlyExitConfig
+from nemo_ee.decoding import leaving
 from nemo_ee.errors import CheckpointError, ConfigError, Fault
 from nemo_ee.export.folder import dtype_of, write_json, write_model
 from nemo_ee.export.llama_weights import LlamaWeights, Weights
@@ -53,6 +55,7 @@ def export_remote(config: ExportConfig, source: Source, folder: Path) -> None:
     )
     write_model(folder, settings, base | exits, source.tokenizer, config.max_shard_size)
     _name_classes(folder / "config.json", described(early_exit))
+    shutil.copy(leaving.__file__, folder)
     shutil.copytree(CODE, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "README.md").write_text(remote_card(config, source, settings, MODULE), encoding="utf-8")
 

@@ -2,13 +2,14 @@
 """Tiny models with exits as `.nemo` files and exported with their code; what they say themselves, for comparison."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nemo_ee.errors import CheckpointError, ConfigError
 from tests.support import tiny_gpt
 
 HEADS = [
@@ -46,10 +47,14 @@ class Said:
 
 
 def write_all(folder: str) -> dict[str, Said]:
-    """Writes `llama.nemo` with an exit of every kind, `qwen2.nemo` with two, and what is exported of them; run it in a
-    rank of its own."""
+    """Writes `llama.nemo` with an exit of every kind, `exits.nemo` with these alone, `qwen2.nemo` with two exits, and
+    what is exported of them; run it in a rank of its own."""
+    from nemo_ee.models.megatron_gpt_early_exit_model import MegatronGPTEarlyExitModel as Model
+
     llama = tiny_model(exits=EXITS, head=HEADS)
     llama.save_to(f"{folder}/llama.nemo")
+    restored = Model.restore_from(f"{folder}/llama.nemo", trainer=tiny_gpt.tiny_trainer())
+    restored.save_adapters(f"{folder}/exits.nemo")
     head = dict(block=True, mlp="beside", linear=True, projection="shortlist", shortlist_size=80)
     qwen2 = tiny_model(exits=[3, 8], head=head, qkv_bias=True)
     qwen2.save_to(f"{folder}/qwen2.nemo")
@@ -77,6 +82,29 @@ def export(folder: str, name: str, kind: str, **settings: Any) -> None:
 
     output = Path(folder, f"{settings.get('architecture', name)}_{kind}{settings.get('layer', '')}")
     export(ExportConfig(kind, f"{folder}/{name}.nemo", str(output), **settings))
+
+
+def refused(folder: str) -> dict[str, str]:
+    """Why bad exits of `llama.nemo` are not exported; run it in a rank of its own."""
+    from nemo_ee.export.remote import export_remote
+    from nemo_ee.export.settings import ExportConfig
+    from nemo_ee.export.source import opened
+
+    config, found = ExportConfig("remote", f"{folder}/llama.nemo", f"{folder}/none"), {}
+    with opened(config) as source:
+        norm, ids = (source.tensors[f"exits.3.{name}"] for name in ("norm.weight", "projection.token_ids"))
+        backwards = replace(ids, read=lambda: ids.read().flip(0))
+        for name, change in {
+            "none": dict(early_exit=replace(source.early_exit, layers=())),
+            "surplus": dict(tensors={**source.tensors, "exits.3.other.weight": norm}),
+            "shape": dict(tensors={**source.tensors, "exits.3.norm.weight": replace(norm, shape=(7,))}),
+            "shortlist": dict(tensors={**source.tensors, "exits.3.projection.token_ids": backwards}),
+        }.items():
+            try:
+                export_remote(config, replace(source, **change), Path(folder, "none"))
+            except (ConfigError, CheckpointError) as error:
+                found[name] = str(error)
+    return found
 
 
 def said(model: Any) -> Said:

@@ -4,13 +4,25 @@
 import ast
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.support.remote_folder import DEPTH, EXITS, HEADS, PROMPT, STEPS, confidences, rounds, write_all
+from tests.support.remote_folder import (
+    DEPTH,
+    EXITS,
+    HEADS,
+    PROMPT,
+    STEPS,
+    confidences,
+    refused,
+    rounds,
+    write_all,
+)
+from tests.support.script import run_script
 
 CODE = Path(__file__).parents[2] / "nemo_ee" / "export" / "remote_code"
 DRAFTS, DRAFTED = 4, 20
@@ -248,6 +260,48 @@ def test_a_cache_of_the_callers_is_refused(model):
         model.generate(longer, past_key_values=cache, early_exit=dict(threshold=0.5), max_new_tokens=2)
 
 
+def test_padding_before_a_text_changes_nothing(model, said):
+    ids = torch.cat([torch.zeros(1, 3, dtype=torch.long), IDS], dim=1)
+    mask = (torch.arange(ids.shape[1]) >= 3).long()[None]
+    out = model.generate(
+        ids, early_exit=said["llama"].thresholds["each"], **{**GREEDY, "attention_mask": mask}
+    )
+    assert out[0, ids.shape[1] :].tolist() == said["llama"].texts["each"][0]
+
+
+def test_a_base_and_exits_alone_make_the_same_folder(folder, said):
+    files = [
+        "gpt_model_file=llama.nemo",
+        "adapter_file=exits.nemo",
+        "output_path=both",
+        "max_shard_size=200KB",
+    ]
+    done = run_script(folder, "export_hf.py", "kind=remote", *files)
+    assert done.returncode == 0 and "wrote both" in done.stdout, done.stderr
+    first, second = (
+        {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        for root in (folder / "llama_remote", folder / "both")
+    )
+    assert first.keys() == second.keys()
+    assert [str(name) for name in first if first[name] != second[name]] == ["README.md"]
+    card = second[Path("README.md")].decode()
+    assert (
+        "behind the layers 1, 2, 3, 4, 5, 6, 7, of `exits.nemo`" in card and "assistant_early_exit=7" in card
+    )
+
+
+def test_exits_that_cannot_be_are_refused(workers, folder, said):
+    (messages,) = workers(1).run(refused, str(folder))
+    for name, message in {
+        "none": "adapter_file=None: kind=remote runs exits, and llama.nemo has none; set adapter_file=exits.nemo, or",
+        "surplus": "exits.3.other.weight: 1 tensors belong to no exit",
+        "shape": r"exits.3.norm.weight has the shape \[7\], and its configuration asks for \[64\]",
+        "shortlist": "exits.3.projection.token_ids must name distinct tokens of 201, ascending",
+    }.items():
+        assert re.search(message, messages[name]), messages[name]
+    assert not (folder / "none").exists()
+
+
 def test_weights_are_sharded_with_an_index(folder, said):
     index = json.loads((folder / "llama_remote" / "model.safetensors.index.json").read_text())["weight_map"]
     assert len(set(index.values())) > 1 and "exits.6.projection.token_ids" in index
@@ -260,7 +314,9 @@ def test_weights_are_sharded_with_an_index(folder, said):
 
 
 def test_shipped_code_imports_torch_and_transformers_alone(folder, said):
-    for path in CODE.rglob("*.py"):
+    shipped = [*(folder / "llama_remote").rglob("*.py")]
+    assert {path.name for path in shipped} == {path.name for path in CODE.rglob("*.py")} | {"leaving.py"}
+    for path in shipped:
         nodes = [
             node
             for node in ast.walk(ast.parse(path.read_text()))
@@ -272,5 +328,3 @@ def test_shipped_code_imports_torch_and_transformers_alone(folder, said):
         assert all((path.parent / f"{name}.py").exists() for name in own), path
         packages = {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names)
         assert packages <= {"torch", "transformers"}, path
-        copy = folder / "llama_remote" / path.relative_to(CODE)
-        assert copy.read_bytes() == path.read_bytes()

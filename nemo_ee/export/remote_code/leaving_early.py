@@ -12,8 +12,8 @@ from torch import nn
 from transformers import DynamicCache, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-NEVER = 1.0
-"""A threshold: the exit is not asked."""
+from .leaving import leaves
+
 OPTIONS = ("threshold", "exits", "confidence")
 """Keys of `generate(early_exit=...)`."""
 CACHE_NAMES = ("cache", "past_key_values")
@@ -98,7 +98,7 @@ class Walk:
 
     Args:
         model: with exits.
-        thresholds: exit layer -> threshold.
+        thresholds: of the exits that are asked: layer -> threshold, ascending.
         rule: name of a confidence rule.
 
     Attributes:
@@ -108,7 +108,7 @@ class Walk:
     def __init__(self, model, thresholds, rule):
         layers, nothing = list(model.model.layers), nn.Identity()
         self.model, self.rule = model, CONFIDENCE_RULES[rule]
-        self.asked = [(model.exits[str(n)], value) for n, value in thresholds.items() if value < NEVER]
+        self.asked = [(model.exits[str(n)], value) for n, value in thresholds.items()]
         edges = [0, *(head.layer for head, _ in self.asked), len(layers)]
         self.pieces = [(model.piece(layers[a:b], nothing), Later(a)) for a, b in pairwise(edges)]
         self.blocks = {
@@ -139,7 +139,7 @@ class Walk:
             self.waiting[k] = None
             if not is_prompt:
                 logits, outcomes = head.ask(inside[:, -1:], self.model.lm_head)
-                if self.rule(*outcomes).item() > threshold:
+                if leaves(self.rule(*outcomes).item(), threshold):
                     self.waiting[k] = x
                     return self._answer(logits, head.layer, cache)
         logits = self.model.lm_head(self.model.model.norm(x[:, -1:]))

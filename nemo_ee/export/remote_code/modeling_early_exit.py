@@ -30,6 +30,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from .leaving import is_asked  # transformers copies what this file imports, not what that imports
 from .leaving_early import Walk, cache_of, thresholds_of
 
 DRAFTING = ("assistant_early_exit", "assistant_model", "prompt_lookup_num_tokens")
@@ -169,7 +170,8 @@ class EarlyExits:
             )
         layers = [int(name) for name in self.exits]
         own = getattr(self.config, "early_exit", {}).get("inference", {})
-        walk = Walk(self, *thresholds_of(early_exit, layers, own))
+        thresholds, rule = thresholds_of(early_exit, layers, own)
+        walk = Walk(self, {n: value for n, value in thresholds.items() if is_asked(value)}, rule)
         self._walk = walk
         try:
             output = self._plain_generate(*args, **kwargs)
@@ -199,8 +201,8 @@ class EarlyExits:
 
     def piece(self, layers, norm):
         """The backbone with these layers and that in the place of its final norm; weights are shared."""
-        piece = copy.copy(self.model)
-        piece._modules = {**self.model._modules, "layers": nn.ModuleList(layers), "norm": norm}
+        piece = _copied(self.model)
+        piece.layers, piece.norm = nn.ModuleList(layers), norm
         piece.config = copy.copy(self.config)
         piece.config.num_hidden_layers = len(layers)
         return piece
@@ -216,10 +218,16 @@ class EarlyExits:
         made = getattr(cache, "layers", [])
         if 0 < len(made) < len(kept):  # transformers makes one for each of the n layers
             made.append(type(made[0])())
-        short = copy.copy(self)
-        output = head.projection or self.lm_head
-        short._modules = {**self._modules, "model": self.piece(kept, head), "lm_head": output}
+        short = _copied(self)
+        short.model, short.lm_head = self.piece(kept, head), head.projection or self.lm_head
         return short
+
+
+def _copied(module):
+    """A copy that shares the weights, and whose parts can be exchanged."""
+    copied = copy.copy(module)
+    vars(copied)["_modules"] = dict(module._modules)
+    return copied
 
 
 def _with_exits(forward):
