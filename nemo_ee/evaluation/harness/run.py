@@ -11,7 +11,7 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 
-from nemo_ee.decoding.request import parse_request
+from nemo_ee.decoding.request import ExitOptions, parse_request
 from nemo_ee.errors import CheckpointError, ConfigError, Fault
 from nemo_ee.evaluation.harness.language_model import EarlyExitLM
 from nemo_ee.evaluation.harness.page import SweepResult, TaskResult, WayResult, write_page
@@ -122,7 +122,8 @@ def _options(config: LmEvalConfig) -> dict[str, Any]:
 
 def _evaluate(config: LmEvalConfig, trainer: Any, manager: TaskManager, directory: Path) -> list[Path]:
     model = _model(config, trainer)
-    lm = EarlyExitLM(model, dict(vars(config.early_exit)), config.batch_size, **_options(config))
+    exits = None if config.early_exit == ExitOptions() else dict(vars(config.early_exit))
+    lm = EarlyExitLM(model, exits, config.batch_size, **_options(config))
     results = _simple_evaluate(config, lm, config.tasks, manager)
     print(make_table(results))
     written = []

@@ -102,7 +102,7 @@ LOCAL_TASKS = {
             "doc_to_target": "{{canonical_solution}}",
             "generation_kwargs": {
                 "until": ["\nclass", "\ndef", "\n#", "\nif", "\nprint"],
-                "max_gen_toks": 256,
+                "max_gen_toks": 128,
                 "do_sample": False,
             },
             "num_fewshot": 0,
