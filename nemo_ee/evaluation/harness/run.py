@@ -97,7 +97,7 @@ def _model(config: LmEvalConfig, trainer: Any) -> Any:
 
 
 def _simple_evaluate(
-    config: LmEvalConfig, lm: EarlyExitLM, tasks: Sequence[str], manager: TaskManager
+    config: LmEvalConfig, lm: EarlyExitLM, tasks: Sequence[Any], manager: TaskManager
 ) -> dict:
     return simple_evaluate(
         model=lm,
@@ -148,12 +148,12 @@ def _sweep(
     lm = SweepLM(model, answers, **_options(config))
     exits = model.early_exit.layers if config.exits is None else config.exits
     tasks = []
-    for task in config.tasks:
+    for task, loaded in manager.load(list(config.tasks))["tasks"].items():
         lm.begin(config.thresholds_of(task), exits)
         found = {}
         for name in lm.ways:
             lm.current = name
-            results = _simple_evaluate(config, lm, [task], manager)
+            results = _simple_evaluate(config, lm, [loaded], manager)
             found[name] = results["results"][task]
         examples, shots = results["n-samples"][task]["effective"], results["n-shot"][task]
         ways = [_way(lm, name, found[name], config.seed) for name in lm.ways]
