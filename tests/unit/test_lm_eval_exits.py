@@ -5,6 +5,7 @@ sweep over tasks made of a few made-up examples."""
 import gzip
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -148,7 +149,10 @@ def packages(monkeypatch, tmp_path):
 
 
 def test_local_tasks_are_the_harness_own_but_for_their_examples(packages):
-    chats = [{"messages": [{"role": "user", "content": f"w1 w7\n\nIs  w{n} a word?"}]} for n in (1, 3)]
+    chats = [
+        {"messages": [{"role": "user", "content": "w1 w7\n\nIs  w1 a word?"}]},
+        {"conversations": [{"from": "User", "value": "Is w3 a word?"}]},
+    ]
     (packages / "tuned_on.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     files = tasks.write_tasks("made", "downloads", exclude_file="tuned_on.jsonl")
     assert [path.stem for path in files] == list(tasks.LOCAL_TASKS)
@@ -168,7 +172,7 @@ def test_local_tasks_are_the_harness_own_but_for_their_examples(packages):
     assert [doc["question"] for doc in docs] == ["is w0 a word", "is w2 a word", "is w4 a word"]
     assert boolq.doc_to_text(docs[0]) == "w0 w7\nQuestion: is w0 a word?\nAnswer:" and docs[0]["label"] == 1
     assert len(gsm8k.test_docs()) == 4 and len(gsm8k.fewshot_docs()) == tasks.FEW_SHOT
-    with pytest.raises(DataError, match="tuned_on.jsonl:1: must have messages"):
+    with pytest.raises(DataError, match="tuned_on.jsonl:1: has no conversations"):
         (packages / "tuned_on.jsonl").write_text('{"prompt": "x"}\n')
         tasks.write_tasks("made", "downloads", exclude_file="tuned_on.jsonl")
 
@@ -262,7 +266,7 @@ def first_sure(model, ids, threshold):
     return None
 
 
-def test_one_way_writes_what_the_harness_found(in_process, model, capsys):
+def test_one_way_writes_what_the_harness_found(in_process, monkeypatch, capsys):
     changes = {"thresholds": None, "task_thresholds": {}, "batch_size": 2, "output_dir": "found"}
     chosen = {"early_exit": {"threshold": 0.5, "always": True}, "tasks": ["gsm8k_local", "boolq_local"]}
     files = run.run(configured(**changes, **chosen), trainer=None)
@@ -278,6 +282,8 @@ def test_one_way_writes_what_the_harness_found(in_process, model, capsys):
     assert [path.name for path in run.run(LmEvalConfig(), None)] == [
         f"{name}.yaml" for name in tasks.LOCAL_TASKS
     ]
+    own = partial(TaskManager, include_path="lm_eval_tasks", include_defaults=False)
+    monkeypatch.setattr(run, "TaskManager", lambda **_: own())  # the harness's own take seconds
     with pytest.raises(
         ConfigError, match="boolq_locl is neither a task of the harness .*did you mean boolq_local"
     ):
