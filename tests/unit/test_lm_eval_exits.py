@@ -5,6 +5,7 @@ sweep over tasks made of a few made-up examples."""
 import gzip
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -148,7 +149,10 @@ def packages(monkeypatch, tmp_path):
 
 
 def test_local_tasks_are_the_harness_own_but_for_their_examples(packages):
-    chats = [{"messages": [{"role": "user", "content": f"w1 w7\n\nIs  w{n} a word?"}]} for n in (1, 3)]
+    chats = [
+        {"messages": [{"role": "user", "content": "w1 w7\n\nIs  w1 a word?"}]},
+        {"conversations": [{"from": "User", "value": "Is w3 a word?"}]},
+    ]
     (packages / "tuned_on.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     files = tasks.write_tasks("made", "downloads", exclude_file="tuned_on.jsonl")
     assert [path.stem for path in files] == list(tasks.LOCAL_TASKS)
@@ -168,7 +172,7 @@ def test_local_tasks_are_the_harness_own_but_for_their_examples(packages):
     assert [doc["question"] for doc in docs] == ["is w0 a word", "is w2 a word", "is w4 a word"]
     assert boolq.doc_to_text(docs[0]) == "w0 w7\nQuestion: is w0 a word?\nAnswer:" and docs[0]["label"] == 1
     assert len(gsm8k.test_docs()) == 4 and len(gsm8k.fewshot_docs()) == tasks.FEW_SHOT
-    with pytest.raises(DataError, match="tuned_on.jsonl:1: must have messages"):
+    with pytest.raises(DataError, match="tuned_on.jsonl:1: has no conversations"):
         (packages / "tuned_on.jsonl").write_text('{"prompt": "x"}\n')
         tasks.write_tasks("made", "downloads", exclude_file="tuned_on.jsonl")
 
@@ -225,6 +229,7 @@ def test_a_sweep_scores_times_and_goes_on(in_process, model, monkeypatch):
         assert task.ways[2].speedup.median > 0.0
     lines = [json.loads(line) for line in (in_process / "swept/answers.jsonl").read_text().splitlines()]
     lm = EarlyExitLM(model, False)
+    names = [model.text_tokenizer.name(token) for token in range(VOCABULARY)]
     for doc, line in zip(
         PACKAGES["humaneval-problems"], [each for each in lines[1:] if each.get("prompt") == 2], strict=True
     ):
@@ -233,10 +238,8 @@ def test_a_sweep_scores_times_and_goes_on(in_process, model, monkeypatch):
         for name, threshold in {"full depth": 1.0, "0.5": 0.5, "0": 0.0}.items():
             exits = dict.fromkeys(LAYERS, threshold) if threshold < 1.0 else {}
             wanted = generate_uncached(model.gpt, prompt, 8, exits)
-            end = next(
-                (i + 1 for i, t in enumerate(wanted.tokens) if t in (0, lm.tok_encode("w9")[0])),
-                len(wanted.tokens),
-            )
+            ends = (i + 1 for i, token in enumerate(wanted.tokens) if token == 0 or "w9" in names[token])
+            end = next(ends, len(wanted.tokens))
             mine = line["texts"][name]
             assert mine["tokens"] == wanted.tokens[:end]
             assert mine["layers"] == {
@@ -244,11 +247,7 @@ def test_a_sweep_scores_times_and_goes_on(in_process, model, monkeypatch):
             }
             assert 0 <= mine["steps"][0] < end or end == 1
         full = line["texts"]["full depth"]["tokens"]
-        said = [
-            generate_uncached(model.gpt, prompt + full[:i], 2, [{}, {}]).tokens[0] == full[i]
-            and first_sure(model, prompt + full[:i], 0.5) in (None, full[i])
-            for i in range(1, len(full))
-        ]
+        said = [first_sure(model, prompt + full[:i], 0.5) in (None, full[i]) for i in range(1, len(full))]
         assert line["agreeing"]["0.5"] == [sum(said), len(full) - 1]
     count = len(asked)
     assert count == 3 * 4 + 3 * 4 + 2, "each in each way, and two to warm up"
@@ -267,7 +266,7 @@ def first_sure(model, ids, threshold):
     return None
 
 
-def test_one_way_writes_what_the_harness_found(in_process, model, capsys):
+def test_one_way_writes_what_the_harness_found(in_process, monkeypatch, capsys):
     changes = {"thresholds": None, "task_thresholds": {}, "batch_size": 2, "output_dir": "found"}
     chosen = {"early_exit": {"threshold": 0.5, "always": True}, "tasks": ["gsm8k_local", "boolq_local"]}
     files = run.run(configured(**changes, **chosen), trainer=None)
@@ -283,6 +282,8 @@ def test_one_way_writes_what_the_harness_found(in_process, model, capsys):
     assert [path.name for path in run.run(LmEvalConfig(), None)] == [
         f"{name}.yaml" for name in tasks.LOCAL_TASKS
     ]
+    own = partial(TaskManager, include_path="lm_eval_tasks", include_defaults=False)
+    monkeypatch.setattr(run, "TaskManager", lambda **_: own())  # the harness's own take seconds
     with pytest.raises(
         ConfigError, match="boolq_locl is neither a task of the harness .*did you mean boolq_local"
     ):

@@ -11,7 +11,7 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 
-from nemo_ee.decoding.request import parse_request
+from nemo_ee.decoding.request import ExitOptions, parse_request
 from nemo_ee.errors import CheckpointError, ConfigError, Fault
 from nemo_ee.evaluation.harness.language_model import EarlyExitLM
 from nemo_ee.evaluation.harness.page import SweepResult, TaskResult, WayResult, write_page
@@ -97,7 +97,7 @@ def _model(config: LmEvalConfig, trainer: Any) -> Any:
 
 
 def _simple_evaluate(
-    config: LmEvalConfig, lm: EarlyExitLM, tasks: Sequence[str], manager: TaskManager
+    config: LmEvalConfig, lm: EarlyExitLM, tasks: Sequence[Any], manager: TaskManager
 ) -> dict:
     return simple_evaluate(
         model=lm,
@@ -122,7 +122,8 @@ def _options(config: LmEvalConfig) -> dict[str, Any]:
 
 def _evaluate(config: LmEvalConfig, trainer: Any, manager: TaskManager, directory: Path) -> list[Path]:
     model = _model(config, trainer)
-    lm = EarlyExitLM(model, dict(vars(config.early_exit)), config.batch_size, **_options(config))
+    exits = None if config.early_exit == ExitOptions() else dict(vars(config.early_exit))
+    lm = EarlyExitLM(model, exits, config.batch_size, **_options(config))
     results = _simple_evaluate(config, lm, config.tasks, manager)
     print(make_table(results))
     written = []
@@ -147,12 +148,12 @@ def _sweep(
     lm = SweepLM(model, answers, **_options(config))
     exits = model.early_exit.layers if config.exits is None else config.exits
     tasks = []
-    for task in config.tasks:
+    for task, loaded in manager.load(list(config.tasks))["tasks"].items():
         lm.begin(config.thresholds_of(task), exits)
         found = {}
         for name in lm.ways:
             lm.current = name
-            results = _simple_evaluate(config, lm, [task], manager)
+            results = _simple_evaluate(config, lm, [loaded], manager)
             found[name] = results["results"][task]
         examples, shots = results["n-samples"][task]["effective"], results["n-shot"][task]
         ways = [_way(lm, name, found[name], config.seed) for name in lm.ways]

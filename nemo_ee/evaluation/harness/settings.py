@@ -53,12 +53,12 @@ class LmEvalConfig(Settings):
     exclude_file: str | None = None
     limit: Positive | None = None
     num_fewshot: int | None = None
-    gen_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    gen_kwargs: Mapping = field(default_factory=dict)
     chat: bool = False
     system: str | None = None
     early_exit: ExitOptions = field(default_factory=ExitOptions)
     thresholds: int | tuple[float, ...] | None = None
-    task_thresholds: Mapping[str, Any] = field(default_factory=dict)
+    task_thresholds: Mapping = field(default_factory=dict)
     exits: tuple[int, ...] | None = None
     batch_size: Positive = 1
     max_length: int | None = None

@@ -6,6 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from nemo_ee.errors import ConfigError, DataError, Fault
 from nemo_ee.evaluation.harness.gen_kwargs import Generation, read_gen_kwargs
 from nemo_ee.evaluation.harness.language_model import EarlyExitLM, TokenizedRequest, progress
 from nemo_ee.evaluation.harness.scoring import Scored
-from nemo_ee.evaluation.scored_model import score_with
+from nemo_ee.evaluation.scored_model import Score, score_with
 from nemo_ee.evaluation.teacher_forced import CONFIDENCE_RULE
 from nemo_ee.files.output import write_text
 from nemo_ee.generation.generate import continue_sequences
@@ -116,6 +117,10 @@ class SweepLM(EarlyExitLM):
         self.ways = {FULL_DEPTH: {}, **{way_name(each): dict.fromkeys(layers, each) for each in thresholds}}
         self._asked = []
 
+    @cached_property
+    def _score(self) -> Score:
+        return score_with(self.model)
+
     def _missing(self, keys: Sequence[str], part: str) -> list[int]:
         """Indices of requests that were not answered in all ways."""
         found = (self._answers.found.get(key, {}).get(part, {}) for key in keys)
@@ -204,7 +209,7 @@ class SweepLM(EarlyExitLM):
         if counted < 1:
             return {name: [0, 0] for name in self.ways}
         ids = torch.tensor([[*prompt, *text]])
-        scores = score_with(self.model)(ids[:, :-1], ids[:, 1:])
+        scores = self._score(ids[:, :-1], ids[:, 1:])
         labels, found = ids[0, 1:].to(scores.final.tokens.device), {}
         for name, thresholds in self.ways.items():
             tokens, layers = scores.leaving(thresholds)

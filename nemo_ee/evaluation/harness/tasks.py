@@ -102,7 +102,7 @@ LOCAL_TASKS = {
             "doc_to_target": "{{canonical_solution}}",
             "generation_kwargs": {
                 "until": ["\nclass", "\ndef", "\n#", "\nif", "\nprint"],
-                "max_gen_toks": 256,
+                "max_gen_toks": 128,
                 "do_sample": False,
             },
             "num_fewshot": 0,
@@ -205,10 +205,12 @@ def _said(path: str) -> str:
 
 
 def _contents(record: Any, where: str) -> list[str]:
-    turns = record.get("messages") if isinstance(record, dict) else None
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise DataError(f"{where}: must have messages; give a file of chats as exclude_file, or null")
-    return [str(turn.get("content", "")) for turn in turns]
+    """In NeMo's form of chats, or OpenAI's."""
+    for name, said in (("conversations", "value"), ("messages", "content")):
+        turns = record.get(name) if isinstance(record, dict) else None
+        if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
+            return [str(turn.get(said, "")) for turn in turns]
+    raise DataError(f"{where}: has no conversations; give a file of chats as exclude_file, or null")
 
 
 def _plain(text: str) -> str:
