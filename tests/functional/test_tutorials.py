@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from tests.support import tiny_llama
-from tests.support.script import ROOT
+from tests.support.script import ROOT, TORCHRUN
 
 NOTEBOOKS = {path.name[:2]: path for path in sorted((ROOT / "tutorials").glob("*.ipynb"))}
-COMMAND = '#!/usr/bin/env bash\nexec "{python}" -m nemo_ee.runtime.commands "$@"\n'
+COMMAND = f'#!/usr/bin/env bash\nunset {" ".join(TORCHRUN)}\nexec "{sys.executable}" -m nemo_ee.runtime.commands "$@"\n'
+"""What an installation has; the variables are those of the process that cells run in."""
 CHATML = (
     "{% for m in messages %}{{ '<s>' + m['role'] + ' ' + m['content'] + '</s>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<s>assistant ' }}{% endif %}"
@@ -32,13 +33,11 @@ def run_cells(number: str, work: str) -> str:
 
     folder = Path(work, "bin")
     folder.mkdir(exist_ok=True)
-    command = folder / "nemo-ee"  # as an installation has it
-    command.write_text(COMMAND.format(python=sys.executable))
+    command = folder / "nemo-ee"
+    command.write_text(COMMAND)
     command.chmod(command.stat().st_mode | stat.S_IXUSR)
     os.environ |= {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
     os.environ |= {"NEMO_EE_TUTORIAL": "tiny", "NEMO_EE_TUTORIAL_WORK": work}
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "GROUP_RANK"):
-        os.environ.pop(name, None)  # of the worker, which notebooks do not have
     printed, shell = io.StringIO(), InteractiveShell.instance()
     sys.ps1 = "In : "  # by which Lightning knows notebooks
     with redirect_stdout(printed):

@@ -39,5 +39,6 @@ def test_the_citation_is_of_this_version():
     assert cited == {"2312.04916", "2402.00518"}
     changes = (ROOT / "CHANGELOG.md").read_text()
     assert f"## [{__version__}] - {citation['date-released']}" in changes
+    assert f"dist/nemo_ee-{__version__}-py3-none-any.whl" in (ROOT / "docs" / "install.md").read_text()
     backend = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["build-backend"]
     assert backend == "setuptools.build_meta"  # what tests build wheels with

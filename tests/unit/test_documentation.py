@@ -75,7 +75,11 @@ def unknown_keys(text: str) -> Iterator[str]:
         arguments = re.split(r"\|\||&&| \| |\s#\s", rest.replace("\\\n", " "))[0]
         for word in shlex.split(arguments):
             key, equals, _ = word.partition("=")
-            if equals and not has_key(known, key.lstrip("+"), key.startswith("+")):
+            if (
+                equals
+                and not key.startswith("--")
+                and not has_key(known, key.lstrip("+"), key.startswith("+"))
+            ):
                 yield f"{script}.py: {key}"
 
 
