@@ -46,7 +46,10 @@ setup(
     description="Early exits for NVIDIA NeMo GPT models: training, tuning of frozen checkpoints, generation",
     license="Apache-2.0",
     packages=find_packages(include=["nemo_ee", "nemo_ee.*"]),
-    package_data={"nemo_ee.server": ["page.html"]},
+    package_data={
+        "nemo_ee.export": ["remote_code/*.py", "remote_code/custom_generate/*.py"],
+        "nemo_ee.server": ["page.html"],
+    },
     python_requires=">=3.11,<3.13",
     install_requires=STACK + IMPORTED_BY_NEMO_NLP_UNDECLARED + OURS,
     extras_require={

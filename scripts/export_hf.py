@@ -3,6 +3,7 @@
 
 python scripts/export_hf.py kind=base gpt_model_file=model.nemo output_path=model_hf
 python scripts/export_hf.py kind=draft gpt_model_file=model.nemo adapter_file=exits.nemo layer=8 output_path=draft_hf
+python scripts/export_hf.py kind=remote gpt_model_file=model.nemo adapter_file=exits.nemo output_path=exits_hf
 """
 
 from omegaconf import DictConfig, OmegaConf

@@ -7,6 +7,7 @@ from pathlib import Path
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.export.base import export_base
 from nemo_ee.export.draft import export_draft
+from nemo_ee.export.remote import export_remote
 from nemo_ee.export.settings import ExportConfig
 from nemo_ee.export.source import Source, opened
 from nemo_ee.files.output import replaced_folder
@@ -14,6 +15,7 @@ from nemo_ee.files.output import replaced_folder
 WRITERS: dict[str, Callable[[ExportConfig, Source, Path], None]] = {
     "base": export_base,
     "draft": export_draft,
+    "remote": export_remote,
 }
 """Kind -> what writes it into an empty folder."""
 

@@ -60,19 +60,21 @@ def write_weights(
     Args:
         folder: exists.
         weights: by Hugging Face's names; read one file at a time.
-        dtype: to cast to.
+        dtype: to cast to; integers stay as they are.
         max_shard_size: of one file, e.g. `5GB`.
 
     Raises:
         CheckpointError: weights that are no numbers, or too large for the dtype.
     """
+    kinds = {name: dtype if w.dtype.is_floating_point else w.dtype for name, w in weights.items()}
     plan = split_torch_state_dict_into_shards(
-        {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in weights.items()},
+        {name: torch.empty(w.shape, dtype=kinds[name], device="meta") for name, w in weights.items()},
         max_shard_size=max_shard_size,
     )
     for file, names in plan.filename_to_tensors.items():
         shard = {
-            name: torch.empty(weights[name].shape, dtype=dtype).copy_(weights[name].read()) for name in names
+            name: torch.empty(weights[name].shape, dtype=kinds[name]).copy_(weights[name].read())
+            for name in names
         }
         if found := not_finite(shard.items()):
             raise CheckpointError(

@@ -11,6 +11,7 @@ from dataclasses import replace
 from omegaconf import DictConfig
 from torch import Tensor
 
+from nemo_ee.checkpoint import keys
 from nemo_ee.checkpoint.stored_tensors import StoredTensor
 from nemo_ee.errors import CheckpointError
 
@@ -49,7 +50,7 @@ class LlamaWeights:
         weights["model.norm.weight"] = self.take("decoder.final_layernorm.weight", self.hidden)
         if not self.tied:
             weights["lm_head.weight"] = self.rows_of("output_layer.weight")
-        left = sorted(key for key in self._tensors.keys() - self._used if not key.startswith("exits."))
+        left = [key for key in self.unused() if not keys.is_exit(key)]
         if left:
             raise CheckpointError(
                 f"{self._name}: {', '.join(left[:3])}: {len(left)} tensors have no place in a plain Llama, Mistral or "
@@ -100,14 +101,18 @@ class LlamaWeights:
             f"{target}down_proj.weight": self.take(f"{source}linear_fc2.weight", self.hidden, self.ffn),
         }
 
-    def rows_of(self, key: str) -> StoredTensor:
-        """Rows of an embedding or output layer [V, H], without padding."""
-        whole = self.take(key, None, self.hidden)
-        if whole.shape[0] < self._rows:
+    def rows_of(self, key: str, count: int | None = None) -> StoredTensor:
+        """Rows of an embedding or output layer [V, H], without padding; of another matrix the first `count`."""
+        whole, used = self.take(key, None, self.hidden), self._rows if count is None else count
+        if whole.shape[0] < used:
             raise CheckpointError(
-                f"{self._name}: {key} has {whole.shape[0]} rows and {self._rows} are used; copy the checkpoint again"
+                f"{self._name}: {key} has {whole.shape[0]} rows and {used} are used; copy the checkpoint again"
             )
-        return _part(whole, (self._rows, self.hidden), lambda rows: rows[: self._rows])
+        return _part(whole, (used, self.hidden), lambda rows: rows[:used])
+
+    def unused(self) -> list[str]:
+        """Names of the tensors that nobody has asked for."""
+        return sorted(self._tensors.keys() - self._used)
 
     def take(self, key: str, *shape: int | None) -> StoredTensor:
         """A tensor as it is.
