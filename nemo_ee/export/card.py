@@ -150,7 +150,7 @@ def approximations(draft: "Draft", ffn: int) -> list[str]:
     if draft.scaled:
         lines.append(
             "The most probable token is the exit's own. Logits are the exit's but for one positive factor per token: "
-            "they are divided by the size of the state, so that probabilities, and confidences, are others."
+            "states have one size, so that confidences are others at single tokens."
         )
     else:
         lines.append("Logits are the exit's own.")

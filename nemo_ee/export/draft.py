@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nemo_ee.checkpoint.stored_tensors import StoredTensor
-from nemo_ee.errors import CheckpointError, ConfigError, Fault
+from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.export.card import draft_card
 from nemo_ee.export.fold import filled, folded_mlp, made, still_attention, widened
 from nemo_ee.export.folder import dtype_of, write_model
@@ -156,16 +156,13 @@ def _output_rows(source: Source, parts: LlamaWeights, plain: Weights, layer: int
     name = f"exits.{layer}.projection."
     if kind == "untied":
         return parts.rows_of(f"{name}weight")
-    rows = parts.take(f"{name}weight", None, parts.hidden)
     ids = parts.take(f"{name}token_ids", None)
-    if rows.shape[0] < ids.shape[0]:
-        raise CheckpointError(f"{source.exits_name}: {name}weight has too few rows; get another copy")
+    rows = parts.rows_of(f"{name}weight", ids.shape[0])
     dtype = torch.promote_types(base.dtype, rows.dtype)
 
     def over() -> Tensor:
-        listed, own = ids.read(), rows.read()
         whole = base.read().to(dtype, copy=True)
-        whole[listed] = own[: len(listed)].to(dtype)
+        whole[ids.read()] = rows.read().to(dtype)
         return whole
 
     frozen = torch.equal(
