@@ -22,8 +22,9 @@ DEPTH = 8
 PROMPT = list(range(7, 19))
 STEPS = 40
 NEVER = [1.0] * len(EXITS)
-SHARE = 0.7
-"""Of the tokens of a text, those that an exit with a threshold of its own does not let leave."""
+SHARES = (0.7, 0.6, 0.75, 0.8, 0.85, 0.9)
+"""Of the tokens of a text, those that an exit with a threshold of its own does not let leave: the first with which all
+exits are used."""
 MOST = 0.999
 """Of such a threshold."""
 
@@ -122,7 +123,10 @@ def said(model: Any) -> Said:
     logits = logits_of(model.gpt, ids)
     exits = model.gpt.exit_layers
     sure = [confidences(*logits[n]) for n in exits]
-    middle = [min(each.quantile(SHARE).item(), MOST) for each in sure]
+    for share in SHARES:
+        middle = [min(each.quantile(share).item(), MOST) for each in sure]
+        if set(text(dict(threshold=middle, always=True))[1]) == {*exits, DEPTH}:
+            break
     thresholds = {
         "each": dict(threshold=middle),
         "one": dict(threshold=0.3),

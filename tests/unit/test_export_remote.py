@@ -230,10 +230,6 @@ TWICE = dict(input_ids=IDS.expand(2, -1), attention_mask=torch.ones(2, len(PROMP
         ),
         (dict(early_exit=dict(threshold=0.5), num_beams=2), "without beams"),
         (dict(early_exit=dict(threshold=0.5), use_cache=False), "leave out use_cache"),
-        (
-            dict(early_exit=dict(threshold=0.5), prefill_chunk_size=5),
-            "token by token; leave out prefill_chunk_size",
-        ),
     ],
 )
 def test_what_cannot_be_is_refused_and_leaves_the_model_as_it_was(model, said, options, message):
