@@ -46,8 +46,8 @@ def ours(nemo: str) -> Any:
 
 
 def compare(gguf: str, nemo: str, work: str, limit: int, tasks: tuple[str, ...] = TASKS) -> list[dict]:
-    """Of the tokens of 20 texts, and per task: examples, the largest difference of log-likelihoods in nats, texts that are
-    equal, and both scores."""
+    """Of the tokens of 20 texts, and per task: examples, the largest difference of log-likelihoods in nats, texts that
+    are equal, and both scores."""
     import yaml
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
