@@ -4,7 +4,7 @@
 import pytest
 
 CLOSE = 1e-4
-"""Nats in float32, of texts of at most 40 tokens."""
+"""Nats in float32, of a token."""
 
 
 def compared(folder: str, limit: int, tasks: tuple[str, ...]) -> list[dict]:
@@ -20,10 +20,11 @@ def compared(folder: str, limit: int, tasks: tuple[str, ...]) -> list[dict]:
 @pytest.mark.slow
 def test_it_scores_and_answers_as_hf(workers, tmp_path):
     """On 20 examples each; `python -m tests.support.lm_eval_smollm2` does it on as many as one likes."""
-    texts, boolq, gsm8k = workers(1).run(
+    tokens, texts, boolq, gsm8k = workers(1).run(
         compared, str(tmp_path), 20, ("texts", "boolq_local", "gsm8k_local")
     )[0]
-    assert texts["examples"] == 20 and texts["gap"] < CLOSE
+    assert tokens["texts"] == 20 and tokens["answers"] > 400 and tokens["gap"] < CLOSE
+    assert texts["examples"] == 20 and texts["gap"] < 60 * CLOSE, "sums over at most 60 tokens"
     assert boolq["gap"] < CLOSE and boolq["greedy_equal"] == boolq["answers"] == 40
     assert gsm8k["equal"] == gsm8k["answers"] == 20 * 2 and gsm8k["ours"] == gsm8k["hf"]
     assert boolq["ours"] == boolq["hf"]

@@ -46,7 +46,8 @@ def ours(nemo: str) -> Any:
 
 
 def compare(gguf: str, nemo: str, work: str, limit: int, tasks: tuple[str, ...] = TASKS) -> list[dict]:
-    """Per task: examples, the largest difference of log-likelihoods in nats, texts that are equal, and both scores."""
+    """Of the tokens of 20 texts, and per task: examples, the largest difference of log-likelihoods in nats, texts that
+    are equal, and both scores."""
     import yaml
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -66,11 +67,25 @@ def compare(gguf: str, nemo: str, work: str, limit: int, tasks: tuple[str, ...] 
     wanted |= {key: articles[key] for key in ("dataset_path", "dataset_kwargs", "test_split")}
     (folder / "tasks/texts.yaml").write_text(yaml.safe_dump({**wanted, "doc_to_target": "{{summary}}"}))
     manager = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
-    found = {}
+    summaries = [json.loads(line)["summary"] for line in (folder / "tasks/xsum_local_test.jsonl").open()][:20]
+    found, tokens = {}, []
     for side, build in {"ours": lambda: ours(nemo), "hf": lambda: hugging_face(gguf, nemo)}.items():
         how = {"use_cache": str(folder / side), "limit": limit, "task_manager": manager, "bootstrap_iters": 0}
-        found[side] = simple_evaluate(model=build(), tasks=list(tasks), **how)
-    return [_compared(task, found["ours"], found["hf"]) for task in tasks]
+        lm = build()
+        tokens.append(_token_by_token(lm, summaries))
+        found[side] = simple_evaluate(model=lm, tasks=list(tasks), **how)
+    gap = max(abs(mine - theirs) for mine, theirs in zip(*tokens, strict=True))
+    rows = [{"task": "tokens", "texts": len(summaries), "answers": len(tokens[0]), "gap": gap}]
+    return rows + [_compared(task, found["ours"], found["hf"]) for task in tasks]
+
+
+def _token_by_token(lm: Any, texts: list[str]) -> list[float]:
+    """The log-probability of each token of texts, by the harness's own call of its language models."""
+    requests = []
+    for text in texts:
+        ids = [lm.prefix_token_id, *lm.tok_encode(text)]
+        requests += [(None, ids[:i], [ids[i]]) for i in range(1, len(ids))]
+    return [logprob for logprob, _ in lm._loglikelihood_tokens(requests, disable_tqdm=True)]
 
 
 def _compared(task: str, mine: dict, theirs: dict) -> dict:

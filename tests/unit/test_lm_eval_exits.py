@@ -20,6 +20,7 @@ from nemo_ee.evaluation.harness.gen_kwargs import read_gen_kwargs
 from nemo_ee.evaluation.harness.language_model import EarlyExitLM
 from nemo_ee.evaluation.harness.scoring import score_continuations
 from nemo_ee.evaluation.harness.settings import LmEvalConfig
+from tests.support.script import ROOT
 from tests.support.tiny_gpt import HEADS, VOCABULARY, tiny_model, tiny_model_config
 from tests.support.uncached import exit_log_probs, generate_uncached
 
@@ -255,6 +256,10 @@ def test_a_sweep_scores_times_and_goes_on(in_process, model, monkeypatch):
     assert len(asked) == count and "| 0.3 |" not in again[-1].read_text(), "nothing is generated twice"
     with pytest.raises(ConfigError, match="max_length=32: swept/answers.jsonl was begun with"):
         run.run(configured(max_length=32), trainer=None)
+    measured = [files[-3], *(ROOT / "docs" / "benchmarks").rglob("lm_eval.json")]
+    for numbers in measured:
+        found = TypeAdapter(page.SweepResult).validate_json(numbers.read_bytes())
+        assert page.to_markdown(found) == numbers.with_suffix(".md").read_text(), numbers
 
 
 @torch.no_grad()
