@@ -37,11 +37,16 @@ def name(page: Path) -> str:
 
 
 def text_of(page: Path) -> str:
-    """A page's own; of a notebook, what its cells say: code between fences."""
+    """A page's own; of a notebook, its markdown, and between fences its cells of shell commands."""
     if page.suffix != ".ipynb":
         return page.read_text()
     cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(page.read_text())["cells"]]
-    return "\n\n".join(text if kind == "markdown" else f"```\n{text}\n```" for kind, text in cells)
+    shown = [
+        text if kind == "markdown" else f"```\n{text}\n```"
+        for kind, text in cells
+        if kind != "code" or text[:2] == "%%"
+    ]
+    return "\n\n".join(shown)
 
 
 def anchors(page: Path) -> set[str]:
