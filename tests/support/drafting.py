@@ -11,8 +11,8 @@ from nemo_ee.decoding.policy.exit_policy import ExitPolicy, Round
 class EagerDrafts(ExitPolicy):
     """Rounds of 1 to 4 drafts from an exit, both at random; now and then a token at full depth."""
 
-    def __init__(self, prices, exit_layers, seed=0):
-        super().__init__(prices, exit_layers)
+    def __init__(self, prices, exit_layers, drafts=None, seed=0):
+        super().__init__(prices, exit_layers, drafts)
         self.random = random.Random(seed)
 
     def draft(self, rows):

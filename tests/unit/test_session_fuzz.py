@@ -69,7 +69,7 @@ def test_a_text_is_its_own_whoever_comes_and_goes(head, trials, path, monkeypatc
             rnd = random.Random(f"{head}/{trial}")
             requests = [made(rnd) for _ in range(7)]
             sequences = [make(request) for make, request, _ in requests]
-            policy = EagerDrafts(prices_of(decoding), LAYERS, trial)
+            policy = EagerDrafts(prices_of(decoding), LAYERS, seed=trial)
             waiting = list(sequences)
             with DecodingSession(decoding, LAYERS, SLOTS, LONGEST, policy=policy) as session:
                 while waiting or session.running:
