@@ -5,6 +5,7 @@ On a machine without Transformer Engine NeMo's `get_specs` fails, so `use_local_
 layers. That and the stand-ins are the CPU's necessities; nothing here knows how a tokenizer gets into a file.
 """
 
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,45 @@ def restore(path: str, cls: type | None = None, **overrides: Any) -> Any:
 
 
 def as_lm_eval(path: str) -> Any:
-    """By lm-evaluation-harness's `nemo_lm`, which leaves the class with another way to build its tokenizer."""
-    from lm_eval.models.nemo_lm import load_model
+    """The recipe by which lm-evaluation-harness's `nemo_lm` loads a model (lm_eval/models/nemo_lm.py)."""
+    from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
+    from nemo.collections.nlp.parts.nlp_overrides import NLPSaveRestoreConnector
+    from omegaconf import OmegaConf, open_dict
 
-    model = load_model(path, trainer(), tensor_model_parallel_size=1, pipeline_model_parallel_size=1)
-    type(model)._build_tokenizer = type(model)._original_build_tokenizer
-    return model
+    run, connector = trainer(), NLPSaveRestoreConnector()
+    if Path(path).is_dir():
+        connector.model_extracted_dir = path
+    config = connector.restore_from(None, path, return_config=True, trainer=run)
+    if not hasattr(config, "target"):
+        config["target"] = f"{MegatronGPTModel.__module__}.{MegatronGPTModel.__name__}"
+    OmegaConf.set_struct(config, True)
+    with open_dict(config):
+        for key, value in dict(
+            sequence_parallel=False,
+            activations_checkpoint_granularity=None,
+            activations_checkpoint_method=None,
+            precision=run.precision,
+            global_batch_size=None,
+            tensor_model_parallel_size=1,
+            pipeline_model_parallel_size=1,
+            apply_rope_fusion=False,
+        ).items():
+            if hasattr(config, key):
+                config[key] = value
+    module, name = config.target.rsplit(".", 1)
+    cls = getattr(importlib.import_module(module), name)
+    build = cls._build_tokenizer  # which the recipe wraps in a lock between processes
+    cls._build_tokenizer = lambda self: build(self)
+    try:
+        return cls.restore_from(
+            restore_path=path,
+            trainer=run,
+            override_config_path=config,
+            save_restore_connector=connector,
+            map_location="cpu",
+        )
+    finally:
+        cls._build_tokenizer = build
 
 
 @torch.no_grad()

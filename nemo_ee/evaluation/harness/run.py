@@ -108,7 +108,7 @@ def _simple_evaluate(
         system_instruction=config.system,
         apply_chat_template=config.chat,
         fewshot_as_multiturn=config.chat,
-        gen_kwargs=dict(config.gen_kwargs) or None,
+        gen_kwargs=dict(config.gen_kwargs or {}) or None,
         task_manager=manager,
         **dict.fromkeys(
             ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), config.seed

@@ -53,12 +53,12 @@ class LmEvalConfig(Settings):
     exclude_file: str | None = None
     limit: Positive | None = None
     num_fewshot: int | None = None
-    gen_kwargs: Mapping = field(default_factory=dict)
+    gen_kwargs: Mapping | None = None
     chat: bool = False
     system: str | None = None
     early_exit: ExitOptions = field(default_factory=ExitOptions)
     thresholds: int | tuple[float, ...] | None = None
-    task_thresholds: Mapping = field(default_factory=dict)
+    task_thresholds: Mapping | None = None
     exits: tuple[int, ...] | None = None
     batch_size: Positive = 1
     max_length: int | None = None
@@ -87,7 +87,7 @@ class LmEvalConfig(Settings):
 
     def thresholds_of(self, task: str) -> tuple[float, ...]:
         """Of a sweep over a task, the highest first where they are counted."""
-        given = self.task_thresholds.get(task, self.thresholds)
+        given = (self.task_thresholds or {}).get(task, self.thresholds)
         if isinstance(given, int):
             return tuple(round(1.0 - i / (given - 1), 6) for i in range(given))
         return tuple(map(float, given))
@@ -99,11 +99,11 @@ def _sweep_faults(config: LmEvalConfig) -> list[Fault]:
         rule, remedy = "is of a sweep, and there are no thresholds", "set early_exit.exits, or thresholds"
         return [Fault(name, value, rule, remedy) for name, value in of_sweeps.items() if value]
     found = _threshold_faults("thresholds", config.thresholds)
-    for task, given in config.task_thresholds.items():
+    for task, given in (config.task_thresholds or {}).items():
         found += _threshold_faults(f"task_thresholds.{task}", given)
         if task not in config.tasks:
             rule = f"{task} is none of tasks={list(config.tasks)}"
-            found.append(Fault("task_thresholds", dict(config.task_thresholds), rule, "leave it out"))
+            found.append(Fault("task_thresholds", dict(config.task_thresholds or {}), rule, "leave it out"))
     if config.early_exit != ExitOptions():
         given = {name: value for name, value in vars(config.early_exit).items() if value is not None}
         rule = "a sweep sets thresholds itself, and asks exits for every token"
