@@ -43,7 +43,9 @@ def test_a_wheel_holds_every_script_and_yaml(installed):
         source = {path.name: path.read_bytes() for path in (ROOT / folder).glob(ending)}
         packed = {path.name: path.read_bytes() for path in (installed / "nemo_ee" / folder).iterdir()}
         assert packed == source, folder
-    package = [path for path in (ROOT / "nemo_ee").rglob("*") if path.is_file() and path.parent.name != "__pycache__"]
+    package = [
+        path for path in (ROOT / "nemo_ee").rglob("*") if path.is_file() and path.parent.name != "__pycache__"
+    ]
     assert [path for path in package if not (installed / path.relative_to(ROOT)).exists()] == []
     (entries,) = installed.glob("nemo_ee-*.dist-info/entry_points.txt")
     assert entries.read_text().splitlines() == [
