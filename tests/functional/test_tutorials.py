@@ -15,6 +15,8 @@ from tests.support import tiny_llama
 from tests.support.script import ROOT, TORCHRUN
 
 NOTEBOOKS = {path.name[:2]: path for path in sorted((ROOT / "tutorials").glob("*.ipynb"))}
+WITHOUT_OUTPUT = {"01", "02", "03", "04", "05"}
+"""Those that have not been run at real size."""
 COMMAND = f'#!/usr/bin/env bash\nunset {" ".join(TORCHRUN)}\nexec "{sys.executable}" -m nemo_ee.runtime.commands "$@"\n'
 """What an installation has; the variables are those of the process that cells run in."""
 CHATML = (
@@ -61,8 +63,12 @@ def tuned(work: str) -> str:
     return run_cells("01", work)
 
 
-def calibrated(work: str) -> str:
-    return run_cells("03", work)
+@pytest.fixture(scope="module")
+def after_01(workers, tmp_path_factory):
+    """Where 01 has run, and what it printed."""
+    folder = tmp_path_factory.mktemp("tutorials")
+    (printed,) = workers(1).run(tuned, str(folder))
+    return folder, printed
 
 
 def test_primer(workers, tmp_path):
@@ -73,11 +79,11 @@ def test_primer(workers, tmp_path):
     assert sum("  confidence " in line for line in lines) == 8
 
 
-def test_tuning_on_chats(workers, tmp_path):
-    (printed,) = workers(1).run(tuned, str(tmp_path))
+def test_tuning_on_chats(after_01):
+    folder, printed = after_01
     assert "threshold 1.0: 0 of" in printed and "content_hash" in printed
     assert printed.count("agreement with the final exit") == 2
-    assert (tmp_path / "01" / "checkpoints" / "exits.nemo").exists()
+    assert (folder / "01" / "checkpoints" / "exits.nemo").exists()
 
 
 @pytest.mark.slow
@@ -88,10 +94,25 @@ def test_three_dimensions(workers, tmp_path):
 
 
 @pytest.mark.slow
-def test_calibration(workers, tmp_path):
-    workers(1).run(tuned, str(tmp_path))
-    (printed,) = workers(1).run(calibrated, str(tmp_path))
+def test_calibration(workers, after_01):
+    (printed,) = workers(1).run(run_cells, "03", str(after_01[0]))
     assert "point estimate, no guarantee" in printed and "speed-up: median" in printed
+
+
+@pytest.mark.slow
+def test_lm_evaluation_harness(workers, after_01):
+    (printed,) = workers(1).run(run_cells, "04", str(after_01[0]))
+    assert printed.count("|boolq_local|") == 2 and printed.count("   exits ") == 2, "tables and questions"
+    assert printed.count("   speed-up ") == 4 and printed.count(" acc 0.") + printed.count(" acc 1.") == 4
+    assert "wrote sweep/lm_eval.md" in printed
+
+
+@pytest.mark.slow
+def test_export(workers, after_01):
+    (printed,) = workers(1).run(run_cells, "05", str(after_01[0]))
+    assert printed.count("wrote ") == 3 and "modeling_early_exit.py" in printed
+    assert "all texts are the base's" in printed, "and the notebook itself compares them"
+    assert printed.count("tokens left early") == 2
 
 
 def test_moving_from_ee_llm(workers, tmp_path):
@@ -103,10 +124,11 @@ def test_moving_from_ee_llm(workers, tmp_path):
 
 @pytest.mark.parametrize("number", NOTEBOOKS)
 def test_output_is_of_one_whole_run(number):
-    """From the first cell to the last, without an error; or there is none at all."""
+    """From the first cell to the last, without an error."""
     code = [cell for cell in cells(number) if cell["cell_type"] == "code"]
     outputs = [output for cell in code for output in cell["outputs"]]
-    expected = [*range(1, len(code) + 1)] if outputs else [None] * len(code)
+    expected = [None] * len(code) if number in WITHOUT_OUTPUT else [*range(1, len(code) + 1)]
     assert [cell["execution_count"] for cell in code] == expected
+    assert bool(outputs) == (number not in WITHOUT_OUTPUT)
     assert "error" not in {output["output_type"] for output in outputs}
     assert "stderr" not in {output.get("name") for output in outputs}, "what libraries print is left out"

@@ -25,6 +25,7 @@ TORCHRUN = {
     "NODE_RANK",
     "MASTER_ADDR",
     "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID",
 }
 """Variables that trainers in a test's own process leave there, and that a user's shell does not have."""
 
