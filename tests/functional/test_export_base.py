@@ -11,8 +11,10 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from nemo_ee.checkpoint import archive
+from nemo_ee.checkpoint.stored_tensors import StoredTensor
 from nemo_ee.errors import CheckpointError, ConfigError
 from nemo_ee.export.export import export
+from nemo_ee.export.folder import dtype_of
 from nemo_ee.export.settings import ExportConfig
 from tests.support import tiny_llama
 from tests.support.exported_exits import write_sharded
@@ -219,6 +221,18 @@ def test_an_architecture_that_does_not_fit_is_refused(converted, tmp_path, varia
     with pytest.raises(ConfigError, match=words):
         exported(converted / f"{variant}.nemo", tmp_path / "out", architecture=architecture)
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_of_several_dtypes_are_held_by_one():
+    """float16 has not bfloat16's range, and bfloat16 not float16's digits."""
+    kinds = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
+    stored = {name: StoredTensor((1,), dtype, lambda: torch.zeros(1)) for name, dtype in kinds.items()}
+    some = lambda *names: {name: stored[name] for name in names}  # noqa: E731
+    assert dtype_of(some("16"), None) is torch.float16 and dtype_of(some("bf16"), None) is torch.bfloat16
+    assert dtype_of(some("16", "bf16"), None) is dtype_of(some("bf16", "32"), None) is torch.float32
+    assert dtype_of(stored, "bf16") is torch.bfloat16
+    with pytest.raises(ConfigError, match="precision=None: .*has weights in float64; set precision=32"):
+        dtype_of(stored, None)
 
 
 def test_tensors_without_a_place_are_refused(converted, tmp_path):
