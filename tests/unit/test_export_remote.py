@@ -201,6 +201,8 @@ TWICE = dict(input_ids=IDS.expand(2, -1), attention_mask=torch.ones(2, len(PROMP
             r"exits=\[1, 9\]: not some of the exits \[1, 2, 3, 4",
         ),
         (dict(early_exit=dict(threshold=0.5, exits=[2, 1])), "ascending; name such"),
+        (dict(early_exit=dict(threshold=0.5, exits=[])), r"exits=\[\]: not some of the exits"),
+        (dict(early_exit=dict(threshold=0.5, exits=2)), "exits=2: not some of the exits"),
         (dict(early_exit=dict(threshold=1.5)), "threshold=1.5: must lie within"),
         (dict(early_exit=dict(threshold="0.5")), "threshold=0.5: must lie within"),
         (
