@@ -250,6 +250,19 @@ def test_a_tokenizer_of_another_library_needs_one_for_transformers(converted, tm
     assert (output / "tokenizer.json").read_bytes() == (converted / "tied" / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.parametrize("add_bos", [None, True], ids=["copied", "written anew"])
+def test_a_tokenizer_names_no_code_and_no_other_model(converted, tmp_path, add_bos):
+    source = unpacked(converted / "tied.nemo", tmp_path / "source", **{"tokenizer__add_bos": add_bos})
+    file = source / "tokenizer" / "tokenizer_config.json"
+    settings = {**json.loads(file.read_text()), "auto_map": {"AutoTokenizer": [None, "some/where--code.Class"]}}
+    file.write_text(json.dumps(settings))
+    (source / "tokenizer" / "adapter_config.json").write_text('{"base_model_name_or_path": "some/where"}')
+    output = exported(source, tmp_path / "out")
+    assert not (output / "adapter_config.json").exists()
+    written = json.loads((output / "tokenizer_config.json").read_text())
+    assert "auto_map" not in written and written["tokenizer_class"] == settings["tokenizer_class"]
+
+
 def test_script_exports_and_then_refuses_to_overwrite(converted, tmp_path):
     arguments = ("kind=base", f"gpt_model_file={converted / 'tied.nemo'}", f"output_path={tmp_path / 'out'}")
     first = run_script(tmp_path, "export_hf.py", *arguments)
