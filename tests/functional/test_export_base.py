@@ -277,6 +277,8 @@ def test_script_exports_and_then_refuses_to_overwrite(converted, tmp_path):
     } <= names
     with pytest.raises(ConfigError, match="exists; choose another or set overwrite=true"):
         exported(converted / "tied.nemo", tmp_path / "out")
+    with pytest.raises(ConfigError, match="gpt_model_file=.*lies in it, and would be removed"):
+        exported(converted / "tied.nemo", converted, overwrite=True)
     exported(converted / "tied.nemo", tmp_path / "out", overwrite=True, precision="bf16")
     assert weights_of(tmp_path / "out")["model.norm.weight"].dtype == torch.bfloat16
 
