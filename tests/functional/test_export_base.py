@@ -246,6 +246,11 @@ def test_a_tokenizer_of_another_library_needs_one_for_transformers(converted, tm
     source = unpacked(converted / "tied.nemo", tmp_path / "source", tokenizer__library="byte-level")
     with pytest.raises(ConfigError, match="tokenizer=None: .*library byte-level.*set tokenizer=FOLDER"):
         exported(source, tmp_path / "out")
+    larger = tiny_llama.tokenizer()
+    larger.add_tokens([f"new{n}" for n in range(200)])
+    larger.save_pretrained(tmp_path / "larger")
+    with pytest.raises(ConfigError, match="tokenizer=.*larger: has token ids up to .*the model's own ids"):
+        exported(source, tmp_path / "out", tokenizer=str(tmp_path / "larger"))
     output = exported(source, tmp_path / "out", tokenizer=str(converted / "tied"))
     assert (output / "tokenizer.json").read_bytes() == (converted / "tied" / "tokenizer.json").read_bytes()
 
