@@ -247,7 +247,7 @@ def test_a_tokenizer_of_another_library_needs_one_for_transformers(converted, tm
     with pytest.raises(ConfigError, match="tokenizer=None: .*library byte-level.*set tokenizer=FOLDER"):
         exported(source, tmp_path / "out")
     larger = tiny_llama.tokenizer()
-    larger.add_tokens([f"new{n}" for n in range(200)])
+    larger.add_tokens([f"new{n}" for n in range(400)])
     larger.save_pretrained(tmp_path / "larger")
     with pytest.raises(ConfigError, match="tokenizer=.*larger: has token ids up to .*the model's own ids"):
         exported(source, tmp_path / "out", tokenizer=str(tmp_path / "larger"))
