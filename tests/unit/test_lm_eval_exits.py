@@ -293,6 +293,13 @@ def test_one_way_writes_what_the_harness_found(in_process, monkeypatch, capsys):
         ConfigError, match="boolq_locl is neither a task of the harness .*did you mean boolq_local"
     ):
         run.run(configured(**changes, tasks=["boolq_locl"]), trainer=None)
+    with pytest.raises(ConfigError, match=r"gsm8k\* is neither a task"):
+        run.run(configured(**changes, tasks=["gsm8k*"]), trainer=None)
+    monkeypatch.setattr(run, "_model", None)  # what follows is known without it
+    with pytest.raises(ConfigError, match="max_length=4096: must be 1 to the model's"):
+        run.run(configured(**changes, max_length=4096), trainer=None)
+    with pytest.raises(ConfigError, match="gen_kwargs.num_beams=2: nemo_ee's decoding does not know it"):
+        run.run(configured(**changes, gen_kwargs={"num_beams": 2}), trainer=None)
 
 
 def test_settings_report_every_fault():

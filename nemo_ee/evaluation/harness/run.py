@@ -13,13 +13,15 @@ from lm_eval.utils import make_table
 
 from nemo_ee.decoding.request import ExitOptions, parse_request
 from nemo_ee.errors import CheckpointError, ConfigError, Fault
-from nemo_ee.evaluation.harness.language_model import EarlyExitLM
+from nemo_ee.evaluation.harness.gen_kwargs import read_gen_kwargs
+from nemo_ee.evaluation.harness.language_model import EarlyExitLM, check_max_length
 from nemo_ee.evaluation.harness.page import SweepResult, TaskResult, WayResult, write_page
 from nemo_ee.evaluation.harness.settings import LmEvalConfig
 from nemo_ee.evaluation.harness.sweep import FULL_DEPTH, Answers, SweepLM
 from nemo_ee.evaluation.harness.tasks import LOCAL_TASKS, write_tasks
 from nemo_ee.evaluation.scored_model import restore
 from nemo_ee.files.output import claim, write_text
+from nemo_ee.generation.generating import position_limit
 from nemo_ee.report.provenance import metadata
 from nemo_ee.report.statistics import bootstrap_mean, spread
 from nemo_ee.running.restore import read_exits
@@ -61,6 +63,8 @@ def run(config: LmEvalConfig, trainer: Any) -> list[Path]:
 def _check_model(config: LmEvalConfig) -> None:
     """What the model's files show to be wrong with the settings."""
     base, early_exit = read_exits(config)
+    check_max_length(config.max_length, position_limit(base))
+    read_gen_kwargs(config.gen_kwargs or {}, config.max_gen_toks)
     faults = []
     if config.thresholds is None:
         parse_request(None, None, dict(vars(config.early_exit)), early_exit)
@@ -77,9 +81,9 @@ def _task_manager(config: LmEvalConfig) -> TaskManager:
     """Of the local tasks alone, where they are enough: the harness's own are many."""
     for own in (False, True):
         manager = TaskManager(include_path=config.tasks_dir, include_defaults=own)
-        if not (unknown := [name for name in config.tasks if not manager.match_tasks([name])]):
+        known = manager.all_tasks
+        if not (unknown := [name for name in config.tasks if name not in known]):
             return manager
-    known = manager.all_tasks
     remedy = nearest(unknown[0], known) or "lm-eval ls tasks lists the harness's own"
     rule = f"{unknown[0]} is neither a task of the harness nor one in tasks_dir={config.tasks_dir}"
     raise ConfigError(Fault("tasks", list(config.tasks), rule, remedy))
