@@ -5,6 +5,7 @@ sweep over tasks made of a few made-up examples."""
 import gzip
 import json
 import math
+from dataclasses import fields
 from functools import partial
 
 import pytest
@@ -20,6 +21,7 @@ from nemo_ee.evaluation.harness.gen_kwargs import read_gen_kwargs
 from nemo_ee.evaluation.harness.language_model import EarlyExitLM
 from nemo_ee.evaluation.harness.scoring import score_continuations
 from nemo_ee.evaluation.harness.settings import LmEvalConfig
+from nemo_ee.report.schema import Metadata, Spread
 from tests.support.script import ROOT
 from tests.support.tiny_gpt import HEADS, VOCABULARY, tiny_model, tiny_model_config
 from tests.support.uncached import exit_log_probs, generate_uncached
@@ -262,6 +264,23 @@ def test_a_sweep_scores_times_and_goes_on(in_process, model, monkeypatch):
         assert page.to_markdown(found) == numbers.with_suffix(".md").read_text(), numbers
 
 
+def test_a_page_of_texts_that_end_at_once():
+    """As a bad exit's do at low thresholds: nothing is timed behind their first step."""
+    speed = Spread(1.0, 0.9, 1.1)
+    said = {"left": 0.5, "layers": 0.7, "agreement": 0.2, "same": 0.0}
+    ways = [
+        page.WayResult("full depth", None, {"m,none": (0.5, None)}, **said, tokens_per_second=speed, speedup=speed),
+        page.WayResult("0.5", 0.5, {"m,none": (0.4, 0.1)}, **said, tokens_per_second=speed, speedup=speed),
+        page.WayResult("0", 0.0, {"m,none": (0.1, 0.1)}, **said),
+    ]
+    about = Metadata(*["x"] * len(fields(Metadata)))
+    result = page.SweepResult(about, (2,), "1", False, (page.TaskResult("t", 3, 0, tuple(ways)),))
+    rows = [line for line in page.to_markdown(result).splitlines() if line.startswith("| ")]
+    assert {line.count("|") for line in rows[-5:]} == {9} and rows[-1].startswith("| 0 | 0.100 ± 0.100 |  |  | 50 % |")
+    (axes,) = page.plot(result).axes
+    assert len(axes.containers) == 1 and [text.get_text() for text in axes.texts] == ["0.5"]
+
+
 @torch.no_grad()
 def first_sure(model, ids, threshold):
     for n in LAYERS:
@@ -300,6 +319,10 @@ def test_one_way_writes_what_the_harness_found(in_process, monkeypatch, capsys):
         run.run(configured(**changes, max_length=4096), trainer=None)
     with pytest.raises(ConfigError, match="gen_kwargs.num_beams=2: nemo_ee's decoding does not know it"):
         run.run(configured(**changes, gen_kwargs={"num_beams": 2}), trainer=None)
+    (in_process / "lm_eval_tasks/both.yaml").write_text("group: both\ntask: [gsm8k_local, boolq_local]\n")
+    grouped = configured(tasks=["both"], thresholds=3, task_thresholds={"both": 5})
+    with pytest.raises(ConfigError, match="task_thresholds=.*both is a group, and thresholds are of its tasks"):
+        run.run(grouped, trainer=None)
 
 
 def test_settings_report_every_fault():

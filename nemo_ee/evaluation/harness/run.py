@@ -148,11 +148,16 @@ def _what_answers_depend_on(config: LmEvalConfig) -> dict[str, Any]:
 def _sweep(
     config: LmEvalConfig, trainer: Any, manager: TaskManager, directory: Path, answers: Answers
 ) -> list[Path]:
+    members = manager.load(list(config.tasks))["tasks"]
+    if groups := sorted((config.task_thresholds or {}).keys() - members.keys()):
+        rule = f"{groups[0]} is a group, and thresholds are of its tasks"
+        fault = Fault("task_thresholds", dict(config.task_thresholds or {}), rule, "name tasks, or use thresholds")
+        raise ConfigError(fault)
     model = _model(config, trainer)
     lm = SweepLM(model, answers, **_options(config))
     exits = model.early_exit.layers if config.exits is None else config.exits
     tasks = []
-    for task, loaded in manager.load(list(config.tasks))["tasks"].items():
+    for task, loaded in members.items():
         lm.begin(config.thresholds_of(task), exits)
         found = {}
         for name in lm.ways:
@@ -205,8 +210,9 @@ def _rate(text: Mapping[str, Any]) -> float | None:
 
 
 def _metrics(scores: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
-    """`metric,filter` and values among what the harness says of a task."""
-    return ((name, value) for name, value in scores.items() if "," in name and "_stderr," not in name)
+    """`metric,filter` and numbers among what the harness says of a task."""
+    named = ((name, value) for name, value in scores.items() if "," in name and "_stderr," not in name)
+    return ((name, value) for name, value in named if isinstance(value, int | float))
 
 
 def _error(scores: Mapping[str, Any], metric: str) -> float | None:
