@@ -78,10 +78,14 @@ def remote_card(config: ExportConfig, source: Source, settings: Any, module: str
     options = "True"
     if rule not in RULES:
         options = f'{{"threshold": 0.9, "confidence": "{RULES[0]}"}}'
-        said = f"The checkpoint is for confidence={rule}, which is not in this folder: give `threshold` and `confidence`."
+        said = (
+            f"confidence={rule} of the checkpoint is not in this folder: give `threshold` and `confidence`."
+        )
     elif known is None:
         options = '{"threshold": 0.9}'
-        said = "Nobody has chosen thresholds for these exits; calibration does (docs/calibration.md of nemo_ee)."
+        said = (
+            "Nobody has chosen thresholds for these exits; calibration does (docs/calibration.md of nemo_ee)."
+        )
     else:
         said = f"`early_exit=True` takes those of the checkpoint, {known if isinstance(known, float) else list(known)}."
     return _TEXT.format(

@@ -259,7 +259,10 @@ def test_a_tokenizer_of_another_library_needs_one_for_transformers(converted, tm
 def test_a_tokenizer_names_no_code_and_no_other_model(converted, tmp_path, add_bos):
     source = unpacked(converted / "tied.nemo", tmp_path / "source", **{"tokenizer__add_bos": add_bos})
     file = source / "tokenizer" / "tokenizer_config.json"
-    settings = {**json.loads(file.read_text()), "auto_map": {"AutoTokenizer": [None, "some/where--code.Class"]}}
+    settings = {
+        **json.loads(file.read_text()),
+        "auto_map": {"AutoTokenizer": [None, "some/where--code.Class"]},
+    }
     file.write_text(json.dumps(settings))
     (source / "tokenizer" / "adapter_config.json").write_text('{"base_model_name_or_path": "some/where"}')
     output = exported(source, tmp_path / "out")

@@ -114,5 +114,7 @@ def test_the_main_steps(nemo_ee, environment):
     assert "nemo-ee evaluate gpt_model_file=merged.nemo" in page and f"release {__version__}" in page
 
     imports = [environment[0] / "python", ROOT / "scripts" / "requirements" / "check_imports.py"]
-    done = subprocess.run(imports, cwd=folder, env=nemo_ee.environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        imports, cwd=folder, env=nemo_ee.environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0 and "every module of nemo_ee can be imported" in done.stdout, done.stderr
