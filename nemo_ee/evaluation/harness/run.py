@@ -2,7 +2,9 @@
 """A run of lm-evaluation-harness: from checkpoints and names of tasks to results on disk."""
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -141,8 +143,19 @@ def _evaluate(config: LmEvalConfig, trainer: Any, manager: TaskManager, director
 
 def _what_answers_depend_on(config: LmEvalConfig) -> dict[str, Any]:
     """Beside the prompts, by which answers are known, and thresholds."""
-    names = ("gpt_model_file", "adapter_file", "exits", "max_length", "weights", "output_layer", "precision")
-    return {name: getattr(config, name) for name in names}
+    names = ("exits", "max_length", "weights", "output_layer", "precision")
+    files = {name: getattr(config, name) for name in ("gpt_model_file", "adapter_file")}
+    return {
+        **{name: path and _as_it_is_now(path) for name, path in files.items()},
+        **{name: getattr(config, name) for name in names},
+    }
+
+
+def _as_it_is_now(path: str) -> str:
+    """A file's name, and what tells it from another one that takes its place, as exits that were tuned anew do."""
+    there = os.stat(path)
+    changed = datetime.fromtimestamp(there.st_mtime, UTC).isoformat(timespec="seconds")
+    return f"{path} ({there.st_size} bytes of {changed})"
 
 
 def _sweep(
@@ -151,7 +164,9 @@ def _sweep(
     members = manager.load(list(config.tasks))["tasks"]
     if groups := sorted((config.task_thresholds or {}).keys() - members.keys()):
         rule = f"{groups[0]} is a group, and thresholds are of its tasks"
-        fault = Fault("task_thresholds", dict(config.task_thresholds or {}), rule, "name tasks, or use thresholds")
+        fault = Fault(
+            "task_thresholds", dict(config.task_thresholds or {}), rule, "name tasks, or use thresholds"
+        )
         raise ConfigError(fault)
     model = _model(config, trainer)
     lm = SweepLM(model, answers, **_options(config))
