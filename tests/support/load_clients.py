@@ -27,7 +27,7 @@ MALFORMED: list[tuple[bytes, int, str]] = [
     (b'{"model": "tiny", "prompt": "w1", "max_tokens": -1}', 400, "max_tokens=-1"),
     (b'{"model": "tiny", "prompt": "w1", "min_tokens": 100000}', 400, "more than the 16 that may come"),
     (b'{"model": "tiny", "prompt": "w1", "n": 1000}', 400, "1000 choices"),
-    (b'{"model": "tiny", "prompt": "' + b"w1 " * 1000 + b'"}', 400, "1000 tokens exceed the server's 40"),
+    (b'{"model": "tiny", "prompt": "' + b"w1 " * 1000 + b'"}', 400, "1000 tokens exceed the server's 64"),
     (b'{"model": "tiny", "prompt": "' + b"w1 " * 10_000 + b'"}', 400, "30000 characters"),
     (b'{"model": "tiny", "prompt": "w1", "temperature": NaN}', 400, "NaN is no JSON number"),
     (b'{"model": "tiny", "prompt": "w1", "temperature": 1e999}', 400, "too large a number"),

@@ -148,7 +148,7 @@ def _watched() -> Iterator[Decoding]:
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("prefill", "step", "flush"):
+        for name in ("first_step", "step", "flush"):
             patch.setattr(EarlyExitDecoder, name, counted(getattr(EarlyExitDecoder, name), "steps"))
         patch.setattr(ExitPoint, "predict", counted(ExitPoint.predict, "exits_asked"))
         for name in ("add", "step"):
