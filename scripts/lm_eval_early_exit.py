@@ -36,7 +36,7 @@ def main(cfg: DictConfig) -> None:
                 raise
             sys.exit(
                 f"error: lm-evaluation-harness cannot be imported ({error}); it comes with an extra: "
-                "pip install -e '.[lm-eval]'"
+                "pip install 'nemo_ee[lm-eval]'"
             )
 
         settings = OmegaConf.create({"trainer": trainer, "model": {"precision": config.precision}})

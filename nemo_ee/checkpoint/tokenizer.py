@@ -39,7 +39,8 @@ _DESCRIPTION = (
 _UNIQUE = re.compile("^[0-9a-f]{32}_")
 """What NeMo puts before the name of a file each time that it packs it."""
 _SUFFIXES = {".json", ".model", ".txt", ".jinja", ".tiktoken"}
-_OTHER_FILES = {"generation_config.json"}
+_OTHER_FILES = {"generation_config.json", "adapter_config.json"}
+"""Of models: the latter has transformers load the model that it names, in place of the one in its folder."""
 _MAX_BYTES = 256 * 2**20
 _LIMITS = {
     "tokenizer.json": 128 * 2**20,

@@ -61,7 +61,8 @@ def export_draft(config: ExportConfig, source: Source, folder: Path) -> None:
     Raises:
         ConfigError: no such exit; a head that no plain model computes, or that one of the engines would compute
             wrongly.
-        CheckpointError: tensors that are missing, or that have no place in a plain model; weights that are no numbers.
+        CheckpointError: tensors that are missing, or that have no place in a plain model; weights that are no numbers;
+            a shortlist that names no tokens of the base.
     """
     layer = _layer(config, source)
     head = source.early_exit.heads[layer]
@@ -150,14 +151,14 @@ def _typical_size(final: StoredTensor) -> StoredTensor:
 def _output_rows(source: Source, parts: LlamaWeights, plain: Weights, layer: int) -> StoredTensor:
     """Rows [V, H] of the output layer: the exit's own, of a shortlist over the base's, and these alone if equal."""
     base = plain.get("lm_head.weight", plain["model.embed_tokens.weight"])
-    kind = source.early_exit.heads[layer].projection
-    if kind == "tied":
+    head = source.early_exit.heads[layer]
+    if head.projection == "tied":
         return base
     name = f"exits.{layer}.projection."
-    if kind == "untied":
+    if head.projection == "untied":
         return parts.rows_of(f"{name}weight")
-    ids = parts.take(f"{name}token_ids", None)
-    rows = parts.rows_of(f"{name}weight", ids.shape[0])
+    ids = parts.token_ids(f"{name}token_ids", head.shortlist_size, base.shape[0], source.exits_name)
+    rows = parts.rows_of(f"{name}weight", head.shortlist_size)
     dtype = torch.promote_types(base.dtype, rows.dtype)
 
     def over() -> Tensor:

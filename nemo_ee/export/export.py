@@ -31,9 +31,19 @@ def export(config: ExportConfig) -> Path:
         OutputError: nothing can be written there.
     """
     output = Path(config.output_path)
-    if output.exists() and not config.overwrite:
-        rule = "exists"
-        raise ConfigError(Fault("output_path", output, rule, "choose another or set overwrite=true"))
+    if output.exists():
+        _check_overwriting(config, output)
     with replaced_folder(output) as part, opened(config) as source:
         WRITERS[config.kind](config, source, part)
     return output
+
+
+def _check_overwriting(config: ExportConfig, output: Path) -> None:
+    """Raises ConfigError unless a folder may go: it was said so, and nothing that is read lies in it."""
+    if not config.overwrite:
+        raise ConfigError(Fault("output_path", output, "exists", "choose another or set overwrite=true"))
+    for key in ("gpt_model_file", "adapter_file", "tokenizer"):
+        given = getattr(config, key)
+        if given is not None and Path(given).resolve().is_relative_to(output.resolve()):
+            rule = f"{key}={given} lies in it, and would be removed with it"
+            raise ConfigError(Fault("output_path", output, rule, "choose another"))

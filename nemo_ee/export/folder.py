@@ -1,6 +1,7 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Writes weights and configurations as a Hugging Face folder; one file of weights is in memory at a time."""
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 from nemo_ee.checkpoint.stored_tensors import StoredTensor
-from nemo_ee.errors import CheckpointError
+from nemo_ee.errors import CheckpointError, ConfigError, Fault
 from nemo_ee.export.tokenizer_folder import ExportedTokenizer
 from nemo_ee.modeling.finite import not_finite
 
@@ -19,10 +20,19 @@ DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 
 
 def dtype_of(weights: Mapping[str, StoredTensor], precision: str | int | None) -> torch.dtype:
-    """That of all weights of a folder: the one asked for, or the widest that they are stored in."""
+    """That of all weights of a folder: the one asked for, or the narrowest that holds all as they are stored.
+
+    Raises:
+        ConfigError: none was asked for, and some are stored in a dtype that folders are not written in.
+    """
     if precision is not None:
         return DTYPES[str(precision)]
-    return max((tensor.dtype for tensor in weights.values()), key=lambda dtype: torch.finfo(dtype).bits)
+    stored = {tensor.dtype for tensor in weights.values()}
+    if others := stored - set(DTYPES.values()):
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in others))
+        rule = f"would be that of the checkpoint, which has weights in {names}"
+        raise ConfigError(Fault("precision", None, rule, "set precision=32"))
+    return functools.reduce(torch.promote_types, stored)
 
 
 def write_model(

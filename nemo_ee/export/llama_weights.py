@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from nemo_ee.checkpoint import keys
+from nemo_ee.checkpoint.exits.exit_tensors import check_token_ids
 from nemo_ee.checkpoint.stored_tensors import StoredTensor
 from nemo_ee.errors import CheckpointError
 
@@ -109,6 +110,22 @@ class LlamaWeights:
                 f"{self._name}: {key} has {whole.shape[0]} rows and {used} are used; copy the checkpoint again"
             )
         return _part(whole, (used, self.hidden), lambda rows: rows[:used])
+
+    def token_ids(self, key: str, size: int, vocabulary: int, name: str) -> StoredTensor:
+        """The tokens of a shortlist; they are read.
+
+        Args:
+            key: its canonical name.
+            size: how many there must be.
+            vocabulary: one more than the largest that there may be.
+            name: of the exits' file, for errors.
+
+        Raises:
+            CheckpointError: they are no such list.
+        """
+        ids = self.take(key, size)
+        check_token_ids(key, ids.read(), vocabulary, name)
+        return ids
 
     def unused(self) -> list[str]:
         """Names of the tensors that nobody has asked for."""

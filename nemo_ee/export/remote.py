@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from nemo_ee.checkpoint.exits.exit_tensors import check_token_ids
 from nemo_ee.checkpoint.stored_tensors import StoredTensor
 from nemo_ee.config import EarlyExitConfig
 from nemo_ee.decoding import leaving
@@ -131,8 +130,7 @@ def _head_weights(weights: LlamaWeights, n: int, head: HeadConfig, source: Sourc
 
 
 def _shortlist(weights: LlamaWeights, mine: str, size: int, source: Source) -> Weights:
-    ids = weights.take(f"{mine}token_ids", size)
-    check_token_ids(f"{mine}token_ids", ids.read(), source.rows, source.exits_name)
+    ids = weights.token_ids(f"{mine}token_ids", size, source.rows, source.exits_name)
     bucket = weights.take(f"{mine}bucket_weight", weights.hidden)
     one_row = StoredTensor((1, weights.hidden), bucket.dtype, lambda: bucket.read()[None])
     return {

@@ -7,6 +7,8 @@ from typing import Any
 from nemo_ee.export.settings import ExportConfig
 from nemo_ee.export.source import Source
 
+RULES = ("max_probability", "entropy", "margin")
+"""Of confidence, that the folder's code has."""
 _TEXT = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -72,9 +74,19 @@ def remote_card(config: ExportConfig, source: Source, settings: Any, module: str
     """
     early_exit, depth = source.early_exit, settings.num_hidden_layers
     drafting = [n for n in early_exit.layers if n < depth]
-    known = early_exit.inference.known_threshold
-    said = "Nobody has chosen thresholds for these exits; calibration does (docs/calibration.md of nemo_ee)."
-    if known is not None:
+    known, rule = early_exit.inference.known_threshold, early_exit.inference.confidence
+    options = "True"
+    if rule not in RULES:
+        options = f'{{"threshold": 0.9, "confidence": "{RULES[0]}"}}'
+        said = (
+            f"confidence={rule} of the checkpoint is not in this folder: give `threshold` and `confidence`."
+        )
+    elif known is None:
+        options = '{"threshold": 0.9}'
+        said = (
+            "Nobody has chosen thresholds for these exits; calibration does (docs/calibration.md of nemo_ee)."
+        )
+    else:
         said = f"`early_exit=True` takes those of the checkpoint, {known if isinstance(known, float) else list(known)}."
     return _TEXT.format(
         name=source.name,
@@ -83,7 +95,7 @@ def remote_card(config: ExportConfig, source: Source, settings: Any, module: str
         layers=", ".join(map(str, early_exit.layers)),
         drafting=", ".join(map(str, drafting)) or "none",
         draft=drafting[-1] if drafting else early_exit.layers[-1],
-        options='{"threshold": 0.9}' if known is None else "True",
+        options=options,
         thresholds=said,
         tokens=settings.vocab_size,
         dtype=str(settings.torch_dtype).removeprefix("torch."),

@@ -63,8 +63,13 @@ class ExportConfig(Settings):
         if self.precision is not None and str(self.precision) not in PRECISIONS:
             rule = f"must be one of {', '.join(PRECISIONS)}, or null for that of the checkpoint"
             faults.append(Fault("precision", self.precision, rule, "set precision=bf16"))
-        for key, kinds in (("layer", ("draft",)), ("adapter_file", ("draft", "remote"))):
-            if getattr(self, key) is not None and self.kind not in kinds:
-                rule = f"means nothing to kind={self.kind}, which has no exits"
+        usual = type(self).engines
+        for key, given, kinds in (
+            ("layer", self.layer is not None, ("draft",)),
+            ("engines", self.engines != usual, ("draft",)),
+            ("adapter_file", self.adapter_file is not None, ("draft", "remote")),
+        ):
+            if given and self.kind not in kinds:
+                rule = f"means nothing to kind={self.kind}"
                 faults.append(Fault(key, getattr(self, key), rule, f"leave it out, or set kind={kinds[0]}"))
         return faults

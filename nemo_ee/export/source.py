@@ -14,7 +14,7 @@ from nemo_ee.checkpoint.conversion.llama import ROWS
 from nemo_ee.checkpoint.exits import adapter
 from nemo_ee.checkpoint.stored_tensors import StoredTensor, stored_tensors
 from nemo_ee.config import EarlyExitConfig
-from nemo_ee.errors import CheckpointError
+from nemo_ee.errors import CheckpointError, ConfigError, Fault
 from nemo_ee.export.llama_weights import LlamaWeights
 from nemo_ee.export.plain_llama import check_plain
 from nemo_ee.export.settings import ExportConfig
@@ -55,7 +55,7 @@ def opened(config: ExportConfig) -> Iterator[Source]:
 
     Raises:
         CheckpointError: a file is missing, damaged, hostile, or the exits are another base's.
-        ConfigError: no plain Llama, Mistral or Qwen2 computes the base.
+        ConfigError: no plain Llama, Mistral or Qwen2 computes the base; a tokenizer that is another model's.
     """
     base = archive.read_config(config.gpt_model_file)
     model_config.require(base, config.gpt_model_file)
@@ -76,7 +76,7 @@ def opened(config: ExportConfig) -> Iterator[Source]:
             model=base,
             early_exit=early_exit,
             tensors=tensors,
-            rows=_rows(base, tensors, tokenizer, config.gpt_model_file),
+            rows=_rows(base, tensors, tokenizer, config),
             tokenizer=tokenizer,
             name=Path(config.gpt_model_file).name,
             exits_name=Path(config.adapter_file or config.gpt_model_file).name,
@@ -84,10 +84,16 @@ def opened(config: ExportConfig) -> Iterator[Source]:
 
 
 def _rows(
-    model: DictConfig, tensors: Mapping[str, StoredTensor], tokenizer: ExportedTokenizer, name: str
+    model: DictConfig, tensors: Mapping[str, StoredTensor], tokenizer: ExportedTokenizer, config: ExportConfig
 ) -> int:
     """Rows of the embedding that count, as `used_rows` has it for restored models."""
     embedding = tensors.get("embedding.word_embeddings.weight")
     if embedding is None or len(embedding.shape) != 2:
-        raise CheckpointError(f"{name}: has no embedding.word_embeddings.weight; copy the checkpoint again")
+        raise CheckpointError(
+            f"{config.gpt_model_file}: has no embedding.word_embeddings.weight; copy the checkpoint again"
+        )
+    most = model.get(ROWS) or embedding.shape[0]
+    if config.tokenizer is not None and tokenizer.rows > most:
+        rule = f"has token ids up to {tokenizer.rows - 1}, and the model has {most} rows of an embedding"
+        raise ConfigError(Fault("tokenizer", config.tokenizer, rule, "give one with the model's own ids"))
     return model.get(ROWS) or min(tokenizer.rows, embedding.shape[0])

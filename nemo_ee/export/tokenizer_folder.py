@@ -1,6 +1,7 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """A checkpoint's tokenizer as files for transformers, with which texts have the ids that they have here."""
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,12 +49,14 @@ class ExportedTokenizer:
 
     def write(self, folder: Path) -> None:
         """Writes its files into a folder that exists."""
-        if tokens_before_a_text(self.live) != self.begins:
-            _begin_with(self.live, self.begins)
-        elif self.home is not None:
+        begins = tokens_before_a_text(self.live) == self.begins
+        if begins and self.home is not None:
             copy_files(self.home, folder)
-            return
-        self.live.save_pretrained(folder)
+        else:
+            if not begins:
+                _begin_with(self.live, self.begins)
+            self.live.save_pretrained(folder)
+        _name_no_code(folder / "tokenizer_config.json")
 
 
 @contextmanager
@@ -115,6 +118,14 @@ def _jinja(section: Mapping, path: str) -> Any:
         "is left out"
     )
     return None
+
+
+def _name_no_code(path: Path) -> None:
+    """Takes out what names code, in this folder or in a repository elsewhere: who trusts the code of a model's folder
+    has that run, too."""
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if settings.pop("auto_map", None) is not None:
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _begin_with(live: Any, ids: list[int]) -> None:

@@ -60,7 +60,9 @@ def _help() -> str:
     """One line per command: the first of its script's docstring."""
     lines = ["nemo-ee COMMAND [key=value ...]", ""]
     for command, script in COMMANDS.items():
-        docstring = ast.get_docstring(ast.parse((SCRIPTS / f"{script}.py").read_text())) or script
+        docstring = (
+            ast.get_docstring(ast.parse((SCRIPTS / f"{script}.py").read_text(encoding="utf-8"))) or script
+        )
         lines.append(f"  {command:<10} {docstring.splitlines()[0]}")
     return "\n".join([*lines, "", f"nemo-ee COMMAND --help says more. All keys: {CONF}"])
 

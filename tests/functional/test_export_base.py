@@ -11,8 +11,10 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from nemo_ee.checkpoint import archive
+from nemo_ee.checkpoint.stored_tensors import StoredTensor
 from nemo_ee.errors import CheckpointError, ConfigError
 from nemo_ee.export.export import export
+from nemo_ee.export.folder import dtype_of
 from nemo_ee.export.settings import ExportConfig
 from tests.support import tiny_llama
 from tests.support.exported_exits import write_sharded
@@ -221,6 +223,18 @@ def test_an_architecture_that_does_not_fit_is_refused(converted, tmp_path, varia
     assert not list(tmp_path.iterdir())
 
 
+def test_weights_of_several_dtypes_are_held_by_one():
+    """float16 has not bfloat16's range, and bfloat16 not float16's digits."""
+    kinds = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
+    stored = {name: StoredTensor((1,), dtype, lambda: torch.zeros(1)) for name, dtype in kinds.items()}
+    some = lambda *names: {name: stored[name] for name in names}  # noqa: E731
+    assert dtype_of(some("16"), None) is torch.float16 and dtype_of(some("bf16"), None) is torch.bfloat16
+    assert dtype_of(some("16", "bf16"), None) is dtype_of(some("bf16", "32"), None) is torch.float32
+    assert dtype_of(stored, "bf16") is torch.bfloat16
+    with pytest.raises(ConfigError, match="precision=None: .*has weights in float64; set precision=32"):
+        dtype_of(stored, None)
+
+
 def test_tensors_without_a_place_are_refused(converted, tmp_path):
     """The configuration says nothing of biases, but they are there."""
     source = unpacked(converted / "qwen2.nemo", tmp_path / "source", qkv_bias=False)
@@ -232,8 +246,29 @@ def test_a_tokenizer_of_another_library_needs_one_for_transformers(converted, tm
     source = unpacked(converted / "tied.nemo", tmp_path / "source", tokenizer__library="byte-level")
     with pytest.raises(ConfigError, match="tokenizer=None: .*library byte-level.*set tokenizer=FOLDER"):
         exported(source, tmp_path / "out")
+    larger = tiny_llama.tokenizer()
+    larger.add_tokens([f"new{n}" for n in range(400)])
+    larger.save_pretrained(tmp_path / "larger")
+    with pytest.raises(ConfigError, match="tokenizer=.*larger: has token ids up to .*the model's own ids"):
+        exported(source, tmp_path / "out", tokenizer=str(tmp_path / "larger"))
     output = exported(source, tmp_path / "out", tokenizer=str(converted / "tied"))
     assert (output / "tokenizer.json").read_bytes() == (converted / "tied" / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("add_bos", [None, True], ids=["copied", "written anew"])
+def test_a_tokenizer_names_no_code_and_no_other_model(converted, tmp_path, add_bos):
+    source = unpacked(converted / "tied.nemo", tmp_path / "source", **{"tokenizer__add_bos": add_bos})
+    file = source / "tokenizer" / "tokenizer_config.json"
+    settings = {
+        **json.loads(file.read_text()),
+        "auto_map": {"AutoTokenizer": [None, "some/where--code.Class"]},
+    }
+    file.write_text(json.dumps(settings))
+    (source / "tokenizer" / "adapter_config.json").write_text('{"base_model_name_or_path": "some/where"}')
+    output = exported(source, tmp_path / "out")
+    assert not (output / "adapter_config.json").exists()
+    written = json.loads((output / "tokenizer_config.json").read_text())
+    assert "auto_map" not in written and written["tokenizer_class"] == settings["tokenizer_class"]
 
 
 def test_script_exports_and_then_refuses_to_overwrite(converted, tmp_path):
@@ -250,6 +285,8 @@ def test_script_exports_and_then_refuses_to_overwrite(converted, tmp_path):
     } <= names
     with pytest.raises(ConfigError, match="exists; choose another or set overwrite=true"):
         exported(converted / "tied.nemo", tmp_path / "out")
+    with pytest.raises(ConfigError, match="gpt_model_file=.*lies in it, and would be removed"):
+        exported(converted / "tied.nemo", converted, overwrite=True)
     exported(converted / "tied.nemo", tmp_path / "out", overwrite=True, precision="bf16")
     assert weights_of(tmp_path / "out")["model.norm.weight"].dtype == torch.bfloat16
 

@@ -116,6 +116,22 @@ def test_rows_that_are_the_bases_own_are_not_written_twice(made):
     assert draft.tied and "lm_head.weight" not in draft.weights
 
 
+@pytest.mark.parametrize("bad", [-1, 201])
+def test_a_shortlist_of_other_tokens_is_refused(made, bad):
+    """Which would be written over another token's row, or over none."""
+    from nemo_ee.export.draft import build_draft
+    from nemo_ee.export.source import opened
+
+    values = dict(kind="draft", gpt_model_file=str(made[0] / "llama.nemo"), output_path="unused", layer=8)
+    with opened(ExportConfig.from_dict(values)) as source:
+        name = "exits.8.projection.token_ids"
+        ids = source.tensors[name].read().clone()
+        ids[0 if bad < 0 else -1] = bad
+        tensors = {**source.tensors, name: replace(source.tensors[name], read=lambda: ids)}
+        with pytest.raises(CheckpointError, match="token_ids must name distinct tokens of 201"):
+            build_draft(replace(source, tensors=tensors), 8)
+
+
 def test_in_bfloat16_it_is_the_same_but_for_rounding(made):
     """A fold in bf16 beside its own weights, rounded, in float32: what half precision costs plain Llamas, too."""
     folder, _ = made

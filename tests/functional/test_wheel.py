@@ -11,7 +11,7 @@ import pytest
 
 from nemo_ee import __version__
 from tests.support import tiny_llama
-from tests.support.script import TORCHRUN
+from tests.support.script import ROOT, TORCHRUN
 from tests.support.wheel import build_wheel
 
 WORDS = " ".join(tiny_llama.WORDS)
@@ -52,12 +52,12 @@ def nemo_ee(environment, tmp_path_factory):
         assert done.returncode == status, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    run.folder = folder
+    run.folder, run.environment = folder, own
     return run
 
 
 @pytest.mark.slow
-def test_the_main_steps(nemo_ee):
+def test_the_main_steps(nemo_ee, environment):
     folder = nemo_ee.folder
     tiny_llama.write(folder / "hf")
     (folder / "text").mkdir()
@@ -113,4 +113,8 @@ def test_the_main_steps(nemo_ee):
     page = (folder / "report" / "report.md").read_text()
     assert "nemo-ee evaluate gpt_model_file=merged.nemo" in page and f"release {__version__}" in page
 
-    assert "every module of nemo_ee can be imported" in nemo_ee("check")
+    imports = [environment[0] / "python", ROOT / "scripts" / "requirements" / "check_imports.py"]
+    done = subprocess.run(
+        imports, cwd=folder, env=nemo_ee.environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0 and "every module of nemo_ee can be imported" in done.stdout, done.stderr

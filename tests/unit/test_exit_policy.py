@@ -332,6 +332,17 @@ def test_greedy_drafts_are_learned_over_sessions_and_sampled_ones_anew():
     assert later.draft([[0.6]]), "another threshold"
 
 
+def test_a_session_that_does_not_draft_forgets_nothing_of_other_thresholds():
+    policy = ExitPolicy(made_up(head=0.03, exits=(4,)), (4,), known := {})
+    policy.greedy = True
+    policy.share("right", 0, 0.5).observe(0, 50)
+    policy.share("right", 0, 0.6).observe(0, 50)
+    before = {key: share.mean for key, share in known.items()}
+    assert policy.draft([[0.5]]) is None
+    assert known["right", 4, 0.5].mean > before["right", 4, 0.5]
+    assert known["right", 4, 0.6].mean == before["right", 4, 0.6]
+
+
 def test_drafts_grow_longer_where_they_are_right():
     lengths = []
     for chance in (0.85, 0.99):

@@ -7,10 +7,15 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from nemo_ee.config import parse_early_exit
+from nemo_ee.export.remote import described
+from nemo_ee.export.remote_card import RULES, remote_card
+from nemo_ee.export.settings import ExportConfig
 from tests.support.remote_folder import (
     DEPTH,
     EXITS,
@@ -201,6 +206,8 @@ TWICE = dict(input_ids=IDS.expand(2, -1), attention_mask=torch.ones(2, len(PROMP
             r"exits=\[1, 9\]: not some of the exits \[1, 2, 3, 4",
         ),
         (dict(early_exit=dict(threshold=0.5, exits=[2, 1])), "ascending; name such"),
+        (dict(early_exit=dict(threshold=0.5, exits=[])), r"exits=\[\]: not some of the exits"),
+        (dict(early_exit=dict(threshold=0.5, exits=2)), "exits=2: not some of the exits"),
         (dict(early_exit=dict(threshold=1.5)), "threshold=1.5: must lie within"),
         (dict(early_exit=dict(threshold="0.5")), "threshold=0.5: must lie within"),
         (
@@ -284,6 +291,26 @@ def test_a_base_and_exits_alone_make_the_same_folder(folder, said):
     assert (
         "behind the layers 1, 2, 3, 4, 5, 6, 7, of `exits.nemo`" in card and "assistant_early_exit=7" in card
     )
+
+
+@pytest.mark.parametrize(
+    ("threshold", "confidence", "options"),
+    [
+        (None, "max_probability", '{"threshold": 0.9}'),
+        ([0.5], "entropy", "True"),
+        ([0.5], "patience", '{"threshold": 0.9, "confidence": "max_probability"}'),
+    ],
+)
+def test_the_cards_example_is_one_that_the_folder_takes(model, threshold, confidence, options):
+    inference = {"confidence": confidence} | ({} if threshold is None else {"threshold": threshold})
+    early_exit = parse_early_exit({"layers": [2], "inference": inference}, DEPTH)
+    source = SimpleNamespace(name="x.nemo", exits_name="x.nemo", early_exit=early_exit)
+    settings = SimpleNamespace(num_hidden_layers=DEPTH, vocab_size=9, torch_dtype=torch.float32)
+    card = remote_card(ExportConfig("remote", "x.nemo", "x"), source, settings, "modeling_early_exit")
+    assert f"early_exit={options}, max_new_tokens" in card
+    code = sys.modules[type(model).__module__.replace("modeling_early_exit", "leaving_early")]
+    code.thresholds_of(ast.literal_eval(options), [2], described(early_exit)["inference"])
+    assert RULES == tuple(code.CONFIDENCE_RULES)
 
 
 def test_exits_that_cannot_be_are_refused(workers, folder, said):

@@ -5,6 +5,7 @@ sweep over tasks made of a few made-up examples."""
 import gzip
 import json
 import math
+from dataclasses import fields
 from functools import partial
 
 import pytest
@@ -20,6 +21,7 @@ from nemo_ee.evaluation.harness.gen_kwargs import read_gen_kwargs
 from nemo_ee.evaluation.harness.language_model import EarlyExitLM
 from nemo_ee.evaluation.harness.scoring import score_continuations
 from nemo_ee.evaluation.harness.settings import LmEvalConfig
+from nemo_ee.report.schema import Metadata, Spread
 from tests.support.script import ROOT
 from tests.support.tiny_gpt import HEADS, VOCABULARY, tiny_model, tiny_model_config
 from tests.support.uncached import exit_log_probs, generate_uncached
@@ -202,6 +204,7 @@ def in_process(packages, model, monkeypatch):
     monkeypatch.setenv(SWITCH, "0")  # exits as the reference asks them
     monkeypatch.setattr(run, "read_exits", lambda config: (model.cfg, model.early_exit))
     monkeypatch.setattr(run, "_model", lambda config, trainer: model)
+    (packages / "model.nemo").write_bytes(b"weights")
     with kept_microbatches():
         destroy_num_microbatches_calculator()
         yield packages
@@ -256,10 +259,38 @@ def test_a_sweep_scores_times_and_goes_on(in_process, model, monkeypatch):
     assert len(asked) == count and "| 0.3 |" not in again[-1].read_text(), "nothing is generated twice"
     with pytest.raises(ConfigError, match="max_length=32: swept/answers.jsonl was begun with"):
         run.run(configured(max_length=32), trainer=None)
+    (in_process / "model.nemo").write_bytes(b"other weights")
+    begun = r"gpt_model_file=model.nemo \(13 bytes.*was begun with .*model.nemo \(7 bytes"
+    with pytest.raises(ConfigError, match=begun):
+        run.run(configured(), trainer=None)
+    (in_process / "swept/answers.jsonl").write_text('{}\n{"texts": {}}\n')
+    with pytest.raises(DataError, match="answers.jsonl: is damaged; delete it to begin anew"):
+        run.run(configured(), trainer=None)
     measured = [files[-3], *(ROOT / "docs" / "benchmarks").rglob("lm_eval.json")]
     for numbers in measured:
         found = TypeAdapter(page.SweepResult).validate_json(numbers.read_bytes())
         assert page.to_markdown(found) == numbers.with_suffix(".md").read_text(), numbers
+
+
+def test_a_page_of_texts_that_end_at_once():
+    """As a bad exit's do at low thresholds: nothing is timed behind their first step."""
+    speed = Spread(1.0, 0.9, 1.1)
+    said = {"left": 0.5, "layers": 0.7, "agreement": 0.2, "same": 0.0}
+    ways = [
+        page.WayResult(
+            "full depth", None, {"m,none": (0.5, None)}, **said, tokens_per_second=speed, speedup=speed
+        ),
+        page.WayResult("0.5", 0.5, {"m,none": (0.4, 0.1)}, **said, tokens_per_second=speed, speedup=speed),
+        page.WayResult("0", 0.0, {"m,none": (0.1, 0.1)}, **said),
+    ]
+    about = Metadata(*["x"] * len(fields(Metadata)))
+    result = page.SweepResult(about, (2,), "1", False, (page.TaskResult("t", 3, 0, tuple(ways)),))
+    rows = [line for line in page.to_markdown(result).splitlines() if line.startswith("| ")]
+    assert {line.count("|") for line in rows[-5:]} == {9} and rows[-1].startswith(
+        "| 0 | 0.100 ± 0.100 |  |  | 50 % |"
+    )
+    (axes,) = page.plot(result).axes
+    assert len(axes.containers) == 1 and [text.get_text() for text in axes.texts] == ["0.5"]
 
 
 @torch.no_grad()
@@ -293,6 +324,19 @@ def test_one_way_writes_what_the_harness_found(in_process, monkeypatch, capsys):
         ConfigError, match="boolq_locl is neither a task of the harness .*did you mean boolq_local"
     ):
         run.run(configured(**changes, tasks=["boolq_locl"]), trainer=None)
+    with pytest.raises(ConfigError, match=r"gsm8k\* is neither a task"):
+        run.run(configured(**changes, tasks=["gsm8k*"]), trainer=None)
+    monkeypatch.setattr(run, "_model", None)  # what follows is known without it
+    with pytest.raises(ConfigError, match="max_length=4096: must be 1 to the model's"):
+        run.run(configured(**changes, max_length=4096), trainer=None)
+    with pytest.raises(ConfigError, match="gen_kwargs.num_beams=2: nemo_ee's decoding does not know it"):
+        run.run(configured(**changes, gen_kwargs={"num_beams": 2}), trainer=None)
+    (in_process / "lm_eval_tasks/both.yaml").write_text("group: both\ntask: [gsm8k_local, boolq_local]\n")
+    grouped = configured(tasks=["both"], thresholds=3, task_thresholds={"both": 5})
+    with pytest.raises(
+        ConfigError, match="task_thresholds=.*both is a group, and thresholds are of its tasks"
+    ):
+        run.run(grouped, trainer=None)
 
 
 def test_settings_report_every_fault():

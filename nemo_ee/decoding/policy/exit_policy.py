@@ -155,9 +155,11 @@ class ExitPolicy:
                 if rate < before:  # longer rounds are worse still
                     break
                 before = rate
-        if best is None:
-            for share in self._drafting.values():
-                share.forget()
+        if best is None:  # what others have learned, at other thresholds, stays
+            asked = {(k, row[k]) for row in rows for k in range(len(self.layers)) if is_asked(row[k])}
+            for k, threshold in asked:
+                for kind in ("sure", "right"):
+                    self.share(kind, k, threshold).forget()
         return best
 
     def _allowance(self, sequences: int) -> float:

@@ -58,9 +58,7 @@ class EarlyExitLM(TemplateLM):
     ):
         super().__init__()
         limit = position_limit(model.cfg)
-        if max_length is not None and not 1 <= max_length <= limit:
-            rule = f"must be 1 to the model's {limit} positions"
-            raise ConfigError(Fault("max_length", max_length, rule, f"use {limit}, or null"))
+        check_max_length(max_length, limit)
         self.model, self.early_exit, self.batch_size = model, early_exit, batch_size
         self.max_length, self.max_gen_toks, self.seed = max_length or limit, max_gen_toks, seed
         self._text = model.text_tokenizer
@@ -256,6 +254,13 @@ class EarlyExitLM(TemplateLM):
     def get_model_info(self) -> dict[str, Any]:
         """What the harness notes of the model beside its results."""
         return {"model_num_layers": self.model.cfg.num_layers, "early_exit": self.early_exit}
+
+
+def check_max_length(max_length: int | None, limit: int) -> None:
+    """Raises ConfigError unless there are so many positions; None means all."""
+    if max_length is not None and not 1 <= max_length <= limit:
+        rule = f"must be 1 to the model's {limit} positions"
+        raise ConfigError(Fault("max_length", max_length, rule, f"use {limit}, or null"))
 
 
 def progress(what: str, total: int, disable: bool = False) -> tqdm:

@@ -28,14 +28,14 @@ class WayResult:
         threshold: None at full depth.
         scores: metric -> value and its standard error, None where the harness gives none; metrics as the harness calls
             them, with the filter.
-        left: share of generated tokens that left early, of those that could; None for tasks without generation, as are
-            those that follow.
+        left: share of generated tokens that left early, the first of each text included, which never does; None for
+            tasks without generation, as are those that follow.
         layers: share of all layers that these tokens ran through before they left.
         agreement: share of full depth's tokens that would have been the same, given those before.
         agreement_ci: its 95 % interval over examples.
         same: share of examples whose text is full depth's.
-        tokens_per_second: over examples, behind prompt and first step.
-        speedup: against full depth on the same example.
+        tokens_per_second: over examples, behind prompt and first step; None where no text goes on behind that.
+        speedup: against full depth on the same example; likewise.
     """
 
     way: str
@@ -126,7 +126,7 @@ def to_markdown(result: SweepResult) -> str:
 
 def _section(task: TaskResult) -> str:
     metrics = list(task.ways[0].scores)
-    generates = task.ways[0].tokens_per_second is not None
+    generates = task.ways[0].left is not None
     header = ["threshold", *map(metric_name, metrics)]
     if generates:
         header += ["speed-up", "tokens/s", "left early", "layers run", "agreement", "equal texts"]
@@ -138,11 +138,14 @@ def _section(task: TaskResult) -> str:
 
 
 def _generation(way: WayResult) -> list[str]:
-    if way.speedup is None or way.tokens_per_second is None:
+    if way.left is None:
         return []
     shares = [f"{100 * (value or 0.0):.0f} %" for value in (way.left, way.layers)]
     agreement = with_interval(way.agreement or 0.0, way.agreement_ci, 3)
-    speeds = [with_quartiles(way.speedup, 2), with_quartiles(way.tokens_per_second, 1)]
+    speeds = [
+        "" if speed is None else with_quartiles(speed, digits)
+        for speed, digits in ((way.speedup, 2), (way.tokens_per_second, 1))
+    ]
     return [*speeds, *shares, agreement, f"{100 * (way.same or 0.0):.0f} %"]
 
 
@@ -163,7 +166,9 @@ def plot(result: SweepResult) -> Figure:
     figure, panels = new_figure(len(result.tasks), width=4.8)
     for axes, task in zip(panels, result.tasks, strict=True):
         full, others = task.ways[0], task.ways[1:]
-        name = next(iter(full.scores))
+        if full.speedup is not None:
+            others = tuple(way for way in others if way.speedup is not None)
+        name = next(iter(full.scores), "characters")
         by_agreement = name.startswith("characters")
         y = "agreement with full depth" if by_agreement else metric_name(name)
         values = [way.agreement or 0.0 if by_agreement else way.scores[name][0] for way in others]

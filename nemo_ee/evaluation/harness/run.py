@@ -2,7 +2,9 @@
 """A run of lm-evaluation-harness: from checkpoints and names of tasks to results on disk."""
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,15 @@ from lm_eval.utils import make_table
 
 from nemo_ee.decoding.request import ExitOptions, parse_request
 from nemo_ee.errors import CheckpointError, ConfigError, Fault
-from nemo_ee.evaluation.harness.language_model import EarlyExitLM
+from nemo_ee.evaluation.harness.gen_kwargs import read_gen_kwargs
+from nemo_ee.evaluation.harness.language_model import EarlyExitLM, check_max_length
 from nemo_ee.evaluation.harness.page import SweepResult, TaskResult, WayResult, write_page
 from nemo_ee.evaluation.harness.settings import LmEvalConfig
 from nemo_ee.evaluation.harness.sweep import FULL_DEPTH, Answers, SweepLM
 from nemo_ee.evaluation.harness.tasks import LOCAL_TASKS, write_tasks
 from nemo_ee.evaluation.scored_model import restore
 from nemo_ee.files.output import claim, write_text
+from nemo_ee.generation.generating import position_limit
 from nemo_ee.report.provenance import metadata
 from nemo_ee.report.statistics import bootstrap_mean, spread
 from nemo_ee.running.restore import read_exits
@@ -61,6 +65,8 @@ def run(config: LmEvalConfig, trainer: Any) -> list[Path]:
 def _check_model(config: LmEvalConfig) -> None:
     """What the model's files show to be wrong with the settings."""
     base, early_exit = read_exits(config)
+    check_max_length(config.max_length, position_limit(base))
+    read_gen_kwargs(config.gen_kwargs or {}, config.max_gen_toks)
     faults = []
     if config.thresholds is None:
         parse_request(None, None, dict(vars(config.early_exit)), early_exit)
@@ -77,9 +83,9 @@ def _task_manager(config: LmEvalConfig) -> TaskManager:
     """Of the local tasks alone, where they are enough: the harness's own are many."""
     for own in (False, True):
         manager = TaskManager(include_path=config.tasks_dir, include_defaults=own)
-        if not (unknown := [name for name in config.tasks if not manager.match_tasks([name])]):
+        known = manager.all_tasks
+        if not (unknown := [name for name in config.tasks if name not in known]):
             return manager
-    known = manager.all_tasks
     remedy = nearest(unknown[0], known) or "lm-eval ls tasks lists the harness's own"
     rule = f"{unknown[0]} is neither a task of the harness nor one in tasks_dir={config.tasks_dir}"
     raise ConfigError(Fault("tasks", list(config.tasks), rule, remedy))
@@ -137,18 +143,36 @@ def _evaluate(config: LmEvalConfig, trainer: Any, manager: TaskManager, director
 
 def _what_answers_depend_on(config: LmEvalConfig) -> dict[str, Any]:
     """Beside the prompts, by which answers are known, and thresholds."""
-    names = ("gpt_model_file", "adapter_file", "exits", "max_length", "weights", "output_layer", "precision")
-    return {name: getattr(config, name) for name in names}
+    names = ("exits", "max_length", "weights", "output_layer", "precision")
+    files = {name: getattr(config, name) for name in ("gpt_model_file", "adapter_file")}
+    return {
+        **{name: path and _as_it_is_now(path) for name, path in files.items()},
+        **{name: getattr(config, name) for name in names},
+    }
+
+
+def _as_it_is_now(path: str) -> str:
+    """A file's name, and what tells it from another one that takes its place, as exits that were tuned anew do."""
+    there = os.stat(path)
+    changed = datetime.fromtimestamp(there.st_mtime, UTC).isoformat(timespec="seconds")
+    return f"{path} ({there.st_size} bytes of {changed})"
 
 
 def _sweep(
     config: LmEvalConfig, trainer: Any, manager: TaskManager, directory: Path, answers: Answers
 ) -> list[Path]:
+    members = manager.load(list(config.tasks))["tasks"]
+    if groups := sorted((config.task_thresholds or {}).keys() - members.keys()):
+        rule = f"{groups[0]} is a group, and thresholds are of its tasks"
+        fault = Fault(
+            "task_thresholds", dict(config.task_thresholds or {}), rule, "name tasks, or use thresholds"
+        )
+        raise ConfigError(fault)
     model = _model(config, trainer)
     lm = SweepLM(model, answers, **_options(config))
     exits = model.early_exit.layers if config.exits is None else config.exits
     tasks = []
-    for task, loaded in manager.load(list(config.tasks))["tasks"].items():
+    for task, loaded in members.items():
         lm.begin(config.thresholds_of(task), exits)
         found = {}
         for name in lm.ways:
@@ -201,8 +225,9 @@ def _rate(text: Mapping[str, Any]) -> float | None:
 
 
 def _metrics(scores: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
-    """`metric,filter` and values among what the harness says of a task."""
-    return ((name, value) for name, value in scores.items() if "," in name and "_stderr," not in name)
+    """`metric,filter` and numbers among what the harness says of a task."""
+    named = ((name, value) for name, value in scores.items() if "," in name and "_stderr," not in name)
+    return ((name, value) for name, value in named if isinstance(value, int | float))
 
 
 def _error(scores: Mapping[str, Any], metric: str) -> float | None:

@@ -59,7 +59,12 @@ class Answers:
         self._saved = time.monotonic()
         if path.exists():
             lines = [parsed(line, f"{path}:{number}") for number, line in read_text_lines(path)]
-            if not lines or not all(isinstance(line, dict) for line in lines):
+            answers = lines[1:]
+            if (
+                not lines
+                or not all(isinstance(line, dict) for line in lines)
+                or not all(map(_is_answer, answers))
+            ):
                 raise DataError(f"{path}: is damaged; delete it to begin anew")
             if lines[0] != self._settings:
                 names = sorted(
@@ -68,7 +73,7 @@ class Answers:
                 rule = f"{path} was begun with { ({name: lines[0].get(name) for name in names}) }"
                 remedy = "give that again to go on, another output_dir, or delete the file"
                 raise ConfigError(*(Fault(name, self._settings.get(name), rule, remedy) for name in names))
-            self.found = {line.pop("request"): line for line in lines[1:]}
+            self.found = {line.pop("request"): line for line in answers}
 
     def add(self, request: str, found: Mapping[str, Any]) -> None:
         """Keeps what was found, and writes it if nothing was written for a while."""
@@ -85,6 +90,11 @@ class Answers:
         lines = [self._settings, *({"request": key, **found} for key, found in self.found.items())]
         write_text(self._path, "".join(json.dumps(line) + "\n" for line in lines))
         self._saved = time.monotonic()
+
+
+def _is_answer(line: dict[str, Any]) -> bool:
+    parts = [line[name] for name in ("scores", "texts") if name in line]
+    return "request" in line and bool(parts) and all(isinstance(part, dict) for part in parts)
 
 
 class SweepLM(EarlyExitLM):

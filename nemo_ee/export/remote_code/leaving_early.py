@@ -43,11 +43,15 @@ def thresholds_of(given, layers, own):
             remedy = f"did you mean {near[0]}?" if near else f"use {', '.join(OPTIONS)}"
             raise ValueError(f"early_exit.{key}={value}: no such option; {remedy}")
     own_rule, usual = own.get("confidence", "max_probability"), own.get("exits") or layers
-    rule, exits = given.get("confidence") or own_rule, list(given.get("exits") or usual)
+    rule, exits = (
+        usually if given.get(name) is None else given[name]
+        for name, usually in (("confidence", own_rule), ("exits", usual))
+    )
     if rule not in CONFIDENCE_RULES:
         remedy = f"must be one of {', '.join(CONFIDENCE_RULES)}; give one, and thresholds for it"
         raise ValueError(f"early_exit.confidence={rule}: {remedy}")
-    if not set(exits) <= set(layers) or exits != sorted(set(exits)):
+    some = isinstance(exits, list | tuple) and len(exits) > 0 and all(n in layers for n in exits)
+    if not some or list(exits) != sorted(set(exits)):
         remedy = f"not some of the exits {layers}, ascending; name such, or leave it out"
         raise ValueError(f"early_exit.exits={exits}: {remedy}")
     threshold = given.get("threshold")
