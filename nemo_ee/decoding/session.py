@@ -54,7 +54,9 @@ class DecodingSession:
         self.running: list[GeneratedSequence] = []
         self._model, self._layers = model, list(exit_layers)
         self._chooser = Chooser(model.gpt)
-        alone = model.gpt.config.tensor_model_parallel_size == 1  # one rank's failure must not set ranks apart
+        alone = (
+            model.gpt.config.tensor_model_parallel_size == 1
+        )  # one rank's failure must not set ranks apart
         drafts = model.drafts.setdefault(confidence, {}) if alone else None
         self._policy = policy or ExitPolicy(prices_of(model), exit_layers, drafts)
         self._decoder = EarlyExitDecoder(
