@@ -1,6 +1,8 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Model cards: what a folder is, how it is run in each engine, what it approximates, what was measured."""
 
+import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +22,8 @@ _RUN_BASE = """## Run it
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{path}")
-model = AutoModelForCausalLM.from_pretrained("{path}", torch_dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained({quoted})
+model = AutoModelForCausalLM.from_pretrained({quoted}, torch_dtype="auto")
 ids = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=40)[0]))
 ```
@@ -29,10 +31,10 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=40)[0]))
 llama.cpp (`convert_hf_to_gguf.py` is in its repository), vLLM, SGLang:
 
 ```bash
-python convert_hf_to_gguf.py {path} --outfile base.gguf --outtype {gguf}
+python convert_hf_to_gguf.py {word} --outfile base.gguf --outtype {gguf}
 llama-cli -m base.gguf -p "Once upon a time"
-vllm serve {path}
-python -m sglang.launch_server --model-path {path}
+vllm serve {word}
+python -m sglang.launch_server --model-path {word}
 ```
 """
 _RUN_DRAFT = """## Run it
@@ -46,7 +48,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("BASE")
 base = AutoModelForCausalLM.from_pretrained("BASE", torch_dtype="auto")
-draft = AutoModelForCausalLM.from_pretrained("{path}", torch_dtype="auto")
+draft = AutoModelForCausalLM.from_pretrained({quoted}, torch_dtype="auto")
 ids = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(base.generate(**ids, assistant_model=draft, do_sample=False, max_new_tokens=40)[0]))
 ```
@@ -58,7 +60,7 @@ vLLM, which runs the draft in the base's dtype{not_float16}. It takes a draft wh
 
 ```bash
 vllm serve BASE --dtype bfloat16 \\
-    --speculative-config '{{"method": "draft_model", "model": "{path}", "num_speculative_tokens": 3}}'
+    --speculative-config {vllm}
 ```
 """,
     "llama.cpp": """
@@ -66,7 +68,7 @@ llama.cpp (`convert_hf_to_gguf.py` is in its repository){not_f16}:
 
 ```bash
 python convert_hf_to_gguf.py BASE --outfile base.gguf --outtype {gguf}
-python convert_hf_to_gguf.py {path} --outfile draft.gguf --outtype {gguf}
+python convert_hf_to_gguf.py {word} --outfile draft.gguf --outtype {gguf}
 llama-server -m base.gguf -md draft.gguf --spec-type draft-simple  # which older builds do not know, and do unasked
 ```
 """,
@@ -75,7 +77,7 @@ SGLang:
 
 ```bash
 python -m sglang.launch_server --model-path BASE --speculative-algorithm STANDALONE \\
-    --speculative-draft-model-path {path} --speculative-num-steps 3 --speculative-eagle-topk 1 \\
+    --speculative-draft-model-path {word} --speculative-num-steps 3 --speculative-eagle-topk 1 \\
     --speculative-num-draft-tokens 4
 ```
 """,
@@ -105,7 +107,7 @@ The model of `{source.name}` at full depth, without exits, written by nemo_ee. {
 
 It is exact: the weights are those of the checkpoint, bit for bit where they keep their dtype.
 
-{_RUN_BASE.format(path=Path(config.output_path).name, gguf=_gguf(settings))}{_MEASURED.format(held=_HELD_BASE)}"""
+{_RUN_BASE.format(**written(config), gguf=_gguf(settings))}{_MEASURED.format(held=_HELD_BASE)}"""
 
 
 def draft_card(config: ExportConfig, source: Source, settings: Any, draft: "Draft") -> str:
@@ -118,7 +120,7 @@ def draft_card(config: ExportConfig, source: Source, settings: Any, draft: "Draf
         draft: the model.
     """
     names = {
-        "path": Path(config.output_path).name,
+        **written(config),
         "gguf": _gguf(settings),
         "not_float16": ", which must not be float16" if draft.folded else "",
         "not_f16": ", but not in f16, which has no numbers of this size" if draft.folded else "",
@@ -137,6 +139,18 @@ of `{source.exits_name}`, as a model of its own that drafts for the base. {_size
 {_EQUAL} Whether drafts pay depends on the machine, the base's size and the texts: measure it.
 
 {_RUN_DRAFT.format(**names)}{runs}{_MEASURED.format(held=_HELD_DRAFT)}"""
+
+
+def written(config: ExportConfig) -> dict[str, str]:
+    """A folder's name as a text of Python, as a word of a shell, and in vLLM's option."""
+    name = Path(config.output_path).name
+    option = {"method": "draft_model", "model": name, "num_speculative_tokens": 3}
+    quoted = json.dumps(name, ensure_ascii=False)
+    return {
+        "quoted": quoted,
+        "word": shlex.quote(name),
+        "vllm": shlex.quote(json.dumps(option, ensure_ascii=False)),
+    }
 
 
 def approximations(draft: "Draft", ffn: int) -> list[str]:

@@ -18,6 +18,9 @@ from nemo_ee.export.settings import ExportConfig
 from nemo_ee.export.source import Source
 from nemo_ee.head_config import HeadConfig
 
+FOLDED = "llama"
+"""Architecture of a draft with a translator: of the three the one whose MLPs may have biases."""
+
 
 @dataclass(frozen=True)
 class Draft:
@@ -66,15 +69,14 @@ def export_draft(config: ExportConfig, source: Source, folder: Path) -> None:
     """
     layer = _layer(config, source)
     head = source.early_exit.heads[layer]
-    _check_head(config, head, layer)
-    draft = build_draft(source, layer)
     architecture = architecture_of(source.model, config.architecture)
-    if draft.folded:
-        architecture = "llama"  # of the three the one whose MLPs may have biases
-    dtype = dtype_of(draft.weights, config.precision)
-    if draft.folded and dtype is torch.float16:
-        rule = "a translator becomes weights of up to 2^20, which float16 has not"
-        raise ConfigError(Fault("precision", config.precision, rule, "set precision=bf16 or precision=32"))
+    if head.linear:
+        architecture = FOLDED
+    others = [f"exits.{n}." for n in source.early_exit.layers if n != layer]
+    read = {key: t for key, t in source.tensors.items() if not key.startswith(tuple(others))}
+    dtype = dtype_of(read, config.precision)
+    _check_head(config, head, layer, dtype)
+    draft = build_draft(source, layer)
     settings = hugging_face_config(
         source.model, architecture, source.rows, dtype, **source.tokenizer.special_tokens()
     )
@@ -183,7 +185,7 @@ def _layer(config: ExportConfig, source: Source) -> int:
     return config.layer
 
 
-def _check_head(config: ExportConfig, head: HeadConfig, layer: int) -> None:
+def _check_head(config: ExportConfig, head: HeadConfig, layer: int, dtype: torch.dtype) -> None:
     """Refuses heads that no plain model computes, and what engines would compute wrongly."""
     faults, name = [], f"early_exit.head of layer {layer}"
     if head.linear and not head.norm:
@@ -191,6 +193,12 @@ def _check_head(config: ExportConfig, head: HeadConfig, layer: int) -> None:
         faults.append(
             Fault(name, "linear without norm", rule, "export another exit, or tune one with head.norm=true")
         )
+    if head.linear and dtype is torch.float16:
+        rule = "a translator becomes weights of up to 2^20, which float16 has not"
+        faults.append(Fault("precision", config.precision, rule, "set precision=bf16 or precision=32"))
+    if head.linear and config.architecture not in (None, FOLDED):
+        rule = f"a translator becomes an MLP with biases, which of the three {FOLDED} alone may have"
+        faults.append(Fault("architecture", config.architecture, rule, "leave it out"))
     if head.linear and "sglang" in config.engines:
         rule = "SGLang drops the biases of MLPs without a word, and a translator becomes such"
         remedy = "leave sglang out of engines, or tune exits with head.linear=false and head.mlp=residual"

@@ -20,14 +20,15 @@ DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 
 
 def dtype_of(weights: Mapping[str, StoredTensor], precision: str | int | None) -> torch.dtype:
-    """That of all weights of a folder: the one asked for, or the narrowest that holds all as they are stored.
+    """That of all weights of a folder, integers apart: the one asked for, or the narrowest that holds all as they are
+    stored.
 
     Raises:
         ConfigError: none was asked for, and some are stored in a dtype that folders are not written in.
     """
     if precision is not None:
         return DTYPES[str(precision)]
-    stored = {tensor.dtype for tensor in weights.values()}
+    stored = {tensor.dtype for tensor in weights.values() if tensor.dtype.is_floating_point}
     if others := stored - set(DTYPES.values()):
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in others))
         rule = f"would be that of the checkpoint, which has weights in {names}"

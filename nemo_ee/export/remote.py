@@ -49,7 +49,7 @@ def export_remote(config: ExportConfig, source: Source, folder: Path) -> None:
         source.model,
         architecture,
         source.rows,
-        dtype_of(base, config.precision),
+        dtype_of(base | exits, config.precision),
         **source.tokenizer.special_tokens(),
     )
     write_model(folder, settings, base | exits, source.tokenizer, config.max_shard_size)

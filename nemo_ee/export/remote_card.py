@@ -1,9 +1,9 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """The model card of a folder with exits and their code."""
 
-from pathlib import Path
 from typing import Any
 
+from nemo_ee.export.card import written
 from nemo_ee.export.settings import ExportConfig
 from nemo_ee.export.source import Source
 
@@ -26,24 +26,21 @@ read them.
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{path}")
-model = AutoModelForCausalLM.from_pretrained("{path}", trust_remote_code=True, torch_dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained({quoted}, trust_remote_code=True)  # transformers 5 asks for it
+model = AutoModelForCausalLM.from_pretrained({quoted}, trust_remote_code=True, torch_dtype="auto")
 ids = tokenizer("Once upon a time", return_tensors="pt")
 
-# Lossless: an exit drafts, the whole model verifies.
-out = model.generate(**ids, assistant_early_exit={draft}, do_sample=False, max_new_tokens=40)
-
-# Not lossless: each token leaves at the first exit that is sure enough.
+{lossless}# Not lossless: each token leaves at the first exit that is sure enough.
 out = model.generate(**ids, early_exit={options}, max_new_tokens=40)
 print(tokenizer.decode(out[0]))
 ```
 
-From transformers 4.52 on, `custom_generate="{path}", trust_remote_code=True` in `generate` does the same.
+From transformers 4.52 on, `custom_generate={quoted}, trust_remote_code=True` in `generate` does the same.
 
 ## What it computes
 
 - Without `assistant_early_exit` and `early_exit`: the base, bit for bit. Exits are not computed.
-- `assistant_early_exit=n`, with n of {drafting}: texts are the base's own, greedy ones token by token, sampled ones in
+- `assistant_early_exit=n`, with n of {drafts}: texts are the base's own, greedy ones token by token, sampled ones in
   distribution. A draft is the exit's own most probable token. Where the exit knows a shortlist of tokens, the
   probability of all others is shared evenly among them, so that transformers' `assistant_confidence_threshold` (0.4)
   judges the exit's own confidence.
@@ -60,6 +57,11 @@ half precision two programs round differently.
 
 It is for transformers alone. vLLM, SGLang and llama.cpp run no exits, and do not know this architecture: give them the
 base (`kind=base`) and a draft (`kind=draft`).
+"""
+
+_LOSSLESS = """# Lossless: an exit drafts, the whole model verifies.
+out = model.generate(**ids, assistant_early_exit={draft}, do_sample=False, max_new_tokens=40)
+
 """
 
 
@@ -93,12 +95,12 @@ def remote_card(config: ExportConfig, source: Source, settings: Any, module: str
         exits=source.exits_name,
         depth=depth,
         layers=", ".join(map(str, early_exit.layers)),
-        drafting=", ".join(map(str, drafting)) or "none",
-        draft=drafting[-1] if drafting else early_exit.layers[-1],
+        drafts=", ".join(map(str, drafting)) or "none: no exit lies below the last layer",
+        lossless=_LOSSLESS.format(draft=drafting[-1]) if drafting else "",
         options=options,
         thresholds=said,
         tokens=settings.vocab_size,
         dtype=str(settings.torch_dtype).removeprefix("torch."),
-        path=Path(config.output_path).name,
+        quoted=written(config)["quoted"],
         module=module,
     )

@@ -93,7 +93,11 @@ def _rows(
             f"{config.gpt_model_file}: has no embedding.word_embeddings.weight; copy the checkpoint again"
         )
     most = model.get(ROWS) or embedding.shape[0]
-    if config.tokenizer is not None and tokenizer.rows > most:
+    padding = model.get("make_vocab_size_divisible_by", 128) * model.get("tensor_model_parallel_size", 1) - 1
+    least = 1 if model.get(ROWS) else most - padding
+    if config.tokenizer is not None and not least <= tokenizer.rows <= most:
         rule = f"has token ids up to {tokenizer.rows - 1}, and the model has {most} rows of an embedding"
+        if tokenizer.rows < least:
+            rule += f", of which at most {padding} are padding"
         raise ConfigError(Fault("tokenizer", config.tokenizer, rule, "give one with the model's own ids"))
     return model.get(ROWS) or min(tokenizer.rows, embedding.shape[0])

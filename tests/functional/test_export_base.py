@@ -251,6 +251,12 @@ def test_a_tokenizer_of_another_library_needs_one_for_transformers(converted, tm
     larger.save_pretrained(tmp_path / "larger")
     with pytest.raises(ConfigError, match="tokenizer=.*larger: has token ids up to .*the model's own ids"):
         exported(source, tmp_path / "out", tokenizer=str(tmp_path / "larger"))
+    others = dict(embedding_rows=None, make_vocab_size_divisible_by=128, tokenizer__library="byte-level")
+    wide = unpacked(converted / "no-groups-rows-to-spare.nemo", tmp_path / "wide", **others)
+    with pytest.raises(
+        ConfigError, match="ids up to 99, and the model has 512 rows .* at most 127 are padding"
+    ):
+        exported(wide, tmp_path / "out", tokenizer=str(converted / "tied"))
     output = exported(source, tmp_path / "out", tokenizer=str(converted / "tied"))
     assert (output / "tokenizer.json").read_bytes() == (converted / "tied" / "tokenizer.json").read_bytes()
 

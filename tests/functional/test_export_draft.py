@@ -150,6 +150,11 @@ REFUSED = {
         "SGLang drops the biases.*leave sglang out",
     ),
     "folded in float16": (6, {"precision": 16}, "precision=16: .*set precision=bf16"),
+    "folded as Mistral": (
+        5,
+        {"architecture": "mistral"},
+        "architecture=mistral: .*which .* llama alone may have",
+    ),
     "no such exit": (
         9,
         {},

@@ -78,7 +78,8 @@ def test_folders_give_our_texts(python, folder, tmp_path, version):
         "OMP_NUM_THREADS": "1",
     }
     command = [python, str(Path(other_transformers.__file__)), str(home)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=900)
+    how = dict(stdin=subprocess.DEVNULL, capture_output=True, text=True)  # a question would not be answered
+    done = subprocess.run(command, cwd=tmp_path, env=environment, timeout=900, **how)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.splitlines()[-1])
     print(version, "is", found["version"])

@@ -96,7 +96,7 @@ def test_three_dimensions(workers, tmp_path):
 @pytest.mark.slow
 def test_calibration(workers, after_01):
     (printed,) = workers(1).run(run_cells, "03", str(after_01[0]))
-    assert "point estimate, no guarantee" in printed and "speed-up: median" in printed
+    assert "Point estimate, no guarantee" in printed and "speed-up: median" in printed
 
 
 @pytest.mark.slow

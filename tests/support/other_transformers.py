@@ -30,7 +30,7 @@ def main(folder: Path) -> dict:
         n: AutoModelForCausalLM.from_pretrained(folder / f"llama_draft{n}").eval() for n in asked["drafts"]
     }
     left = remote.generate(ids, early_exit=asked["early_exit"], return_dict_in_generate=True, **shared)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "llama_remote")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "llama_remote", trust_remote_code=True)
     found = {
         "version": transformers.__version__,
         "ids": tokenizer(asked["words"]).input_ids,

@@ -5,6 +5,7 @@ import ast
 import importlib.util
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from nemo_ee.config import parse_early_exit
+from nemo_ee.export.card import written
 from nemo_ee.export.remote import described
 from nemo_ee.export.remote_card import RULES, remote_card
 from nemo_ee.export.settings import ExportConfig
@@ -236,6 +238,10 @@ TWICE = dict(input_ids=IDS.expand(2, -1), attention_mask=torch.ones(2, len(PROMP
             "one text of token ids at a time; call generate for each",
         ),
         (dict(early_exit=dict(threshold=0.5), num_beams=2), "without beams"),
+        (
+            dict(early_exit=dict(threshold=0.5), output_hidden_states=True),
+            "output_hidden_states=True: .*leave it out",
+        ),
         (dict(early_exit=dict(threshold=0.5), use_cache=False), "leave out use_cache"),
     ],
 )
@@ -311,6 +317,14 @@ def test_the_cards_example_is_one_that_the_folder_takes(model, threshold, confid
     code = sys.modules[type(model).__module__.replace("modeling_early_exit", "leaving_early")]
     code.thresholds_of(ast.literal_eval(options), [2], described(early_exit)["inference"])
     assert RULES == tuple(code.CONFIDENCE_RULES)
+
+
+def test_a_folders_name_stays_one_word_in_its_cards():
+    names = written(ExportConfig("draft", "x.nemo", 'some/it\'s "here"'))
+    assert ast.literal_eval(names["quoted"]) == 'it\'s "here"'
+    assert shlex.split(f"vllm serve {names['word']}") == ["vllm", "serve", 'it\'s "here"']
+    (option,) = shlex.split(names["vllm"])
+    assert json.loads(option)["model"] == 'it\'s "here"'
 
 
 def test_exits_that_cannot_be_are_refused(workers, folder, said):

@@ -332,6 +332,8 @@ def test_one_way_writes_what_the_harness_found(in_process, monkeypatch, capsys):
     with pytest.raises(ConfigError, match="gen_kwargs.num_beams=2: nemo_ee's decoding does not know it"):
         run.run(configured(**changes, gen_kwargs={"num_beams": 2}), trainer=None)
     (in_process / "lm_eval_tasks/both.yaml").write_text("group: both\ntask: [gsm8k_local, boolq_local]\n")
+    with pytest.raises(ConfigError, match="gen_kwargs.do_sample=True: a sweep compares greedy texts"):
+        run.run(configured(gen_kwargs={"do_sample": True}), trainer=None)
     grouped = configured(tasks=["both"], thresholds=3, task_thresholds={"both": 5})
     with pytest.raises(
         ConfigError, match="task_thresholds=.*both is a group, and thresholds are of its tasks"
@@ -351,13 +353,15 @@ def test_settings_report_every_fault():
     for part in (
         "gpt_model_file=None",
         "thresholds=",
-        "each once",
-        "task_thresholds.x=1: are too few",
+        "must each be named once",
+        "task_thresholds.x=1: must be from 2 to 101",
         "batch_size=2",
     ):
         assert part in str(error.value)
     assert "system=Be brief.: is for chats alone" in str(error.value)
     with pytest.raises(ConfigError, match="exits=.*is of a sweep"):
         configured(thresholds=None, exits=[2], task_thresholds={})
+    with pytest.raises(ConfigError, match="thresholds=.*each be named once"):
+        configured(thresholds=[1, 1.0], task_thresholds={})
     assert configured(thresholds=5, task_thresholds={}).thresholds_of("any") == (1.0, 0.75, 0.5, 0.25, 0.0)
     assert configured(task_thresholds={"gsm8k_local": [0.9]}).thresholds_of("gsm8k_local") == (0.9,)

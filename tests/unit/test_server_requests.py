@@ -163,6 +163,11 @@ def test_impossible_chats_name_the_field(fields, param, reason):
     assert reason in refused(400, param, chat, **fields)
 
 
+def test_no_log_probabilities_by_chats_word():
+    """`false` is no number of a completion's, but clients that ask both endpoints send it."""
+    assert completion(logprobs=False) == completion()
+
+
 def test_null_in_a_message_is_as_if_it_were_left_out():
     """OpenAI's client sends answers back with all their fields."""
     message = {"role": "user", "content": "w5 w6", "refusal": None, "tool_calls": None}

@@ -19,12 +19,12 @@ from nemo_ee.evaluation.harness.gen_kwargs import read_gen_kwargs
 from nemo_ee.evaluation.harness.language_model import EarlyExitLM, check_max_length
 from nemo_ee.evaluation.harness.page import SweepResult, TaskResult, WayResult, write_page
 from nemo_ee.evaluation.harness.settings import LmEvalConfig
-from nemo_ee.evaluation.harness.sweep import FULL_DEPTH, Answers, SweepLM
+from nemo_ee.evaluation.harness.sweep import FULL_DEPTH, Answers, SweepLM, require_greedy
 from nemo_ee.evaluation.harness.tasks import LOCAL_TASKS, write_tasks
 from nemo_ee.evaluation.scored_model import restore
 from nemo_ee.files.output import claim, write_text
 from nemo_ee.generation.generating import position_limit
-from nemo_ee.report.provenance import metadata
+from nemo_ee.report.provenance import device, metadata
 from nemo_ee.report.statistics import bootstrap_mean, spread
 from nemo_ee.running.restore import read_exits
 from nemo_ee.schema import nearest
@@ -66,8 +66,10 @@ def _check_model(config: LmEvalConfig) -> None:
     """What the model's files show to be wrong with the settings."""
     base, early_exit = read_exits(config)
     check_max_length(config.max_length, position_limit(base))
-    read_gen_kwargs(config.gen_kwargs or {}, config.max_gen_toks)
+    wanted = read_gen_kwargs(config.gen_kwargs or {}, config.max_gen_toks)
     faults = []
+    if config.thresholds is not None:
+        require_greedy(wanted)
     if config.thresholds is None:
         parse_request(None, None, dict(vars(config.early_exit)), early_exit)
     elif not early_exit.layers:
@@ -148,6 +150,7 @@ def _what_answers_depend_on(config: LmEvalConfig) -> dict[str, Any]:
     return {
         **{name: path and _as_it_is_now(path) for name, path in files.items()},
         **{name: getattr(config, name) for name in names},
+        "device": device(),
     }
 
 

@@ -12,6 +12,9 @@ from nemo_ee.decoding.request import ExitOptions
 from nemo_ee.errors import Fault
 from nemo_ee.schema import Positive, Settings, choice
 
+MOST_THRESHOLDS = 101
+"""That a sweep may count: steps of a hundredth."""
+
 
 @dataclass(frozen=True)
 class LmEvalConfig(Settings):
@@ -117,7 +120,11 @@ def _sweep_faults(config: LmEvalConfig) -> list[Fault]:
 def _threshold_faults(key: str, given: Any) -> list[Fault]:
     remedy = "give e.g. [1.0,0.8,0.6], or how many, from 2 on"
     if isinstance(given, int) and not isinstance(given, bool):
-        return [] if given >= 2 else [Fault(key, given, "are too few", remedy)]
-    if not isinstance(given, list | tuple) or not given or len(set(map(str, given))) != len(given):
-        return [Fault(key, given, "must be thresholds, each once", remedy)]
-    return [fault for value in given for fault in check_thresholds(value, 1, key)]
+        rule = f"must be from 2 to {MOST_THRESHOLDS}"
+        return [] if 2 <= given <= MOST_THRESHOLDS else [Fault(key, given, rule, remedy)]
+    if not isinstance(given, list | tuple) or not given:
+        return [Fault(key, given, "must be thresholds", remedy)]
+    faults = [fault for value in given for fault in check_thresholds(value, 1, key)]
+    if not faults and len(set(map(float, given))) != len(given):
+        faults.append(Fault(key, given, "must each be named once", remedy))
+    return faults

@@ -35,7 +35,14 @@ SAVE_EVERY = 5.0
 
 def way_name(threshold: float) -> str:
     """For people, and in files."""
-    return f"{threshold:g}"
+    return str(float(threshold)).removesuffix(".0")
+
+
+def require_greedy(wanted: Generation) -> None:
+    """Raises ConfigError unless texts are greedy."""
+    if not wanted.sampling["use_greedy"]:
+        rule = "a sweep compares greedy texts"
+        raise ConfigError(Fault("gen_kwargs.do_sample", True, rule, "set do_sample=false"))
 
 
 class Answers:
@@ -152,9 +159,8 @@ class SweepLM(EarlyExitLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Each request in the current way; those that are new in all ways first."""
         wanted = [read_gen_kwargs(request.args[1], self.max_gen_toks) for request in requests]
-        if any(not each.sampling["use_greedy"] for each in wanted):
-            rule = "a sweep compares greedy texts"
-            raise ConfigError(Fault("gen_kwargs.do_sample", True, rule, "set do_sample=false"))
+        for each in wanted:
+            require_greedy(each)
         pairs = [
             (self.prompt(request.args[0], each), each) for request, each in zip(requests, wanted, strict=True)
         ]

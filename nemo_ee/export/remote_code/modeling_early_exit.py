@@ -154,9 +154,10 @@ class EarlyExits:
             the layer at which each token left.
 
         Raises:
-            ValueError: `assistant_early_exit` is no exit; `early_exit` cannot be; both are given.
+            ValueError: `assistant_early_exit` is no exit; `early_exit` cannot be; both are given; hidden states or
+                attentions of texts with `early_exit`; another thread is generating such a text.
         """
-        config = kwargs.get("generation_config") or self.generation_config
+        config = kwargs.get("generation_config") or dict(enumerate(args)).get(1) or self.generation_config
         asked = {name: kwargs.get(name, getattr(config, name, None)) for name in DRAFTING}
         drafting = {name: value for name, value in asked.items() if value is not None}
         if "assistant_early_exit" in drafting:
@@ -168,6 +169,13 @@ class EarlyExits:
                 f"early_exit={early_exit}: tokens that leave early are not verified, and {', '.join(drafting)} has all "
                 "tokens verified; leave out one of the two"
             )
+        for name in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(name, getattr(config, name, None)):
+                raise ValueError(
+                    f"{name}=True: tokens with early_exit run through different layers; leave it out"
+                )
+        if self._walk is not None:
+            raise ValueError(f"early_exit={early_exit}: another text is being generated; wait for it")
         layers = [int(name) for name in self.exits]
         own = getattr(self.config, "early_exit", {}).get("inference", {})
         thresholds, rule = thresholds_of(early_exit, layers, own)

@@ -71,6 +71,11 @@ def _stops(value: Any) -> Any:
     return tuple(_text(item) for item in strings)
 
 
+def _none_of_false(value: Any) -> Any:
+    """Chats' word for no log-probabilities, which clients send here, too."""
+    return None if value is False else value
+
+
 def _token_ids(value: Any) -> Any:
     if not isinstance(value, list) or not all(_is_id(item) for item in value) or len(value) > MAX_STOP_TOKENS:
         raise ValueError(f"must be a list of token ids, at most {MAX_STOP_TOKENS}")
@@ -183,7 +188,7 @@ class CompletionRequest(GenerationFields):
     max_tokens: int | None = Field(None, ge=0)
     prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts), WithJsonSchema(PROMPT)]
     echo: bool = False
-    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    logprobs: Annotated[int | None, BeforeValidator(_none_of_false)] = Field(None, ge=0, le=MAX_LOGPROBS)
 
     @property
     def kept(self) -> dict[str, int | None]:
