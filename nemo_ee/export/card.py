@@ -6,8 +6,10 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_ee.export.measured import NOT_RUN, measured
 from nemo_ee.export.settings import ExportConfig
 from nemo_ee.export.source import Source
+from nemo_ee.report.schema import Report
 
 if TYPE_CHECKING:
     from nemo_ee.export.draft import Draft
@@ -82,12 +84,6 @@ python -m sglang.launch_server --model-path BASE --speculative-algorithm STANDAL
 ```
 """,
 }
-_MEASURED = """
-## Measured
-
-Nothing of this folder: its writer runs no model. nemo_ee's tests hold {held}, and docs/export.md there says what was
-measured with SmolLM2-135M. Neither vLLM nor SGLang was run: the form of what they read was compared with their sources.
-"""
 _HELD_BASE = "that a base which came from Hugging Face goes back bit for bit"
 _HELD_DRAFT = "each kind of draft to the logits of its exit"
 _EQUAL = "Texts are the base's own whatever the draft says: greedy ones token by token, sampled ones in distribution."
@@ -107,10 +103,13 @@ The model of `{source.name}` at full depth, without exits, written by nemo_ee. {
 
 It is exact: the weights are those of the checkpoint, bit for bit where they keep their dtype.
 
-{_RUN_BASE.format(**written(config), gguf=_gguf(settings))}{_MEASURED.format(held=_HELD_BASE)}"""
+{_RUN_BASE.format(**written(config), gguf=_gguf(settings))}
+{measured(None, _HELD_BASE, engines=NOT_RUN)}"""
 
 
-def draft_card(config: ExportConfig, source: Source, settings: Any, draft: "Draft") -> str:
+def draft_card(
+    config: ExportConfig, source: Source, settings: Any, draft: "Draft", report: Report | None
+) -> str:
     """Of an exit as a draft model.
 
     Args:
@@ -118,6 +117,7 @@ def draft_card(config: ExportConfig, source: Source, settings: Any, draft: "Draf
         source: what was exported.
         settings: the transformers configuration.
         draft: the model.
+        report: of an evaluation, see `read_measured`.
     """
     names = {
         **written(config),
@@ -138,7 +138,8 @@ of `{source.exits_name}`, as a model of its own that drafts for the base. {_size
 
 {_EQUAL} Whether drafts pay depends on the machine, the base's size and the texts: measure it.
 
-{_RUN_DRAFT.format(**names)}{runs}{_MEASURED.format(held=_HELD_DRAFT)}"""
+{_RUN_DRAFT.format(**names)}{runs}
+{measured(report, _HELD_DRAFT, draft.layer, NOT_RUN)}"""
 
 
 def written(config: ExportConfig) -> dict[str, str]:

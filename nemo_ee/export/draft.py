@@ -13,6 +13,7 @@ from nemo_ee.export.card import draft_card
 from nemo_ee.export.fold import filled, folded_mlp, made, still_attention, widened
 from nemo_ee.export.folder import dtype_of, write_model
 from nemo_ee.export.llama_weights import LlamaWeights, Weights
+from nemo_ee.export.measured import read_measured
 from nemo_ee.export.plain_llama import architecture_of, hugging_face_config
 from nemo_ee.export.settings import ExportConfig
 from nemo_ee.export.source import Source
@@ -76,6 +77,7 @@ def export_draft(config: ExportConfig, source: Source, folder: Path) -> None:
     read = {key: t for key, t in source.tensors.items() if not key.startswith(tuple(others))}
     dtype = dtype_of(read, config.precision)
     _check_head(config, head, layer, dtype)
+    report = read_measured(config, source)
     draft = build_draft(source, layer)
     settings = hugging_face_config(
         source.model, architecture, source.rows, dtype, **source.tokenizer.special_tokens()
@@ -85,7 +87,7 @@ def export_draft(config: ExportConfig, source: Source, folder: Path) -> None:
     if draft.folded:
         settings.mlp_bias, settings.attention_bias = True, bool(source.model.get("qkv_bias"))
     write_model(folder, settings, draft.weights, source.tokenizer, config.max_shard_size)
-    (folder / "README.md").write_text(draft_card(config, source, settings, draft), encoding="utf-8")
+    (folder / "README.md").write_text(draft_card(config, source, settings, draft, report), encoding="utf-8")
 
 
 def build_draft(source: Source, layer: int) -> Draft:

@@ -42,7 +42,7 @@ def _check_overwriting(config: ExportConfig, output: Path) -> None:
     """Raises ConfigError unless a folder may go: it was said so, and nothing that is read lies in it."""
     if not config.overwrite:
         raise ConfigError(Fault("output_path", output, "exists", "choose another or set overwrite=true"))
-    for key in ("gpt_model_file", "adapter_file", "tokenizer"):
+    for key in ("gpt_model_file", "adapter_file", "report_file", "tokenizer"):
         given = getattr(config, key)
         if given is not None and Path(given).resolve().is_relative_to(output.resolve()):
             rule = f"{key}={given} lies in it, and would be removed with it"

@@ -14,6 +14,7 @@ from nemo_ee.decoding import leaving
 from nemo_ee.errors import CheckpointError, ConfigError, Fault
 from nemo_ee.export.folder import dtype_of, write_json, write_model
 from nemo_ee.export.llama_weights import LlamaWeights, Weights
+from nemo_ee.export.measured import read_measured
 from nemo_ee.export.plain_llama import architecture_of, hugging_face_config
 from nemo_ee.export.remote_card import remote_card
 from nemo_ee.export.settings import ExportConfig
@@ -42,6 +43,7 @@ def export_remote(config: ExportConfig, source: Source, folder: Path) -> None:
         remedy = "set adapter_file=exits.nemo, or kind=base"
         raise ConfigError(Fault("adapter_file", config.adapter_file, rule, remedy))
     architecture = architecture_of(source.model, config.architecture)
+    report = read_measured(config, source)
     weights = source.weights()
     base = weights.plain()
     exits = exit_weights(weights, early_exit, source)
@@ -56,7 +58,7 @@ def export_remote(config: ExportConfig, source: Source, folder: Path) -> None:
     _name_classes(folder / "config.json", described(early_exit))
     shutil.copy(leaving.__file__, folder)
     shutil.copytree(CODE, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "README.md").write_text(remote_card(config, source, settings, MODULE), encoding="utf-8")
+    (folder / "README.md").write_text(remote_card(config, source, settings, MODULE, report), encoding="utf-8")
 
 
 def _name_classes(path: Path, early_exit: dict[str, Any]) -> None:

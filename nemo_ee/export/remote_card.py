@@ -4,8 +4,10 @@
 from typing import Any
 
 from nemo_ee.export.card import written
+from nemo_ee.export.measured import measured
 from nemo_ee.export.settings import ExportConfig
 from nemo_ee.export.source import Source
+from nemo_ee.report.schema import Report
 
 RULES = ("max_probability", "entropy", "margin")
 """Of confidence, that the folder's code has."""
@@ -57,7 +59,9 @@ half precision two programs round differently.
 
 It is for transformers alone. vLLM, SGLang and llama.cpp run no exits, and do not know this architecture: give them the
 base (`kind=base`) and a draft (`kind=draft`).
-"""
+
+{measured}"""
+_HELD = "that exits say here what they say there"
 
 _LOSSLESS = """# Lossless: an exit drafts, the whole model verifies.
 out = model.generate(**ids, assistant_early_exit={draft}, do_sample=False, max_new_tokens=40)
@@ -65,7 +69,9 @@ out = model.generate(**ids, assistant_early_exit={draft}, do_sample=False, max_n
 """
 
 
-def remote_card(config: ExportConfig, source: Source, settings: Any, module: str) -> str:
+def remote_card(
+    config: ExportConfig, source: Source, settings: Any, module: str, report: Report | None
+) -> str:
     """Of the model with its exits and their code.
 
     Args:
@@ -73,6 +79,7 @@ def remote_card(config: ExportConfig, source: Source, settings: Any, module: str
         source: what was exported.
         settings: the transformers configuration.
         module: name of the code's file.
+        report: of an evaluation, see `read_measured`.
     """
     early_exit, depth = source.early_exit, settings.num_hidden_layers
     drafting = [n for n in early_exit.layers if n < depth]
@@ -103,4 +110,5 @@ def remote_card(config: ExportConfig, source: Source, settings: Any, module: str
         dtype=str(settings.torch_dtype).removeprefix("torch."),
         quoted=written(config)["quoted"],
         module=module,
+        measured=measured(report, _HELD),
     )

@@ -41,6 +41,7 @@ class ExportConfig(Settings):
         architecture: class of the base: `llama`, `mistral` or `qwen2`; null takes the one that fits.
         precision: dtype of the weights: 32, bf16 or 16; null as they are saved.
         max_shard_size: of one file of weights, e.g. `5GB`.
+        report_file: `report.json` of an evaluation of the same files, for the model card.
         tokenizer: a Hugging Face tokenizer's folder, for checkpoints whose own has no such form; null for their own.
         overwrite: replace `output_path` if it exists.
     """
@@ -54,6 +55,7 @@ class ExportConfig(Settings):
     architecture: Annotated[str | None, choice(*ARCHITECTURES)] = None
     precision: str | int | None = None
     max_shard_size: Annotated[str, _size] = "5GB"
+    report_file: str | None = None
     tokenizer: str | None = None
     overwrite: bool = False
 
@@ -68,6 +70,7 @@ class ExportConfig(Settings):
             ("layer", self.layer is not None, ("draft",)),
             ("engines", self.engines != usual, ("draft",)),
             ("adapter_file", self.adapter_file is not None, ("draft", "remote")),
+            ("report_file", self.report_file is not None, ("draft", "remote")),
         ):
             if given and self.kind not in kinds:
                 rule = f"means nothing to kind={self.kind}"

@@ -21,18 +21,23 @@ def to_markdown(report: Report, images: tuple[str, ...] = ()) -> str:
         report: the measurements.
         images: names of plots that lie beside the page, each a key of ``CAPTIONS``.
     """
-    sections = [f"# Early-exit report: {escaped(report.metadata.model)}", _metadata(report), _exits(report)]
+    sections = [
+        f"# Early-exit report: {escaped(report.metadata.model)}",
+        about(report),
+        held_out_text(report),
+    ]
     if report.thresholds:
-        sections += [_thresholds(report), _shares(report)]
+        sections += [generation(report), _shares(report)]
     return page(sections, {name: CAPTIONS[name] for name in images})
 
 
-def _metadata(report: Report) -> str:
-    about = report.metadata
+def about(report: Report) -> str:
+    """A table of where the numbers come from."""
+    where = report.metadata
     rows = [
-        ("model", f"{about.model} ({about.num_layers} layers)"),
-        ("adapter", about.adapter or "none, the exits are part of the model"),
-        *provenance(about),
+        ("model", f"{where.model} ({where.num_layers} layers)"),
+        ("adapter", where.adapter or "none, the exits are part of the model"),
+        *provenance(where),
     ]
     return table(["", "value"], rows, numbers=False)
 
@@ -47,7 +52,8 @@ EXIT_COLUMNS = [
 ]
 
 
-def _exits(report: Report) -> str:
+def held_out_text(report: Report) -> str:
+    """Every exit on text, teacher-forced."""
     rows = [_exit_row(quality) for quality in report.exits]
     tokens = f"{report.exits[0].tokens:,}" if report.exits else ""
     final = with_interval(report.final_loss, report.final_loss_ci, 3)
@@ -76,7 +82,8 @@ def _exit_row(quality: ExitQuality) -> list[str]:
     ]
 
 
-def _thresholds(report: Report) -> str:
+def generation(report: Report) -> str:
+    """Every threshold's texts."""
     header = [
         "threshold",
         "agreement with full depth",

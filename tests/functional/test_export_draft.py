@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from nemo_ee.checkpoint.stored_tensors import StoredTensor
-from nemo_ee.errors import CheckpointError, ConfigError
+from nemo_ee.errors import CheckpointError, ConfigError, DataError
 from nemo_ee.export.export import export
 from nemo_ee.export.settings import ExportConfig
+from nemo_ee.report.schema import Report
+from nemo_ee.report.serialise import to_json
 from tests.support.engine_rules import fused, parameters
 from tests.support.exported_exits import KINDS, tokens, write_all
+from tests.support.fake_report import fake_exits, fake_metadata, fake_threshold
 
 VARIANTS = {
     "llama": {},
@@ -175,6 +178,36 @@ def test_what_would_be_wrong_is_refused_and_leaves_nothing(made, case):
     with pytest.raises((ConfigError, CheckpointError), match=words):
         exported(folder, "llama", layer, "_refused", **settings)
     assert not list(folder.glob("*_refused")) and not list(folder.glob(".*_refused*"))
+
+
+def test_the_card_shows_what_was_measured_of_the_same_files(made, tmp_path):
+    folder, _ = made
+    about = replace(fake_metadata(), model="llama.nemo", adapter="llama_exits.nemo")
+    report = Report(about, fake_exits(tuple(KINDS)), 3.0, None, (fake_threshold(0.5),), prompts="prompts")
+    path = tmp_path / "report.json"
+
+    def card(**changes):
+        path.write_text(to_json(replace(report, **changes), "report"))
+        return (
+            exported(folder, "llama", 1, "_card", report_file=str(path), overwrite=True) / "README.md"
+        ).read_text()
+
+    said = card()
+    mine, others = report.exits[0], [f"{each.loss:.3f} [" for each in report.exits[1:]]
+    assert (
+        "0123abc" in said and f"| 1 | {mine.loss:.3f} [" in said and not any(loss in said for loss in others)
+    )
+    with pytest.raises(
+        ConfigError, match="report_file=.*is of llama.nemo with exits.nemo .*evaluate this one"
+    ):
+        card(metadata=replace(about, adapter="exits.nemo"))
+    with pytest.raises(DataError, match="is of version 1, .*evaluate again"):
+        card(version=1)
+    path.write_text('{"metadata": {}}')
+    with pytest.raises(DataError, match="is no report.json of this version .*evaluate again"):
+        exported(folder, "llama", 1, "_none", report_file=str(path))
+    with pytest.raises(ConfigError, match="report_file=.*cannot be read"):
+        exported(folder, "llama", 1, "_none", report_file=str(tmp_path / "nothing"))
 
 
 def test_sglang_is_fine_with_what_has_no_biases(made):

@@ -312,7 +312,7 @@ def test_the_cards_example_is_one_that_the_folder_takes(model, threshold, confid
     early_exit = parse_early_exit({"layers": [2], "inference": inference}, DEPTH)
     source = SimpleNamespace(name="x.nemo", exits_name="x.nemo", early_exit=early_exit)
     settings = SimpleNamespace(num_hidden_layers=DEPTH, vocab_size=9, torch_dtype=torch.float32)
-    card = remote_card(ExportConfig("remote", "x.nemo", "x"), source, settings, "modeling_early_exit")
+    card = remote_card(ExportConfig("remote", "x.nemo", "x"), source, settings, "modeling_early_exit", None)
     assert f"early_exit={options}, max_new_tokens" in card
     code = sys.modules[type(model).__module__.replace("modeling_early_exit", "leaving_early")]
     code.thresholds_of(ast.literal_eval(options), [2], described(early_exit)["inference"])
