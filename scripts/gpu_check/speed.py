@@ -155,7 +155,7 @@ def chosen_thresholds(model: Any, prompts: Tokens, count: int) -> dict[int, floa
     thresholds = {}
     for n in model.early_exit.layers:
         inputs = torch.tensor(prompts), torch.tensor([len(prompt) for prompt in prompts])
-        forced = {"exits": [n], "threshold": 0.0}
+        forced = {"exits": [n], "threshold": 0.0, "always": True}
         lengths = {"max_length": count, "min_length": count}
         output = model.generate(inputs, lengths, SAMPLING, early_exit=forced)["early_exit"]
         left = [pair for row in output for pair in zip(row["exit_layers"], row["confidences"], strict=True)]
@@ -180,7 +180,7 @@ def measure(
     exits = {"exits": list(thresholds), "threshold": list(thresholds.values())}
     ways: dict[str, dict | bool] = {
         "full depth": False,
-        "exits": exits,
+        "exits": {**exits, "always": True},
         LOSSLESS: {**exits, "lossless": True},
         DRAFTING: {**exits, "lossless": True},
     }

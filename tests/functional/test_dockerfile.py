@@ -152,7 +152,7 @@ def test_its_lines_add_what_is_missing_and_change_nothing_else(container):
             if source == ".":
                 shutil.copytree(ROOT, directory / target, ignore=ignored, dirs_exist_ok=True)
             else:
-                (directory / target).mkdir(exist_ok=True)
+                (directory / target).mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / source, directory / target)
         elif kind == "RUN":
             before = before or versions(environment)

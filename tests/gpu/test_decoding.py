@@ -14,8 +14,8 @@ pytestmark = pytest.mark.gpu
 
 PROMPTS = [[7, 8, 9, 20, 33], [41], [100, 7, 55, 56, 57, 58, 59, 60, 12, 13, 90, 3], [5, 6]]
 TOKENS = 24
-EXITS = {"exits": [2, 4, 6], "threshold": [0.7, 0.5, 0.6], "always": True}
-WAYS = {"full depth": False, "exits": EXITS, "lossless": {**EXITS, "lossless": True}}
+EXITS = {"exits": [2, 4, 6], "threshold": [0.7, 0.5, 0.6]}
+WAYS = {"full depth": False, "exits": {**EXITS, "always": True}, "lossless": {**EXITS, "lossless": True}}
 GREEDY = {"use_greedy": True, "add_BOS": False, "end_strings": ["<|endoftext|>"]}
 
 
