@@ -55,15 +55,18 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def kill_while_it_writes(process, run: Path, rank: int) -> list[psutil.Process]:
-    """SIGKILL to one rank while a checkpoint is written that is not the first; all processes of the run then."""
+    """SIGKILL to one rank while a checkpoint is written that is not the first, by helpers of its ranks; all processes of
+    the run then."""
     deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
         written = {path.name for path in run.rglob("*.ckpt")} | {path.name for path in run.rglob("*step=2*")}
         marks = [mark for mark in run.rglob(MARK) if "step=2" not in mark.name and "-last" not in mark.name]
         if written and marks:
             main = psutil.Process(process.pid)
-            started = main.children(recursive=True)
-            (victim,) = (c for c in main.children() if c.environ().get("LOCAL_RANK") == str(rank))
+            ranks, started = main.children(), main.children(recursive=True)
+            if len(started) == len(ranks):
+                continue
+            (victim,) = (c for c in ranks if c.environ().get("LOCAL_RANK") == str(rank))
             victim.kill()
             return started
         time.sleep(0.001)
@@ -100,7 +103,6 @@ def test_a_rank_that_is_killed_while_it_writes_costs_the_steps_since_the_last_ch
     process = start_script(tmp_path, SCRIPT, *arguments(text, stages, killed))
     started = kill_while_it_writes(process, killed, rank=1)
     output, _ = process.communicate(timeout=120)
-    assert len(started) > stages - 1, "ranks have helpers that write"
     assert not psutil.wait_procs(started, timeout=10)[1], "nothing stays behind"
     assert process.returncode != 0 and "error: rank 1 (" in output, output[-3000:]
     assert not list(killed.rglob(NAME))

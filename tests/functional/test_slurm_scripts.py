@@ -196,4 +196,5 @@ def test_generation_over_tensors_and_stages(pipeline, generated, cluster):
     exact = ["trainer.precision=32", "megatron_amp_O2=false", *test_generate_script.ARGUMENTS]
     done = cluster.sbatch("generate", *exact, **given, PIPELINE=pipeline, RUN_TASKS="1")
     assert done.returncode == 0, done.stderr[-3000:]
-    test_generate_script.expect(test_generate_script.read(output), expected)
+    off = 1e-4 if pipeline == "2" else 0.05  # see test_generate_script.test_two_processes
+    test_generate_script.expect(test_generate_script.read(output), expected, off)
