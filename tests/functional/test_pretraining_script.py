@@ -55,8 +55,8 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def kill_while_it_writes(process, run: Path, rank: int) -> list[psutil.Process]:
-    """SIGKILL to one rank while a checkpoint is written that is not the first, by helpers of its ranks; all processes of
-    the run then."""
+    """SIGKILL to one rank while a checkpoint is written that is not the first, by helpers of its ranks; all processes
+    of the run then."""
     deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
         written = {path.name for path in run.rglob("*.ckpt")} | {path.name for path in run.rglob("*step=2*")}
