@@ -51,7 +51,7 @@ EXIT_OPTIONS = st.fixed_dictionaries(
 ) | st.just({"lossless": True, "max_pending": None})
 STOP = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=256)
 SHARED: dict[str, st.SearchStrategy[Any]] = {
-    "max_tokens": st.none() | st.integers(1, 30) | st.integers(1, 2**63 - 1),
+    "max_tokens": st.none() | st.integers(1, 30) | st.integers(1, 10**20 - 1),
     "min_tokens": st.none() | st.just(0),
     "repetition_penalty": st.none() | st.floats(0.01, 100),
     "stop_token_ids": st.none() | st.lists(st.integers(0, VOCABULARY - 1), max_size=128),

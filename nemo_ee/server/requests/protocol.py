@@ -116,6 +116,7 @@ _PART = {
     "additionalProperties": False,
 }
 CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]}
+LOGPROBS = {"anyOf": [{"type": "integer", "minimum": 0, "maximum": MAX_LOGPROBS}, {"enum": [False, None]}]}
 EXITS = {"type": ["object", "boolean"], "maxProperties": MAX_EXIT_FIELDS}
 """What the functions above take, as JSON schemas."""
 
@@ -153,13 +154,13 @@ class GenerationFields(_Strict):
     default_max_tokens: ClassVar[int | None] = None
 
     model: Text
-    max_tokens: int | None = Field(None, ge=1, lt=2**63)
-    min_tokens: int = Field(0, ge=0, lt=2**63)
+    max_tokens: int | None = Field(None, ge=1)
+    min_tokens: int = Field(0, ge=0)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1, lt=2**63)
     repetition_penalty: float = Field(1.0, ge=0.01, le=100)
-    n: int = Field(1, ge=1, lt=2**63)
+    n: int = Field(1, ge=1)
     stop: Annotated[tuple[str, ...], BeforeValidator(_stops), WithJsonSchema(STOP)] = ()
     stop_token_ids: Annotated[tuple[int, ...], BeforeValidator(_token_ids), WithJsonSchema(STOP_TOKENS)] = ()
     ignore_eos: bool = False
@@ -185,10 +186,15 @@ class CompletionRequest(GenerationFields):
 
     default_max_tokens: ClassVar[int | None] = 16
 
-    max_tokens: int | None = Field(None, ge=0, lt=2**63)
+    max_tokens: int | None = Field(None, ge=0)
     prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts), WithJsonSchema(PROMPT)]
     echo: bool = False
-    logprobs: Annotated[int | None, BeforeValidator(_none_of_false)] = Field(None, ge=0, le=MAX_LOGPROBS)
+    logprobs: Annotated[
+        int | None,
+        Field(ge=0, le=MAX_LOGPROBS),
+        BeforeValidator(_none_of_false),
+        WithJsonSchema(LOGPROBS),
+    ] = None
 
     @property
     def kept(self) -> dict[str, int | None]:
@@ -200,7 +206,7 @@ class ChatRequest(GenerationFields):
     """`/v1/chat/completions`; without a limit the answer may be as long as the context leaves room for."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1, lt=2**63)
+    max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_CHAT_LOGPROBS)
 
@@ -256,7 +262,7 @@ def _float(text: str) -> float | int:
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"{text}: too large a number")
-    return int(value) if value.is_integer() and -(2**63) <= value < 2**63 else value
+    return int(value) if value.is_integer() else value
 
 
 def _refuse_constant(name: str) -> None:
