@@ -67,18 +67,15 @@ def _check_model(config: LmEvalConfig) -> None:
     base, early_exit = read_exits(config)
     check_max_length(config.max_length, position_limit(base))
     wanted = read_gen_kwargs(config.gen_kwargs or {}, config.max_gen_toks)
-    faults = []
-    if config.thresholds is not None:
-        require_greedy(wanted)
     if config.thresholds is None:
         parse_request(None, None, dict(vars(config.early_exit)), early_exit)
-    elif not early_exit.layers:
+        return
+    require_greedy(wanted)
+    if not early_exit.layers:
         raise CheckpointError(f"{config.gpt_model_file}: has no exits to sweep over; set adapter_file")
-    elif config.exits is not None and (not config.exits or not set(config.exits) <= set(early_exit.layers)):
+    if config.exits is not None and (not config.exits or not set(config.exits) <= set(early_exit.layers)):
         rule = f"not all of the model's exits {list(early_exit.layers)}"
-        faults.append(Fault("exits", list(config.exits), rule, "name exit layers that exist, or null"))
-    if faults:
-        raise ConfigError(*faults)
+        raise ConfigError(Fault("exits", list(config.exits), rule, "name exit layers that exist, or null"))
 
 
 def _task_manager(config: LmEvalConfig) -> TaskManager:
