@@ -12,7 +12,7 @@ from nemo_ee.decoding.request import ExitOptions
 from nemo_ee.errors import Fault
 from nemo_ee.schema import Positive, Settings, choice
 
-MOST_THRESHOLDS = 101
+LONGEST_SWEEP = 101
 """That a sweep may count: steps of a hundredth."""
 
 
@@ -120,8 +120,8 @@ def _sweep_faults(config: LmEvalConfig) -> list[Fault]:
 def _threshold_faults(key: str, given: Any) -> list[Fault]:
     remedy = "give e.g. [1.0,0.8,0.6], or how many, from 2 on"
     if isinstance(given, int) and not isinstance(given, bool):
-        rule = f"must be from 2 to {MOST_THRESHOLDS}"
-        return [] if 2 <= given <= MOST_THRESHOLDS else [Fault(key, given, rule, remedy)]
+        rule = f"must be from 2 to {LONGEST_SWEEP}"
+        return [] if 2 <= given <= LONGEST_SWEEP else [Fault(key, given, rule, remedy)]
     if not isinstance(given, list | tuple) or not given:
         return [Fault(key, given, "must be thresholds", remedy)]
     faults = [fault for value in given for fault in check_thresholds(value, 1, key)]
