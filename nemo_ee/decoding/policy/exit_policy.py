@@ -12,8 +12,8 @@ from nemo_ee.decoding.policy.observed_share import Share
 LOSS = 0.01
 """Share of full depth's price that exits may lose, all in all, whatever they say."""
 CREDIT, SAVED = 50, 256
-"""Tokens whose share may be lost before they are decoded: without it a text would begin at full depth. Tokens whose
-share may be saved up while nothing is lost: what one bad text may lose beyond its own."""
+"""Tokens, of all sequences, whose share may be lost before they are decoded: without it a text would begin at full
+depth. Tokens of each whose share may be saved up while nothing is lost: what one bad text may lose beyond its own."""
 MARGIN = 0.01, 0.03
 """Gain that asking and drafting must promise at least: prices are not more exact than that."""
 PRIOR = {"left": 0.5, "sure": 0.5, "right": 0.8}
@@ -163,4 +163,4 @@ class ExitPolicy:
         return best
 
     def _allowance(self, sequences: int) -> float:
-        return self._saved + LOSS * CREDIT * self._now.full_depth(sequences)
+        return self._saved + LOSS * CREDIT / sequences * self._now.full_depth(sequences)
