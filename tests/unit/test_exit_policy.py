@@ -134,7 +134,7 @@ def test_no_exit_is_asked_behind_one_that_is_left_out():
 @pytest.mark.parametrize("sequences", [1, 4, 16])
 def test_exits_that_never_let_a_token_leave_are_hardly_asked(sequences):
     price, asked = play(ExitPolicy(made_up(), (4, 8)), (0.0, 0.0), 600, sequences)
-    assert share_asked(asked) < 0.15 and price <= 1 + LOSS * (1 + CREDIT / 600 / sequences) + 1e-9
+    assert share_asked(asked) < 0.15 and price <= 1 + LOSS / sequences * (1 + CREDIT / 600) + 1e-9
 
 
 def test_in_batches_what_pays_alone_does_not():
@@ -202,7 +202,7 @@ def test_whatever_exits_do_asking_loses_no_more_than_stated(kind, sequences):
     for (name, left), tokens in itertools.product(texts.items(), (16, 64, 300)):
         price, _ = play(ExitPolicy(made_up(kind), (4, 8)), left, tokens, sequences)
         at_last = 1 / tokens  # a pass for what waits at the end, which a text that ends does not run
-        assert price <= 1 + LOSS * (1 + CREDIT / tokens / sequences) + at_last, (name, tokens, price)
+        assert price <= 1 + LOSS / sequences * (1 + CREDIT / tokens) + at_last, (name, tokens, price)
 
 
 def play_rounds(policy, sure, right, tokens, seed=0, sequences=1, thresholds=(0.5, 0.5)):
@@ -266,7 +266,7 @@ def test_whatever_drafts_do_the_loss_is_bounded(kind, sequences):
         price, _ = play_rounds(
             ExitPolicy(made_up(kind, head=0.03), (4, 8)), sure, right, tokens, sequences=sequences
         )
-        assert price <= 1 + LOSS * (1 + CREDIT / tokens / sequences) + 1e-9, (name, tokens)
+        assert price <= 1 + LOSS / sequences * (1 + CREDIT / tokens) + 1e-9, (name, tokens)
 
 
 @pytest.mark.parametrize("before", ["right", "never sure"])

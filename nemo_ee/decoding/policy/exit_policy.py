@@ -10,10 +10,11 @@ from nemo_ee.decoding.policy.forecast import round_rate, step_price, worst_askin
 from nemo_ee.decoding.policy.observed_share import Share
 
 LOSS = 0.01
-"""Share of full depth's price that exits may lose, all in all, whatever they say."""
+"""Share of full depth's price that exits may lose, all in all, whatever they say. Of n sequences together the n-th of it:
+a step of theirs teaches n times as much, and there exits have less to gain."""
 CREDIT, SAVED = 50, 256
-"""Tokens, of all sequences, whose share may be lost before they are decoded: without it a text would begin at full
-depth. Tokens of each whose share may be saved up while nothing is lost: what one bad text may lose beyond its own."""
+"""Tokens whose share may be lost before they are decoded: without it a text would begin at full depth. Tokens whose
+share may be saved up while nothing is lost: what one bad text may lose beyond its own."""
 MARGIN = 0.01, 0.03
 """Gain that asking and drafting must promise at least: prices are not more exact than that."""
 PRIOR = {"left": 0.5, "sure": 0.5, "right": 0.8}
@@ -85,10 +86,10 @@ class ExitPolicy:
             sequences: that decode together.
             owed: tokens times layers that wait at exits; they are booked before they are run.
         """
-        full = self._now.full_depth(sequences)
+        full, loss = self._now.full_depth(sequences), LOSS / sequences
         spent += (owed - self.owed) * self._now.later_layer
         self.owed = owed
-        self._saved = min(self._saved + (1 + LOSS) * tokens / sequences * full - spent, LOSS * SAVED * full)
+        self._saved = min(self._saved + (1 + loss) * tokens / sequences * full - spent, loss * SAVED * full)
 
     def ask(self, rows: Sequence[Sequence[float]], others: int) -> int:
         """How many exits to ask in a step, from the first on; those behind are not asked.
@@ -163,4 +164,4 @@ class ExitPolicy:
         return best
 
     def _allowance(self, sequences: int) -> float:
-        return self._saved + LOSS * CREDIT / sequences * self._now.full_depth(sequences)
+        return self._saved + LOSS / sequences * CREDIT * self._now.full_depth(sequences)
