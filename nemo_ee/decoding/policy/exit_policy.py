@@ -10,8 +10,8 @@ from nemo_ee.decoding.policy.forecast import round_rate, step_price, worst_askin
 from nemo_ee.decoding.policy.observed_share import Share
 
 LOSS = 0.01
-"""Share of full depth's price that exits may lose, all in all, whatever they say. Of n sequences together the n-th of it:
-a step of theirs teaches n times as much, and there exits have less to gain."""
+"""Share of full depth's price that exits may lose, all in all, whatever they say. Of n sequences together it is an
+n-th of that: a step of theirs teaches n times as much, and there exits have less to gain."""
 CREDIT, SAVED = 50, 256
 """Tokens whose share may be lost before they are decoded: without it a text would begin at full depth. Tokens whose
 share may be saved up while nothing is lost: what one bad text may lose beyond its own."""
