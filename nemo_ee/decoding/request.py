@@ -3,6 +3,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from nemo_ee.config import EarlyExitConfig, check_thresholds
@@ -134,7 +135,7 @@ class GenerationRequest:
     confidence: str = "max_probability"
     kv_policy: str = "catch_up"
 
-    @property
+    @cached_property
     def asked(self) -> list[int]:
         """Exit layers that may let a token leave, ascending."""
         return [n for n, threshold in sorted(self.exits.items()) if is_asked(threshold)]
