@@ -145,6 +145,7 @@ pairs, teacher-forced, with its 95 % interval over prompts; *judged* are the tok
 then, and from the time of its passes, both measured apart from lossless decoding."""
     values = {"title": f"{way} against {base}".capitalize(), "note": note}
     values["turns"] = "text" if settings.get("turns") == "text" else "token or round"
+    values["new_tokens"] = " or ".join(map(str, sorted({row["settings"]["new_tokens"] for row in rows})))
     values["table"] = table(rows, shown, way=None, only=lambda name: name == way)
     points = []
     for row in rows:
