@@ -21,7 +21,7 @@ def compared(folder: str, limit: int, tasks: tuple[str, ...]) -> list[dict]:
 def test_it_scores_and_answers_as_hf(workers, tmp_path):
     """On 20 examples each; `python -m tests.support.lm_eval_smollm2` does it on as many as one likes."""
     tokens, texts, boolq, gsm8k = workers(1).run(
-        compared, str(tmp_path), 20, ("texts", "boolq_local", "gsm8k_local")
+        compared, str(tmp_path), 20, ("tokens", "texts", "boolq_local", "gsm8k_local")
     )[0]
     assert tokens["texts"] == 20 and tokens["answers"] > 400 and tokens["gap"] < CLOSE
     assert texts["examples"] == 20 and texts["gap"] < 60 * CLOSE, "sums over at most 60 tokens"
