@@ -104,7 +104,7 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
                 # Else NeMo would build the class that wrote the file, if that is none above ours; and where building
                 # fails, it would log a traceback and build once more.
                 config.pop("target", None)
-            refuse_adapter(restore_path, saved)
+            model_config.refuse_adapter(restore_path, saved)
             model_config.require(config, str(restore_path))
             weights = root / archive.WEIGHTS_DIRECTORY
             checkpoint = TorchDistCheckpoint(weights, restore_path) if weights.is_dir() else None
@@ -173,14 +173,6 @@ def start_distributed(trainer: Any) -> None:
         if trainer.strategy.launcher is not None:
             trainer.strategy.launcher.launch(lambda: None, trainer=trainer)
         trainer.strategy.setup_environment()
-
-
-def refuse_adapter(path: str | os.PathLike, config: DictConfig) -> None:
-    """Raises CheckpointError if ``config`` is that of an exits-only checkpoint."""
-    if "base" in config:
-        raise CheckpointError(
-            f"{path}: holds exits only; restore its base {config.base.name} and load these, or merge the two"
-        )
 
 
 def _read_override(override: DictConfig | str | None) -> DictConfig | None:

@@ -174,3 +174,11 @@ def _is_base(value: Any) -> bool:
     texts = [value.get(key) for key in ("name", "content_hash")]
     printable = all(isinstance(text, str) and text.isprintable() for text in texts)
     return printable and _is_whole(value.get("vocab_size"))
+
+
+def refuse_adapter(path: object, config: Any) -> None:
+    """Raises CheckpointError if ``config`` is that of an exits-only checkpoint."""
+    if "base" in config:
+        raise CheckpointError(
+            f"{path}: holds exits only; restore its base {config.base.name} and load these, or merge the two"
+        )

@@ -11,6 +11,7 @@ from nemo_ee.export.remote import export_remote
 from nemo_ee.export.settings import ExportConfig
 from nemo_ee.export.source import Source, opened
 from nemo_ee.files.output import replaced_folder
+from nemo_ee.files.write_errors import write_errors
 
 WRITERS: dict[str, Callable[[ExportConfig, Source, Path], None]] = {
     "base": export_base,
@@ -33,17 +34,26 @@ def export(config: ExportConfig) -> Path:
     output = Path(config.output_path)
     if output.exists():
         _check_overwriting(config, output)
-    with replaced_folder(output) as part, opened(config) as source:
+    with replaced_folder(output) as part, opened(config) as source, write_errors(output, [part]):
         WRITERS[config.kind](config, source, part)
     return output
 
 
 def _check_overwriting(config: ExportConfig, output: Path) -> None:
-    """Raises ConfigError unless a folder may go: it was said so, and nothing that is read lies in it."""
-    if not config.overwrite:
-        raise ConfigError(Fault("output_path", output, "exists", "choose another or set overwrite=true"))
+    """Raises ConfigError unless a folder may go: it was said so, it is an earlier model's, and neither what is read nor
+    who runs this is in it."""
+    if not output.is_dir():
+        raise ConfigError(Fault("output_path", output, "is a file", "name a folder that does not exist"))
+    if Path.cwd().is_relative_to(output.resolve()):
+        rule = "is the folder that this runs in, or holds it"
+        raise ConfigError(Fault("output_path", output, rule, "set output_path=exported"))
     for key in ("gpt_model_file", "adapter_file", "report_file", "tokenizer"):
         given = getattr(config, key)
         if given is not None and Path(given).resolve().is_relative_to(output.resolve()):
             rule = f"{key}={given} lies in it, and would be removed with it"
             raise ConfigError(Fault("output_path", output, rule, "choose another"))
+    if any(output.iterdir()) and not (output / "config.json").is_file():
+        rule = "holds files and no config.json: it is no model's folder, and all in it would be lost"
+        raise ConfigError(Fault("output_path", output, rule, "name a folder that does not exist"))
+    if not config.overwrite:
+        raise ConfigError(Fault("output_path", output, "exists", "choose another or set overwrite=true"))

@@ -93,9 +93,15 @@ def write_weights(
                 "get another copy of the checkpoint"
             )
         save_file(shard, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(_as_others(folder))
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)
+
+
+def _as_others(folder: Path) -> int:
+    """The mode that files get in a folder: safetensors makes its own for their owner alone."""
+    return folder.stat().st_mode & 0o666
 
 
 def write_json(path: Path, values: Any) -> None:

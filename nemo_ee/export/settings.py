@@ -19,6 +19,8 @@ def _known_engines(key: str, value: tuple[str, ...]) -> list[Fault]:
     return [] if value and set(value) <= set(ENGINES) else [Fault(key, list(value), rule, remedy)]
 
 
+_named = holds(lambda path: bool(path.strip()), "is empty", "name a file, or leave the key out")
+_folder = holds(lambda path: bool(path.strip()), "is empty", "set output_path=exported")
 _size = holds(
     lambda size: re.fullmatch(r"[1-9]\d*(KB|MB|GB)", size) is not None,
     "must be a whole number with KB, MB or GB",
@@ -47,16 +49,16 @@ class ExportConfig(Settings):
     """
 
     kind: Annotated[str, choice(*KINDS)]
-    gpt_model_file: str
-    output_path: str
-    adapter_file: str | None = None
+    gpt_model_file: Annotated[str, _named]
+    output_path: Annotated[str, _folder]
+    adapter_file: Annotated[str | None, _named] = None
     layer: int | None = None
     engines: Annotated[tuple[str, ...], _known_engines] = ("transformers", "vllm", "llama.cpp")
     architecture: Annotated[str | None, choice(*ARCHITECTURES)] = None
     precision: str | int | None = None
     max_shard_size: Annotated[str, _size] = "5GB"
-    report_file: str | None = None
-    tokenizer: str | None = None
+    report_file: Annotated[str | None, _named] = None
+    tokenizer: Annotated[str | None, _named] = None
     overwrite: bool = False
 
     def faults(self) -> list[Fault]:

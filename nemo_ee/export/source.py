@@ -58,6 +58,7 @@ def opened(config: ExportConfig) -> Iterator[Source]:
         ConfigError: no plain Llama, Mistral or Qwen2 computes the base; a tokenizer that is another model's.
     """
     base = archive.read_config(config.gpt_model_file)
+    model_config.refuse_adapter(config.gpt_model_file, base)
     model_config.require(base, config.gpt_model_file)
     check_plain(base, config.gpt_model_file)
     exits = None if config.adapter_file is None else adapter.read_adapter_config(config.adapter_file)

@@ -56,7 +56,7 @@ class ExportedTokenizer:
             if not begins:
                 _begin_with(self.live, self.begins)
             self.live.save_pretrained(folder)
-        _name_no_code(folder / "tokenizer_config.json")
+        _fit(folder / "tokenizer_config.json")
 
 
 @contextmanager
@@ -120,12 +120,14 @@ def _jinja(section: Mapping, path: str) -> Any:
     return None
 
 
-def _name_no_code(path: Path) -> None:
+def _fit(path: Path) -> None:
     """Takes out what names code, in this folder or in a repository elsewhere: who trusts the code of a model's folder
-    has that run, too."""
+    has that run, too. Says what a Llama takes: without that `tokenizer(…)` gives token types, which `generate`
+    refuses."""
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if settings.pop("auto_map", None) is not None:
-        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    settings.pop("auto_map", None)
+    settings["model_input_names"] = ["input_ids", "attention_mask"]
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _begin_with(live: Any, ids: list[int]) -> None:

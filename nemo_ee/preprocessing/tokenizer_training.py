@@ -156,6 +156,7 @@ def _write(tokenizer: Any, config: TokenizerTrainingConfig) -> None:
         eos_token=end,
         pad_token=end,
         clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
     )
     with replaced_folder(config.output) as part:
         wrapped.save_pretrained(part)

@@ -203,7 +203,7 @@ def test_a_truncated_model_takes_the_first_layers(base, workers, tp):
 def test_full_checkpoints_and_adapters_are_not_confused(base, exits, workers):
     with pytest.raises(CheckpointError, match="full checkpoint"):
         adapter.read_adapter_config(base)
-    from nemo_ee.checkpoint.connector import refuse_adapter
+    from nemo_ee.checkpoint.model_config import refuse_adapter
 
     with pytest.raises(CheckpointError, match="exits only"):
         refuse_adapter(exits, archive.read_config(exits))

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from nemo_ee.checkpoint import archive
 from nemo_ee.checkpoint.stored_tensors import StoredTensor
-from nemo_ee.errors import CheckpointError, ConfigError
+from nemo_ee.errors import CheckpointError, ConfigError, OutputError
 from nemo_ee.export.export import export
 from nemo_ee.export.folder import dtype_of
 from nemo_ee.export.settings import ExportConfig
@@ -118,6 +119,7 @@ def test_transformers_computes_the_same(converted, tmp_path):
             assert torch.equal(theirs(ids).logits, ours(ids).logits)
         own, old = AutoTokenizer.from_pretrained(output), AutoTokenizer.from_pretrained(converted / variant)
         turns = [{"role": "user", "content": "the cat"}]
+        assert theirs.generate(**own("the cat", return_tensors="pt"), max_new_tokens=2).shape == (1, 4)
         assert own("the cat sat").input_ids == old("the cat sat").input_ids == [3, 19, 21]
         assert own.apply_chat_template(turns) == old.apply_chat_template(turns)
 
@@ -293,8 +295,51 @@ def test_script_exports_and_then_refuses_to_overwrite(converted, tmp_path):
         exported(converted / "tied.nemo", tmp_path / "out")
     with pytest.raises(ConfigError, match="gpt_model_file=.*lies in it, and would be removed"):
         exported(converted / "tied.nemo", converted, overwrite=True)
+    (tmp_path / "out" / "model.safetensors").chmod(0)
     exported(converted / "tied.nemo", tmp_path / "out", overwrite=True, precision="bf16")
+    assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir()}) == 1, "readable by the same"
     assert weights_of(tmp_path / "out")["model.norm.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_no_folder_but_an_earlier_models_is_replaced(converted, tmp_path, monkeypatch, overwrite):
+    precious = tmp_path / "home" / "precious.txt"
+    precious.parent.mkdir()
+    precious.write_text("mine")
+    monkeypatch.chdir(precious.parent)
+    for output, rule in (
+        ("", "output_path=: is empty; set output_path=exported"),
+        (" ", "is empty"),
+        (".", "is the folder that this runs in, or holds it; set output_path=exported"),
+        ("..", "is the folder that this runs in, or holds it"),
+        ("precious.txt", "is a file; name a folder that does not exist"),
+    ):
+        with pytest.raises(ConfigError, match=rule):
+            exported(converted / "tied.nemo", output, overwrite=overwrite)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="holds files and no config.json"):
+        exported(converted / "tied.nemo", "home", overwrite=overwrite)
+    assert precious.read_text() == "mine" and [*tmp_path.iterdir()] == [precious.parent]
+
+
+def test_a_full_disk_is_the_outputs(converted, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("nemo_ee.export.folder.save_file", full)
+    with pytest.raises(OutputError, match=f"{tmp_path / 'out'}: cannot be written: the disk is full"):
+        exported(converted / "tied.nemo", tmp_path / "out")
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_exits_are_no_base(converted, tmp_path):
+    exits = unpacked(
+        converted / "tied.nemo",
+        tmp_path / "exits",
+        base={"name": "tied", "content_hash": "0", "vocab_size": 9},
+    )
+    with pytest.raises(CheckpointError, match="holds exits only; restore its base tied and load these"):
+        exported(exits, tmp_path / "out")
 
 
 @pytest.mark.slow

@@ -145,7 +145,8 @@ def read_adapter_config(path: str | os.PathLike) -> DictConfig:
     config = archive.read_config(path)
     if "base" not in config or config.get("early_exit") is None:
         raise CheckpointError(
-            f"{path}: is a full checkpoint, not exits alone; give a file that save_exits wrote"
+            f"{path}: is a full checkpoint, not exits alone; give a file that scripts/megatron_gpt_ee_tuning.py wrote, "
+            "or, if the checkpoint has exits, no adapter_file"
         )
     model_config.require(config, str(path))
     return config

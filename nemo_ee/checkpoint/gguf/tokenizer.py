@@ -31,6 +31,7 @@ def build(vocabulary: Vocabulary) -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
         chat_template=vocabulary.chat_template,
         # by their flag alone NeMo would not know them: it asks for all_special_tokens
         additional_special_tokens=[token for token in special if token not in named.values()],
