@@ -1,6 +1,7 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Errors that are meant for users: each names what was given, the rule it breaks and what to do instead."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -21,7 +22,18 @@ class Fault:
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.key}={self.value}: {self.rule}; {self.remedy}"
+        return f"{self.key}={as_written(self.value)}: {self.rule}; {self.remedy}"
+
+
+def as_written(value: object) -> str:
+    """A value as a command line and YAML have it: `null`, `true`, `[a, b]`; text as it is."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(as_written, value))}]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{as_written(key)}: {as_written(item)}" for key, item in value.items()) + "}"
+    return str(value)
 
 
 class ConfigError(ValueError):

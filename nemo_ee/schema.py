@@ -3,6 +3,8 @@
 
 import dataclasses
 import difflib
+import json
+import shlex
 import sys
 import types
 import typing
@@ -10,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, Self
 
-from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.errors import ConfigError, Fault, as_written
 
 MISSING = "???"
 """How OmegaConf writes a mandatory value that was not given."""
@@ -107,9 +109,10 @@ def build_config(kind, raw, key: str, faults: list[Fault]):
         except _NotBuiltError:
             complete = False
         except _WrongTypeError:
-            names, complete = _type_name(hints[name]), False
+            complete = False
+            rule = f"expected {_type_name(hints[name])}, got {type(value).__name__}"
             faults.append(
-                Fault(path, value, f"expected {names}, got {type(value).__name__}", f"write {names}")
+                Fault(path, value, rule, _of_right_type(hints[name], path, value, known[name].default))
             )
     for name, item in known.items():
         required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
@@ -196,6 +199,37 @@ def _type_name(hint) -> str:
         return f"a list of {_type_name(arguments[0])}"
     names = {type(None): "null", Mapping: "a mapping", Sequence: "a list"}
     return names.get(hint) or hint.__name__
+
+
+def _of_right_type(hint, path: str, value, default) -> str:
+    """What to write in place of a value of the wrong type: the same as a list or as text, or else the default."""
+    kinds = _kinds(hint)
+    items = [typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is tuple]
+    scalar = not isinstance(value, Mapping | list | tuple | None)
+    if scalar and str in kinds:
+        written = _as_text(value)
+    elif scalar and any(type(value) in _kinds(item) for item in items):
+        written = f"[{value if str(value).isidentifier() or is_number(value) else _as_text(value)}]"
+    elif default not in (None, dataclasses.MISSING) and not dataclasses.is_dataclass(default):
+        written = as_written(default)
+    else:
+        examples = {int: "1", float: "0.5", bool: "true", str: "text"}
+        written = next((examples[kind] for kind in kinds if kind in examples), "null")
+    return f"e.g. {shlex.quote(f'{path}={written}')}"
+
+
+def _as_text(value) -> str:
+    return json.dumps(as_written(value), ensure_ascii=False)
+
+
+def _kinds(hint) -> list:
+    """The types that a type hint allows."""
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is Annotated:
+        return _kinds(arguments[0])
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return [kind for option in arguments for kind in _kinds(option)]
+    return [hint]
 
 
 def is_number(value) -> bool:

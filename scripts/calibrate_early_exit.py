@@ -12,6 +12,7 @@ import sys
 
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_ee.calibration.settings import CalibrationConfig
 from nemo_ee.runtime.script import script, user_errors
 
 NOTHING_CHOSEN = 2
@@ -21,13 +22,11 @@ NOTHING_CHOSEN = 2
 @script("calibrate_early_exit")
 def main(cfg: DictConfig) -> None:
     """Restores, scores, chooses, writes, and says what is promised."""
-    with user_errors(cfg):
-        from nemo_ee.calibration.settings import CalibrationConfig
-
+    with user_errors(cfg, nemo=False):
         values = OmegaConf.to_container(cfg, resolve=True)
         trainer = values.pop("trainer")
         config = CalibrationConfig.from_dict({**values, "precision": trainer["precision"]})
-
+    with user_errors():
         from nemo_ee.calibration.calibrate import calibrate
         from nemo_ee.calibration.markdown import summary
         from nemo_ee.models.runs.trainer_builder import EarlyExitTrainerBuilder

@@ -10,7 +10,7 @@ from nemo_ee.files.output import claim
 from nemo_ee.runtime.script import script, user_errors
 
 
-@script("convert_llama_hf_to_nemo")
+@script("convert_llama_hf_to_nemo", alone=True)
 def main(cfg: DictConfig) -> None:
     """Reads the configuration, converts, and says where the result lies."""
     with user_errors(cfg):

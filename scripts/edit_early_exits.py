@@ -10,7 +10,7 @@ from nemo_ee.files.output import claim
 from nemo_ee.runtime.script import script, user_errors
 
 
-@script("edit_early_exits")
+@script("edit_early_exits", alone=True)
 def main(cfg: DictConfig) -> None:
     """Edits and says what became of every exit."""
     with user_errors(cfg):

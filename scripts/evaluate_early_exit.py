@@ -7,19 +7,18 @@
 
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_ee.evaluation.settings import EvaluationConfig
 from nemo_ee.runtime.script import script, user_errors
 
 
 @script("evaluate_early_exit")
 def main(cfg: DictConfig) -> None:
     """Restores, measures, writes the report, and says where it lies."""
-    with user_errors(cfg):
-        from nemo_ee.evaluation.settings import EvaluationConfig
-
+    with user_errors(cfg, nemo=False):
         values = OmegaConf.to_container(cfg, resolve=True)
         trainer = values.pop("trainer")
         config = EvaluationConfig.from_dict({**values, "precision": trainer["precision"]})
-
+    with user_errors():
         from nemo_ee.evaluation.evaluate import evaluate
         from nemo_ee.models.runs.trainer_builder import EarlyExitTrainerBuilder
 

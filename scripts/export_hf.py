@@ -8,17 +8,19 @@ python scripts/export_hf.py kind=remote gpt_model_file=model.nemo adapter_file=e
 
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_ee.export.settings import ExportConfig
 from nemo_ee.runtime.script import script, user_errors
 
 
-@script("export_hf")
+@script("export_hf", alone=True)
 def main(cfg: DictConfig) -> None:
     """Exports and says where the result lies."""
-    with user_errors(cfg):
+    with user_errors(cfg, nemo=False):
+        config = ExportConfig.from_dict(OmegaConf.to_container(cfg, resolve=True))
+    with user_errors():
         from nemo_ee.export.export import export
-        from nemo_ee.export.settings import ExportConfig
 
-        path = export(ExportConfig.from_dict(OmegaConf.to_container(cfg, resolve=True)))
+        path = export(config)
         size = sum(file.stat().st_size for file in path.iterdir())
         print(f"wrote {path} ({size / 2**20:.0f} MiB)")
 

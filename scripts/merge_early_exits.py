@@ -10,7 +10,7 @@ from nemo_ee.files.output import claim
 from nemo_ee.runtime.script import script, user_errors
 
 
-@script("merge_early_exits")
+@script("merge_early_exits", alone=True)
 def main(cfg: DictConfig) -> None:
     """Merges and says where the result lies."""
     with user_errors(cfg):

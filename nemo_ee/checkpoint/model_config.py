@@ -7,8 +7,11 @@ checkpoint needs none of them: refused at any depth. Which class is built is our
 that decide what is allocated have types and limits.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from omegaconf import DictConfig
 
 from nemo_ee.checkpoint import targets, tokenizer_rules
 from nemo_ee.errors import CheckpointError
@@ -176,7 +179,7 @@ def _is_base(value: Any) -> bool:
     return printable and _is_whole(value.get("vocab_size"))
 
 
-def refuse_adapter(path: object, config: Any) -> None:
+def refuse_adapter(path: str | os.PathLike, config: DictConfig) -> None:
     """Raises CheckpointError if ``config`` is that of an exits-only checkpoint."""
     if "base" in config:
         raise CheckpointError(

@@ -161,14 +161,15 @@ def approximations(draft: "Draft", ffn: int) -> list[str]:
         draft: the model.
         ffn: width of the base's MLPs.
     """
+    of_which = " among its shortlist's tokens" if draft.head.projection == "shortlist" else ""
     lines = []
     if draft.scaled:
         lines.append(
-            "The most probable token is the exit's own. Logits are the exit's but for one positive factor per token: "
-            "states have one size, so that confidences are others at single tokens."
+            f"The most probable token{of_which} is the exit's own. Logits{of_which} are the exit's but for one "
+            "positive factor per token: states have one size, so that confidences are others at single tokens."
         )
     else:
-        lines.append("Logits are the exit's own.")
+        lines.append(f"Logits{of_which} are the exit's own.")
     if draft.folded:
         lines.append(
             "The exit's translator is one more layer whose MLP has biases (nemo_ee/export/fold.py), exact up to "

@@ -15,8 +15,8 @@ from nemo_ee.export.folder import dtype_of, write_model
 from nemo_ee.export.llama_weights import LlamaWeights, Weights
 from nemo_ee.export.measured import read_measured
 from nemo_ee.export.plain_llama import architecture_of, hugging_face_config
-from nemo_ee.export.settings import ExportConfig
-from nemo_ee.export.source import Source
+from nemo_ee.export.settings import ENGINES, ExportConfig
+from nemo_ee.export.source import TUNE_FIRST, Source
 from nemo_ee.head_config import HeadConfig
 
 FOLDED = "llama"
@@ -182,7 +182,7 @@ def _layer(config: ExportConfig, source: Source) -> int:
         return layers[0]
     if config.layer not in layers:
         rule = f"must be one of the exits of {source.exits_name}, which are at {list(layers)}"
-        remedy = f"set layer={layers[0]}" if layers else "set adapter_file=…, exits tuned on this base"
+        remedy = f"set layer={layers[0]}" if layers else TUNE_FIRST.format(config.gpt_model_file)
         raise ConfigError(Fault("layer", config.layer, rule, remedy))
     return config.layer
 
@@ -203,7 +203,10 @@ def _check_head(config: ExportConfig, head: HeadConfig, layer: int, dtype: torch
         faults.append(Fault("architecture", config.architecture, rule, "leave it out"))
     if head.linear and "sglang" in config.engines:
         rule = "SGLang drops the biases of MLPs without a word, and a translator becomes such"
-        remedy = "leave sglang out of engines, or tune exits with head.linear=false and head.mlp=residual"
+        others = [engine for engine in config.engines if engine != "sglang"] or ENGINES[:-1]
+        remedy = (
+            f"set engines=[{','.join(others)}], or tune exits with head.linear=false and head.mlp=residual"
+        )
         faults.append(Fault("engines", list(config.engines), rule, remedy))
     if faults:
         raise ConfigError(*faults)

@@ -1,6 +1,7 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """One export from its settings: the folder appears in one step, or not at all."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,11 @@ WRITERS: dict[str, Callable[[ExportConfig, Source, Path], None]] = {
     "remote": export_remote,
 }
 """Kind -> what writes it into an empty folder."""
+WRITTEN = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors|README\.md|custom_generate|"
+    r"(leaving|leaving_early|modeling_early_exit)\.py|.*\.(json|jinja|model|tiktoken|txt)"
+)
+"""Names of what they write beside `config.json`, tokenizers' files among it: all that `overwrite` may replace."""
 
 
 def export(config: ExportConfig) -> Path:
@@ -40,8 +46,8 @@ def export(config: ExportConfig) -> Path:
 
 
 def _check_overwriting(config: ExportConfig, output: Path) -> None:
-    """Raises ConfigError unless a folder may go: it was said so, it is an earlier model's, and neither what is read nor
-    who runs this is in it."""
+    """Raises ConfigError unless a folder may go: it was said so, all in it is of an export, and neither what is read
+    nor who runs this is in it."""
     if not output.is_dir():
         raise ConfigError(Fault("output_path", output, "is a file", "name a folder that does not exist"))
     if Path.cwd().is_relative_to(output.resolve()):
@@ -52,8 +58,10 @@ def _check_overwriting(config: ExportConfig, output: Path) -> None:
         if given is not None and Path(given).resolve().is_relative_to(output.resolve()):
             rule = f"{key}={given} lies in it, and would be removed with it"
             raise ConfigError(Fault("output_path", output, rule, "choose another"))
-    if any(output.iterdir()) and not (output / "config.json").is_file():
-        rule = "holds files and no config.json: it is no model's folder, and all in it would be lost"
+    there = sorted(path.name for path in output.iterdir())
+    others = [name for name in there if "config.json" not in there or not WRITTEN.fullmatch(name)]
+    if others:
+        rule = f"holds {others[0]}, which is not of an export, and would be lost"
         raise ConfigError(Fault("output_path", output, rule, "name a folder that does not exist"))
     if not config.overwrite:
         raise ConfigError(Fault("output_path", output, "exists", "choose another or set overwrite=true"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from nemo_ee.errors import ConfigError, DataError, Fault, first_line
+from nemo_ee.errors import ConfigError, Fault, first_line
 from nemo_ee.export.settings import ExportConfig
 from nemo_ee.export.source import Source
 from nemo_ee.report.markdown import about, generation, held_out_text
@@ -23,6 +23,7 @@ By nemo_ee's `evaluate`, in nemo_ee, before this folder was written: its writer 
 same in other engines, but times are others there.{engines}
 
 """
+AGAIN = "evaluate again (python scripts/evaluate_early_exit.py), or leave it out"
 NOT_RUN = " Neither vLLM nor SGLang was run: the form of what they read was compared with their sources."
 
 
@@ -30,8 +31,7 @@ def read_measured(config: ExportConfig, source: Source) -> Report | None:
     """The evaluation that a card shows; None where none is given.
 
     Raises:
-        ConfigError: it is of another model or of other exits.
-        DataError: it is no report of an evaluation.
+        ConfigError: it is no report of an evaluation, or one of another model or of other exits.
     """
     if config.report_file is None:
         return None
@@ -42,18 +42,18 @@ def read_measured(config: ExportConfig, source: Source) -> Report | None:
         rule, remedy = f"cannot be read ({error.strerror})", "give a report.json that evaluating wrote"
         raise ConfigError(Fault("report_file", path, rule, remedy)) from error
     except (ValidationError, AssertionError) as error:
-        raise DataError(
-            f"{path}: is no report.json of this version ({first_line(error)}); evaluate again"
-        ) from error
+        rule = f"is no report.json of this version ({first_line(error)})"
+        raise ConfigError(Fault("report_file", path, rule, AGAIN)) from error
     if report.version != VERSION:
-        raise DataError(f"{path}: is of version {report.version}, and this is {VERSION}; evaluate again")
+        rule = f"is of version {report.version}, and this is {VERSION}"
+        raise ConfigError(Fault("report_file", path, rule, AGAIN))
     is_of = (report.metadata.model, report.metadata.adapter, [each.layer for each in report.exits])
     wanted = (source.name, config.adapter_file and source.exits_name, list(source.early_exit.layers))
     if is_of != wanted:
         rule = "is of {} with {} and exits {}".format(
             *is_of
         ) + ", and this is {} with {} and exits {}".format(*wanted)
-        raise ConfigError(Fault("report_file", path, rule, "evaluate this one, or leave it out"))
+        raise ConfigError(Fault("report_file", path, rule, AGAIN))
     return report
 
 

@@ -18,7 +18,7 @@ from nemo_ee.export.measured import read_measured
 from nemo_ee.export.plain_llama import architecture_of, hugging_face_config
 from nemo_ee.export.remote_card import remote_card
 from nemo_ee.export.settings import ExportConfig
-from nemo_ee.export.source import Source
+from nemo_ee.export.source import TUNE_FIRST, Source
 from nemo_ee.head_config import HeadConfig
 
 CODE = Path(__file__).parent / "remote_code"
@@ -40,7 +40,7 @@ def export_remote(config: ExportConfig, source: Source, folder: Path) -> None:
     early_exit = source.early_exit
     if not early_exit.layers:
         rule = f"kind=remote runs exits, and {source.name} has none"
-        remedy = "set adapter_file=exits.nemo, or kind=base"
+        remedy = f"{TUNE_FIRST.format(config.gpt_model_file)}, or set kind=base"
         raise ConfigError(Fault("adapter_file", config.adapter_file, rule, remedy))
     architecture = architecture_of(source.model, config.architecture)
     report = read_measured(config, source)

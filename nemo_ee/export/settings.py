@@ -45,7 +45,7 @@ class ExportConfig(Settings):
         max_shard_size: of one file of weights, e.g. `5GB`.
         report_file: `report.json` of an evaluation of the same files, for the model card.
         tokenizer: a Hugging Face tokenizer's folder, for checkpoints whose own has no such form; null for their own.
-        overwrite: replace `output_path` if it exists.
+        overwrite: replace `output_path` if it exists and holds nothing but an export.
     """
 
     kind: Annotated[str, choice(*KINDS)]

@@ -21,6 +21,12 @@ from nemo_ee.export.settings import ExportConfig
 from nemo_ee.export.tokenizer_folder import ExportedTokenizer, exported_tokenizer
 from nemo_ee.models.checks.model_checks import read_early_exit
 
+TUNE_FIRST = (
+    "give exits tuned on this base as adapter_file; it has none yet: python scripts/megatron_gpt_ee_tuning.py "
+    "model.restore_from_path={} … (docs/tuning.md)"
+)
+"""What to do where there are no exits at all."""
+
 
 @dataclass(frozen=True)
 class Source:

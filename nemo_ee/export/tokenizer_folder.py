@@ -73,6 +73,9 @@ def exported_tokenizer(path: str, model: DictConfig, given: str | None) -> Itera
         CheckpointError: it cannot be loaded.
     """
     section = model.get("tokenizer") or {}
+    if given is not None and not Path(given).is_dir():
+        rule, remedy = "is no folder", "name one that holds tokenizer.json and tokenizer_config.json"
+        raise ConfigError(Fault("tokenizer", given, rule, remedy))
     wanted = TokenizerConfig(nemo=path) if given is None else TokenizerConfig(type=given)
     with tokenizer_files(wanted) as description:
         if description.library != "huggingface":

@@ -101,7 +101,7 @@ class TextTokenizer:
         try:
             return beginning(self._own_rule, self._bos, self._add_bos if add_bos is None else add_bos)
         except LookupError as error:
-            raise GenerationError(f"add_BOS=True: {error}; set it to null or false") from error
+            raise GenerationError(f"add_BOS=true: {error}; set it to null or false") from error
 
     def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
         """Token ids of a text that is to be continued, with exactly one BOS or none.

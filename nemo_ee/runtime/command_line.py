@@ -6,17 +6,22 @@ error or mean something else there, and NeMo's own checkpoints have ``=`` in the
 of files are quoted here before Hydra sees them; for other keys an error shows the quoting that works.
 """
 
+import difflib
 import os
 import re
 import shlex
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
 from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.runtime.commands import CONF
 
 _NAMES = {
     "prefix",
@@ -34,6 +39,8 @@ _SUFFIXES = ("_file", "_path", "_ckpt", "_checkpoint", "_dir", "_prefix", "_name
 _ARGUMENT = re.compile(r"(\+{0,2})([A-Za-z_$][\w.$-]*)=(.*)", re.DOTALL)
 _LEAF = re.compile(r"[^\[\]{},:]+")
 _SEVERAL_RUNS = {"-m", "--multirun"}
+_OPEN = {"edit_early_exits": ("trainer", "early_exit")}
+"""File in conf/ -> its sections that take further keys; of others `trainer` alone."""
 
 
 def quote_paths(arguments: Sequence[str]) -> list[str]:
@@ -66,6 +73,90 @@ def quote_paths(arguments: Sequence[str]) -> list[str]:
     if faults:
         raise ConfigError(*faults)
     return result
+
+
+def check_keys(name: str, words: Sequence[str] | None = None) -> None:
+    """Checks that a file in conf/ has the keys on a script's command line.
+
+    Hydra itself says of one that the file lacks no more than that, and accepts any behind a `+`. Values are not looked
+    at, and below a section neither is what a `+` adds: that is the settings' own.
+
+    Args:
+        name: of the file.
+        words: what stands behind the script's name; None takes the command line's.
+
+    Raises:
+        ConfigError: listing every key that is unknown.
+    """
+    listed = listed_values(name)
+    faults = []
+    for override in overrides_of(sys.argv[1:] if words is None else words):
+        given = None if override.is_delete() else override.value()
+        for key, value in _leaves(override.key_or_group, given, listed):
+            section, _, below = key.partition(".")
+            added = override.is_add() or override.is_force_add()
+            if not is_listed(listed, key) and not (below and added and section in listed):
+                remedy = _nearest(key, override.input_line, listed, name)
+                faults.append(Fault(key, value, "unknown key", remedy))
+    if faults:
+        raise ConfigError(*faults)
+
+
+def _leaves(key: str, value: Any, listed: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """A key and its value; of a mapping in the place of a section, those below it."""
+    if isinstance(value, Mapping) and value and section_of(listed, key):
+        for name, part in value.items():
+            yield from _leaves(f"{key}.{name}", part, listed)
+    else:
+        yield key, value
+
+
+def _nearest(key: str, line: str, listed: Mapping[str, Any], name: str) -> str:
+    above, _, last = key.rpartition(".")
+    found = difflib.get_close_matches(last, section_of(listed, above) if above else listed, 1)
+    if found:
+        return f"did you mean {above}.{found[0]}?" if above else f"did you mean {found[0]}?"
+    section = key.partition(".")[0]
+    if section in listed and section in _OPEN.get(name, ("trainer",)):
+        return f"set {shlex.quote('+' + line)}"
+    return f"leave it out; see conf/{name}.yaml"
+
+
+def overrides_of(words: Sequence[str]) -> list[Override]:
+    """What a command line changes but for Hydra's own settings; nothing where it names a file of its own, whose keys
+    are its author's, and where Hydra cannot read it, and says so.
+    """
+    given = get_args_parser().parse_args(list(words))
+    if given.config_name or given.config_path or given.config_dir:
+        return []
+    try:
+        overrides = OverridesParser.create().parse_overrides(given.overrides)
+    except HydraException:
+        return []
+    return [override for override in overrides if re.split("[./]", override.key_or_group)[0] != "hydra"]
+
+
+def listed_values(name: str) -> dict[str, Any]:
+    """What a file in conf/ has, interpolations as they are."""
+    return OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))
+
+
+def is_listed(listed: Any, key: str) -> bool:
+    """Whether a file has a key, or the key has a value in it that such keys may be part of."""
+    for part in key.split("."):
+        if not isinstance(listed, Mapping):
+            return True
+        if part not in listed:
+            return False
+        listed = listed[part]
+    return True
+
+
+def section_of(listed: Any, key: str) -> Mapping[str, Any]:
+    """The section of a file at a key; empty where it has none there."""
+    for part in key.split("."):
+        listed = listed.get(part) if isinstance(listed, Mapping) else None
+    return listed if isinstance(listed, Mapping) else {}
 
 
 def _names_files(key: str) -> bool:

@@ -4,9 +4,11 @@
 import functools
 import logging
 import os
+import signal
 import sys
 import threading
 import traceback
+import types
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -46,7 +48,7 @@ _FOR_USERS = (
 
 
 def script(
-    config_name: str, check: Callable[[str], None] | None = None
+    config_name: str, check: Callable[[str], None] | None = None, alone: bool = False
 ) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Makes a function of a file in ``scripts/`` a Hydra program with a configuration of ``conf/``.
 
@@ -54,7 +56,9 @@ def script(
 
     Args:
         config_name: of the file in ``conf/``.
-        check: is called with it before Hydra reads the command line.
+        check: is called with it before Hydra reads the command line; None checks that the file has all keys.
+        alone: one process does the work, and nobody waits for it: SIGTERM ends it as Ctrl-C does, so that what it has
+            half written goes at once.
     """
 
     def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
@@ -62,12 +66,14 @@ def script(
 
         @functools.wraps(task)
         def main() -> None:
-            from nemo_ee.runtime.command_line import quote_paths
+            from nemo_ee.runtime.command_line import check_keys, quote_paths
 
+            sys.excepthook = _ended
+            if alone:
+                signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
             with user_errors(nemo=False):
                 sys.argv[1:] = quote_paths(sys.argv[1:])
-                if check is not None:
-                    check(config_name)
+                (check or check_keys)(config_name)
             run()
 
         return main
@@ -121,6 +127,13 @@ def _end(message: str) -> NoReturn:
 
 def _full_errors() -> bool:
     return os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+
+def _ended(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt) and not _full_errors():
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def _thread_ended(args: threading.ExceptHookArgs) -> None:

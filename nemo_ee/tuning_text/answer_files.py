@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_ee.data.text_file import parsed, read_text
-from nemo_ee.errors import ConfigError, DataError, Fault
+from nemo_ee.errors import ConfigError, DataError, Fault, as_written
 from nemo_ee.files.output import replaced_file, replaced_files
 from nemo_ee.files.write_errors import output_error
 
@@ -76,7 +76,7 @@ class AnswerFiles:
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{record}: is damaged ({error}); delete it to begin anew") from error
         faults = [
-            Fault(key, value, f"{record} was begun with {theirs.get(key)}", REMEDY)
+            Fault(key, value, f"{record} was begun with {as_written(theirs.get(key))}", REMEDY)
             for key, value in self.settings.items()
             if theirs.get(key) != value
         ]

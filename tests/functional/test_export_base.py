@@ -179,7 +179,7 @@ def test_all_ends_of_texts_go_along(converted, tmp_path):
 REFUSED = {
     "LayerNorm": (dict(normalization="layernorm1p"), "model.normalization=layernorm1p: Llama's norms"),
     "GELU": (dict(activation="gelu"), "model.activation=gelu: Llama's MLPs have SwiGLU"),
-    "biases": (dict(bias=True), "model.bias=True: .*qkv_bias"),
+    "biases": (dict(bias=True), "model.bias=true: .*qkv_bias"),
     "learned positions": (dict(position_embedding_type="learned_absolute"), "are rotary"),
     "half of a head": (dict(rotary_percentage=0.5), "model.rotary_percentage=0.5"),
     "norms of queries": (dict(qk_layernorm=True), "model.qk_layernorm=True"),
@@ -215,8 +215,12 @@ def test_what_no_plain_model_computes_is_refused_before_weights_are_read(convert
 @pytest.mark.parametrize(
     ("variant", "architecture", "words"),
     [
-        ("qwen2", "llama", "has no biases of Q, K and V.*architecture=qwen2"),
-        ("tied", "qwen2", "set architecture=llama"),
+        (
+            "qwen2",
+            "llama",
+            "its layers have no such biases, and the checkpoint has some; set architecture=qwen2",
+        ),
+        ("tied", "qwen2", "have biases of Q, K and V, and the checkpoint has none; set architecture=llama"),
     ],
 )
 def test_an_architecture_that_does_not_fit_is_refused(converted, tmp_path, variant, architecture, words):
@@ -233,7 +237,7 @@ def test_weights_of_several_dtypes_are_held_by_one():
     assert dtype_of(some("16"), None) is torch.float16 and dtype_of(some("bf16"), None) is torch.bfloat16
     assert dtype_of(some("16", "bf16"), None) is dtype_of(some("bf16", "32"), None) is torch.float32
     assert dtype_of(stored, "bf16") is torch.bfloat16
-    with pytest.raises(ConfigError, match="precision=None: .*has weights in float64; set precision=32"):
+    with pytest.raises(ConfigError, match="precision=null: .*has weights in float64; set precision=32"):
         dtype_of(stored, None)
 
 
@@ -246,8 +250,12 @@ def test_tensors_without_a_place_are_refused(converted, tmp_path):
 
 def test_a_tokenizer_of_another_library_needs_one_for_transformers(converted, tmp_path):
     source = unpacked(converted / "tied.nemo", tmp_path / "source", tokenizer__library="byte-level")
-    with pytest.raises(ConfigError, match="tokenizer=None: .*library byte-level.*set tokenizer=FOLDER"):
+    with pytest.raises(ConfigError, match="tokenizer=null: .*library byte-level.*set tokenizer=FOLDER"):
         exported(source, tmp_path / "out")
+    with pytest.raises(
+        ConfigError, match="tokenizer=nowhere: is no folder; name one that holds tokenizer.json"
+    ):
+        exported(source, tmp_path / "out", tokenizer="nowhere")
     larger = tiny_llama.tokenizer()
     larger.add_tokens([f"new{n}" for n in range(400)])
     larger.save_pretrained(tmp_path / "larger")
@@ -317,8 +325,14 @@ def test_no_folder_but_an_earlier_models_is_replaced(converted, tmp_path, monkey
         with pytest.raises(ConfigError, match=rule):
             exported(converted / "tied.nemo", output, overwrite=overwrite)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="holds files and no config.json"):
+    with pytest.raises(ConfigError, match="home: holds precious.txt, which is not of an export"):
         exported(converted / "tied.nemo", "home", overwrite=overwrite)
+    (precious.parent / "config.json").touch()
+    for other in ("base.gguf", "pytorch_model.bin", "model.py", "images"):
+        (precious.parent / other).mkdir()
+        with pytest.raises(ConfigError, match=f"home: holds {other}, which is not of an export"):
+            exported(converted / "tied.nemo", "home", overwrite=overwrite)
+        (precious.parent / other).rmdir()
     assert precious.read_text() == "mine" and [*tmp_path.iterdir()] == [precious.parent]
 
 

@@ -108,7 +108,7 @@ def test_the_last_layers_exit_begins_with_hugging_faces_loss_of_the_answers(fold
 BAD = {
     "no template": (
         dict(model__restore_from_path="FOLDER/plain.nemo"),
-        "model.data.chat=True: the checkpoint's tokenizer has no chat template; give lines of input and output",
+        "model.data.chat=true: the checkpoint's tokenizer has no chat template; give lines of input and output",
     ),
     "no file": (dict(model__data__train_ds__file_names="[FOLDER/none.jsonl]"), "there is no such file"),
     "a line": (
@@ -119,10 +119,10 @@ BAD = {
     "text as well": (dict(model__data__data_prefix="[FOLDER/text]"), "exclude one another"),
     "nothing": (
         dict(model__data__train_ds__file_names=None, model__data__validation_ds__file_names=None),
-        "model.data.data_prefix=None: there is nothing to train on",
+        "model.data.data_prefix=null: there is nothing to train on",
     ),
     "longer than the model": (dict(model__data__train_ds__max_seq_length="65"), "encoder_seq_length=64"),
-    "packed": (dict(model__data__train_ds__packed_sequence="true"), "packed_sequence=True: NeMo keeps"),
+    "packed": (dict(model__data__train_ds__packed_sequence="true"), "packed_sequence=true: NeMo keeps"),
 }
 
 

@@ -191,7 +191,7 @@ def test_minutes_end_a_run_between_blocks(workspace, workers):
             ["inference.tokens_to_generate=13"],
             "inference.tokens_to_generate=13: begun.partial.json was begun with 12",
         ),
-        (["inference.greedy=false"], "inference.greedy=False: .* was begun with True"),
+        (["inference.greedy=false"], "inference.greedy=false: .* was begun with true"),
         (["prompts.count=5"], "prompts=5 of sha256 .* was begun with 11 of sha256"),
         (["gpt_model_file=full.nemo"], "gpt_model_file=content .* was begun with content"),
         (["output_prefix=none/text"], "output_prefix=none/text: its directory does not exist"),

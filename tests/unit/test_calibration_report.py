@@ -73,7 +73,7 @@ def test_settings_report_every_fault():
     with pytest.raises(ConfigError) as error:
         CalibrationConfig.from_dict({**GIVEN, "output_file": "???", "target": 0.9, "exits": []})
     assert "target=0.9: unknown key" in str(error.value)
-    assert "output_file=None: is required" in str(error.value)
+    assert "output_file=null: is required" in str(error.value)
     with pytest.raises(ConfigError, match="exits=.*write null"):
         CalibrationConfig.from_dict({**GIVEN, "exits": []})
 
@@ -156,7 +156,7 @@ def test_a_checkpoint_that_uses_no_exits_is_asked_which(tmp_path):
         {"num_layers": 8, "encoder_seq_length": 256, "early_exit": early_exit}, tmp_path / CONFIG_NAME
     )
     config = CalibrationConfig.from_dict({**GIVEN, "gpt_model_file": str(tmp_path)})
-    with pytest.raises(ConfigError, match=r"exits=None: the checkpoint uses none of its exits \[2, 4\]"):
+    with pytest.raises(ConfigError, match=r"exits=null: the checkpoint uses none of its exits \[2, 4\]"):
         exits_in_use(config)
     assert exits_in_use(dataclasses.replace(config, exits=(4,))) == (4,)
 
@@ -292,7 +292,7 @@ def test_settings_that_would_mean_nothing_are_refused():
     for changes, words in (
         ({"guarantee": False, "delta": 0.1}, "delta=0.1: means nothing with guarantee=false"),
         ({"guarantee": False, "data": {"prefix": "t", "tuning_share": 0.5}}, "data.tuning_share=0.5: means"),
-        ({"data": {}}, "data.prefix=None: either this or data.chats_file"),
+        ({"data": {}}, "data.prefix=null: either this or data.chats_file"),
         ({"data": {"prefix": "t", "chats_file": "c"}}, "data.prefix=t: either this or data.chats_file"),
         (
             {"data": {"chats_file": "c", "prompt_tokens": 4}},

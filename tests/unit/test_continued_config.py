@@ -116,7 +116,7 @@ def test_what_the_tensors_follow_from_cannot_be_given_otherwise(tmp_path):
     assert [fault.key for fault in raised.value.faults] == ["model.num_layers", "model.num_query_groups"]
     assert f"model.num_layers=4: the weights of {path} were saved with 8" in str(raised.value)
     cfg = script("megatron_gpt_ee_tuning", f"model.restore_from_path={path}", "+model.qkv_bias=true")
-    with pytest.raises(ConfigError, match="model.qkv_bias=True: .* saved with None; leave it out"):
+    with pytest.raises(ConfigError, match="model.qkv_bias=true: .* saved with None; leave it out"):
         Tuning.merge_cfg_with(path, cfg)
 
 

@@ -118,7 +118,7 @@ def test_every_dataset_at_fault_is_listed(dataset, tmp_path):
         (["a"], None, "model.data.splits_string=None"),
         (["a"], "0,0,0", "up to three shares"),
         (["a"], "0,50,50", "must leave data to train on"),
-        ({"train": ["a"], "validation": ["b"]}, None, "data_prefix.test=None: must be there"),
+        ({"train": ["a"], "validation": ["b"]}, None, "data_prefix.test=null: must be there"),
         ({"train": None, "validation": ["b"], "test": None}, None, "must name data to train on"),
         (
             {"train": ["a"], "val": ["b"], "validation": None, "test": None},

@@ -161,7 +161,7 @@ def test_all_empty_documents_are_refused(source, tokenizer_dir):
 
 def test_tokenizer_without_eos_is_refused_unless_eod_is_off(source, tmp_path):
     directory = save_tiny_tokenizer(tmp_path / "no_eos", eos=False)
-    with pytest.raises(ConfigError, match="append_eod=True: .*no end-of-sequence token"):
+    with pytest.raises(ConfigError, match="append_eod=true: .*no end-of-sequence token"):
         preprocess(config(source, directory))
 
 

@@ -233,7 +233,7 @@ def test_settings_report_every_fault():
     }
     with pytest.raises(ConfigError) as error:
         settings.EvaluationConfig.from_dict(values)
-    assert "gpt_model_file=None: is required" in str(error.value)
+    assert "gpt_model_file=null: is required" in str(error.value)
     assert "generation.repeat=3: unknown key; did you mean repeats?" in str(error.value)
     values = {
         "gpt_model_file": "m.nemo",

@@ -316,7 +316,7 @@ def test_thresholds_belong_to_their_confidence_rule():
     assert (other.confidence, other.exits) == ("entropy", {10: 0.4, 20: 0.4})
     assert request(confidence="entropy", exits=[]).exits == {}
     with pytest.raises(
-        ConfigError, match="threshold=None: .* for confidence=max_probability, not for entropy"
+        ConfigError, match="threshold=null: .* for confidence=max_probability, not for entropy"
     ):
         request(confidence="entropy")
 
@@ -333,7 +333,7 @@ def test_default_thresholds_belong_to_their_exits():
 
     assert exits() == {10: 0.7, 20: 0.9} and exits(exits=[20]) == {20: 0.9}
     assert exits(exits=[10, 25], threshold=[0.5, 0.6]) == {10: 0.5, 25: 0.6}
-    with pytest.raises(ConfigError, match=r"threshold=None: .*exits \[10, 20\], none for \[25\]"):
+    with pytest.raises(ConfigError, match=r"threshold=null: .*exits \[10, 20\], none for \[25\]"):
         exits(exits=[10, 25])
 
 

@@ -141,7 +141,7 @@ def test_prompts_may_be_token_ids(tmp_path):
     for make, key in (
         (lambda: settings(prompts=["a", [1]]), r"prompts=.1 texts, 1 lists of token ids.: must all be texts"),
         (lambda: settings(prompts_file=str(path)).read_prompts(), "prompts_file=.*: must all be texts"),
-        (lambda: settings(prompts=[[1]], chat=True), "chat=True: .*; set chat=false"),
+        (lambda: settings(prompts=[[1]], chat=True), "chat=true: .*; set chat=false"),
         (lambda: settings(prompts=[1, 2]), "prompts=.*expected a list of str or a list of int or null"),
         (lambda: settings(prompts=[[True]]), "prompts=.*expected a list of"),
     ):
@@ -191,7 +191,7 @@ def test_a_directory_or_a_seed_that_cannot_be_used_is_refused_at_once(tmp_path):
 
 def test_chats_have_the_bos_of_their_template():
     with pytest.raises(
-        ConfigError, match="inference.add_BOS=True: with chat=true .*; set inference.add_BOS=null"
+        ConfigError, match="inference.add_BOS=true: with chat=true .*; set inference.add_BOS=null"
     ):
         settings(prompts=["x"], chat=True, inference=dict(add_BOS=True))
     assert settings(prompts=["x"], chat=True).inference.add_BOS is None

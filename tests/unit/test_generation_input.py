@@ -78,7 +78,7 @@ def test_a_tokenizer_without_bos_is_refused(bos):
         def text_to_ids(self, text):
             return [5]
 
-    with pytest.raises(GenerationError, match="add_BOS=True: the tokenizer has no BOS"):
+    with pytest.raises(GenerationError, match="add_BOS=true: the tokenizer has no BOS"):
         tokenize_prompts(["a"], TextTokenizer(Tokenizer()), True, 64)
     for add_bos in (None, False):
         assert tokenize_prompts(["a"], TextTokenizer(Tokenizer()), add_bos, 64) == [[5]]
@@ -136,7 +136,7 @@ def test_exits_that_were_never_calibrated_are_off(stored):
     assert exits(dict(threshold=0.8)) == {10: 0.8, 20: 0.8}
     for options in (dict(exits=[10]), dict(always=True), dict(max_pending=2)):
         with pytest.raises(
-            ConfigError, match=r"^early_exit.threshold=None: .*never calibrated.*threshold=0.8"
+            ConfigError, match=r"^early_exit.threshold=null: .*never calibrated.*threshold=0.8"
         ) as error:
             exits(options)
         assert next(iter(options)) in str(error.value)
@@ -183,7 +183,7 @@ def test_who_asks_always():
 
     assert [always(*each) for each in ((0, 0), (0, 1), (1, 0), (1, 1))] == [False, False, False, True]
     assert always(0, 0, always=True) and not always(1, 1, always=False) and not always(1, 1, lossless=True)
-    with pytest.raises(ConfigError, match="early_exit.always=True: lossless decoding chooses"):
+    with pytest.raises(ConfigError, match="early_exit.always=true: lossless decoding chooses"):
         always(0, 0, always=True, lossless=True)
 
 
@@ -360,5 +360,5 @@ class TestNemosLoop:
 
     def test_probabilities_of_generated_tokens_are_refused(self, model):
         sampling = {**GREEDY, "all_probs": True}
-        with pytest.raises(ConfigError, match="sampling_params.all_probs=True: NeMo's loop has no"):
+        with pytest.raises(ConfigError, match="sampling_params.all_probs=true: NeMo's loop has no"):
             model.generate(["w1"], self.LENGTHS, sampling, strategy=self.strategy(model))

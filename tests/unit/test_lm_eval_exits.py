@@ -231,7 +231,15 @@ def test_a_sweep_scores_times_and_goes_on(in_process, model, monkeypatch):
             assert (way.agreement, way.same, way.left, way.layers) == (1.0, 1.0, 0.0, 1.0)
         assert task.ways[2].left > 0.0 and task.ways[2].layers < 1.0
         assert task.ways[2].speedup.median > 0.0
+        assert f"{task.at_once} of them are answered by one token" in text or not task.at_once
     lines = [json.loads(line) for line in (in_process / "swept/answers.jsonl").read_text().splitlines()]
+    for task, size in ((gsm8k, False), (code, True)):
+        found = [each["texts"] for each in lines[1:] if "texts" in each and (each["prompt"] == 2) == size]
+        assert task.at_once == sum(len(texts["full depth"]["tokens"]) == 1 for texts in found)
+        for way in task.ways:
+            longer = [t for t in found if len(t["full depth"]["tokens"]) > 1]
+            same = [t[way.way]["tokens"] == t["full depth"]["tokens"] for t in longer]
+            assert way.same == (sum(same) / len(same) if same else None)
     lm = EarlyExitLM(model, False)
     names = [model.text_tokenizer.name(token) for token in range(VOCABULARY)]
     for doc, line in zip(
@@ -332,7 +340,7 @@ def test_one_way_writes_what_the_harness_found(in_process, monkeypatch, capsys):
     with pytest.raises(ConfigError, match="gen_kwargs.num_beams=2: nemo_ee's decoding does not know it"):
         run.run(configured(**changes, gen_kwargs={"num_beams": 2}), trainer=None)
     (in_process / "lm_eval_tasks/both.yaml").write_text("group: both\ntask: [gsm8k_local, boolq_local]\n")
-    with pytest.raises(ConfigError, match="gen_kwargs.do_sample=True: a sweep compares greedy texts"):
+    with pytest.raises(ConfigError, match="gen_kwargs.do_sample=true: a sweep compares greedy texts"):
         run.run(configured(gen_kwargs={"do_sample": True}), trainer=None)
     grouped = configured(tasks=["both"], thresholds=3, task_thresholds={"both": 5})
     with pytest.raises(

@@ -1,13 +1,17 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Plain values become settings, or every fault is named at once: of form, and of rules as far as forms allow."""
 
+import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.evaluation.settings import EvaluationConfig
+from nemo_ee.export.settings import ExportConfig
 from nemo_ee.schema import Positive, Settings, choice, is_number
 
 
@@ -59,7 +63,7 @@ def test_rules_are_reported_beside_unknown_keys_and_missing_values():
 
 def test_rules_beside_each_other_are_asked_of_complete_settings():
     assert keys_of({"name": "a", "size": 0}).keys() == {"name", "size"}
-    assert keys_of({"name": "a", "size": "1"}) == {"size": "expected int or null, got str; write int or null"}
+    assert keys_of({"name": "a", "size": "1"}) == {"size": "expected int or null, got str; e.g. size=1"}
 
 
 @pytest.mark.parametrize(
@@ -77,6 +81,55 @@ def test_rules_beside_each_other_are_asked_of_complete_settings():
 def test_nothing_is_converted_silently(values, key, expected):
     found = keys_of({"name": "abc", **values})
     assert found.keys() == {key} and found[key].startswith(f"expected {expected}, got ")
+
+
+WRONG = (True, 7, 0.5, "a b", "it's", [1], ["a", None], {"a": 1}, None)
+
+
+@pytest.mark.parametrize("kind", [Example, ExportConfig, EvaluationConfig], ids=lambda kind: kind.__name__)
+def test_the_remedy_for_a_wrong_type_gives_the_right_one_when_pasted(kind):
+    told = 0
+    for key in (item.name for item in fields(kind)):
+        for value in WRONG:
+            fault = type_fault(kind, key, value)
+            if fault is None:
+                continue
+            (word,) = shlex.split(fault.remedy.removeprefix("e.g. "))
+            pasted = OverridesParser.create().parse_override(word)
+            assert pasted.key_or_group == key
+            assert type_fault(kind, key, pasted.value()) is None, (key, value, word)
+            told += 1
+    assert told > 20
+
+
+def type_fault(kind, key, value) -> Fault | None:
+    try:
+        kind.from_dict({key: value})
+    except ConfigError as error:
+        return next((f for f in error.faults if f.key == key and f.rule.startswith("expected ")), None)
+    return None
+
+
+def test_what_was_meant_is_kept():
+    assert keys_of({"name": 7})["name"] == """expected str, got int; e.g. 'name="7"'"""
+    with pytest.raises(
+        ConfigError, match=r"^engines=vllm: expected a list of str, got str; e.g. 'engines=\[vllm\]'"
+    ):
+        ExportConfig.from_dict(
+            {"kind": "draft", "gpt_model_file": "a", "output_path": "b", "engines": "vllm"}
+        )
+
+
+def test_values_are_shown_as_they_are_written():
+    values = {
+        "null": None,
+        "true": True,
+        "[a, 1, null]": ["a", 1, None],
+        "{a: false}": {"a": False},
+        "a b": "a b",
+    }
+    for shown, value in values.items():
+        assert str(Fault("key", value, "rule", "remedy")) == f"key={shown}: rule; remedy"
 
 
 def test_numbers_are_finite_as_floats():

@@ -171,7 +171,7 @@ def test_an_empty_key_of_the_environment_is_not_none(key, monkeypatch):
 
 def test_insecure_and_a_key_contradict_each_other(monkeypatch):
     with pytest.raises(
-        ConfigError, match="insecure=True: means that nobody is asked for a key, and there is one"
+        ConfigError, match="insecure=true: means that nobody is asked for a key, and there is one"
     ):
         config(insecure=True, api_key=KEY)
     monkeypatch.setenv(KEY_VARIABLE, KEY)

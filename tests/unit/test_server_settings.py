@@ -20,7 +20,7 @@ from tests.support.server import server_config
 @pytest.mark.parametrize("bos", [None, -1])
 def test_a_tokenizer_without_bos_is_refused(bos):
     model = SimpleNamespace(text_tokenizer=TextTokenizer(SimpleNamespace(bos_id=bos)))
-    with pytest.raises(ConfigError, match="add_BOS=True: the tokenizer has no BOS token"):
+    with pytest.raises(ConfigError, match="add_BOS=true: the tokenizer has no BOS token"):
         create_service(server_config(add_BOS=True), model)
 
 
@@ -41,7 +41,7 @@ def test_a_tokenizer_without_bos_is_refused(bos):
         (dict(allowed_hosts=["*.example"]), "*.example is no name"),
         (dict(allowed_hosts=["::1"]), "::1 is no name"),
         (dict(slotz=3), "did you mean slots"),
-        (dict(gpt_model_file="???"), "gpt_model_file=None: is required"),
+        (dict(gpt_model_file="???"), "gpt_model_file=null: is required"),
     ],
     ids=str,
 )

@@ -93,7 +93,7 @@ def test_a_stream_that_is_left_gives_back_what_it_holds_and_others_may_run_meanw
 @pytest.mark.parametrize(
     "sampling, error, names",
     [
-        (dict(all_probs=True), ConfigError, "sampling_params.all_probs=True: a stream has log-prob"),
+        (dict(all_probs=True), ConfigError, "sampling_params.all_probs=true: a stream has log-prob"),
         (dict(compute_logprob=True), ConfigError, "sampling_params.compute_logprob"),
         (dict(top_p=2.0), ConfigError, "sampling_params.top_p=2.0"),
     ],

@@ -157,7 +157,7 @@ def test_what_ends_texts(tmp_path):
         (dict(add_bos="yes"), "model.tokenizer.add_bos=yes: must be true, false, or null"),
         (
             dict(add_bos=True),
-            "add_bos=True: the tokenizer has no BOS token; set model.tokenizer.add_bos=null",
+            "add_bos=true: the tokenizer has no BOS token; set model.tokenizer.add_bos=null",
         ),
     ],
 )
@@ -248,7 +248,7 @@ def test_preprocessing_names_what_is_wrong(tmp_path):
 
     tiny_chats.qwen_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(
-        ConfigError, match="tokenizer.add_bos=True: the tokenizer has no BOS.*tokenizer.add_bos=false"
+        ConfigError, match="tokenizer.add_bos=true: the tokenizer has no BOS.*tokenizer.add_bos=false"
     ):
         DocumentTokenizer(TokenizerConfig(type=str(tmp_path), add_bos=True))
     values = dict(input="a.txt", output_prefix="out", tokenizer=dict(type=str(tmp_path), add_bos="yes"))

@@ -150,7 +150,7 @@ def test_held_out_prompts_are_none_that_are_built():
         ({"validation_share": 1}, "validation_share=1.0: must be a share"),
         ({"minutes": 0}, "minutes=0.0: must be positive"),
         ({"weights": "int4"}, "weights=int4: not one of"),
-        ({"output_prefix": "???"}, "output_prefix=None: is required"),
+        ({"output_prefix": "???"}, "output_prefix=null: is required"),
     ],
 )
 def test_settings_that_break_a_rule(values, message):

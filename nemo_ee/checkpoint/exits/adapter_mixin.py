@@ -14,7 +14,7 @@ from nemo_ee.checkpoint.connector import EarlyExitSaveRestoreConnector
 from nemo_ee.checkpoint.conversion.base import BaseCheckpoint
 from nemo_ee.checkpoint.exits import adapter
 from nemo_ee.checkpoint.keys import is_exit
-from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.errors import ConfigError, Fault, as_written
 
 
 class EarlyExitAdapterMixin:
@@ -147,7 +147,9 @@ class EarlyExitAdapterMixin:
                 config.precision = precision
         for key, value in changed.items():
             theirs = OmegaConf.select(saved, key)
-            logging.warning(f"model.{key}={value}: is used as given; {path} was saved with {theirs}.")
+            logging.warning(
+                f"model.{key}={as_written(value)}: is used as given; {path} was saved with {as_written(theirs)}."
+            )
         return config
 
     @classmethod

@@ -33,7 +33,7 @@ class WayResult:
         layers: share of all layers that these tokens ran through before they left.
         agreement: share of full depth's tokens that would have been the same, given those before.
         agreement_ci: its 95 % interval over examples.
-        same: share of examples whose text is full depth's.
+        same: share of full depth's texts that are said again, of those that go on behind their first token.
         tokens_per_second: over examples, behind prompt and first step; None where no text goes on behind that.
         speedup: against full depth on the same example; likewise.
     """
@@ -52,12 +52,21 @@ class WayResult:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """A task in all ways, full depth first."""
+    """A task in all ways.
+
+    Attributes:
+        task: its name.
+        examples: their number.
+        num_fewshot: solved ones in front of each.
+        ways: full depth first.
+        at_once: texts that full depth ends with their first token, which never leaves early.
+    """
 
     task: str
     examples: int
     num_fewshot: int
     ways: tuple[WayResult, ...]
+    at_once: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,7 +119,8 @@ def to_markdown(result: SweepResult) -> str:
         "over examples with quartiles, of the tokens behind prompt and first step, which exits do not shorten; the "
         "speed-up is against full depth on the same example. Agreement is teacher-forced: the share of full depth's "
         "tokens that would have been the same, with its 95 % interval over examples. A text is equal where all its "
-        "tokens are. In tasks that compare given answers, exits score each token of them by the first exit that is "
+        "tokens are; those that full depth ends with their first token do not count, since that never leaves early. "
+        "In tasks that compare given answers, exits score each token of them by the first exit that is "
         "sure, and save no time."
     )
     if result.excluded:
@@ -134,7 +144,10 @@ def _section(task: TaskResult) -> str:
         [way.way, *(_score(way.scores[name]) for name in metrics), *_generation(way)] for way in task.ways
     ]
     shots = f", {task.num_fewshot} solved ones in front of each" if task.num_fewshot else ""
-    return f"## {escaped(task.task)}\n\n{task.examples} examples{shots}.\n\n{table(header, rows)}"
+    said = f"{task.examples} examples{shots}."
+    if task.at_once:
+        said += f" {task.at_once} of them are answered by one token at full depth: exits have no say there."
+    return f"## {escaped(task.task)}\n\n{said}\n\n{table(header, rows)}"
 
 
 def _generation(way: WayResult) -> list[str]:
@@ -146,7 +159,7 @@ def _generation(way: WayResult) -> list[str]:
         "" if speed is None else with_quartiles(speed, digits)
         for speed, digits in ((way.speedup, 2), (way.tokens_per_second, 1))
     ]
-    return [*speeds, *shares, agreement, f"{100 * (way.same or 0.0):.0f} %"]
+    return [*speeds, *shares, agreement, "" if way.same is None else f"{100 * way.same:.0f} %"]
 
 
 def _score(score: tuple[float, float | None]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from lm_eval.evaluator import simple_evaluate
@@ -181,7 +182,8 @@ def _sweep(
             found[name] = results["results"][task]
         examples, shots = results["n-samples"][task]["effective"], results["n-shot"][task]
         ways = [_way(lm, name, found[name], config.seed) for name in lm.ways]
-        tasks.append(TaskResult(task, examples, shots, tuple(ways)))
+        at_once = sum(len(each["texts"][FULL_DEPTH]["tokens"]) <= 1 for each in lm.answered())
+        tasks.append(TaskResult(task, examples, shots, tuple(ways), at_once))
     where = metadata(config, model)
     excluded = config.exclude_file is not None
     result = SweepResult(where, tuple(exits), version("lm-eval"), excluded, tuple(tasks))
@@ -202,6 +204,8 @@ def _way(lm: SweepLM, name: str, scores: Mapping[str, Any], seed: int) -> WayRes
     agreeing, counted = zip(*(each["agreeing"][name] for each in answered), strict=True)
     agreement, around = bootstrap_mean(agreeing, counted, seed=seed) if any(counted) else (1.0, None)
     pairs = [(_rate(mine), _rate(theirs)) for mine, theirs in zip(texts, full, strict=True)]
+    both = zip(texts, full, strict=True)
+    same = [mine["tokens"] == theirs["tokens"] for mine, theirs in both if len(theirs["tokens"]) > 1]
     timed = [(mine, theirs) for mine, theirs in pairs if mine and theirs]
     return WayResult(
         name,
@@ -211,8 +215,7 @@ def _way(lm: SweepLM, name: str, scores: Mapping[str, Any], seed: int) -> WayRes
         layers=sum(n * count for n, count in layers) / (deepest * tokens),
         agreement=agreement,
         agreement_ci=around,
-        same=sum(mine["tokens"] == theirs["tokens"] for mine, theirs in zip(texts, full, strict=True))
-        / len(texts),
+        same=fmean(same) if same else None,
         tokens_per_second=spread([mine for mine, _ in timed]) if timed else None,
         speedup=spread([mine / theirs for mine, theirs in timed]) if timed else None,
     )

@@ -8,14 +8,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from hydra._internal.utils import get_args_parser
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import OverrideParseException
-from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.errors import ConfigError, Fault
-from nemo_ee.runtime.commands import CONF
+from nemo_ee.runtime.command_line import is_listed, listed_values, overrides_of, section_of
 
 OF_NEMOS_BUILDER = ("cluster_type",)
 """Keys beside the sections that NeMo's trainer builder reads."""
@@ -35,18 +31,10 @@ def check_command_line(name: str, words: Sequence[str] | None = None) -> None:
     Raises:
         ConfigError: listing every key that is unknown, would mean nothing here, or needs a `+`.
     """
-    words = sys.argv[1:] if words is None else words
-    given = get_args_parser().parse_args(list(words))
-    if given.config_name or given.config_path or given.config_dir:
-        return  # another file: what it lists is its author's
-    try:
-        overrides = OverridesParser.create().parse_overrides(given.overrides)
-    except OverrideParseException:
-        return  # Hydra says what is wrong with it
-    listed = _listed(name)
+    listed = listed_values(name)
     faults = [
         fault
-        for override in overrides
+        for override in overrides_of(sys.argv[1:] if words is None else words)
         for fault in _faults(override, listed, name.removeprefix("megatron_gpt_ee_"), f"conf/{name}.yaml")
     ]
     if faults:
@@ -56,25 +44,25 @@ def check_command_line(name: str, words: Sequence[str] | None = None) -> None:
 def _faults(override: Override, listed: dict[str, Any], script: str, file: str) -> Iterator[Fault]:
     section, _, key = override.key_or_group.partition(".")
     if override.is_delete():
-        if _is_listed(listed, override.key_or_group) and not override.key_or_group.startswith(OPTIONAL):
+        if is_listed(listed, override.key_or_group) and not override.key_or_group.startswith(OPTIONAL):
             rule = "the script reads it, and what the file says is no more than a default"
             remedy = "leave it out, or give it another value"
             yield Fault(f"~{override.key_or_group}", None, rule, remedy)
         return
     if isinstance(override.value(), list) and not override.is_add():
-        if isinstance(OmegaConf.select(OmegaConf.create(listed), override.key_or_group), DictConfig):
+        if section_of(listed, override.key_or_group):
             rule = f"is a mapping in {file}, and Hydra puts no list in its place"
             words = f"~{override.key_or_group}", f"+{override.input_line.lstrip('+')}"
             yield Fault(override.key_or_group, override.value(), rule, f"set {shlex.join(words)}")
             return
-    if section not in (*listed, *OF_NEMOS_BUILDER, "hydra"):
+    if section not in (*listed, *OF_NEMOS_BUILDER):
         nearest = difflib.get_close_matches(section, listed, 1)
         remedy = f"did you mean {nearest[0]}?" if nearest else f"leave it out; see {file}"
         yield Fault(override.key_or_group, override.value(), "unknown key", remedy)
     if section not in ("model", "trainer", "exp_manager") or not key:
         return
     for name, value in _leaves(key, override.value()):
-        if not _is_listed(listed, f"{section}.{name}"):
+        if not is_listed(listed, f"{section}.{name}"):
             yield from _of_unlisted(section, name, value, override, listed, script, file)
 
 
@@ -110,13 +98,9 @@ def _of_unlisted(
         f"{section}.{above}.{other}".replace("..", ".")
         for other in difflib.get_close_matches(last, beside, 1)
     ]
-    added = "" if not nearest or _is_listed(listed, nearest[0]) else "+"
+    added = "" if not nearest or is_listed(listed, nearest[0]) else "+"
     remedy = f"did you mean {added}{nearest[0]}?" if nearest else f"see {file}"
     yield Fault(key, value, "unknown key", remedy)
-
-
-def _listed(name: str) -> dict[str, Any]:
-    return OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))
 
 
 def _known_of_model() -> set[str]:
@@ -124,7 +108,7 @@ def _known_of_model() -> set[str]:
     from nemo_ee.runtime import stand_ins
 
     stand_ins.enable()
-    files = (_listed(f"megatron_gpt_ee_{script}") for script in key_names.RULES)
+    files = (listed_values(f"megatron_gpt_ee_{script}") for script in key_names.RULES)
     listed = {name for file in files for name in _names(file["model"])}
     return listed | key_names.NEMO_MODEL_KEYS | key_names.megatron_keys()
 
@@ -143,17 +127,6 @@ def _known_of(section: str) -> set[str]:
         f"checkpoint_callback_params.{name}" for name in inspect.signature(CallbackParams).parameters
     )
     return {*inspect.signature(ExpManagerConfig).parameters, *of_checkpoints}
-
-
-def _is_listed(config: Any, key: str) -> bool:
-    """Whether a file has a key, or the key has a value in it that such keys may be part of."""
-    for part in key.split("."):
-        if not isinstance(config, dict):
-            return True
-        if part not in config:
-            return False
-        config = config[part]
-    return True
 
 
 def _names(config: dict[str, Any], section: str = "") -> Iterator[str]:
