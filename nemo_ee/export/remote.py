@@ -40,7 +40,7 @@ def export_remote(config: ExportConfig, source: Source, folder: Path) -> None:
     early_exit = source.early_exit
     if not early_exit.layers:
         rule = f"kind=remote runs exits, and {source.name} has none"
-        remedy = f"{TUNE_FIRST.format(config.gpt_model_file)}, or set kind=base"
+        remedy = f"set kind=base, or {TUNE_FIRST.format(config.gpt_model_file)}"
         raise ConfigError(Fault("adapter_file", config.adapter_file, rule, remedy))
     architecture = architecture_of(source.model, config.architecture)
     report = read_measured(config, source)

@@ -22,7 +22,7 @@ from nemo_ee.export.tokenizer_folder import ExportedTokenizer, exported_tokenize
 from nemo_ee.models.checks.model_checks import read_early_exit
 
 TUNE_FIRST = (
-    "give exits tuned on this base as adapter_file; it has none yet: python scripts/megatron_gpt_ee_tuning.py "
+    "set adapter_file to exits tuned on this base; to tune some: python scripts/megatron_gpt_ee_tuning.py "
     "model.restore_from_path={} … (docs/tuning.md)"
 )
 """What to do where there are no exits at all."""

@@ -182,7 +182,7 @@ REFUSED = {
     "biases": (dict(bias=True), "model.bias=true: .*qkv_bias"),
     "learned positions": (dict(position_embedding_type="learned_absolute"), "are rotary"),
     "half of a head": (dict(rotary_percentage=0.5), "model.rotary_percentage=0.5"),
-    "norms of queries": (dict(qk_layernorm=True), "model.qk_layernorm=True"),
+    "norms of queries": (dict(qk_layernorm=True), "model.qk_layernorm=true"),
     "a window": (dict(window_size=[16, 0]), r"model.window_size=\[16, 0\]"),
     "softcapping": (
         dict(mcore_customization_config={"final_logit_softcapping": 30.0}),
@@ -197,7 +197,7 @@ REFUSED = {
         "not by both",
     ),
     "experts": (dict(num_moe_experts=4), "model.num_moe_experts=4"),
-    "before megatron-core": (dict(mcore_gpt=False), "model.mcore_gpt=False"),
+    "before megatron-core": (dict(mcore_gpt=False), "model.mcore_gpt=false"),
 }
 
 

@@ -218,7 +218,7 @@ TWICE = dict(input_ids=IDS.expand(2, -1), attention_mask=torch.ones(2, len(PROMP
         ),
         (
             dict(early_exit=dict(lossless=True)),
-            "early_exit.lossless=true: .*; use threshold, exits, confidence",
+            "early_exit.lossless=True: .*; use threshold, exits, confidence",
         ),
         (
             dict(early_exit=dict(threshold=0.5, confidence="patience")),
@@ -240,7 +240,7 @@ TWICE = dict(input_ids=IDS.expand(2, -1), attention_mask=torch.ones(2, len(PROMP
         (dict(early_exit=dict(threshold=0.5), num_beams=2), "without beams"),
         (
             dict(early_exit=dict(threshold=0.5), output_hidden_states=True),
-            "output_hidden_states=true: .*leave it out",
+            "output_hidden_states=True: .*leave it out",
         ),
         (dict(early_exit=dict(threshold=0.5), use_cache=False), "leave out use_cache"),
     ],
@@ -330,7 +330,8 @@ def test_a_folders_name_stays_one_word_in_its_cards():
 def test_exits_that_cannot_be_are_refused(workers, folder, said):
     (messages,) = workers(1).run(refused, str(folder))
     for name, message in {
-        "none": "adapter_file=null: kind=remote runs exits, and llama.nemo has none; set adapter_file=exits.nemo, or",
+        "none": "adapter_file=null: kind=remote runs exits, and llama.nemo has none; set kind=base, or set "
+        "adapter_file to exits tuned on this base; to tune some: .* model.restore_from_path=.*llama.nemo",
         "surplus": "exits.3.other.weight: 1 tensors belong to no exit",
         "shape": r"exits.3.norm.weight has the shape \[7\], and its configuration asks for \[64\]",
         "shortlist": "exits.3.projection.token_ids must name distinct tokens of 201, ascending",

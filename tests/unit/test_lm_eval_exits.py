@@ -359,7 +359,7 @@ def test_settings_report_every_fault():
             system="Be brief.",
         )
     for part in (
-        "gpt_model_file=None",
+        "gpt_model_file=null",
         "thresholds=",
         "must each be named once",
         "task_thresholds.x=1: must be from 2 to 101",
