@@ -213,9 +213,16 @@ def _of_right_type(hint, path: str, value, default) -> str:
     elif default not in (None, dataclasses.MISSING) and not dataclasses.is_dataclass(default):
         written = as_written(default)
     else:
-        examples = {int: "1", float: "0.5", bool: "true", str: "text"}
-        written = next((examples[kind] for kind in kinds if kind in examples), "null")
+        written = _example(kinds[0])
     return f"e.g. {shlex.quote(f'{path}={written}')}"
+
+
+def _example(kind) -> str:
+    if typing.get_origin(kind) is tuple:
+        return f"[{_example(_kinds(typing.get_args(kind)[0])[0])}]"
+    return {int: "1", float: "0.5", bool: "true", str: "text", Mapping: "{}", Sequence: "[]"}.get(
+        kind, "null"
+    )
 
 
 def _as_text(value) -> str:

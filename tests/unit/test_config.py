@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from nemo_ee.config import EarlyExitConfig, HeadConfig, check_thresholds, parse_early_exit
-from nemo_ee.errors import ConfigError, Fault
+from nemo_ee.errors import ConfigError, Fault, as_written
 
 GOOD = {
     "layers": [6, 12],
@@ -36,7 +36,7 @@ def faults_of(raw, num_layers: int = 24, vocab_size: int | None = 1000) -> tuple
         parse_early_exit(raw, num_layers, vocab_size)
     for fault in caught.value.faults:
         assert str(fault) in str(caught.value)
-        assert str(fault) == f"{fault.key}={fault.value}: {fault.rule}; {fault.remedy}"
+        assert str(fault) == f"{fault.key}={as_written(fault.value)}: {fault.rule}; {fault.remedy}"
     return caught.value.faults
 
 
@@ -93,10 +93,10 @@ FAULTY = {
     "duplicated": ({"layers": [6, 6]}, "layers", "[6, 6]", "twice", "once"),
     "unordered": ({"layers": [12, 6]}, "layers", "[12, 6]", "ascend", "[6, 12]"),
     "empty": ({"layers": [], "tuning": {}, "inference": {}}, "layers", "[]", "at least one", "1..24"),
-    "one number": ({"layers": 6}, "layers", "6", "a list of int", "a list of int"),
-    "text": ({"layers": ["six"]}, "layers", "['six']", "a list of int", "a list of int"),
-    "a fraction": ({"layers": [1.5]}, "layers", "[1.5]", "a list of int", "a list of int"),
-    "a truth value": ({"layers": [True]}, "layers", "[True]", "a list of int", "a list of int"),
+    "one number": ({"layers": 6}, "layers", "6", "a list of int", "layers=[6]"),
+    "text": ({"layers": ["six"]}, "layers", "['six']", "a list of int", "layers=[1]"),
+    "a fraction": ({"layers": [1.5]}, "layers", "[1.5]", "a list of int", "layers=[1]"),
+    "a truth value": ({"layers": [True]}, "layers", "[True]", "a list of int", "layers=[1]"),
     "too few weights": (
         {"tuning__loss_weights": [1.0]},
         "tuning.loss_weights",
@@ -130,7 +130,7 @@ FAULTY = {
         "tuning.loss_weights",
         "nan",
         "float",
-        "float",
+        "loss_weights=[0.5]",
     ),
     "negative ce": ({"tuning__ce_weight": -0.1}, "tuning.ce_weight", "-0.1", "negative", "0 or more"),
     "negative kl": ({"tuning__kl_weight": -1}, "tuning.kl_weight", "-1.0", "negative", "0 or more"),
@@ -200,7 +200,7 @@ FAULTY = {
     "entry is no section": ({"head": [{}, 1]}, "head[1]", "1", "mapping", "block"),
     "projection": ({"head__projection": "tie"}, "head.projection", "tie", "one of", "did you mean tied?"),
     "init": ({"init": "zeros"}, "init", "zeros", "one of", "ridge | copy | random"),
-    "not a truth value": ({"head__norm": "yes"}, "head.norm", "yes", "bool", "bool"),
+    "not a truth value": ({"head__norm": "yes"}, "head.norm", "yes", "bool", "head.norm=true"),
     "no such MLP": ({"head__mlp": "besides"}, "head.mlp", "besides", "one of", "did you mean beside?"),
     "beside what is not there": (
         {"head__mlp": "beside", "head__linear": False, "init": "copy"},
@@ -230,7 +230,7 @@ FAULTY = {
         "inference.threshold",
         "high",
         "float",
-        "float",
+        "inference.threshold=0.5",
     ),
     "too few thresholds": (
         {"inference__threshold": [0.5]},

@@ -115,7 +115,7 @@ def test_every_dataset_at_fault_is_listed(dataset, tmp_path):
         ([0.5, "a", "b"], "90,10", "a weight before every prefix or before none"),
         ([0.5, "a", 0.0, "b"], "90,10", "weights must be above 0"),
         (["a", "a"], "90,10", "must name each dataset once"),
-        (["a"], None, "model.data.splits_string=None"),
+        (["a"], None, "model.data.splits_string=null"),
         (["a"], "0,0,0", "up to three shares"),
         (["a"], "0,50,50", "must leave data to train on"),
         ({"train": ["a"], "validation": ["b"]}, None, "data_prefix.test=null: must be there"),

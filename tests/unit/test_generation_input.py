@@ -88,7 +88,7 @@ def test_a_tokenizer_without_bos_is_refused(bos):
     "length, sampling, key",
     [
         (30, None, "length_params=30: must be a mapping"),
-        (None, ["greedy"], r"sampling_params=\['greedy'\]: must be a mapping"),
+        (None, ["greedy"], r"sampling_params=\[greedy\]: must be a mapping"),
         (None, dict(end_strings=["a", ""]), "end_strings=.*: every text ends with an empty one"),
         (None, dict(use_greedy=False, temperature=1e-30), "temperature=1e-30: must be at least 1e-06"),
     ],

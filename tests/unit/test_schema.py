@@ -2,7 +2,7 @@
 """Plain values become settings, or every fault is named at once: of form, and of rules as far as forms allow."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Annotated
 
@@ -36,6 +36,16 @@ class Example(Settings):
 
     def faults(self):
         return [Fault("name", self.name, "is too short", "write more")] if len(self.name) < 2 else []
+
+
+@dataclass(frozen=True)
+class Required(Settings):
+    layers: tuple[int, ...]
+    names: tuple[str, ...] | None
+    others: Mapping
+    several: Sequence
+    share: float
+    sure: bool | None
 
 
 def keys_of(values) -> dict[str, str]:
@@ -86,7 +96,9 @@ def test_nothing_is_converted_silently(values, key, expected):
 WRONG = (True, 7, 0.5, "a b", "it's", [1], ["a", None], {"a": 1}, None)
 
 
-@pytest.mark.parametrize("kind", [Example, ExportConfig, EvaluationConfig], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind", [Example, Required, ExportConfig, EvaluationConfig], ids=lambda kind: kind.__name__
+)
 def test_the_remedy_for_a_wrong_type_gives_the_right_one_when_pasted(kind):
     told = 0
     for key in (item.name for item in fields(kind)):
