@@ -166,7 +166,7 @@ def test_a_stream_has_the_same(converted):
     [
         (dict(logprobs=-1), "sampling_params.logprobs=-1: must be a whole number, 0 or more"),
         (dict(prompt_logprobs=1, compute_logprob=True), "not beside compute_logprob"),
-        (dict(logprobs=True), "sampling_params.logprobs=True"),
+        (dict(logprobs=True), "sampling_params.logprobs=true"),
     ],
     ids=str,
 )
