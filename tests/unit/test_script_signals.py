@@ -13,6 +13,7 @@ from nemo_ee.runtime.commands import CONF
 from tests.support.script import ROOT
 
 SCRIPT = """
+import signal
 import time
 
 from nemo_ee.files.output import replaced_folder
@@ -27,6 +28,7 @@ def main(cfg):
         time.sleep(60)
 
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which jobs in a shell's background are begun without
 main()
 """
 
