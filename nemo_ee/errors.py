@@ -1,8 +1,14 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """Errors that are meant for users: each names what was given, the rule it breaks and what to do instead."""
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+_WORD = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")
+_MEAN_OTHERS = {"null", "true", "false", "nan", "inf"}
+"""Words that Hydra takes for no text."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +32,21 @@ class Fault:
 
 
 def as_written(value: object) -> str:
-    """A value as a command line and YAML have it: `null`, `true`, `[a, b]`; text as it is."""
+    """A value as a command line and YAML have it: `null`, `true`, `[a, "b c"]`; text by itself as it is."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list | tuple):
-        return f"[{', '.join(map(as_written, value))}]"
+        return f"[{', '.join(map(quoted, value))}]"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{as_written(key)}: {as_written(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{as_written(key)}: {quoted(item)}" for key, item in value.items()) + "}"
     return str(value)
+
+
+def quoted(value: object) -> str:
+    """A value as `as_written` has it, and text so that Hydra reads it as that text, wherever it stands."""
+    if isinstance(value, str) and (not _WORD.fullmatch(value) or value.lower() in _MEAN_OTHERS):
+        return json.dumps(value, ensure_ascii=False)
+    return as_written(value)
 
 
 class ConfigError(ValueError):

@@ -3,7 +3,6 @@
 
 import dataclasses
 import difflib
-import json
 import shlex
 import sys
 import types
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, Self
 
-from nemo_ee.errors import ConfigError, Fault, as_written
+from nemo_ee.errors import ConfigError, Fault, as_written, quoted
 
 MISSING = "???"
 """How OmegaConf writes a mandatory value that was not given."""
@@ -202,31 +201,29 @@ def _type_name(hint) -> str:
 
 
 def _of_right_type(hint, path: str, value, default) -> str:
-    """What to write in place of a value of the wrong type: the same as a list or as text, or else the default."""
-    kinds = _kinds(hint)
-    items = [typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is tuple]
-    scalar = not isinstance(value, Mapping | list | tuple | None)
-    if scalar and str in kinds:
-        written = _as_text(value)
-    elif scalar and any(type(value) in _kinds(item) for item in items):
-        written = f"[{value if str(value).isidentifier() or is_number(value) else _as_text(value)}]"
-    elif default not in (None, dataclasses.MISSING) and not dataclasses.is_dataclass(default):
-        written = as_written(default)
-    else:
-        written = _example(kinds[0])
-    return f"e.g. {shlex.quote(f'{path}={written}')}"
+    """What to write in place of a value of the wrong type: the same as text or as a list, or else the default or an
+    example; where a rule forbids them all, what that rule says."""
+    kinds, candidates, faults = _kinds(hint), [], []
+    if not isinstance(value, Mapping | list | tuple | None):
+        candidates += [as_written(value), (value,)]
+    candidates += [*([] if default in (None, dataclasses.MISSING) else [default]), *map(_example, kinds)]
+    for candidate in candidates:
+        broken: list[Fault] = []
+        try:
+            _convert(hint, candidate, path, broken)
+        except (_WrongTypeError, _NotBuiltError):
+            continue
+        if not broken:
+            return f"e.g. {shlex.quote(f'{path}={quoted(candidate)}')}"
+        faults += broken
+    return faults[0].remedy if faults else f"give {_type_name(hint)}"
 
 
-def _example(kind) -> str:
+def _example(kind) -> Any:
+    """A value of a type."""
     if typing.get_origin(kind) is tuple:
-        return f"[{_example(_kinds(typing.get_args(kind)[0])[0])}]"
-    return {int: "1", float: "0.5", bool: "true", str: "text", Mapping: "{}", Sequence: "[]"}.get(
-        kind, "null"
-    )
-
-
-def _as_text(value) -> str:
-    return json.dumps(as_written(value), ensure_ascii=False)
+        return (_example(_kinds(typing.get_args(kind)[0])[0]),)
+    return {int: 1, float: 0.5, bool: True, str: "text", Mapping: {}, Sequence: []}.get(kind)
 
 
 def _kinds(hint) -> list:

@@ -13,7 +13,7 @@ from nemo_ee.preprocessing.tokenizer_training import TokenizerTrainingConfig, tr
 from nemo_ee.runtime.script import script, user_errors
 
 
-@script("train_tokenizer", alone=True)
+@script("train_tokenizer")
 def main(cfg: DictConfig) -> None:
     """Trains what `cfg` describes; a user's error ends it with one message and status 1."""
     with user_errors(cfg, nemo=False):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.export.base import export_base
+from nemo_ee.export.card import SIGNATURE
 from nemo_ee.export.draft import export_draft
 from nemo_ee.export.remote import export_remote
 from nemo_ee.export.settings import ExportConfig
@@ -21,10 +22,10 @@ WRITERS: dict[str, Callable[[ExportConfig, Source, Path], None]] = {
 }
 """Kind -> what writes it into an empty folder."""
 WRITTEN = re.compile(
-    r"model(-\d{5}-of-\d{5})?\.safetensors|README\.md|custom_generate|"
-    r"(leaving|leaving_early|modeling_early_exit)\.py|.*\.(json|jinja|model|tiktoken|txt)"
+    r"model(-\d{5}-of-\d{5})?\.safetensors|README\.md|custom_generate/generate\.py|(.+/)?__pycache__/[^/]+|"
+    r"(leaving|leaving_early|modeling_early_exit)\.py|[^./][^/]*\.(json|jinja|model|tiktoken|txt)"
 )
-"""Names of what they write beside `config.json`, tokenizers' files among it: all that `overwrite` may replace."""
+"""Paths of what they write, tokenizers' files among it, and of what Python makes of their code."""
 
 
 def export(config: ExportConfig) -> Path:
@@ -58,10 +59,17 @@ def _check_overwriting(config: ExportConfig, output: Path) -> None:
         if given is not None and Path(given).resolve().is_relative_to(output.resolve()):
             rule = f"{key}={given} lies in it, and would be removed with it"
             raise ConfigError(Fault("output_path", output, rule, "choose another"))
-    there = sorted(path.name for path in output.iterdir())
-    others = [name for name in there if "config.json" not in there or not WRITTEN.fullmatch(name)]
-    if others:
+    if others := sorted(_others(output)):
         rule = f"holds {others[0]}, which is not of an export, and would be lost"
         raise ConfigError(Fault("output_path", output, rule, "name a folder that does not exist"))
     if not config.overwrite:
         raise ConfigError(Fault("output_path", output, "exists", "choose another or set overwrite=true"))
+
+
+def _others(folder: Path) -> list[str]:
+    """Files in a folder that are not of an export; all of them where no card says that it is one."""
+    card = folder / "README.md"
+    ours = card.is_file() and SIGNATURE in card.read_text(encoding="utf-8", errors="replace").lower()
+    files = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    names = [path.relative_to(folder).as_posix() for path in files]
+    return [name for name in names if not (ours and WRITTEN.fullmatch(name))]

@@ -39,7 +39,7 @@ _SUFFIXES = ("_file", "_path", "_ckpt", "_checkpoint", "_dir", "_prefix", "_name
 _ARGUMENT = re.compile(r"(\+{0,2})([A-Za-z_$][\w.$-]*)=(.*)", re.DOTALL)
 _LEAF = re.compile(r"[^\[\]{},:]+")
 _SEVERAL_RUNS = {"-m", "--multirun"}
-_OPEN = {"edit_early_exits": ("trainer", "early_exit")}
+_OPEN = {"edit_early_exits": ("early_exit", "moves")}
 """File in conf/ -> its sections that take further keys; of others `trainer` alone."""
 
 
@@ -88,23 +88,30 @@ def check_keys(name: str, words: Sequence[str] | None = None) -> None:
     Raises:
         ConfigError: listing every key that is unknown.
     """
-    listed = listed_values(name)
-    faults = []
-    for override in overrides_of(sys.argv[1:] if words is None else words):
+    listed, faults, added = listed_values(name), [], set()
+    overrides = overrides_of(sys.argv[1:] if words is None else words)
+    for override in overrides:
         given = None if override.is_delete() else override.value()
+        if override.is_sweep_override():
+            given = override.input_line.partition("=")[2]
         for key, value in _leaves(override.key_or_group, given, listed):
             section, _, below = key.partition(".")
-            added = override.is_add() or override.is_force_add()
-            if not is_listed(listed, key) and not (below and added and section in listed):
+            if override.is_add() or override.is_force_add():
+                if (below and section in listed) or any(
+                    f"${{{key}" in other.input_line for other in overrides
+                ):
+                    added.add(key)  # the settings' own, or meant for other values
+            if not is_listed(listed, key) and key not in added:
+                shown = f"~{key}" if override.is_delete() else key
                 remedy = _nearest(key, override.input_line, listed, name)
-                faults.append(Fault(key, value, "unknown key", remedy))
+                faults.append(Fault(shown, value, "unknown key", remedy))
     if faults:
         raise ConfigError(*faults)
 
 
 def _leaves(key: str, value: Any, listed: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """A key and its value; of a mapping in the place of a section, those below it."""
-    if isinstance(value, Mapping) and value and section_of(listed, key):
+    if isinstance(value, Mapping) and value and section_of(listed, key) is not None:
         for name, part in value.items():
             yield from _leaves(f"{key}.{name}", part, listed)
     else:
@@ -113,7 +120,8 @@ def _leaves(key: str, value: Any, listed: Mapping[str, Any]) -> Iterator[tuple[s
 
 def _nearest(key: str, line: str, listed: Mapping[str, Any], name: str) -> str:
     above, _, last = key.rpartition(".")
-    found = difflib.get_close_matches(last, section_of(listed, above) if above else listed, 1)
+    beside = (section_of(listed, above) or {}) if above else listed
+    found = difflib.get_close_matches(last.lower(), map(str, beside), 1)
     if found:
         return f"did you mean {above}.{found[0]}?" if above else f"did you mean {found[0]}?"
     section = key.partition(".")[0]
@@ -127,7 +135,7 @@ def overrides_of(words: Sequence[str]) -> list[Override]:
     are its author's, and where Hydra cannot read it, and says so.
     """
     given = get_args_parser().parse_args(list(words))
-    if given.config_name or given.config_path or given.config_dir:
+    if given.config_name or given.config_path or given.config_dir or given.shell_completion:
         return []
     try:
         overrides = OverridesParser.create().parse_overrides(given.overrides)
@@ -137,8 +145,9 @@ def overrides_of(words: Sequence[str]) -> list[Override]:
 
 
 def listed_values(name: str) -> dict[str, Any]:
-    """What a file in conf/ has, interpolations as they are."""
-    return OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))
+    """What a file in conf/ has but for Hydra's own settings, interpolations as they are."""
+    listed = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))
+    return {key: value for key, value in listed.items() if key not in ("defaults", "hydra")}
 
 
 def is_listed(listed: Any, key: str) -> bool:
@@ -152,11 +161,11 @@ def is_listed(listed: Any, key: str) -> bool:
     return True
 
 
-def section_of(listed: Any, key: str) -> Mapping[str, Any]:
-    """The section of a file at a key; empty where it has none there."""
+def section_of(listed: Any, key: str) -> Mapping[str, Any] | None:
+    """The section of a file at a key; None where it has none there."""
     for part in key.split("."):
         listed = listed.get(part) if isinstance(listed, Mapping) else None
-    return listed if isinstance(listed, Mapping) else {}
+    return listed if isinstance(listed, Mapping) else None
 
 
 def _names_files(key: str) -> bool:

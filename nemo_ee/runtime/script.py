@@ -58,7 +58,7 @@ def script(
         config_name: of the file in ``conf/``.
         check: is called with it before Hydra reads the command line; None checks that the file has all keys.
         alone: one process does the work, and nobody waits for it: SIGTERM ends it as Ctrl-C does, so that what it has
-            half written goes at once.
+            half written goes at once. Not for what spends minutes in one call of native code, which either waits for.
     """
 
     def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:

@@ -328,12 +328,38 @@ def test_no_folder_but_an_earlier_models_is_replaced(converted, tmp_path, monkey
     with pytest.raises(ConfigError, match="home: holds precious.txt, which is not of an export"):
         exported(converted / "tied.nemo", "home", overwrite=overwrite)
     (precious.parent / "config.json").touch()
-    for other in ("base.gguf", "pytorch_model.bin", "model.py", "images"):
-        (precious.parent / other).mkdir()
-        with pytest.raises(ConfigError, match=f"home: holds {other}, which is not of an export"):
-            exported(converted / "tied.nemo", "home", overwrite=overwrite)
-        (precious.parent / other).rmdir()
+    with pytest.raises(ConfigError, match="home: holds config.json, which is not of an export"):
+        exported(converted / "tied.nemo", "home", overwrite=overwrite)
+    (precious.parent / "config.json").unlink()
     assert precious.read_text() == "mine" and [*tmp_path.iterdir()] == [precious.parent]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "base.gguf",
+        "pytorch_model.bin",
+        "model.py",
+        ".env.json",
+        "corpus.txt/part.bin",
+        "images/a.json",
+        "custom_generate/mine.py",
+        "link",
+    ],
+)
+def test_what_lies_in_an_export_and_is_not_of_it_is_not_lost(converted, tmp_path, other):
+    output = exported(converted / "tied.nemo", tmp_path / "out")
+    (output / "__pycache__").mkdir()
+    (output / "__pycache__" / "leaving.cpython-311.pyc").touch()
+    exported(converted / "tied.nemo", output, overwrite=True)
+    (output / other).parent.mkdir(exist_ok=True)
+    if other == "link":
+        (output / other).symlink_to(tmp_path)
+    else:
+        (output / other).touch()
+    with pytest.raises(ConfigError, match=f"out: holds {other}, which is not of an export"):
+        exported(converted / "tied.nemo", output, overwrite=True)
+    assert (output / other).exists() and (output / "model.safetensors").exists()
 
 
 def test_a_full_disk_is_the_outputs(converted, tmp_path, monkeypatch):

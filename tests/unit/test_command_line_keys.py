@@ -31,7 +31,7 @@ def test_all_scripts_but_the_one_without_a_file_are_meant():
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_all_listed_keys_are_known_with_and_without_a_plus(name):
-    words = [f"{key}=1" for key in listed_values(name) if key not in ("hydra", "defaults")]
+    words = [f"{key}=1" for key in listed_values(name)]
     assert messages(name, *words, *(f"++{word}" for word in words)) == []
 
 
@@ -40,16 +40,19 @@ def test_all_listed_keys_are_known_with_and_without_a_plus(name):
 def test_a_misspelt_key_is_answered_with_the_right_one(name, plus):
     key = next(iter(key for key in listed_values(name) if key not in ("hydra", "defaults")))
     written = key[:-1]
-    shown = "null" if plus == "~" else "a"
-    word = f"{plus}{written}" if plus == "~" else f"{plus}{written}=a"
+    word, shown = (
+        (f"~{written}", f"~{written}=null") if plus == "~" else (f"{plus}{written}=a", f"{written}=a")
+    )
     (found,) = messages(name, word)
-    assert found.startswith(f"{written}={shown}: unknown key; did you mean ")
+    assert found.startswith(f"{shown}: unknown key; did you mean ")
 
 
 @pytest.mark.parametrize(
     ("name", "word", "message"),
     [
         ("export_hf", "formatt=a", "formatt=a: unknown key; leave it out; see conf/export_hf.yaml"),
+        ("export_hf", "KINDS=a", "KINDS=a: unknown key; did you mean kind?"),
+        ("export_hf", "lyer=3,6", "lyer=3,6: unknown key; did you mean layer?"),
         (
             "megatron_gpt_ee_generate",
             "inference.greedyy=false",
@@ -76,6 +79,8 @@ def test_sections_and_mappings_are_looked_into(name, word, message):
     [
         ("evaluate_early_exit", "trainer.profiler=simple"),
         ("edit_early_exits", "early_exit.head={norm: false}"),
+        ("edit_early_exits", "moves.8=9"),
+        ("edit_early_exits", "moves={8: 9}"),
     ],
 )
 def test_what_a_section_takes_besides_is_added_by_the_pasted_remedy(name, word):
@@ -84,6 +89,18 @@ def test_what_a_section_takes_besides_is_added_by_the_pasted_remedy(name, word):
     assert pasted == [f"+{word}"] and messages(name, *pasted) == []
     with initialize_config_dir(f"{ROOT}/conf", version_base=None):
         compose(name, overrides=pasted)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["+moves.8=9", "moves.8=10"], ["+base=/x", "gpt_model_file=${base}/m.nemo"], ["+split.a=1", "~split.a"]],
+)
+def test_what_was_added_is_known(words):
+    assert messages("preprocess_text" if "split" in words[0] else "edit_early_exits", *words) == []
+
+
+def test_completion_in_shells_goes_on():
+    assert messages("train_tokenizer", "-sc", "install=bash") == []
 
 
 @pytest.mark.parametrize(

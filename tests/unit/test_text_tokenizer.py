@@ -152,7 +152,7 @@ def test_what_ends_texts(tmp_path):
     "settings, message",
     [
         (dict(eos_token_ids=2), "model.tokenizer.eos_token_ids=2: must be a list of token ids, or null"),
-        (dict(eos_token_ids=[2, "</s>"]), r"eos_token_ids=\[2, </s>\]: must be a list of token ids"),
+        (dict(eos_token_ids=[2, "</s>"]), r'eos_token_ids=\[2, "</s>"\]: must be a list of token ids'),
         (dict(eos_token_ids=[-1]), r"eos_token_ids=\[-1\]"),
         (dict(add_bos="yes"), "model.tokenizer.add_bos=yes: must be true, false, or null"),
         (

@@ -50,7 +50,7 @@ def _faults(override: Override, listed: dict[str, Any], script: str, file: str) 
             yield Fault(f"~{override.key_or_group}", None, rule, remedy)
         return
     if isinstance(override.value(), list) and not override.is_add():
-        if section_of(listed, override.key_or_group):
+        if section_of(listed, override.key_or_group) is not None:
             rule = f"is a mapping in {file}, and Hydra puts no list in its place"
             words = f"~{override.key_or_group}", f"+{override.input_line.lstrip('+')}"
             yield Fault(override.key_or_group, override.value(), rule, f"set {shlex.join(words)}")
