@@ -110,8 +110,8 @@ def architecture_of(model: DictConfig, wanted: str | None) -> str:
     """
     biased = bool(model.get("qkv_bias"))
     if wanted is not None and (wanted == "qwen2") != biased:
-        has = ("no such biases", "some") if biased else ("biases of Q, K and V", "none")
-        rule = f"its layers have {has[0]}, and the checkpoint has {has[1]}"
+        has = ("no biases", "have some") if biased else ("biases", "have none")
+        rule = f"its Q, K and V have {has[0]}, and the checkpoint's {has[1]}"
         raise ConfigError(
             Fault("architecture", wanted, rule, f"set architecture={'qwen2' if biased else 'llama'}")
         )

@@ -218,9 +218,13 @@ def test_what_no_plain_model_computes_is_refused_before_weights_are_read(convert
         (
             "qwen2",
             "llama",
-            "its layers have no such biases, and the checkpoint has some; set architecture=qwen2",
+            "its Q, K and V have no biases, and the checkpoint's have some; set architecture=qwen2",
         ),
-        ("tied", "qwen2", "have biases of Q, K and V, and the checkpoint has none; set architecture=llama"),
+        (
+            "tied",
+            "qwen2",
+            "its Q, K and V have biases, and the checkpoint's have none; set architecture=llama",
+        ),
     ],
 )
 def test_an_architecture_that_does_not_fit_is_refused(converted, tmp_path, variant, architecture, words):
