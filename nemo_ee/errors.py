@@ -3,7 +3,6 @@
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 _WORD = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")
@@ -37,7 +36,7 @@ def as_written(value: object) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(quoted, value))}]"
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return "{" + ", ".join(f"{as_written(key)}: {quoted(item)}" for key, item in value.items()) + "}"
     return str(value)
 

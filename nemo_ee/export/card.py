@@ -84,8 +84,6 @@ python -m sglang.launch_server --model-path BASE --speculative-algorithm STANDAL
 ```
 """,
 }
-SIGNATURE = "written by nemo_ee"
-"""In every card, however it begins: by it an export is known."""
 _HELD_BASE = "that a base which came from Hugging Face goes back bit for bit"
 _HELD_DRAFT = "each kind of draft to the logits of its exit"
 _EQUAL = "Texts are the base's own whatever the draft says: greedy ones token by token, sampled ones in distribution."

@@ -1,13 +1,13 @@
 # Copyright (c) 2026 The nemo_ee authors. Licensed under the Apache License, Version 2.0.
 """One export from its settings: the folder appears in one step, or not at all."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 from nemo_ee.errors import ConfigError, Fault
 from nemo_ee.export.base import export_base
-from nemo_ee.export.card import SIGNATURE
 from nemo_ee.export.draft import export_draft
 from nemo_ee.export.remote import export_remote
 from nemo_ee.export.settings import ExportConfig
@@ -21,11 +21,9 @@ WRITERS: dict[str, Callable[[ExportConfig, Source, Path], None]] = {
     "remote": export_remote,
 }
 """Kind -> what writes it into an empty folder."""
-WRITTEN = re.compile(
-    r"model(-\d{5}-of-\d{5})?\.safetensors|README\.md|custom_generate/generate\.py|(.+/)?__pycache__/[^/]+|"
-    r"(leaving|leaving_early|modeling_early_exit)\.py|[^./][^/]*\.(json|jinja|model|tiktoken|txt)"
-)
-"""Paths of what they write, tokenizers' files among it, and of what Python makes of their code."""
+_COMPILED = re.compile(r"(.+/)?__pycache__/[^/]+\.pyc")
+_LIST = re.compile(r"<!-- written by nemo_ee: (\[.*\]) -->")
+"""Behind every card: the files of the export. `overwrite` replaces nothing else."""
 
 
 def export(config: ExportConfig) -> Path:
@@ -43,6 +41,8 @@ def export(config: ExportConfig) -> Path:
         _check_overwriting(config, output)
     with replaced_folder(output) as part, opened(config) as source, write_errors(output, [part]):
         WRITERS[config.kind](config, source, part)
+        with (part / "README.md").open("a", encoding="utf-8") as card:
+            card.write(f"\n<!-- written by nemo_ee: {json.dumps(_files(part))} -->\n")
     return output
 
 
@@ -59,7 +59,7 @@ def _check_overwriting(config: ExportConfig, output: Path) -> None:
         if given is not None and Path(given).resolve().is_relative_to(output.resolve()):
             rule = f"{key}={given} lies in it, and would be removed with it"
             raise ConfigError(Fault("output_path", output, rule, "choose another"))
-    if others := sorted(_others(output)):
+    if others := _others(output):
         rule = f"holds {others[0]}, which is not of an export, and would be lost"
         raise ConfigError(Fault("output_path", output, rule, "name a folder that does not exist"))
     if not config.overwrite:
@@ -69,7 +69,11 @@ def _check_overwriting(config: ExportConfig, output: Path) -> None:
 def _others(folder: Path) -> list[str]:
     """Files in a folder that are not of an export; all of them where no card says that it is one."""
     card = folder / "README.md"
-    ours = card.is_file() and SIGNATURE in card.read_text(encoding="utf-8", errors="replace").lower()
-    files = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    names = [path.relative_to(folder).as_posix() for path in files]
-    return [name for name in names if not (ours and WRITTEN.fullmatch(name))]
+    found = _LIST.findall(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else []
+    ours = set(json.loads(found[-1])) if found else set()
+    return [name for name in _files(folder) if name not in ours and not _COMPILED.fullmatch(name)]
+
+
+def _files(folder: Path) -> list[str]:
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(path.relative_to(folder).as_posix() for path in found)

@@ -88,18 +88,16 @@ def check_keys(name: str, words: Sequence[str] | None = None) -> None:
     Raises:
         ConfigError: listing every key that is unknown.
     """
+    words = sys.argv[1:] if words is None else words
     listed, faults, added = listed_values(name), [], set()
-    overrides = overrides_of(sys.argv[1:] if words is None else words)
-    for override in overrides:
+    for override in overrides_of(words):
         given = None if override.is_delete() else override.value()
         if override.is_sweep_override():
             given = override.input_line.partition("=")[2]
         for key, value in _leaves(override.key_or_group, given, listed):
             section, _, below = key.partition(".")
             if override.is_add() or override.is_force_add():
-                if (below and section in listed) or any(
-                    f"${{{key}" in other.input_line for other in overrides
-                ):
+                if (below and section in listed) or any(_refers(word, key) for word in words):
                     added.add(key)  # the settings' own, or meant for other values
             if not is_listed(listed, key) and key not in added:
                 shown = f"~{key}" if override.is_delete() else key
@@ -107,6 +105,11 @@ def check_keys(name: str, words: Sequence[str] | None = None) -> None:
                 faults.append(Fault(shown, value, "unknown key", remedy))
     if faults:
         raise ConfigError(*faults)
+
+
+def _refers(word: str, key: str) -> bool:
+    """Whether an interpolation in a word reads a key, or one below it."""
+    return "${" in word and re.search(rf"[{{\s:.]{re.escape(key)}\s*[}}.,]", word) is not None
 
 
 def _leaves(key: str, value: Any, listed: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -120,14 +123,25 @@ def _leaves(key: str, value: Any, listed: Mapping[str, Any]) -> Iterator[tuple[s
 
 def _nearest(key: str, line: str, listed: Mapping[str, Any], name: str) -> str:
     above, _, last = key.rpartition(".")
-    beside = (section_of(listed, above) or {}) if above else listed
-    found = difflib.get_close_matches(last.lower(), map(str, beside), 1)
-    if found:
-        return f"did you mean {above}.{found[0]}?" if above else f"did you mean {found[0]}?"
+    known = {each: each.rpartition(".") for each in _names(listed)}
+    same = [each for each, parts in known.items() if parts[2] == last.lower()]
+    beside = {parts[2]: each for each, parts in known.items() if parts[0] == above}
+    near = [beside[each] for each in difflib.get_close_matches(last.lower(), beside, 1)]
+    alike = difflib.get_close_matches(key.lower(), known, 1, 0.8) if above and above not in known else []
+    if found := same or near or alike:
+        return f"did you mean {found[0]}?"
     section = key.partition(".")[0]
-    if section in listed and section in _OPEN.get(name, ("trainer",)):
+    if section in listed and section in _OPEN.get(name, ("trainer",)) and not line.startswith("~"):
         return f"set {shlex.quote('+' + line)}"
     return f"leave it out; see conf/{name}.yaml"
+
+
+def _names(listed: Mapping[Any, Any], section: str = "") -> Iterator[str]:
+    """Dotted names of a file's keys, those of sections among them."""
+    for key, value in listed.items():
+        yield f"{section}{key}"
+        if isinstance(value, Mapping):
+            yield from _names(value, f"{section}{key}.")
 
 
 def overrides_of(words: Sequence[str]) -> list[Override]:
@@ -140,6 +154,8 @@ def overrides_of(words: Sequence[str]) -> list[Override]:
     try:
         overrides = OverridesParser.create().parse_overrides(given.overrides)
     except HydraException:
+        return []
+    if any(override.key_or_group == "hydra.searchpath" for override in overrides):
         return []
     return [override for override in overrides if re.split("[./]", override.key_or_group)[0] != "hydra"]
 

@@ -69,7 +69,7 @@ def script(
             from nemo_ee.runtime.command_line import check_keys, quote_paths
 
             sys.excepthook = _ended
-            if alone:
+            if alone and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
                 signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
             with user_errors(nemo=False):
                 sys.argv[1:] = quote_paths(sys.argv[1:])

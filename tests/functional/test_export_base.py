@@ -335,6 +335,10 @@ def test_no_folder_but_an_earlier_models_is_replaced(converted, tmp_path, monkey
     with pytest.raises(ConfigError, match="home: holds config.json, which is not of an export"):
         exported(converted / "tied.nemo", "home", overwrite=overwrite)
     (precious.parent / "config.json").unlink()
+    (precious.parent / "README.md").write_text("Drafts are written by nemo_ee.")
+    with pytest.raises(ConfigError, match="home: holds README.md, which is not of an export"):
+        exported(converted / "tied.nemo", "home", overwrite=overwrite)
+    (precious.parent / "README.md").unlink()
     assert precious.read_text() == "mine" and [*tmp_path.iterdir()] == [precious.parent]
 
 
@@ -349,6 +353,9 @@ def test_no_folder_but_an_earlier_models_is_replaced(converted, tmp_path, monkey
         "images/a.json",
         "custom_generate/mine.py",
         "link",
+        "notes.txt",
+        "eval_results.json",
+        "__pycache__/thesis.docx",
     ],
 )
 def test_what_lies_in_an_export_and_is_not_of_it_is_not_lost(converted, tmp_path, other):

@@ -51,6 +51,26 @@ def test_a_misspelt_key_is_answered_with_the_right_one(name, plus):
     ("name", "word", "message"),
     [
         ("export_hf", "formatt=a", "formatt=a: unknown key; leave it out; see conf/export_hf.yaml"),
+        (
+            "evaluate_early_exit",
+            "~trainer.foo",
+            "~trainer.foo=null: unknown key; leave it out; see conf/evaluate_early_exit.yaml",
+        ),
+        (
+            "megatron_gpt_ee_generate",
+            "greedy=false",
+            "greedy=false: unknown key; did you mean inference.greedy?",
+        ),
+        (
+            "megatron_gpt_ee_generate",
+            "inferenc.top_q=1",
+            "inferenc.top_q=1: unknown key; did you mean inference.top_p?",
+        ),
+        (
+            "merge_early_exits",
+            "+overwrit=${overwrite}",
+            "overwrit=${overwrite}: unknown key; did you mean overwrite?",
+        ),
         ("export_hf", "KINDS=a", "KINDS=a: unknown key; did you mean kind?"),
         ("export_hf", "lyer=3,6", "lyer=3,6: unknown key; did you mean layer?"),
         (
@@ -93,7 +113,13 @@ def test_what_a_section_takes_besides_is_added_by_the_pasted_remedy(name, word):
 
 @pytest.mark.parametrize(
     "words",
-    [["+moves.8=9", "moves.8=10"], ["+base=/x", "gpt_model_file=${base}/m.nemo"], ["+split.a=1", "~split.a"]],
+    [
+        ["+moves.8=9", "moves.8=10"],
+        ["+base=/x", "gpt_model_file=${base}/m.nemo"],
+        ["+base=/x", "hydra.run.dir=${oc.select:base,a}"],
+        ["hydra.searchpath=[/dir]", "+experiment=mine"],
+        ["+split.a=1", "~split.a"],
+    ],
 )
 def test_what_was_added_is_known(words):
     assert messages("preprocess_text" if "split" in words[0] else "edit_early_exits", *words) == []
