@@ -123,7 +123,7 @@ def _leaves(key: str, value: Any, listed: Mapping[str, Any]) -> Iterator[tuple[s
 
 def _nearest(key: str, line: str, listed: Mapping[str, Any], name: str) -> str:
     above, _, last = key.rpartition(".")
-    known = {each: each.rpartition(".") for each in _names(listed)}
+    known = {each: each.rpartition(".") for each in names_of(listed)}
     same = [each for each, parts in known.items() if parts[2] == last.lower()]
     beside = {parts[2]: each for each, parts in known.items() if parts[0] == above}
     near = [beside[each] for each in difflib.get_close_matches(last.lower(), beside, 1)]
@@ -136,12 +136,12 @@ def _nearest(key: str, line: str, listed: Mapping[str, Any], name: str) -> str:
     return f"leave it out; see conf/{name}.yaml"
 
 
-def _names(listed: Mapping[Any, Any], section: str = "") -> Iterator[str]:
-    """Dotted names of a file's keys, those of sections among them."""
+def names_of(listed: Mapping[Any, Any], section: str = "") -> Iterator[str]:
+    """Dotted names of the keys of a file, or of a section of one, those of sections among them."""
     for key, value in listed.items():
         yield f"{section}{key}"
         if isinstance(value, Mapping):
-            yield from _names(value, f"{section}{key}.")
+            yield from names_of(value, f"{section}{key}.")
 
 
 def overrides_of(words: Sequence[str]) -> list[Override]:

@@ -11,7 +11,7 @@ from typing import Any
 from hydra.core.override_parser.types import Override
 
 from nemo_ee.errors import ConfigError, Fault
-from nemo_ee.runtime.command_line import is_listed, listed_values, overrides_of, section_of
+from nemo_ee.runtime.command_line import is_listed, listed_values, names_of, overrides_of, section_of
 
 OF_NEMOS_BUILDER = ("cluster_type",)
 """Keys beside the sections that NeMo's trainer builder reads."""
@@ -83,7 +83,7 @@ def _of_unlisted(
     else:
         known = _known_of(section)
         sections = known - {"checkpoint_callback_params"}  # e.g. the arguments of a logger
-        known |= set(_names(listed[section]))
+        known |= set(names_of(listed[section]))
     is_open = any(f"{name}.".startswith(f"{section}.") for section in sections)
     if (
         is_open or name in known or plus and name.startswith("early_exit.")
@@ -109,7 +109,7 @@ def _known_of_model() -> set[str]:
 
     stand_ins.enable()
     files = (listed_values(f"megatron_gpt_ee_{script}") for script in key_names.RULES)
-    listed = {name for file in files for name in _names(file["model"])}
+    listed = {name for file in files for name in names_of(file["model"])}
     return listed | key_names.NEMO_MODEL_KEYS | key_names.megatron_keys()
 
 
@@ -127,14 +127,6 @@ def _known_of(section: str) -> set[str]:
         f"checkpoint_callback_params.{name}" for name in inspect.signature(CallbackParams).parameters
     )
     return {*inspect.signature(ExpManagerConfig).parameters, *of_checkpoints}
-
-
-def _names(config: dict[str, Any], section: str = "") -> Iterator[str]:
-    """Dotted names of a section's keys, those of sections among them."""
-    for key, value in config.items():
-        yield f"{section}{key}"
-        if isinstance(value, dict):
-            yield from _names(value, f"{section}{key}.")
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
